@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
@@ -85,6 +86,27 @@ class DistillationLoss(nn.Module):
             teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
             distillation = self.tau**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / student.numel()
         return (1 - self.alpha) * self.classification(class_logits, targets) + self.alpha * distillation
+
+
+class Teacher(nn.Module):
+    """A trained classifier in evaluation mode that takes the student's images.
+
+    mean, std: [3] each, what its own input was normalised with; the student's is ImageNet's.
+    """
+
+    def __init__(self, classifier: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+        own_mean, own_std, mean, std = (
+            torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, mean, std)
+        )
+        self.register_buffer("scale", own_std / std)
+        self.register_buffer("shift", (own_mean - mean) / std)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, 3, H, W], normalised with ImageNet's mean and std -> logits [B, K]"""
+        return self.classifier(images * self.scale + self.shift)
 
 
 class AdaptiveLoss(nn.Module):

@@ -270,11 +270,10 @@ def macs_per_image(model: _AdaptiveTokens, depth: Tensor) -> Tensor:
     """
     embed = model.patch_embed.proj.weight.numel() * (depth.shape[1] - model.num_prefix_tokens)
     heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))
-    macs = torch.full(depth.shape[:1], float(embed + heads), dtype=torch.float64, device=depth.device)
-    for index, block in enumerate(model.blocks):
-        live = (depth > index).sum(dim=1).double()  # [B]
-        macs += live * _linear_weights(block) + 2 * live**2 * block.attn.attn_dim
-    return macs
+    blocks = depth.new_tensor([[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks], dtype=torch.float64)
+    reached = torch.arange(len(blocks), device=depth.device)[:, None, None]
+    live = (depth > reached).sum(dim=2).double()  # [L, B]
+    return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
 
 
 def _linear_weights(module: nn.Module) -> int:

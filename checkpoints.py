@@ -1,0 +1,176 @@
+"""Checkpoints: written whole, read without executing anything, fitted to a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timm.models._hub import download_cached_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from utils import UserError, is_main, log, main_process_first, nearest, warn
+
+
+def prepare_output_dir(path: str) -> Path:
+    """Makes the folder and writes to it once. UserError if that fails."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot write there: {error.strerror}") from error
+    return folder
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Writes the file beside its place, then renames it: it is whole at any moment."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(location: str) -> dict:
+    """Reads a checkpoint from a path or an https URL, executing nothing that is in it.
+
+    Of Python's classes only argparse.Namespace is let in: published checkpoints carry their flags
+    in one. UserError for anything that cannot be read as a dictionary.
+    """
+    path = _local_path(location)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler of a hostile file may raise anything
+        if "WeightsUnpickler" in str(error) or "weights_only" in str(error):
+            reason = "it holds more than tensors and plain types, and running its code is refused"
+        else:
+            reason = "it is truncated or not a PyTorch checkpoint"
+        raise UserError(f"{location}: cannot be loaded: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{location}: not a checkpoint: expected a dictionary, found {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _local_path(location: str) -> Path:
+    """The file itself, or its local copy where `location` is an https URL."""
+    if location.startswith("https://"):
+        try:
+            with main_process_first():
+                return Path(download_cached_file(location, check_hash=False, progress=is_main()))
+        except OSError as error:
+            raise UserError(f"{location}: cannot be downloaded: {error}") from error
+    path = Path(location)
+    if not path.is_file():
+        raise UserError(f"{location}: no such file{_nearby(path)}")
+    return path
+
+
+def _nearby(path: Path) -> str:
+    return nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+
+
+def weights_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a checkpoint: `model` (with `use_ema`, `model_ema`), or the whole dictionary.
+
+    UserError if they are not named tensors.
+    """
+    if use_ema and "model_ema" not in checkpoint:
+        raise UserError(f"{location}: --use-ema: it holds no model_ema")
+    weights = checkpoint["model_ema"] if use_ema else checkpoint.get("model", checkpoint)
+    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.values())):
+        raise UserError(f"{location}: holds no weights: expected named float tensors, at the top or under 'model'")
+    return {str(name).removeprefix("module."): value for name, value in weights.items()}
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+
+
+def fit_weights(model: nn.Module, weights: dict[str, Tensor], location: str, replace_head: bool) -> None:
+    """Loads weights into the model, with the position embedding resampled to its size.
+
+    replace_head: where the class count differs, the model keeps its new head, with a warning; else
+    that is an error. UserError, naming the weights, if names or shapes do not fit.
+    """
+    own = model.state_dict()
+    _check_shapes(own, weights, location, ignore=lambda name: name == "pos_embed" or name.startswith("head"))
+    weights = checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+    foreign_head = [name for name in own if name.startswith("head") and weights[name].shape != own[name].shape]
+    if foreign_head:
+        found, expected = len(weights[foreign_head[0]]), len(own[foreign_head[0]])
+        if not replace_head:
+            raise UserError(f"{location}: its head has {found} classes, the data has {expected}")
+        warn(f"{location}: its head of {found} classes is replaced by a new one of {expected}")
+        weights |= {name: own[name] for name in foreign_head}
+    model.load_state_dict(weights, strict=True)
+
+
+def _check_shapes(own: dict, weights: dict, location: str, ignore: Callable[[str], bool]) -> None:
+    renamed = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
+    wrong = [f"{name} is missing" for name in own if name not in renamed]
+    wrong += [f"{name} is not in this model" for name in renamed if name not in own]
+    for name in own.keys() & renamed.keys():
+        found, expected = tuple(renamed[name].shape), tuple(own[name].shape)
+        same_kind = len(found) == len(expected) and found[-1:] == expected[-1:] if expected else found == ()
+        if found != expected and not (ignore(name) and (same_kind or name.endswith("bias"))):
+            wrong.append(f"{name} is {found}, expected {expected}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{location}: does not fit the model: {'; '.join(sorted(wrong)[:3])}{more}")
+
+
+# The gate of a checkpoint ------------------------------------------------------------------------
+
+GATE_NAMES = ("gate_scale", "gate_center")
+GATE_DEFAULTS = {"gate_scale": 10.0, "gate_center": 30.0}
+PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
+
+
+def choose_gate(flags: dict[str, float | None], checkpoint: dict | None, location: str) -> dict[str, float]:
+    """Gate scale and center, from the first source that knows them; says which, warns of conflicts.
+
+    In this order: flags, what a checkpoint of ours records, its file name (NAME-SCALE-CENTER.pth),
+    `args` inside a foreign checkpoint, the defaults.
+    """
+    sources = [("the command line", flags)]
+    if checkpoint is not None:
+        sources += [
+            ("the checkpoint", _numbers(checkpoint.get("gate"))),
+            ("the file name", _gate_in_name(location)),
+            ("the checkpoint's args", _numbers(checkpoint.get("args")) if "gate" not in checkpoint else {}),
+        ]
+    chosen = {}
+    for name in GATE_NAMES:
+        known = [(source, values[name]) for source, values in sources if values.get(name) is not None]
+        source, chosen[name] = known[0] if known else ("the defaults", GATE_DEFAULTS[name])
+        log(f"{name} {chosen[name]:g}, from {source}")
+        for other, value in known[1:]:
+            if value != chosen[name]:
+                warn(f"{name}: {source} says {chosen[name]:g}, {other} says {value:g}; {source} counts")
+    return chosen
+
+
+def _numbers(record: object) -> dict[str, float]:
+    """Gate values in a dictionary or Namespace, where they are finite numbers."""
+    values = record if isinstance(record, dict) else getattr(record, "__dict__", {})
+    found = {name: values.get(name) for name in GATE_NAMES}
+    is_number = {name: isinstance(v, (int, float)) and math.isfinite(v) for name, v in found.items()}
+    return {name: float(v) for name, v in found.items() if is_number[name]}
+
+
+def _gate_in_name(location: str) -> dict[str, float]:
+    stem = Path(location).stem
+    if stem in PUBLISHED_GATES:
+        return dict(zip(GATE_NAMES, PUBLISHED_GATES[stem]))
+    match = re.fullmatch(r".+-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", stem)
+    return dict(zip(GATE_NAMES, map(float, match.groups()))) if match else {}

@@ -1,0 +1,313 @@
+"""A-ViT from the command line: train, evaluate, or draw token depths.
+
+    torchrun --nproc_per_node=4 main_act.py --data-path IMAGENET --output_dir OUT --pretrained
+    python main_act.py --data-path IMAGENET --eval --finetune a-vit-weights/tiny-10-30.pth
+    python main_act.py --data-path IMAGENET --demo --finetune a-vit-weights/visualization-tiny.pth
+
+`--help` lists the flags. Bad input ends with one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.data.mixup import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import arguments
+import checkpoints
+import losses
+import utils
+import visualize
+from datasets import Augmentation, build_dataset
+from engine_act import Trainer, evaluate, report
+from samplers import ExactDistributedSampler, training_sampler
+from training import TrainingRun, updates_per_epoch
+from utils import UserError, log, warn
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. SystemExit with status 2 for what the user can mend, 1 where training fails."""
+    args = arguments.parse_args(argv)
+    try:
+        with utils.process_group(args.device, args.dist_url, args.world_size) as device:
+            run(args, device)
+    except UserError as error:
+        arguments.make_parser().error(str(error))
+    except FloatingPointError as error:
+        raise SystemExit(f"main_act.py: {error}") from error
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    for flag in ("act_mode", "warmup_epoch"):
+        if getattr(args, flag) is not None:
+            log(f"note: --{flag} is accepted and ignored")
+    utils.seed_everything(args.seed)
+    output_dir = checkpoints.prepare_output_dir(args.output_dir) if args.output_dir else None
+    if args.eval or args.demo:
+        look_at_validation_set(args, device, output_dir)
+    else:
+        train(args, device, output_dir)
+
+
+def look_at_validation_set(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> None:
+    """--eval and --demo."""
+    images = validation_set(args)
+    start = StartingPoint.of(args)
+    if start.checkpoint is None and not args.pretrained:
+        warn("no weights given (--finetune, --resume or --pretrained): the network is random")
+    model = build_model(args, len(images.classes), start).to(device)
+    loader = evaluation_loader(args, images)
+    if args.demo:
+        folder = visualize.demo(model, loader, device, amp_of(args), output_dir or Path())
+        log(f"token depths drawn in {folder}")
+        return
+    result = evaluate(model, loader, device, amp_of(args))
+    report(result)
+    if output_dir is not None and utils.is_main():
+        (output_dir / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def train(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> None:
+    images, test_images = training_set(args), validation_set(args)
+    if images.classes != test_images.classes:
+        raise UserError(f"--data-path {args.data_path}: training and validation have other classes")
+    num_classes = len(images.classes)
+    start = StartingPoint.of(args)
+    model = build_model(args, num_classes, start).to(device)
+    trainer = build_trainer(args, model, num_classes, device)
+    loader = training_loader(args, images)
+    training_run = TrainingRun(
+        trainer,
+        build_schedule(args, trainer.optimizer, updates_per_epoch(loader, args.accum_steps)),
+        loader,
+        evaluation_loader(args, test_images),
+        epochs=args.epochs,
+        output_dir=output_dir,
+        tensorboard=args.tensorboard,
+        flags=dict(vars(args)),
+    )
+    if start.flag == "resume":
+        training_run.restore(start.checkpoint, start.location)
+    if args.start_epoch is not None:
+        training_run.first_epoch = args.start_epoch
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    log(f"{args.model}: {size}, {num_classes} classes, {len(images)} images, {utils.world_size()} process(es)")
+    training_run.train()
+
+
+# What a command is made of -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The checkpoint that a run starts from, if any, and what it is for."""
+
+    flag: str | None = None
+    location: str = ""
+    checkpoint: dict | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> StartingPoint:
+        """The first given of --resume, --finetune, --pretrained-path."""
+        for flag in ("resume", "finetune", "pretrained_path"):
+            location = getattr(args, flag)
+            if location:
+                return cls(flag, location, checkpoints.load_checkpoint(location))
+        return cls()
+
+
+def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint) -> nn.Module:
+    """The model with its starting weights, on the CPU."""
+    size = image_size(args)
+    gate_flags = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
+    from_hub = args.pretrained and start.checkpoint is None
+    regularised = start.flag != "finetune"
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=from_hub,
+            num_classes=num_classes,
+            img_size=size,
+            pos_drop_rate=args.drop * regularised,
+            proj_drop_rate=args.drop * regularised,
+            drop_path_rate=args.drop_path * regularised,
+            halting=args.halting,
+            zip_tokens=args.zip_tokens,
+            early_exit=args.early_exit,
+            **checkpoints.choose_gate(gate_flags, start.checkpoint, start.location),
+        )
+    except RuntimeError as error:  # no pretrained weights, or out of reach
+        raise UserError(str(error)) from error
+    patch = model.patch_embed.patch_size
+    if any(side % p for side, p in zip(size, patch)):
+        raise UserError(f"--input-size {size[0]} x {size[1]}: not a multiple of the patches' {patch[0]} x {patch[1]}")
+    if from_hub and model.pretrained_cfg["num_classes"] != num_classes:
+        warn(f"the head of {model.pretrained_cfg['num_classes']} classes is replaced by a new one of {num_classes}")
+    if start.checkpoint is not None:
+        weights = checkpoints.weights_of(start.checkpoint, start.location, args.use_ema)
+        is_new_task = not (args.eval or args.demo) and start.flag != "resume"
+        checkpoints.fit_weights(model, weights, start.location, replace_head=is_new_task)
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    return model
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width."""
+    return args.input_size[0], args.input_size[-1]
+
+
+def amp_of(args: argparse.Namespace) -> str:
+    return args.amp or ("fp16" if args.device.startswith("cuda") else "none")
+
+
+def validation_set(args: argparse.Namespace) -> Dataset:
+    return build_dataset(args.data_set, args.data_path, False, image_size(args), inat_category=args.inat_category)
+
+
+def training_set(args: argparse.Namespace) -> Dataset:
+    augmentation = Augmentation(
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        erase_probability=args.reprob,
+        erase_mode=args.remode,
+        erase_count=args.recount,
+    )
+    return build_dataset(args.data_set, args.data_path, True, image_size(args), augmentation, args.inat_category)
+
+
+def evaluation_loader(args: argparse.Namespace, images: Dataset) -> DataLoader:
+    sampler = ExactDistributedSampler(images, utils.world_size(), utils.rank())
+    return DataLoader(images, args.batch_size, sampler=sampler, **loader_options(args))
+
+
+def training_loader(args: argparse.Namespace, images: Dataset) -> DataLoader:
+    """Drops an incomplete last batch, unless it is the only one."""
+    sampler = training_sampler(images, utils.world_size(), utils.rank(), args.seed, args.repeated_aug)
+    drop_last = len(sampler) >= args.batch_size
+    return DataLoader(images, args.batch_size, sampler=sampler, drop_last=drop_last, **loader_options(args))
+
+
+def loader_options(args: argparse.Namespace) -> dict:
+    workers = min(args.num_workers, os.cpu_count() or 1)
+    pin = args.pin_mem and args.device.startswith("cuda")
+    return {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        return None
+    return Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_criterion(args: argparse.Namespace, model: nn.Module, mixup: bool) -> losses.AdaptiveLoss:
+    classification = losses.classification_loss(mixup, args.smoothing)
+    if args.distillation_type != "none":
+        kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+        classification = losses.DistillationLoss(classification, kind, alpha, tau)
+    return losses.AdaptiveLoss(classification, model.num_blocks, args.ponder_token_scale, args.distr_prior_alpha)
+
+
+def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) -> losses.Teacher | None:
+    """Also puts the student into distilled training."""
+    if args.distillation_type == "none":
+        return None
+    if not hasattr(model, "set_distilled_training"):
+        names = ", ".join(timm.list_models("avit*distilled*"))
+        raise UserError(f"--distillation-type needs a distilled model, {args.model} is none; there are {names}")
+    model.set_distilled_training(True)
+    name = args.teacher_model
+    if not timm.is_model(name):
+        raise UserError(f"--teacher-model {name}: unknown to timm{utils.nearest(name, timm.list_models())}")
+    try:
+        classifier = timm.create_model(name, pretrained=not args.teacher_path)
+        if args.teacher_path:
+            classifier.reset_classifier(num_classes)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
+    if args.teacher_path:
+        weights = checkpoints.weights_of(checkpoints.load_checkpoint(args.teacher_path), args.teacher_path)
+        checkpoints.fit_weights(classifier, weights, args.teacher_path, replace_head=False)
+    elif classifier.num_classes != num_classes:
+        raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
+    return losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])
+
+
+def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> Trainer:
+    mixup = build_mixup(args, num_classes)
+    teacher = build_teacher(args, model, num_classes)
+    ema_device = "cpu" if args.model_ema_force_cpu else None
+    return Trainer(
+        model=nn.parallel.DistributedDataParallel(model) if utils.world_size() > 1 else model,
+        criterion=build_criterion(args, model, mixup is not None).to(device),
+        optimizer=build_optimizer(args, model),
+        device=device,
+        amp=amp_of(args),
+        clip_grad=args.clip_grad,
+        accum_steps=args.accum_steps,
+        mixup=mixup,
+        ema=ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None,
+        teacher=teacher.to(device) if teacher is not None else None,
+    )
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The learning rate is --lr per 512 images of a joint batch."""
+    lr = args.lr * args.batch_size * utils.world_size() * args.accum_steps / 512
+    options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return create_optimizer_v2(model, args.opt, lr, args.weight_decay, args.momentum, **given)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"--opt {args.opt}: {error}") from error
+
+
+def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
+    """timm's schedule, stepped by optimizer steps; plateau by epochs, since it follows the accuracy."""
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            args.sched,
+            num_epochs=args.epochs,
+            decay_epochs=args.decay_epochs,
+            cooldown_epochs=args.cooldown_epochs,
+            patience_epochs=args.patience_epochs,
+            decay_rate=args.decay_rate,
+            min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs,
+            noise=args.lr_noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            noise_seed=args.seed,
+            step_on_epochs=args.sched == "plateau",
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--sched {args.sched}: {error}") from error
+    return schedule
+
+
+if __name__ == "__main__":
+    main()

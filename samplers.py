@@ -1,0 +1,42 @@
+"""Which process sees which images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler, Sampler
+
+EPOCH_STRIDE = 100_003  # keeps the orders of different seeds apart
+
+
+class RepeatedAugmentationSampler(RepeatAugSampler):
+    """timm's repeated augmentation (three views of an image in one epoch), with a seed."""
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int, seed: int = 0):
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed * EPOCH_STRIDE + epoch)
+
+
+class ExactDistributedSampler(Sampler):
+    """Every index once over all processes: no padding, so processes may differ by one image."""
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int):
+        self.indices = range(rank, len(dataset), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def training_sampler(dataset: Sized, num_replicas: int, rank: int, seed: int, repeated_aug: bool) -> Sampler:
+    """Shuffles anew after each `set_epoch(epoch)`; equally many images in every process."""
+    if repeated_aug:
+        return RepeatedAugmentationSampler(dataset, num_replicas, rank, seed)
+    return DistributedSampler(dataset, num_replicas, rank, shuffle=True, seed=seed)

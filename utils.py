@@ -1,0 +1,191 @@
+"""What every command needs: errors for users, processes, averages, messages and progress."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it in one line and exits with status 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean a, b?)', or '' where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+# Processes ---------------------------------------------------------------------------------------
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+PROCESS_TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others before it fails
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device_type: str, dist_url: str = "env://", size: int | None = None) -> Iterator[torch.device]:
+    """Joins the other processes, if the environment speaks of several, and yields this one's device.
+
+    Understands torchrun, torch.distributed.launch and srun. `size` and a `dist_url` of
+    tcp://host:port are for processes started by hand, with RANK in their environment.
+    """
+    device = _device(device_type)
+    _adopt_slurm()
+    size = int(os.environ.get("WORLD_SIZE", size or 1))
+    if size == 1:
+        yield device
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = {"world_size": size, "rank": int(os.environ.get("RANK", "0")), "timeout": PROCESS_TIMEOUT}
+    dist.init_process_group(backend, init_method=dist_url, **options)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _adopt_slurm() -> None:
+    """Under srun, sets what torchrun would: Slurm's names for the same things."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    os.environ.update({name: os.environ[source] for name, source in zip(LAUNCHER, slurm)})
+    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def _device(device_type: str) -> torch.device:
+    try:
+        device = torch.device(device_type)
+    except RuntimeError as error:
+        raise UserError(f"--device: unknown device {device_type!r}; expected cuda or cpu") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+    device = torch.device("cuda", local_rank() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch, differently in each process."""
+    random.seed(seed + rank())
+    np.random.seed(seed + rank())
+    torch.manual_seed(seed + rank())
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The body runs in each machine's first process before the others: for downloads."""
+    if dist.is_initialized() and local_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and local_rank() == 0:
+        dist.barrier()
+
+
+# Numbers and progress ----------------------------------------------------------------------------
+
+
+class Averages:
+    """Weighted means by name, over all batches and processes; scalars or vectors.
+
+    Sums stay on the device until they are asked for, so that adding never waits for it.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 0.0
+
+    def add(self, weight: float, **values: Tensor) -> None:
+        self.weight += weight
+        for name, value in values.items():
+            added = weight * value.detach().double()
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
+
+    def local(self) -> dict[str, float]:
+        """Means of this process's scalars so far."""
+        return {name: (s / self.weight).item() for name, s in self.sums.items() if s.ndim == 0}
+
+    def reduced(self) -> tuple[float, dict[str, float | list[float]]]:
+        """Total weight and means over all processes; every process must call it, with or without values."""
+        everyone = gather((self.weight, {name: s.cpu() for name, s in self.sums.items()}))
+        total = sum(weight for weight, _ in everyone)
+        names = {name: None for _, sums in everyone for name in sums}
+        sums = {name: torch.stack([own[name] for _, own in everyone if name in own]).sum(dim=0) for name in names}
+        return total, {name: (s / total).tolist() for name, s in sums.items()}
+
+
+def gather(value: object) -> list:
+    """The values of all processes, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def log(message: str) -> None:
+    """Prints in the main process."""
+    if is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(message: str) -> None:
+    """Prints a warning to stderr, in the main process."""
+    if is_main():
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def with_progress(batches, title: str, describe: Callable[[], dict[str, str]], every: int = 50) -> Iterator:
+    """Yields the batches; shows a bar on a terminal, else a line every so many batches.
+
+    `describe` is called for the figures to show, every `every` batches.
+    """
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(batches, desc=title, leave=False, disable=not (is_main() and on_terminal))
+    start = time.perf_counter()
+    for number, batch in enumerate(bar, start=1):
+        yield batch
+        if number % every == 0 or number == len(batches):
+            if on_terminal:
+                bar.set_postfix(describe())
+                continue
+            left = timedelta(seconds=int((time.perf_counter() - start) / number * (len(batches) - number)))
+            figures = "  ".join(f"{k} {v}" for k, v in describe().items())
+            log(f"{title} [{number}/{len(batches)}]  {figures}  left {left}")
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
