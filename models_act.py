@@ -286,9 +286,9 @@ def impose_depths(model: _AdaptiveTokens, mean: float, spread: float) -> None:
 
     For tests and benchmarks. Channel 0 then grows by the same step in every block and starts, for
     each token, from its position (half of the variance), its content (a quarter) and its image (a
-    quarter; the only part for prefix tokens, which the first attention block brings to all of the
-    image's tokens). The shares are exact for images of standard normal noise. Other weights,
-    and so the rest of the computation, stay as they are.
+    quarter; the only part for prefix tokens), which the first head of block 1 brings to all of the
+    image's tokens. The shares hold for images of standard normal noise. Other weights, and so the
+    rest of the computation, stay as they are.
 
     ValueError for a model whose projections have no bias or that normalises before its blocks.
     """
@@ -309,9 +309,9 @@ def impose_depths(model: _AdaptiveTokens, mean: float, spread: float) -> None:
                 scale.gamma[0] = 1
 
     kernel = model.patch_embed.proj.weight
-    pattern = torch.randn(kernel.shape[1:], generator=generator).to(kernel)
-    pattern /= pattern.norm()  # of unit variance on standard normal images
-    kernel[0], kernel[1], kernel[2] = 0.5 * spread * step * pattern, pattern, -pattern
+    content, shared = torch.randn(2, *kernel.shape[1:], generator=generator).to(kernel)
+    content, shared = content / content.norm(), shared / shared.norm()  # of unit variance on normal noise
+    kernel[0], kernel[1], kernel[2] = 0.5 * spread * step * content, shared, -shared
     if model.patch_embed.proj.bias is not None:
         model.patch_embed.proj.bias[:3] = 0
 
@@ -340,11 +340,11 @@ def _impose_image_term(block: Block, std: float, start: float, channels: int) ->
     `std` is that of the term times the square root of the number of patches.
     """
     attn = block.attn
-    value = attn.qkv.weight[2 * attn.attn_dim]  # first value channel of the first head
-    value.zero_()
-    value[1], value[2] = 1, -1
-    if attn.qkv.bias is not None:
-        attn.qkv.bias[2 * attn.attn_dim] = 0
+    queries, value = slice(attn.head_dim), 2 * attn.attn_dim  # of the first head; its first value channel
+    for parameter in attn.qkv.parameters():
+        parameter[queries] = 0  # the first head attends evenly
+        parameter[value] = 0
+    attn.qkv.weight[value, 1], attn.qkv.weight[value, 2] = 1, -1
     block.norm1.weight[1:3] = 1
     if block.norm1.bias is not None:
         block.norm1.bias[1:3] = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,3 +46,49 @@ class ParityCase:
 @pytest.fixture(params=PARITY, ids=lambda path: path.stem)
 def parity(request) -> ParityCase:
     return ParityCase(request.param)
+
+
+def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = False, **kwargs) -> torch.nn.Module:
+    """A small model whose tokens halt at many depths; every parameter random, none at its initial zero."""
+    make = models_act.AdaptiveVisionTransformerDistilled if distilled else models_act.AdaptiveVisionTransformer
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 8, "num_heads": 3, "num_classes": 7}
+    torch.manual_seed(0)
+    model = make(**{**sizes, "gate_scale": 4.0, "gate_center": 12.0, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    models_act.impose_depths(model, mean, spread)
+    with torch.no_grad():  # and let halting depend on everything a little, so that gradients flow through it
+        for block in model.blocks:
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                weight[0] += 0.02 * torch.randn_like(weight[0])
+    return model
+
+
+def images(batch: int = 6, size: int = 16, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_halting(halting: models_act.Halting, num_blocks: int = 8) -> None:
+    """The premise of every test about halting: it happens, at several depths, and to class tokens."""
+    assert len(halting.depth.unique()) >= 4, "tokens do not halt at several depths"
+    assert halting.depth[:, 0].min() < num_blocks, "no class token halts early"
+    assert halting.depth.amax(dim=1).min() < num_blocks, "no image finishes early"
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """ImageNet's layout with 3 classes, 5 training and 3 validation images each, 40 x 36 pixels."""
+    return make_image_folder(tmp_path / "data")
+
+
+def make_image_folder(root: Path, classes: int = 3, train: int = 5, val: int = 3, size=(40, 36)) -> Path:
+    rng = np.random.default_rng(0)
+    for part, count in {"train": train, "val": val}.items():
+        for c in range(classes):
+            folder = root / part / f"class_{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root

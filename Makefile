@@ -1,0 +1,47 @@
+# make help lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT := results/quickstart
+
+# The digits at 32 x 32 in patches of 4 x 4: small enough for a CPU.
+DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_workers 0
+RECIPE := --batch-size 16 --no-model-ema --no-repeated-aug --drop-path 0 \
+          --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0
+
+.PHONY: help quickstart test test-slow lint
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned digits, in under 5 minutes
+	$(BIN)/python main_act.py $(DIGITS) $(RECIPE) --no-halting --epochs 20 --warmup-epochs 2 --lr 0.048 \
+	  --output_dir $(OUT)/static
+	$(BIN)/python main_act.py $(DIGITS) $(RECIPE) --pretrained-path $(OUT)/static/checkpoint.pth \
+	  --epochs 12 --warmup-epochs 1 --lr 0.016 --gate_scale 10 --gate_center 10 \
+	  --ponder_token_scale 0.0005 --distr_prior_alpha 0.001 --output_dir $(OUT)/adaptive
+	$(BIN)/python main_act.py $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth \
+	  --output_dir $(OUT)/static
+	$(BIN)/python main_act.py $(DIGITS) --eval --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
+	$(BIN)/python main_act.py $(DIGITS) --demo --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
+	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
+	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
+
+test: .venv/installed-dev  ## the everyday tests
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/installed-dev  ## the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/installed-dev  ## style and mistakes that can be seen without running
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,141 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import halting_model, images
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from losses import (
+    AdaptiveLoss,
+    DistillationLoss,
+    DistributionPriorLoss,
+    PonderLoss,
+    Teacher,
+    classification_loss,
+)
+from models_act import Halting
+
+
+def test_target_of_the_paper():
+    target = DistributionPriorLoss(12).target
+    assert target.argmax() == 8  # block 9
+    assert_close(target[:8].sum(), torch.tensor(0.98))
+    normal = torch.exp(-0.5 * (torch.arange(12) - 8.0) ** 2)
+    assert_close(target / target[8], normal)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 6, 18, 24])
+def test_target_of_other_depths(depth):
+    target = DistributionPriorLoss(depth).target
+    assert target.shape == (depth,)
+    assert torch.isfinite(target).all()
+    assert target.sum() > 0
+
+
+def test_prior_is_the_formula():
+    scores = torch.rand(12) * 0.2 + 0.05
+    prior = DistributionPriorLoss(12)
+    q, t = scores / scores.sum(), prior.target
+    assert_close(prior(scores), (t * (t.log() - q.log())).sum() / 12)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=12, max_size=12), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_prior_is_finite_for_any_scores(values, dtype):
+    scores = torch.tensor(values, dtype=dtype, requires_grad=True)
+    loss = DistributionPriorLoss(12)(scores)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-33])
+def test_prior_of_next_to_nothing_has_no_gradient(value):
+    scores = torch.full((12,), value, requires_grad=True)
+    prior = DistributionPriorLoss(12)
+    loss = prior(scores)
+    loss.backward()
+    assert_close(loss, (prior.target * (prior.target.log() - torch.tensor(0.01).log())).sum() / 12)
+    assert not scores.grad.any()
+
+
+def test_prior_is_computed_in_float32_under_autocast():
+    scores = torch.rand(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert DistributionPriorLoss(12)(scores) == DistributionPriorLoss(12)(scores.clone())
+        assert DistributionPriorLoss(12)(scores).dtype == torch.float32
+
+
+def test_prior_names_a_wrong_number_of_layers():
+    with pytest.raises(ValueError, match="expected 12 layer scores"):
+        DistributionPriorLoss(12)(torch.rand(6))
+
+
+def test_ponder_loss_is_the_mean_over_all_tokens():
+    assert PonderLoss()(torch.tensor([[2.0, 4.0], [6.0, 8.0]])) == 5
+
+
+@pytest.mark.parametrize(("mixup", "smoothing"), [(True, 0.1), (False, 0.1), (False, 0.0)])
+def test_classification_loss(mixup, smoothing):
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    targets = F.one_hot(labels, 5).float() if mixup else labels
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.0 if mixup else smoothing)
+    assert_close(classification_loss(mixup, smoothing)(logits, targets), expected)
+
+
+def test_total_is_the_sum_of_named_parts():
+    halting = Halting(torch.ones(2, 3), torch.full((2, 3), 5.0), torch.rand(12))
+    criterion = AdaptiveLoss(nn.CrossEntropyLoss(), depth=12, ponder_token_scale=0.5, distr_prior_alpha=0.1)
+    logits, labels = torch.randn(2, 5), torch.tensor([0, 1])
+    total, parts = criterion(logits, labels, halting)
+    assert list(parts) == ["classification_loss", "ponder_loss_token", "distr_prior_loss"]
+    assert parts["ponder_loss_token"] == 2.5
+    assert_close(parts["distr_prior_loss"], 0.1 * DistributionPriorLoss(12)(halting.layer_scores))
+    assert_close(total, sum(parts.values()))
+    static_total, static_parts = criterion(logits, labels)
+    assert list(static_parts) == ["classification_loss"]
+    assert static_total == parts["classification_loss"]
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_distillation_formulas(kind):
+    logits, dist_logits, teacher = torch.randn(3, 4, 6).unbind()
+    labels = torch.tensor([0, 1, 2, 3])
+    loss = DistillationLoss(nn.CrossEntropyLoss(), kind, alpha=0.3, tau=2.0)((logits, dist_logits), labels, teacher)
+    if kind == "hard":
+        expected = F.cross_entropy(dist_logits, teacher.argmax(1))
+    else:
+        p, q = (teacher / 2).softmax(1), (dist_logits / 2).softmax(1)
+        expected = 4 * (p * (p.log() - q.log())).mean()
+    assert_close(loss, 0.7 * F.cross_entropy(logits, labels) + 0.3 * expected)
+
+
+def test_distillation_without_a_distilled_student():
+    loss = DistillationLoss(nn.CrossEntropyLoss(), "hard")
+    with pytest.raises(ValueError, match="distilled model"):
+        loss(torch.randn(2, 3), torch.tensor([0, 1]), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="'hard' or 'soft'"):
+        DistillationLoss(nn.CrossEntropyLoss(), "other")
+
+
+def test_teacher_gets_images_in_its_own_normalisation():
+    teacher = Teacher(nn.Flatten(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    pixels = torch.rand(2, 3, 4, 4)
+    student_mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    student_std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    assert_close(teacher((pixels - student_mean) / student_std), ((pixels - 0.5) / 0.5).flatten(1))
+    assert not teacher.classifier.training
+
+
+def test_every_part_teaches_the_network():
+    """A gradient of each part reaches the first block through halting, or through the logits."""
+    model = halting_model().train()
+    logits, halting = model(images(), return_halting=True)
+    criterion = AdaptiveLoss(nn.CrossEntropyLoss(), depth=8)
+    _, parts = criterion(logits, torch.arange(6), halting)
+    weight = model.blocks[0].mlp.fc1.weight
+    for name, part in parts.items():
+        (grad,) = torch.autograd.grad(part, weight, retain_graph=True)
+        assert grad.any(), name

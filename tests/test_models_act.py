@@ -1,0 +1,445 @@
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, assert_halting, halting_model, images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models import get_pretrained_cfg
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import models_act
+from models_act import AdaptiveVisionTransformer, halting_step, impose_depths, macs_per_image
+
+REGISTERED = timm.list_models("avit*")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+# The definition ----------------------------------------------------------------------------------
+
+
+def by_the_definition(model, x):
+    """Section 2 of the paper, token by token and image by image, with timm's own blocks."""
+    model.eval()
+    outputs, depths, costs = [], [], []
+    for tokens in model.norm_pre(model._pos_embed(model.patch_embed(x))):
+        live = list(range(len(tokens)))
+        state = tokens.clone()
+        total = torch.zeros(len(tokens))
+        output = torch.zeros_like(tokens)
+        depth, cost = torch.zeros(len(tokens)), torch.zeros(len(tokens))
+        for number, block in enumerate(model.blocks, start=1):
+            if not live:
+                break
+            state[live] = block(state[live][None])[0]
+            for n in list(live):
+                h = torch.sigmoid(model.gate_scale * state[n, 0] - model.gate_center)
+                h = torch.ones(()) if number == len(model.blocks) else h
+                if total[n] + h >= 1 - model.halt_eps:
+                    remainder = 1 - total[n]
+                    output[n] += remainder * state[n]
+                    depth[n], cost[n] = number, number + remainder
+                    live.remove(n)
+                else:
+                    output[n] += h * state[n]
+                total[n] += h
+        outputs.append(model.norm(output))
+        depths.append(depth)
+        costs.append(cost)
+    return model.forward_head(torch.stack(outputs)), torch.stack(depths), torch.stack(costs)
+
+
+@pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+@torch.no_grad()
+def test_model_follows_the_definition(zip_tokens):
+    model = halting_model(zip_tokens=zip_tokens).eval()
+    logits, halting = model(images(), return_halting=True)
+    assert_halting(halting)
+    expected_logits, expected_depth, expected_cost = by_the_definition(model, images())
+    assert torch.equal(halting.depth, expected_depth)
+    assert_close(logits, expected_logits, **CLOSE)
+    assert_close(halting.ponder_cost, expected_cost, **CLOSE)
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=12))
+def test_halting_probabilities_sum_to_one(channel):
+    cumulative, total, live = torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool)
+    for number, value in enumerate(channel, start=1):
+        x = torch.tensor([[value, 0.0]])
+        step = halting_step(x, cumulative, gate_scale=1.0, gate_center=0.0, halt_eps=0.01, last=number == len(channel))
+        total = total + step.probability * live
+        live, cumulative = live & ~step.halted, step.cumulative
+    assert not live.any()
+    assert_close(total, torch.ones(1))
+
+
+# Zipped equals masked ----------------------------------------------------------------------------
+
+
+def forms(model):
+    masked, zipped = copy.deepcopy(model), model
+    masked.zip_tokens, zipped.zip_tokens = False, True
+    return masked, zipped
+
+
+def assert_same(masked, zipped, x, seed=0, gradients=True, tolerance=CLOSE):
+    """Outputs, gradients and the random generator's state afterwards; returns what halted."""
+    results = []
+    for model in (masked, zipped):
+        torch.manual_seed(seed)
+        logits, halting = model(x, return_halting=True)
+        outputs = [*logits] if isinstance(logits, tuple) else [logits]
+        outputs += [halting.ponder_cost, halting.layer_scores]
+        model.zero_grad()
+        if gradients:
+            weights = torch.Generator().manual_seed(7)
+            sum((o * torch.randn(o.shape, generator=weights)).sum() for o in outputs).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        results.append((outputs, halting, grads, torch.get_rng_state()))
+    (outputs, halting, grads, state), (other_outputs, other_halting, other_grads, other_state) = results
+    assert torch.equal(halting.depth, other_halting.depth)
+    assert torch.equal(state, other_state)
+    for a, b in zip(outputs, other_outputs):
+        assert_close(b, a, **tolerance)
+    for name, grad in grads.items() if gradients else ():
+        assert other_grads[name] is not None, name
+        scale = max(1.0, grad.abs().max().item())  # gradients of sums over many tokens: relative to the largest
+        assert_close(other_grads[name] / scale, grad / scale, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+    return halting
+
+
+@settings(max_examples=25)
+@given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100))
+def test_any_pattern_of_depths(mean, spread, batch, seed):
+    masked, zipped = forms(halting_model(mean, spread).train())
+    x = images(batch, seed=seed)
+    with torch.no_grad():
+        halting = masked(x, return_halting=True)[1]
+    if halting.depth.min() == halting.depth.max() == 8:
+        return
+    assert_same(masked, zipped, x)
+
+
+OPTIONS = {
+    "plain": {},
+    "registers": {"reg_tokens": 3},
+    "distilled": {"distilled": True},
+    "layer scale": {"init_values": 0.5},
+    "qk norm": {"qk_norm": True},
+    "attention and mlp norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no embedding of the class token": {"no_embed_class": True},
+    "no qkv bias": {"qkv_bias": False},
+    "any image size": {"dynamic_img_size": True},
+    "norm after pooling": {"fc_norm": True},
+    "no final norm": {"final_norm": False},
+    "stochastic depth": {"drop_path_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_options_of_timm_in_both_forms(options, training):
+    model = halting_model(**options).train(training)
+    if "distilled" in options:
+        model.set_distilled_training(True)
+    halting = assert_same(*forms(model), images())
+    assert len(halting.depth.unique()) >= 4
+    if "drop_path_rate" not in options or not training:
+        assert_halting(halting)
+
+
+def test_pre_norm_in_both_forms():
+    model = AdaptiveVisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, pre_norm=True, gate_scale=3.0, gate_center=4.0
+    )
+    halting = assert_same(*forms(model.train()), images())
+    assert len(halting.depth.unique()) >= 4
+
+
+def test_another_size_with_dynamic_img_size():
+    model = halting_model(dynamic_img_size=True)
+    halting = assert_same(*forms(model), torch.randn(3, 3, 24, 16))
+    assert halting.depth.shape == (3, 1 + 6 * 4)
+    assert len(halting.depth.unique()) >= 4
+
+
+def test_extremes():
+    """Nothing halts; everything halts at block 1; a class token alone is first, or last."""
+    x = images()
+    for mean, low, high in ((30, 8, 8), (-10, 1, 1)):
+        halting = assert_same(*forms(halting_model(mean, 0.1)), x)
+        assert (halting.depth.min(), halting.depth.max()) == (low, high)
+    for shift, position in ((4.0, "first"), (-4.0, "last")):
+        model = halting_model(5.0, 1.0)
+        with torch.no_grad():
+            model.cls_token[..., 0] += shift * 6 / model.gate_scale
+        halting = assert_same(*forms(model), x)
+        patches = halting.depth[:, 1:]
+        is_extreme = (
+            halting.depth[:, 0] < patches.amin(1) if position == "first" else halting.depth[:, 0] > patches.amax(1)
+        )
+        assert is_extreme.any(), position
+        assert (halting.depth.amax(dim=1) < 8).any() or position == "last"
+
+
+def test_gradient_checkpointing():
+    model = halting_model(drop_path_rate=0.2).train()
+    plain = copy.deepcopy(model)
+    model.set_grad_checkpointing(True)
+    for zip_tokens in (False, True):
+        model.zip_tokens = plain.zip_tokens = zip_tokens
+        assert_same(plain, model, images())
+    model.zip_tokens, plain.zip_tokens = True, False
+    assert_same(plain, model, images())
+
+
+@torch.no_grad()
+def test_bf16_autocast():
+    masked, zipped = forms(halting_model().eval())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, halting = masked(images(), return_halting=True)
+        zipped_logits, zipped_halting = zipped(images(), return_halting=True)
+    assert_halting(halting)
+    assert halting.ponder_cost.dtype == halting.layer_scores.dtype == torch.float32
+    same = (halting.depth == zipped_halting.depth).float().mean()
+    assert same > 0.97
+    assert_close(zipped_logits.float(), logits.float(), rtol=0.1, atol=0.1)
+
+
+def test_bf16_autocast_leaves_the_generator_in_the_same_state():
+    states = []
+    for model in forms(halting_model(drop_path_rate=0.5).train()):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_images_without_live_tokens_give_no_nan(fused):
+    timm.layers.set_fused_attn(fused)
+    try:
+        model = halting_model(mean=3.0, spread=0.5, zip_tokens=False).train()
+    finally:
+        timm.layers.set_fused_attn(True)
+    logits, halting = model(images(), return_halting=True)
+    assert halting.depth.amax(dim=1).max() < 8, "all images must finish early"
+    (logits.sum() + halting.ponder_cost.sum() + halting.layer_scores.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_unreached_blocks_get_zero_gradients():
+    model = halting_model(mean=3.0, spread=0.5).train()
+    logits, halting = model(images(), return_halting=True)
+    assert halting.depth.max() < 8
+    logits.sum().backward()
+    for name, parameter in model.blocks[-1].named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@torch.no_grad()
+def test_early_exit_changes_no_logits(monkeypatch):
+    model = halting_model().eval()
+    logits, halting = model(images(), return_halting=True)
+    assert_halting(halting)
+    assert (halting.depth[:, 0] < halting.depth[:, 1:].amax(dim=1)).any(), "no image can leave early"
+    rows = []
+    run_block = models_act._zipped_block
+    monkeypatch.setattr(models_act, "_zipped_block", lambda b, x, t: rows.append(len(x)) or run_block(b, x, t))
+    counts = {}
+    for early_exit in (True, False):
+        model.early_exit = early_exit
+        rows.clear()
+        assert_close(model(images()), logits, **CLOSE)
+        counts[early_exit] = sum(rows)
+    assert counts[True] < counts[False]
+    model.early_exit = True
+    for uses in (lambda: model(images(), return_halting=True), lambda: model.forward_features(images())):
+        rows.clear()
+        uses()
+        assert sum(rows) == counts[False], "early exit acted where depths or features are asked for"
+
+
+# The rest of the interface -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+@pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
+@torch.no_grad()
+def test_features_and_head_are_the_whole(zip_tokens, distilled):
+    model = halting_model(zip_tokens=zip_tokens, distilled=distilled).eval()
+    features = model.forward_features(images())
+    assert features.shape == (6, 16 + model.num_prefix_tokens, 24)
+    assert_close(model.forward_head(features), model(images()), **CLOSE)
+
+
+@torch.no_grad()
+def test_no_pooling_returns_every_token():
+    model = halting_model(global_pool="").eval()
+    assert model(images()).shape == (6, 17, 7)
+
+
+@torch.no_grad()
+def test_without_halting_it_is_timms_network():
+    model = halting_model(halting=False).eval()
+    static = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, num_classes=7)
+    static.load_state_dict(model.state_dict(), strict=True)
+    logits, halting = model(images(), return_halting=True)
+    assert torch.equal(logits, static.eval()(images()))
+    assert torch.equal(model(images()), logits)
+    assert halting.depth.unique().tolist() == [8]
+    assert halting.ponder_cost.unique().tolist() == [9]
+
+
+def test_distilled_training_returns_two_logits():
+    model = halting_model(distilled=True).train()
+    assert model(images()).shape == (6, 7)
+    model.set_distilled_training(True)
+    (logits, logits_dist), halting = model(images(), return_halting=True)
+    assert logits.shape == logits_dist.shape == (6, 7)
+    assert halting.depth.shape == (6, 18)
+    assert model.eval()(images()).shape == (6, 7)
+
+
+def test_nothing_of_a_pass_stays_on_the_model():
+    model = halting_model()
+    before = set(vars(model)) | {name for name, _ in model.named_buffers()}
+    model(images(), return_halting=True)
+    assert set(vars(model)) | {name for name, _ in model.named_buffers()} == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"block_fn": timm.models.vision_transformer.ResPostBlock},
+        {"attn_layer": "diff"},
+        {"mlp_layer": timm.layers.GlobalResponseNormMlp},
+        {"patch_drop_rate": 0.1},
+        {"class_token": False, "global_pool": "avg"},
+        {"global_pool": "avg"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_halting_cannot_honour_are_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        AdaptiveVisionTransformer(img_size=16, patch_size=4, embed_dim=24, num_heads=3, **option)
+
+
+# Costs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
+@torch.no_grad()
+def test_multiply_adds_agree_with_the_flop_counter(distilled):
+    model = halting_model(distilled=distilled).eval()
+    for x in images(3).split(1):
+        halting = model(x, return_halting=True)[1]
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(x, return_halting=True)
+        assert counter.get_total_flops() / 2 == macs_per_image(model, halting.depth).item()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.halting = False
+        model(x)
+    assert (
+        counter.get_total_flops() / 2 == macs_per_image(model, torch.full((1, 16 + model.num_prefix_tokens), 8)).item()
+    )
+
+
+def test_multiply_adds_of_the_published_sizes():
+    """DeiT's papers say 1.3 and 4.6 G."""
+    for name, gmacs in {"avit_tiny_patch16_224": 1.26, "avit_small_patch16_224": 4.61}.items():
+        model = timm.create_model(name)
+        macs = macs_per_image(model, torch.full((1, 197), 12)).item()
+        assert math.isclose(macs / 1e9, gmacs, rel_tol=0.01)
+
+
+@pytest.mark.parametrize("gate", [(10.0, 30.0), (4.0, 16.0), (5.0, 50.0)])
+@pytest.mark.parametrize("options", [{}, {"distilled": True}, {"init_values": 1e-5, "no_embed_class": True}])
+@torch.no_grad()
+def test_imposed_depths_have_mean_and_spread(gate, options):
+    scale, center = gate
+    model = halting_model(7, 2, depth=12, img_size=32, gate_scale=scale, gate_center=center, **options).eval()
+    depth = model(images(16, size=32), return_halting=True)[1].depth
+    assert abs(depth.mean() - 7) < 0.7
+    assert abs(depth.std() - 2) < 0.7
+    for token in range(model.num_prefix_tokens):
+        assert len(depth[:, token].unique()) >= 2, "prefix tokens must halt differently from image to image"
+
+
+def test_imposing_depths_needs_biases():
+    with pytest.raises(ValueError, match="proj_bias"):
+        impose_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
+
+
+# Registration ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_weights_have_timms_names_and_load_strictly(name):
+    model = timm.create_model(name)
+    source = get_pretrained_cfg(name).hf_hub_id
+    if source:
+        base = timm.create_model(source.removeprefix("timm/").split(".")[0])
+        model.load_state_dict(base.state_dict(), strict=True)
+    assert (model.gate_scale, model.gate_center, model.halt_eps) == (10.0, 30.0, 0.01)
+    assert model.halting
+    assert model.zip_tokens
+    assert model.early_exit
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTERED if get_pretrained_cfg(n).hf_hub_id])
+def test_pretrained_configuration_is_that_of_its_source(name):
+    own = get_pretrained_cfg(name)
+    assert own.hf_hub_id.startswith("timm/deit")
+    source = get_pretrained_cfg(own.hf_hub_id.removeprefix("timm/"), allow_unregistered=False)
+    for key in (
+        "url",
+        "mean",
+        "std",
+        "crop_pct",
+        "interpolation",
+        "input_size",
+        "num_classes",
+        "first_conv",
+        "classifier",
+    ):
+        assert getattr(own, key) == getattr(source, key), key
+    assert own.hf_hub_id == f"timm/{source.architecture}.{source.tag}"
+
+
+def _unreachable(*args, **kwargs):
+    raise OSError("unreachable")
+
+
+def test_pretrained_falls_back_from_the_hub_to_the_original_address(monkeypatch):
+    weights = timm.create_model("deit_tiny_patch16_224").state_dict()
+    asked = []
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", _unreachable)
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_url", lambda url, **_: asked.append(url) or {"model": dict(weights)}
+    )
+    model = timm.create_model("avit_tiny_patch16_224", pretrained=True, num_classes=5)
+    assert asked == ["https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"]
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
+    assert model.head.out_features == 5
+
+
+def test_unreachable_pretrained_weights_name_the_way_out(monkeypatch):
+    for loader in ("load_state_dict_from_hf", "load_state_dict_from_url"):
+        monkeypatch.setattr(f"timm.models._builder.{loader}", _unreachable)
+    with pytest.raises(RuntimeError, match="--pretrained-path"):
+        timm.create_model("avit_tiny_patch16_224", pretrained=True)
+
+
+def test_the_module_knows_nothing_above_it():
+    source = (ROOT / "models_act.py").read_text()
+    for name in ("losses", "engine_act", "main_act", "datasets", "utils"):
+        assert f"import {name}" not in source
+        assert f"from {name}" not in source
