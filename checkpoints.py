@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from utils import UserError, is_main, log, main_process_first, nearest, warn
 
 
-def prepare_output_dir(path: str) -> Path:
-    """Makes the folder and writes to it once. UserError if that fails."""
+def prepare_output_dir(path: str | None) -> Path | None:
+    """Makes the folder, if one is named, and writes to it once. UserError if that fails."""
+    if path is None:
+        return None
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def load_checkpoint(location: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler of a hostile file may raise anything
-        if "WeightsUnpickler" in str(error) or "weights_only" in str(error):
+        if "global" in str(error).partition("WeightsUnpickler error:")[2].lower():
             reason = "it holds more than tensors and plain types, and running its code is refused"
         else:
             reason = "it is truncated or not a PyTorch checkpoint"
@@ -88,12 +90,13 @@ def weights_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[s
         raise UserError(f"{location}: --use-ema: it holds no model_ema")
     weights = checkpoint["model_ema"] if use_ema else checkpoint.get("model", checkpoint)
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.values())):
-        raise UserError(f"{location}: holds no weights: expected named float tensors, at the top or under 'model'")
+        raise UserError(f"{location}: holds no weights: expected named tensors, at the top or under 'model'")
     return {str(name).removeprefix("module."): value for name, value in weights.items()}
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return is_plain and value.device.type == "cpu" and not value.is_complex()
 
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor], location: str, replace_head: bool) -> None:
@@ -115,18 +118,24 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], location: str, rep
     model.load_state_dict(weights, strict=True)
 
 
+def fit_teacher(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
+    """Loads weights into any network. UserError, naming the weights, if names or shapes do not fit."""
+    _check_shapes(model.state_dict(), weights, location, ignore=lambda name: False)
+    model.load_state_dict(weights, strict=True)
+
+
 def _check_shapes(own: dict, weights: dict, location: str, ignore: Callable[[str], bool]) -> None:
     renamed = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
     wrong = [f"{name} is missing" for name in own if name not in renamed]
     wrong += [f"{name} is not in this model" for name in renamed if name not in own]
-    for name in own.keys() & renamed.keys():
+    for name in (name for name in own if name in renamed):
         found, expected = tuple(renamed[name].shape), tuple(own[name].shape)
         same_kind = len(found) == len(expected) and found[-1:] == expected[-1:] if expected else found == ()
         if found != expected and not (ignore(name) and (same_kind or name.endswith("bias"))):
             wrong.append(f"{name} is {found}, expected {expected}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{location}: does not fit the model: {'; '.join(sorted(wrong)[:3])}{more}")
+        raise UserError(f"{location}: does not fit the model: {'; '.join(wrong[:3])}{more}")
 
 
 # The gate of a checkpoint ------------------------------------------------------------------------

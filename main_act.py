@@ -54,14 +54,13 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if getattr(args, flag) is not None:
             log(f"note: --{flag} is accepted and ignored")
     utils.seed_everything(args.seed)
-    output_dir = checkpoints.prepare_output_dir(args.output_dir) if args.output_dir else None
     if args.eval or args.demo:
-        look_at_validation_set(args, device, output_dir)
+        look_at_validation_set(args, device)
     else:
-        train(args, device, output_dir)
+        train(args, device)
 
 
-def look_at_validation_set(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> None:
+def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> None:
     """--eval and --demo."""
     images = validation_set(args)
     start = StartingPoint.of(args)
@@ -69,6 +68,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device, outpu
         warn("no weights given (--finetune, --resume or --pretrained): the network is random")
     model = build_model(args, len(images.classes), start).to(device)
     loader = evaluation_loader(args, images)
+    output_dir = checkpoints.prepare_output_dir(args.output_dir)
     if args.demo:
         folder = visualize.demo(model, loader, device, amp_of(args), output_dir or Path())
         log(f"token depths drawn in {folder}")
@@ -79,7 +79,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device, outpu
         (output_dir / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def train(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     images, test_images = training_set(args), validation_set(args)
     if images.classes != test_images.classes:
         raise UserError(f"--data-path {args.data_path}: training and validation have other classes")
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace, device: torch.device, output_dir: Path | Non
         loader,
         evaluation_loader(args, test_images),
         epochs=args.epochs,
-        output_dir=output_dir,
+        output_dir=checkpoints.prepare_output_dir(args.output_dir),
         tensorboard=args.tensorboard,
         flags=dict(vars(args)),
     )
@@ -248,7 +248,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
         raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
     if args.teacher_path:
         weights = checkpoints.weights_of(checkpoints.load_checkpoint(args.teacher_path), args.teacher_path)
-        checkpoints.fit_weights(classifier, weights, args.teacher_path, replace_head=False)
+        checkpoints.fit_teacher(classifier, weights, args.teacher_path)
     elif classifier.num_classes != num_classes:
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
     return losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])

@@ -419,6 +419,8 @@ default_cfgs = generate_default_cfgs(
         ),
         "avit_tiny_patch16_224.deit_fb_in1k": _cfg("deit_tiny_patch16_224.fb_in1k"),
         "avit_small_patch16_224.deit_fb_in1k": _cfg("deit_small_patch16_224.fb_in1k"),
+        "avit_tiny_distilled_patch16_224.deit_fb_in1k": _cfg("deit_tiny_distilled_patch16_224.fb_in1k"),
+        "avit_small_distilled_patch16_224.deit_fb_in1k": _cfg("deit_small_distilled_patch16_224.fb_in1k"),
     }
 )
 
@@ -439,3 +441,15 @@ def avit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionT
 def avit_small_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
     args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
     return _create_avit("avit_small_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def avit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
+    args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    return _create_avit("avit_tiny_distilled_patch16_224", pretrained, distilled=True, **{**args, **kwargs})
+
+
+@register_model
+def avit_small_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
+    args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return _create_avit("avit_small_distilled_patch16_224", pretrained, distilled=True, **{**args, **kwargs})

@@ -1,0 +1,174 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import DATA_SETS, Augmentation, build_dataset, denormalize, evaluation_transform, training_transform
+from utils import UserError
+
+PLAIN = Augmentation(color_jitter=0.0, auto_augment=None, erase_probability=0.0)
+
+
+def test_evaluation_crops_from_a_larger_image():
+    """Shorter side to 256/224 of the size, then the centre."""
+    pixels = np.zeros((512, 512, 3), np.uint8)
+    pixels[:30] = 255  # lies in the cut-off eighth (32 of 512)
+    image = evaluation_transform((224, 224))(Image.fromarray(pixels))
+    assert image.shape == (3, 224, 224)
+    assert denormalize(image).max() == 0
+    assert evaluation_transform((64, 96))(Image.fromarray(pixels)).shape == (3, 64, 96)
+
+
+def test_small_images_are_resized_whole():
+    pixels = np.full((20, 28), 200, np.uint8)  # grey
+    image = evaluation_transform((32, 32))(Image.fromarray(pixels))
+    assert image.shape == (3, 32, 32)
+    assert (denormalize(image) == 200).all()
+
+
+def test_small_training_images_are_shifted_and_flipped():
+    pixels = np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2) + 100
+    transform = training_transform((32, 32), PLAIN)
+    torch.manual_seed(0)
+    first_rows = {tuple(denormalize(transform(Image.fromarray(pixels)))[0, 16].tolist()) for _ in range(40)}
+    assert len(first_rows) > 9  # nine shifts, both directions
+
+
+def test_a_placed_object_is_neither_shifted_nor_flipped():
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    transform = training_transform((32, 32), PLAIN, placed=True)
+    assert torch.equal(denormalize(transform(Image.fromarray(pixels))).permute(1, 2, 0), torch.from_numpy(pixels))
+
+
+def test_digits_are_split_once_and_placed():
+    train, val = (build_dataset("DIGITS", None, part, (32, 32), PLAIN) for part in (True, False))
+    assert (len(train), len(val)) == (1437, 360)
+    assert train.classes == [str(d) for d in range(10)]
+    assert max(np.bincount(val.targets)) - min(np.bincount(val.targets)) <= 2  # stratified
+    assert not {p.tobytes() for p in val.pixels} & {p.tobytes() for p in train.pixels}
+    assert val[5][0].shape == (3, 32, 32)
+    assert torch.equal(val[5][0], val[5][0])
+    torch.manual_seed(0)
+    assert len({train[5][0].sum(0).sum(0).argmax().item() for _ in range(30)}) > 1
+
+
+def test_image_folder(image_folder):
+    train, val = (build_dataset("IMNET", str(image_folder), part, (32, 32), Augmentation()) for part in (True, False))
+    assert (len(train), len(val)) == (15, 9)
+    assert train.classes == ["class_0", "class_1", "class_2"]
+    assert train[0][0].shape == (3, 32, 32)
+
+
+def write_idx(path, values):
+    header = np.array([0x800 + values.ndim, *values.shape], ">i4").tobytes()
+    path.write_bytes(gzip.compress(header + values.tobytes()))
+
+
+@pytest.fixture
+def fashion_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, count in {"train": 6, "t10k": 4}.items():
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 255, (count, 28, 28), dtype=np.uint8))
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", rng.integers(0, 10, count, dtype=np.uint8))
+    return tmp_path
+
+
+def test_fashion_mnist_from_its_four_files(fashion_files):
+    train, val = (build_dataset("FMNIST", str(fashion_files), part, (28, 28), PLAIN) for part in (True, False))
+    assert (len(train), len(val), len(val.classes)) == (6, 4, 10)
+    image, target = val[1]
+    assert image.shape == (3, 28, 28)
+    assert torch.equal(denormalize(image)[0], torch.from_numpy(val.images[1].copy()))
+    assert target == val.targets[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))])
+def test_broken_fashion_mnist_file(fashion_files, content):
+    (fashion_files / "t10k-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match="not a Fashion-MNIST file"):
+        build_dataset("FMNIST", str(fashion_files), False, (28, 28))
+
+
+def make_inat(root, year):
+    categories = [{"id": i, "name": f"species {i}", "genus": f"genus {i // 2}"} for i in range(4)]
+    (root / "categories.json").write_text(json.dumps(categories))
+    (root / "images").mkdir()
+    for part, order in {"train": [2, 0, 3, 1], "val": [0, 1]}.items():
+        images = [{"id": i, "file_name": f"images/{part}{i}.jpg"} for i in range(len(order))]
+        annotations = [{"image_id": i, "category_id": c} for i, c in enumerate(order)]
+        (root / f"{part}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        for image in images:
+            Image.new("RGB", (40, 40), (10, 20, 30)).save(root / image["file_name"])
+    return root
+
+
+@pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
+def test_inaturalist(tmp_path, name, year):
+    make_inat(tmp_path, year)
+    val = build_dataset(name, str(tmp_path), False, (32, 32))
+    assert val.classes == ["species 2", "species 0", "species 3", "species 1"]
+    assert [target for _, target in val] == [1, 3]
+    by_genus = build_dataset(name, str(tmp_path), True, (32, 32), inat_category="genus")
+    assert by_genus.classes == ["genus 1", "genus 0"]
+    assert [target for _, target in by_genus] == [0, 1, 0, 1]
+
+
+def test_inaturalist_mistakes(tmp_path):
+    with pytest.raises(UserError, match=r"categories\.json"):
+        build_dataset("INAT", str(tmp_path), False, (32, 32))
+    make_inat(tmp_path, 2018)
+    with pytest.raises(UserError, match="has genus, name"):
+        build_dataset("INAT", str(tmp_path), False, (32, 32), inat_category="family")
+    (tmp_path / "val2018.json").write_text("{}")
+    with pytest.raises(UserError, match="not iNaturalist's"):
+        build_dataset("INAT", str(tmp_path), False, (32, 32))
+
+
+@pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "FMNIST"])
+def test_torchvisions_data_sets_say_when_they_cannot_be_had(tmp_path, name, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("offline")
+
+    for module in ("cifar", "mnist"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", offline)
+    with pytest.raises(UserError, match="cannot be downloaded: offline"):
+        build_dataset(name, str(tmp_path), False, (32, 32))
+
+
+def test_cifar_from_its_files(tmp_path, monkeypatch):
+    import pickle
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for name in names:
+        content = {"data": rng.integers(0, 255, (2, 3072), dtype=np.uint8), "labels": [0, 1]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    val = build_dataset("CIFAR10", str(tmp_path), False, (32, 32))
+    assert (len(val), val.classes, val[0][0].shape) == (2, list("abcdefghij"), (3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "missing", "no such folder"),
+        (lambda root: root, "train is missing; expected"),
+        (lambda root: (root / "train").mkdir() or root, "Couldn't find any class folder"),
+        (lambda root: (root / "train" / "a").mkdir(parents=True) or root, "no valid file"),
+        (lambda root: None, "needs --data-path"),
+    ],
+)
+def test_wrong_image_folders(tmp_path, make, message):
+    folder = make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        build_dataset("IMNET", folder and str(folder), True, (32, 32), PLAIN)
+
+
+def test_every_name_of_the_command_line_is_there():
+    assert set(DATA_SETS) == {"IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "FMNIST", "DIGITS"}

@@ -1,0 +1,133 @@
+"""Several processes through the command line, with torchrun's launchers, over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, halting_model, images, make_image_folder
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import losses
+from engine_act import Trainer, train_one_epoch
+from models_act import impose_depths
+
+SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "2"]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node={}"],
+    "launch": ["-m", "torch.distributed.launch", "--nproc_per_node={}", "--use_env"],
+}
+
+
+def launch(processes, *argv, launcher="torchrun", check=True):
+    start = [part.format(processes) for part in [*LAUNCHERS[launcher], f"--master_port={_free_port()}"]]
+    command = [sys.executable, *(start if processes > 1 else []), str(ROOT / "main_act.py"), *SMALL, *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0 or not check, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def halting_checkpoint(tmp_path_factory):
+    """Of a network whose tokens halt; and 13 validation images, which neither 2 nor 3 divides."""
+    root = tmp_path_factory.mktemp("distributed")
+    data = make_image_folder(root / "data", classes=13, train=2, val=1)
+    model = timm.create_model("avit_micro_patch4_32", num_classes=13)
+    impose_depths(model, 6, 2)
+    gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center}
+    torch.save({"model": model.state_dict(), "gate": gate}, root / "c.pth")
+    return data, root / "c.pth"
+
+
+def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, tmp_path):
+    data, checkpoint = halting_checkpoint
+    results = {}
+    for processes in (1, 2, 3):
+        out = tmp_path / str(processes)
+        launch(processes, "--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out)
+        results[processes] = json.loads((out / "eval.json").read_text())
+    assert results[1]["depth_mean"] < 12
+    for result in results.values():
+        assert result["images"] == 13
+        for name in ("acc1", "acc5", "loss", "depth_mean", "class_token_depth", "live_share", "gmacs"):
+            assert result[name] == pytest.approx(results[1][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_training_in_two_processes(halting_checkpoint, tmp_path, launcher):
+    data, checkpoint = halting_checkpoint
+    out = tmp_path / "out"
+    flags = ("--data-path", data, "--epochs", 1, "--pretrained-path", checkpoint, "--output_dir", out)
+    done = launch(2, *flags, launcher=launcher)
+    assert done.stdout.count("Accuracy of the network on the 13 test images") == 1
+    assert len((out / "log.txt").read_text().splitlines()) == 1
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    done = launch(2, "--data-path", tmp_path / "missing", check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("main_act.py: error: --data-path") == 1
+
+
+def in_processes(function, *args, processes=2):
+    torch.multiprocessing.spawn(_enter, (function, _free_port(), processes, args), nprocs=processes)
+
+
+def _enter(rank, function, port, processes, args):
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    function(rank, *args)
+    torch.distributed.destroy_process_group()
+
+
+def _free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def one_step(model, batch):
+    criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.1, 0.1)
+    trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu"))
+    train_one_epoch(trainer, [batch], "Epoch", lambda: None)
+    return trainer.bare_model.state_dict()
+
+
+def _step_of_a_share(rank, path):
+    x, targets = images(8)[rank::2], (torch.arange(8) % 7)[rank::2]
+    state = one_step(DistributedDataParallel(halting_model(3.5, 1.5)), (x, targets))
+    if rank == 0:
+        torch.save(state, path)
+
+
+def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
+    """The prior included: its scores are averaged over the processes before it is taken."""
+    in_processes(_step_of_a_share, tmp_path / "state.pth")
+    alone = one_step(halting_model(3.5, 1.5), (images(8), torch.arange(8) % 7))
+    together = torch.load(tmp_path / "state.pth")
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _step_with_uneven_halting(rank, path):
+    x = images(4) if rank else images(4) * 0
+    model = halting_model(2.0, 0.5)
+    with torch.no_grad():  # the brighter an image, the longer it goes on
+        model.patch_embed.proj.weight[0] = -0.5
+        depth = model(x + rank, return_halting=True)[1].depth.max().item()
+    one_step(DistributedDataParallel(model), (x + rank, torch.arange(4)))
+    torch.save(depth, path / str(rank))
+
+
+def test_processes_may_halt_at_different_depths(tmp_path):
+    """Without find_unused_parameters: blocks that one process does not reach have zero gradients there."""
+    in_processes(_step_with_uneven_halting, tmp_path)
+    assert torch.load(tmp_path / "0") < torch.load(tmp_path / "1")

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from conftest import halting_model, images
+from timm.data.mixup import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import losses
+from engine_act import Trainer, evaluate, halting_figures, train_one_epoch
+from models_act import macs_per_image
+
+CPU = torch.device("cpu")
+
+
+def loader(count=10, batch_size=4):
+    return DataLoader(TensorDataset(images(count), torch.arange(count) % 7), batch_size)
+
+
+def make_trainer(model=None, **kwargs):
+    model = halting_model() if model is None else model
+    mixup = kwargs.get("mixup")
+    criterion = losses.AdaptiveLoss(losses.classification_loss(mixup is not None, 0.0), 8, 0.01, 0.01)
+    return Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), CPU, **kwargs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10])
+def test_evaluation_counts_every_image_once(batch_size):
+    model = halting_model().eval()
+    result = evaluate(model, loader(10, batch_size), CPU)
+    with torch.no_grad():
+        logits, halting = model(images(10), return_halting=True)
+    labels = torch.arange(10) % 7
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+    assert result["images"] == 10
+    assert result["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert result["acc5"] == pytest.approx(100 * top5.float().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["depth_mean"] == pytest.approx(halting.depth.mean().item(), rel=1e-6)
+    assert result["class_token_depth"] == pytest.approx(halting.depth[:, 0].mean().item(), rel=1e-6)
+    assert result["gmacs"] == pytest.approx(macs_per_image(model, halting.depth).mean().item() / 1e9)
+    share = [(halting.depth > block).float().mean().item() for block in range(8)]
+    assert result["live_share"] == pytest.approx(share)
+    assert sum(share) == pytest.approx(result["depth_mean"], rel=1e-6)
+
+
+def test_a_static_network_costs_what_it_costs():
+    result = evaluate(halting_model(halting=False), loader(), CPU)
+    assert result["depth_mean"] == 8
+    assert result["gmacs"] == result["gmacs_static"]
+
+
+def test_training_lowers_the_loss_and_reports_its_parts():
+    trainer, steps = make_trainer(), []
+    first = train_one_epoch(trainer, loader(), "Epoch 0", lambda: steps.append(1))
+    assert len(steps) == 3
+    for _ in range(8):
+        last = train_one_epoch(trainer, loader(), "Epoch", lambda: None)
+    assert last["loss"] < first["loss"]
+    parts = [first[name] for name in ("classification_loss", "ponder_loss_token", "distr_prior_loss")]
+    assert first["loss"] == pytest.approx(sum(parts))
+    assert len(first["live_share"]) == len(first["layer_scores"]) == 8
+    assert first["gmacs"] < first["gmacs_static"]
+    assert first["lr"] == 0.1
+
+
+def test_a_static_network_is_trained_on_classification_alone():
+    result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), "Epoch", lambda: None)
+    assert result["loss"] == result["classification_loss"]
+    assert "depth_mean" not in result
+
+
+def test_accumulation_equals_one_large_batch():
+    """But for the prior, which is taken per micro-batch."""
+    models = []
+    for batch_size, accum_steps in ((8, 1), (2, 4)):
+        trainer = make_trainer(accum_steps=accum_steps)
+        trainer.criterion.distr_prior_alpha = 0.0
+        train_one_epoch(trainer, loader(8, batch_size), "Epoch", lambda: None)
+        models.append(trainer.model)
+    for a, b in zip(*(model.parameters() for model in models)):
+        assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
+    steps = []
+    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), "Epoch", lambda: steps.append(1))
+    assert len(steps) == 2  # batches of 4 + 4, then 2
+
+
+@pytest.mark.parametrize(("count", "mixed"), [(4, 4), (5, 4), (1, 1)])
+def test_mixup_of_odd_batches(count, mixed):
+    trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
+    x, targets = trainer._mix(images(count), torch.arange(count))
+    assert x.shape[0] == targets.shape[0] == mixed
+    assert targets.shape == (mixed, 7)
+    assert_close(targets.sum(1), torch.ones(mixed))
+
+
+def test_training_survives_a_single_image_under_mixup():
+    trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
+    train_one_epoch(trainer, loader(5, 4), "Epoch", lambda: None)
+
+
+def test_the_average_follows_the_weights():
+    model = halting_model()
+    trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
+    before = model.head.weight.detach().clone()
+    train_one_epoch(trainer, loader(4, 4), "Epoch", lambda: None)
+    assert_close(trainer.ema.module.head.weight, (before + model.head.weight) / 2)
+
+
+def test_clipping_bounds_the_step():
+    model = halting_model()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), "Epoch", lambda: None)
+    change = nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert 0 < change.norm() <= 0.1 * 1e-3 * 1.001
+
+
+def test_bf16_training():
+    result = train_one_epoch(make_trainer(amp="bf16"), loader(), "Epoch", lambda: None)
+    assert result["loss"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    model = halting_model()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="classification_loss nan"):
+        train_one_epoch(make_trainer(model), loader(), "Epoch 3", lambda: None)
+
+
+def test_distillation_step():
+    model = halting_model(distilled=True)
+    model.set_distilled_training(True)
+    trainer = make_trainer(model)
+    trainer.criterion.classification = losses.DistillationLoss(nn.CrossEntropyLoss(), "hard")
+    trainer.teacher = losses.Teacher(halting_model(), (0.5,) * 3, (0.5,) * 3)
+    assert train_one_epoch(trainer, loader(), "Epoch", lambda: None)["loss"] > 0
+
+
+def test_figures_are_means_over_the_batch():
+    model = halting_model()
+    halting = model(images(), return_halting=True)[1]
+    figures = halting_figures(model, halting)
+    assert figures["depth_max"] == halting.depth.amax(1).mean()
+    assert figures["depth_min"] == halting.depth.amin(1).mean()
+    assert halting_figures(model, None) == {}

@@ -1,0 +1,301 @@
+"""The command line end to end, in this process."""
+
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+from conftest import halting_model, make_image_folder
+
+import arguments
+import main_act
+from checkpoints import load_checkpoint
+
+SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4"]
+
+
+def run(*argv):
+    main_act.main([*SMALL, *map(str, argv)])
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture
+def trained(image_folder, tmp_path):
+    """A run of one epoch with the default flags, halting really; returns data and output folders."""
+    out = tmp_path / "out"
+    gate = ("--gate_scale", 10, "--gate_center", 5)
+    run("--data-path", image_folder, "--output_dir", out, "--epochs", 1, *gate, "--tensorboard")
+    return image_folder, out
+
+
+def test_train_evaluate_resume_demo(trained, tmp_path, capsys):
+    data, out = trained
+    assert {"checkpoint.pth", "best.pth", "log.txt"} <= {p.name for p in out.iterdir()}
+    checkpoint = load_checkpoint(str(out / "checkpoint.pth"))
+    assert checkpoint["gate"] == {"gate_scale": 10.0, "gate_center": 5.0, "halt_eps": 0.01}
+    assert checkpoint["args"]["epochs"] == 1
+    assert {"model", "model_ema", "optimizer", "schedule", "scaler", "epoch"} <= checkpoint.keys()
+    (line,) = log_of(out)
+    expected = {"epoch", "n_parameters", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"}
+    assert expected | {"test_depth_mean", "test_ema_acc1", "train_ponder_loss_token"} <= line.keys()
+
+    run("--data-path", data, "--output_dir", out, "--epochs", 3, "--resume", out / "checkpoint.pth")
+    assert [line["epoch"] for line in log_of(out)] == [0, 1, 2]
+
+    capsys.readouterr()
+    evaluation = tmp_path / "evaluation"
+    run("--data-path", data, "--eval", "--finetune", out / "best.pth", "--output_dir", evaluation)
+    printed = capsys.readouterr().out
+    assert "gate_center 5, from the checkpoint" in printed
+    assert "Accuracy of the network on the 9 test images:" in printed
+    result = json.loads((evaluation / "eval.json").read_text())
+    assert result["images"] == 9
+    assert result["depth_mean"] < 12, "the network does not halt"
+    assert result["gmacs"] < result["gmacs_static"]
+
+    run("--data-path", data, "--demo", "--finetune", out / "best.pth", "--output_dir", evaluation)
+    pictures = {p.name for p in (evaluation / "token_act_visualization").iterdir()}
+    assert "class2_combined.jpg" in pictures
+    assert len(pictures) == 9
+
+
+def test_tensorboard_has_the_names_that_scripts_read(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[1]))
+    events.Reload()
+    names = "train/loss train/lr train/cnt_token_mean train/cnt_token_max train/cnt_token_min train/ponder_loss_token "
+    names += "train/distr_prior_loss train/expected_depth_ratio test/acc_top1 test/acc_top5 test/loss "
+    names += "train/live_share/block_01 train/layer_scores/block_12 train/class_token_depth train/classification_loss"
+    assert set(names.split()) <= set(events.Tags()["scalars"])
+
+
+def test_fine_tuning_from_static_weights(image_folder, tmp_path, capsys):
+    static, adaptive = tmp_path / "static", tmp_path / "adaptive"
+    run("--data-path", image_folder, "--output_dir", static, "--epochs", 1, "--no-halting")
+    assert load_checkpoint(str(static / "checkpoint.pth"))["gate"] is None
+    assert "train_ponder_loss_token" not in log_of(static)[0]
+    other = make_image_folder(tmp_path / "other", classes=2)
+    flags = ("--data-path", other, "--pretrained-path", static / "checkpoint.pth", "--output_dir", adaptive)
+    run(*flags, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5)
+    assert "its head of 3 classes is replaced by a new one of 2" in capsys.readouterr().err
+    assert load_checkpoint(str(adaptive / "checkpoint.pth"))["model"]["head.weight"].shape[0] == 2
+
+
+def test_finetune_keeps_dropout_and_stochastic_depth_off(trained, monkeypatch):
+    data, out = trained
+    made = []
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: made.append(k) or create(*a, **k))
+    rest = ("--data-path", data, "--epochs", 1, "--drop", 0.1)
+    run(*rest, "--finetune", out / "best.pth")
+    run(*rest, "--pretrained-path", out / "best.pth")
+    rates = [(k["pos_drop_rate"], k["proj_drop_rate"], k["drop_path_rate"]) for k in made]
+    assert rates == [(0, 0, 0), (0.1, 0.1, 0.1)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--amp bf16 --clip-grad 1 --accum-steps 2 --grad-checkpointing",
+        "--no-repeated-aug --no-model-ema --mixup 0 --cutmix 0 --smoothing 0 --aa none --drop 0.1",
+        "--mixup-mode elem --cutmix-minmax 0.2 0.8 --model-ema-force-cpu --opt lamb --opt-betas 0.9 0.99",
+        "--sched plateau --patience-epochs 1 --opt sgd --momentum 0.8 --no-zip-tokens",
+        "--sched step --decay-epochs 1 --lr-noise 0.2 0.9 --no-halting --remode const --recount 2",
+        "--batch-size 32 --train-interpolation random --color-jitter 0.2 --aa none",
+        "--batch-size 1 --epochs 1",
+        "--act_mode 4 --warmup_epoch 5 --dist-eval --ponder_scale_token 0.1 --num_workers 1",
+    ],
+)
+def test_flags_train(image_folder, flags):
+    run("--data-path", image_folder, "--epochs", 2, "--warmup-epochs", 1, *flags.split())
+
+
+def test_without_output_dir_nothing_is_saved(image_folder, tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    run("--data-path", image_folder, "--epochs", 1)
+    run("--data-path", image_folder, "--eval")
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_evaluation_without_weights_warns(image_folder, capsys):
+    run("--data-path", image_folder, "--eval")
+    assert "no weights given" in capsys.readouterr().err
+
+
+def test_use_ema_evaluates_the_average(image_folder, tmp_path, capsys):
+    model = timm.create_model("avit_micro_patch4_32", num_classes=3)
+    average = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    torch.save({"model": model.state_dict(), "model_ema": average}, tmp_path / "c.pth")
+    rest = ("--data-path", image_folder, "--eval", "--finetune", tmp_path / "c.pth")
+    run(*rest, "--use-ema")
+    assert "33.3%" in capsys.readouterr().out  # always the first class
+
+
+@pytest.mark.parametrize("name", ["tiny-10-30.pth", "visualization-tiny.pth"])
+def test_published_checkpoints(tmp_path, name, capsys):
+    """Made to their description: weights under `model`, flags in a Namespace."""
+    data = make_image_folder(tmp_path / "data", classes=2, val=1)
+    model = timm.create_model("avit_tiny_patch16_224", num_classes=2)
+    args = argparse.Namespace(gate_scale=10.0, gate_center=30.0, lr=1e-3)
+    torch.save({"model": model.state_dict(), "optimizer": {}, "epoch": 99, "args": args}, tmp_path / name)
+    flags = ["--data-path", data, "--finetune", tmp_path / name, "--demo", "--output_dir", tmp_path, "--num_workers", 0]
+    main_act.main([str(f) for f in flags])
+    printed = capsys.readouterr()
+    gate = "5" if name.startswith("vis") else "10"
+    assert f"gate_scale {gate}, from the file name" in printed.out
+    assert ("warning" in printed.err) == name.startswith("vis")
+    assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
+
+
+def test_distillation(image_folder, tmp_path):
+    teacher = timm.create_model("resnet10t", num_classes=3)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    small = ["--model", "avit_tiny_distilled_patch16_224", "--input-size", "32", "--num_workers", "0"]
+    flags = ["--data-path", image_folder, "--epochs", 1, "--teacher-model", "resnet10t"]
+    flags += ["--teacher-path", tmp_path / "teacher.pth", "--distillation-type", "soft"]
+    main_act.main([str(f) for f in [*small, *flags]])
+
+
+# Mistakes ----------------------------------------------------------------------------------------
+
+
+def mistake(capsys, *argv):
+    """Runs, expects exit status 2 and one line on stderr, and returns it."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*argv)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert line.startswith("main_act.py: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path /no/such/folder", "no such folder"),
+        ("--data-set IMNET", "needs --data-path"),
+        ("--model avit_tinny_patch16_224", "did you mean avit_tiny_patch16_224"),
+        ("--model deit_tiny_patch16_224", "unknown model"),
+        ("--data-set CIFAR100", "did you mean CIFAR10"),
+        ("--batch-size 0", "must be at least 1"),
+        ("--batch 4", "unrecognized arguments"),
+        ("--data-set DIGITS --input-size 30", "not a multiple of the patches' 4 x 4"),
+        ("--input-size 0", "must be at least 1"),
+        ("--input-size 1 2 3", "one number, or height and width"),
+        ("--data-set DIGITS --device nonsense", "unknown device"),
+        ("--drop-path 2", "must be from 0 to 1"),
+        ("--lr nan", "must be at least 0"),
+        ("--gate_scale inf", "finite"),
+        ("--eval --demo", "exclude each other"),
+        ("--amp fp16 --device cpu", "needs CUDA"),
+        ("--tensorboard", "--output_dir"),
+        ("--data-set DIGITS --opt nonsense", "--opt nonsense"),
+        ("--data-set DIGITS --sched nonsense", "--sched nonsense"),
+        ("--data-set DIGITS --distillation-type hard", "needs a distilled model"),
+        ("--data-set DIGITS --eval --finetune missing.pth", "no such file"),
+        ("--data-set DIGITS --resume http://a.b/c.pth", "no such file"),
+        ("--data-set DIGITS --pretrained", "No pretrained weights exist"),
+    ],
+)
+def test_mistakes_get_one_line(flags, message, capsys):
+    assert message in mistake(capsys, *flags.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(capsys):
+    assert "no CUDA device" in mistake(capsys, "--data-set", "DIGITS", "--device", "cuda")
+
+
+def test_an_output_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = mistake(capsys, "--data-set", "DIGITS", "--output_dir", tmp_path / "file" / "out")
+    assert "cannot write there" in message
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--demo"])
+def test_class_counts_that_do_not_fit(mode, image_folder, tmp_path, capsys):
+    torch.save({"model": timm.create_model("avit_micro_patch4_32").state_dict()}, tmp_path / "c.pth")
+    out = tmp_path / "out"
+    rest = ("--data-path", image_folder, "--finetune", tmp_path / "c.pth", "--output_dir", out)
+    assert "its head has 10 classes, the data has 3" in mistake(capsys, mode, *rest)
+    assert not out.exists()
+
+
+def test_resuming_from_weights_alone(image_folder, tmp_path, capsys):
+    model = timm.create_model("avit_micro_patch4_32", num_classes=3)
+    torch.save({"model": model.state_dict()}, tmp_path / "c.pth")
+    rest = ("--data-path", image_folder, "--resume", tmp_path / "c.pth")
+    assert "no training state" in mistake(capsys, *rest)
+
+
+def test_a_checkpoint_of_another_network(image_folder, tmp_path, capsys):
+    torch.save({"model": halting_model().state_dict()}, tmp_path / "c.pth")
+    message = mistake(capsys, "--data-path", image_folder, "--eval", "--finetune", tmp_path / "c.pth")
+    assert "does not fit the model" in message
+    assert "blocks.8.norm1.weight is missing" in message
+
+
+def test_training_and_validation_of_other_classes(image_folder, capsys):
+    (image_folder / "val" / "class_0").rename(image_folder / "val" / "other")
+    assert "other classes" in mistake(capsys, "--data-path", image_folder)
+
+
+def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
+    def diverge(*args, **kwargs):
+        raise FloatingPointError("Epoch 0: the loss is not finite")
+
+    monkeypatch.setattr("training.train_one_epoch", diverge)
+    with pytest.raises(SystemExit, match="not finite"):
+        run("--data-path", image_folder)
+
+
+# Flags -------------------------------------------------------------------------------------------
+
+# Every flag of the original's users, with its default.
+DEFAULTS = """
+model=avit_tiny_patch16_224 input_size=[224] drop=0.0 drop_path=0.1 model_ema=True model_ema_decay=0.99996
+model_ema_force_cpu=False use_ema=False grad_checkpointing=False opt=adamw opt_eps=1e-08 opt_betas=None clip_grad=None
+momentum=0.9 weight_decay=0.05 accum_steps=1 epochs=300 batch_size=64 lr=0.0005 sched=cosine lr_noise=None
+lr_noise_pct=0.67 lr_noise_std=1.0 warmup_lr=1e-06 min_lr=1e-05 decay_epochs=30 warmup_epochs=5 cooldown_epochs=10
+patience_epochs=10 decay_rate=0.1 color_jitter=0.4 aa=rand-m9-mstd0.5-inc1 smoothing=0.1 train_interpolation=bicubic
+repeated_aug=True reprob=0.25 remode=pixel recount=1 resplit=False mixup=0.8 cutmix=1.0 cutmix_minmax=None
+mixup_prob=1.0 mixup_switch_prob=0.5 mixup_mode=batch teacher_model=regnety_160 teacher_path=None
+distillation_type=none distillation_alpha=0.5 distillation_tau=1.0 data_path=None data_set=IMNET inat_category=name
+num_workers=10 pin_mem=True output_dir=None seed=0 resume=None start_epoch=None eval=False dist_eval=False
+finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrained=False pretrained_path=None
+halting=True ponder_token_scale=0.001 gate_scale=None gate_center=None distr_prior_alpha=0.01 demo=False
+zip_tokens=True early_exit=True act_mode=None warmup_epoch=None
+"""
+
+
+def test_defaults():
+    expected = dict(pair.split("=", 1) for pair in DEFAULTS.split())
+    actual = {name: str(value) for name, value in vars(arguments.parse_args([])).items() if name != "device"}
+    assert actual == expected
+
+
+@pytest.mark.parametrize("spelling", ["--output_dir", "--output-dir"])
+def test_dashes_and_underscores(spelling):
+    assert arguments.parse_args([spelling, "a_b-c"]).output_dir == "a_b-c"
+    assert arguments.parse_args([f"{spelling}=a_b-c"]).output_dir == "a_b-c"
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        arguments.parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("model", "optimizer", "schedule", "augmentation", "distillation", "data", "run", "A-ViT"):
+        assert f"\n{group}:" in text
+
+
+def test_learning_rate_scales_with_the_joint_batch():
+    args = arguments.parse_args(["--batch-size", "128", "--accum-steps", "2", "--lr", "0.001"])
+    optimizer = main_act.build_optimizer(args, torch.nn.Linear(2, 2))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001 * 128 * 2 / 512)
