@@ -71,19 +71,19 @@ def _finite(text: str) -> float:
     return value
 
 
-_count = _at_least(1, int)
+at_least_one = _at_least(1, int)
 _index = _at_least(0, int)
 _amount = _at_least(0, float)
 
 
-def _model_name(name: str) -> str:
+def model_name(name: str) -> str:
     known = timm.list_models("avit*")
     if name not in known:
         raise argparse.ArgumentTypeError(f"unknown model {name!r}{nearest(name, known)}")
     return name
 
 
-def _data_set(name: str) -> str:
+def data_set(name: str) -> str:
     if name not in DATA_SETS:
         hint = nearest(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
         raise argparse.ArgumentTypeError(f"unknown data set {name!r}{hint}")
@@ -120,10 +120,10 @@ def _switch(group, name: str, help: str, default: bool = True) -> None:
 
 def _model(parser: Parser) -> None:
     add = (group := parser.add_argument_group("model")).add_argument
-    add("--model", type=_model_name, default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
+    add("--model", type=model_name, default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
     add(
         "--input-size",
-        type=_count,
+        type=at_least_one,
         nargs="+",
         default=[224],
         metavar="PIXELS",
@@ -146,13 +146,13 @@ def _optimizer(parser: Parser) -> None:
     add("--clip-grad", type=_amount, metavar="NORM", help="clip the gradient's norm")
     add("--momentum", type=_share, default=0.9, metavar="M", help="its momentum, where it has one")
     add("--weight-decay", type=_amount, default=0.05, metavar="W", help="weight decay")
-    add("--accum-steps", type=_count, default=1, metavar="N", help="batches per optimizer step")
+    add("--accum-steps", type=at_least_one, default=1, metavar="N", help="batches per optimizer step")
 
 
 def _schedule(parser: Parser) -> None:
     add = parser.add_argument_group("schedule").add_argument
-    add("--epochs", type=_count, default=300, metavar="N", help="epochs to train")
-    add("--batch-size", type=_count, default=64, metavar="N", help="images per process and batch")
+    add("--epochs", type=at_least_one, default=300, metavar="N", help="epochs to train")
+    add("--batch-size", type=at_least_one, default=64, metavar="N", help="images per process and batch")
     add("--lr", type=_amount, default=5e-4, metavar="LR", help="learning rate per 512 images of a joint batch")
     add("--sched", default="cosine", metavar="NAME", help="timm schedule")
     add("--lr-noise", type=_share, nargs="+", metavar="T", help="share of training at which noise starts (and ends)")
@@ -182,7 +182,7 @@ def _augmentation(parser: Parser) -> None:
     _switch(group, "repeated-aug", "three views of an image in one epoch")
     add("--reprob", type=_share, default=0.25, metavar="P", help="random erasing: probability")
     add("--remode", default="pixel", metavar="MODE", help="random erasing: const, rand or pixel")
-    add("--recount", type=_count, default=1, metavar="N", help="random erasing: regions")
+    add("--recount", type=at_least_one, default=1, metavar="N", help="random erasing: regions")
     add("--resplit", action="store_true", help="accepted; there are no augmentation splits")
     add("--mixup", type=_amount, default=0.8, metavar="A", help="mixup alpha, 0 for none")
     add("--cutmix", type=_amount, default=1.0, metavar="A", help="cutmix alpha, 0 for none")
@@ -204,7 +204,7 @@ def _distillation(parser: Parser) -> None:
 def _data(parser: Parser) -> None:
     add = (group := parser.add_argument_group("data")).add_argument
     add("--data-path", metavar="DIR", help="folder of the data set")
-    add("--data-set", type=_data_set, default="IMNET", metavar="NAME", help=", ".join(DATA_SETS))
+    add("--data-set", type=data_set, default="IMNET", metavar="NAME", help=", ".join(DATA_SETS))
     add(
         "--inat-category", default="name", metavar="KEY", help="iNaturalist: what a class is (name, genus, family, ...)"
     )
@@ -230,7 +230,7 @@ def _run(parser: Parser) -> None:
     add("--dist-eval", action="store_true", help="accepted; evaluation is always distributed, and exact")
     add("--finetune", metavar="FILE", help="weights to go on from, without dropout and stochastic depth")
     add("--tensorboard", action="store_true", help="write TensorBoard logs to --output-dir")
-    add("--world-size", type=_count, metavar="N", help="processes, where the launcher does not say")
+    add("--world-size", type=at_least_one, metavar="N", help="processes, where the launcher does not say")
     add("--dist-url", default="env://", metavar="URL", help="how processes meet")
     add("--amp", choices=("none", "fp16", "bf16"), help="mixed precision (default: fp16 on cuda, none on cpu)")
 

@@ -53,7 +53,7 @@ def load_checkpoint(location: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler of a hostile file may raise anything
-        if "global" in str(error).partition("WeightsUnpickler error:")[2].lower():
+        if "unsupported global" in str(error).lower():
             reason = "it holds more than tensors and plain types, and running its code is refused"
         else:
             reason = "it is truncated or not a PyTorch checkpoint"

@@ -13,6 +13,7 @@ returns a new store. Nothing here knows why a token leaves, or what a row means.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -51,12 +52,17 @@ class MaskedTokens(NamedTuple):
 class ZippedTokens(NamedTuple):
     """The live tokens as rows, image by image, in their order within the image.
 
-    lengths: live tokens of each image, as Python numbers;
+    Images stand in the order of their numbers of live tokens, so that attention can take those of
+    equal numbers together, as a dense view.
+
+    lengths: live tokens of each image, ascending, as Python numbers;
+    ends: [B] int64, their cumulative sum, on the device;
     image: [T] int64, the image that a row belongs to;
     row: [B, N] int64, the row that holds a token, -1 where it has left.
     """
 
     lengths: list[int]
+    ends: Tensor
     image: Tensor
     row: Tensor
 
@@ -65,7 +71,8 @@ class ZippedTokens(NamedTuple):
         """x: [B, N, C] -> the store in which every token is live, and its rows [B * N, C]."""
         batch, length = x.shape[:2]
         row = torch.arange(batch * length, device=x.device)
-        return cls([length] * batch, row // length, row.view(batch, length)), x.flatten(0, 1)
+        row = row.view(batch, length)
+        return cls([length] * batch, row[:, -1] + 1, row.flatten() // length, row), x.flatten(0, 1)
 
     @property
     def live(self) -> Tensor:
@@ -92,19 +99,23 @@ class ZippedTokens(NamedTuple):
         Waits for the device once: the shapes to come are read from it.
         """
         stays = self.unpack(~leaving)  # [B, N]
-        lengths = stays.sum(dim=1).tolist()
+        counts, order = stays.sum(dim=1).sort()
+        lengths = counts.tolist()
         total = sum(lengths)
         if total == len(leaving):
             return self, values
-        row = stays.flatten().cumsum(0).view_as(stays).sub(1).masked_fill(~stays, -1)
-        token = torch.nonzero_static(stays.flatten(), size=total).squeeze(1)  # [T], b * N + n
+        place = torch.nonzero_static(stays.index_select(0, order).flatten(), size=total).squeeze(1)
+        num_tokens = stays.shape[1]
+        image = order.index_select(0, place // num_tokens)  # [T]
+        token = image * num_tokens + place % num_tokens
         kept = self.row.flatten().index_select(0, token)
-        image = self.image.index_select(0, kept)
-        return ZippedTokens(lengths, image, row), tuple(v.index_select(0, kept) for v in values)
+        row = torch.full_like(self.row, -1).flatten().index_copy(0, token, torch.arange(total, device=token.device))
+        tokens = ZippedTokens(lengths, counts.cumsum(0), image, row.view_as(stays))
+        return tokens, tuple(v.index_select(0, kept) for v in values)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """q, k, v: [T, H, D] -> [T, H, D], scaled dot-product attention within each image."""
-        return ragged_attention(q, k, v, self.lengths, dropout_p)
+        return ragged_attention(q, k, v, self.lengths, self.ends, dropout_p)
 
 
 def _trailing(mask: Tensor, ndim: int) -> Tensor:
@@ -112,20 +123,41 @@ def _trailing(mask: Tensor, ndim: int) -> Tensor:
     return mask.view(*mask.shape, *[1] * (ndim - mask.ndim))
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout_p: float = 0.0) -> Tensor:
-    """q, k, v: [T, H, D] -> [T, H, D], attention within consecutive runs of `lengths` rows."""
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], ends: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """q, k, v: [T, H, D] -> [T, H, D], attention within each image's consecutive rows.
+
+    lengths, ends: rows of each image, ascending, and their cumulative sum, as in ZippedTokens.
+
+    On CUDA one call on jagged nested tensors. On the CPU one call for each run of images of equal
+    length, a dense view: no padding, no mask, no copy but that of the results. Measured against a
+    call per image and against padding within groups, it is as fast as the better of them from 50
+    to 197 tokens. Equal lengths are one dense call everywhere.
+    """
     if len(q) == 0:
         return q + k + v  # no kernel, but a gradient for each
-    if min(lengths) == max(lengths):
+    if lengths[0] == lengths[-1]:
         return _dense_attention(q, k, v, len(lengths), dropout_p)
-    outputs = [
-        _dense_attention(*qkv, 1, dropout_p) for qkv in zip(*(t.split(lengths) for t in (q, k, v))) if len(qkv[0])
-    ]
-    return torch.cat(outputs)
+    if q.is_cuda:
+        return _jagged_attention(q, k, v, lengths, ends, dropout_p)
+    runs = [(length, len(list(images))) for length, images in groupby(lengths) if length]
+    rows = [length * images for length, images in runs]
+    parts = zip(q.split(rows), k.split(rows), v.split(rows), runs)
+    return torch.cat([_dense_attention(*qkv, images, dropout_p) for *qkv, (_, images) in parts])
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, images: int, dropout_p: float) -> Tensor:
     """q, k, v: [B * n, H, D] -> [B * n, H, D] for `images` images of equal length."""
-    q, k, v = (t.unflatten(0, (images, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, n, D]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    return out.transpose(1, 2).flatten(0, 1)
+    q, k, v = (t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [B, H, n, D]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+
+
+def _jagged_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], ends: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """q, k, v: [T, H, D] -> [T, H, D], one kernel over all images that have rows."""
+    offsets = F.pad(ends[lengths.count(0) :], (1, 0))  # images without rows come first
+    bounds = {"min_seqlen": lengths[lengths.count(0)], "max_seqlen": lengths[-1]}
+    q, k, v = (torch.nested.nested_tensor_from_jagged(t, offsets, **bounds).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).values()

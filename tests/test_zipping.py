@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from zipping import MaskedTokens, ZippedTokens, ragged_attention
+from zipping import MaskedTokens, ZippedTokens, _jagged_attention, ragged_attention
 
 settings.register_profile("quick", deadline=None, max_examples=40)
 settings.load_profile("quick")
@@ -28,12 +28,16 @@ def test_both_stores_keep_the_same_tokens(case):
     zipped, rows = ZippedTokens.pack(x)
     for leaving in rounds:
         masked, _ = masked.drop(leaving, dense)
-        on_rows = leaving[zipped.live]
+        on_rows = torch.empty(len(rows), dtype=torch.bool)
+        on_rows[zipped.row[zipped.live]] = leaving[zipped.live]
         zipped, (rows,) = zipped.drop(on_rows, rows)
         assert torch.equal(zipped.live, masked.live)
-        assert zipped.lengths == masked.live.sum(dim=1).tolist()
-        assert torch.equal(rows, x[masked.live])  # image by image, in order
-        assert torch.equal(zipped.image, masked.live.nonzero()[:, 0])
+        assert torch.equal(rows[zipped.row[zipped.live]], x[masked.live])
+        assert torch.equal(zipped.image[zipped.row[zipped.live]], masked.live.nonzero()[:, 0])
+        assert zipped.lengths == sorted(masked.live.sum(dim=1).tolist())
+        assert zipped.ends.tolist() == torch.tensor(zipped.lengths).cumsum(0).tolist()
+        runs = zipped.image.unique_consecutive(return_counts=True)[1].tolist()
+        assert runs == [length for length in zipped.lengths if length]  # image by image
         for first in (None, 1):
             assert torch.equal(zipped.unpack(rows, first), masked.unpack(dense, first))
         assert torch.equal(
@@ -42,35 +46,47 @@ def test_both_stores_keep_the_same_tokens(case):
         )
 
 
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=6),
-    st.sampled_from([1, 4]),
-    st.sampled_from([4, 16]),
-)
-def test_attention_stays_within_images(lengths, heads, width):
-    total = sum(lengths)
-    q, k, v = (torch.randn(total, heads, width, requires_grad=True) for _ in range(3))
-    out = ragged_attention(q, k, v, lengths)
-    expected = [
-        F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in qkv)).transpose(0, 1)
-        for qkv in zip(*(t.split(lengths) for t in (q, k, v)))
-        if len(qkv[0])
-    ]
-    expected = torch.cat(expected) if expected else v
-    assert_close(out, expected)
+def each_image_alone(q, k, v, lengths):
+    parts = zip(*(t.split(lengths) for t in (q, k, v)))
+    return torch.cat(
+        [F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in qkv)).transpose(0, 1) for qkv in parts]
+    )
+
+
+def assert_attention(attention, lengths, heads, width):
+    """Values and gradients are those of each image alone."""
+    lengths = sorted(lengths)
+    q, k, v = (torch.randn(sum(lengths), heads, width, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, lengths, torch.tensor(lengths).cumsum(0))
     weights = torch.randn_like(out)
-    grads = torch.autograd.grad((out * weights).sum(), (q, k, v), allow_unused=True)
-    expected_grads = torch.autograd.grad((expected * weights).sum(), (q, k, v), allow_unused=True)
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    if not len(out):
+        return
+    expected = each_image_alone(q, k, v, [length for length in lengths if length])
+    assert_close(out, expected)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     for grad, expected_grad in zip(grads, expected_grads):
-        assert grad is not None
-        if total:
-            assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+        assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
+
+
+@given(LENGTHS, st.sampled_from([1, 4]), st.sampled_from([4, 16]))
+def test_attention_stays_within_images(lengths, heads, width):
+    assert_attention(ragged_attention, lengths, heads, width)
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 5, 9], [0, 0, 4, 1], [7]])
+def test_attention_on_jagged_nested_tensors(lengths):
+    """What CUDA gets, on the CPU."""
+    assert_attention(_jagged_attention, lengths, 2, 8)
 
 
 def test_no_rows_call_no_kernel(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("a kernel was called"))
     q = torch.zeros(0, 2, 4, requires_grad=True)
-    ragged_attention(q, q, q, [0, 0]).sum().backward()
+    ragged_attention(q, q, q, [0, 0], torch.zeros(2)).sum().backward()
     assert q.grad is not None
 
 

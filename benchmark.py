@@ -1,0 +1,305 @@
+"""Speed, multiply-adds and memory of A-ViT against timm's static network of the same size.
+
+    python benchmark.py --model avit_tiny_patch16_224 --batch-size 1 32 --mean-depth 7.3
+    python benchmark.py --train --batch-size 32 --mean-depth 12 7.3 --json out.json
+    python benchmark.py --finetune CKPT --data-path DATA             # depths of real images
+
+Every round times each form once, in turn; figures are medians over the rounds. Speed-up is over
+timm's network; ideal is the ratio of the multiply-adds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.models import VisionTransformer, VisionTransformerDistilled
+from torch import Tensor, nn
+
+import checkpoints
+import utils
+from arguments import Parser, at_least_one, data_set, model_name
+from datasets import DATA_SETS, build_dataset
+from engine_act import AMP_DTYPES, autocast
+from models_act import impose_depths, macs_per_image
+
+SHORTEST = 0.2  # seconds that one timing takes at least, by repetition
+
+
+class Case(NamedTuple):
+    """What one table is about."""
+
+    batch_size: int
+    mean_depth: float  # measured, of every token
+    images: Tensor
+    model: nn.Module
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        with utils.process_group(args.device) as device:
+            results = run(args, device)
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+        if args.plot:
+            plot(results, args.plot)
+    except (utils.UserError, OSError) as error:
+        parser.error(str(error))
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="benchmark.py", description="A-ViT against timm's static network of the same size.")
+    add = parser.add_argument
+    add("--model", type=model_name, default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
+    add("--input-size", type=at_least_one, metavar="PIXELS", help="image size (default: the model's)")
+    add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="images per batch")
+    add("--mean-depth", type=float, nargs="+", default=[7.3], metavar="D", help="imposed, with a spread of 2")
+    add("--finetune", metavar="FILE", help="a checkpoint, for the depths of real images")
+    add("--data-path", metavar="DIR", help="the images' folder")
+    add("--data-set", type=data_set, default="IMNET", metavar="NAME", help=", ".join(DATA_SETS))
+    add("--train", action="store_true", help="time training steps (forward, backward, AdamW)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--amp", choices=tuple(AMP_DTYPES), default="none", help="mixed precision")
+    add("--runs", type=at_least_one, default=7, metavar="N", help="rounds")
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--plot", metavar="FILE", help="draw speed-up against mean depth, and time against batch size, there")
+    return parser
+
+
+def run(args, device: torch.device) -> list[dict]:
+    """Prints a table for each case; returns the rows of all."""
+    results = []
+    for case in cases(args, device):
+        rows = measure(case, device, args.amp, args.train, args.runs)
+        what = "training step" if args.train else "inference"
+        size = "x".join(map(str, case.images.shape[-2:]))
+        print(f"\n{args.model}, {size}, {what}, batch {case.batch_size}, mean depth {case.mean_depth:.2f}, {args.amp}")
+        print(format_rows(rows), flush=True)
+        about = {"model": args.model, "train": args.train, "amp": args.amp, "device": str(device)}
+        results += [{**about, "batch_size": case.batch_size, "mean_depth": case.mean_depth, **row} for row in rows]
+    return results
+
+
+def cases(args, device: torch.device) -> Iterator[Case]:
+    """Imposed depths on normal noise, or a checkpoint's on real images."""
+    for batch_size in args.batch_size:
+        if args.finetune:
+            yield _measured_depth(*_real(args, batch_size, device))
+            continue
+        for mean_depth in args.mean_depth:
+            model = timm.create_model(args.model, **({"img_size": args.input_size} if args.input_size else {}))
+            impose_depths(model, mean_depth, spread=2.0)
+            images = torch.randn(batch_size, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+            yield _measured_depth(model.to(device), images.to(device))
+
+
+def _real(args, batch_size: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+    checkpoint = checkpoints.load_checkpoint(args.finetune)
+    weights = checkpoints.weights_of(checkpoint, args.finetune)
+    gate = checkpoints.choose_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, args.finetune)
+    size = {"img_size": args.input_size} if args.input_size else {}
+    num_classes = len(weights.get("head.weight", ()))
+    model = timm.create_model(args.model, num_classes=num_classes, **size, **gate)
+    checkpoints.fit_weights(model, weights, args.finetune, replace_head=False)
+    data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size)
+    stride = max(len(data) // batch_size, 1)  # images of all classes
+    images = torch.stack([data[index * stride % len(data)][0] for index in range(batch_size)])
+    return model.to(device), images.to(device)
+
+
+@torch.no_grad()
+def _measured_depth(model: nn.Module, images: Tensor) -> Case:
+    depth = model.eval()(images, return_halting=True)[1].depth
+    return Case(len(images), depth.mean().item(), images, model)
+
+
+def static_twin(model: nn.Module) -> nn.Module:
+    """timm's own network of the same size, with the same weights."""
+    make = VisionTransformerDistilled if isinstance(model, VisionTransformerDistilled) else VisionTransformer
+    block = model.blocks[0]
+    twin = make(
+        img_size=model.patch_embed.img_size,
+        patch_size=model.patch_embed.patch_size,
+        num_classes=model.num_classes,
+        embed_dim=model.embed_dim,
+        depth=model.num_blocks,
+        num_heads=block.attn.num_heads,
+        init_values=1.0 if hasattr(block.ls1, "gamma") else None,
+        no_embed_class=model.no_embed_class,
+    )
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin.to(model.cls_token.device)
+
+
+def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int) -> list[dict]:
+    """A row for each form: images/s (median, lowest, highest), speed-up, multiply-adds, memory."""
+    forms = {"static (timm)": static_twin(case.model), "masked": copy.deepcopy(case.model)}
+    forms["masked"].zip_tokens = False
+    forms["zipped"] = copy.deepcopy(case.model)
+    forms["zipped"].early_exit = False
+    if not train:
+        forms["zipped, early exit"] = copy.deepcopy(case.model)
+    calls = {name: _training_step(m, case, amp) if train else _inference(m, case, amp) for name, m in forms.items()}
+    seconds = _interleaved(calls, device, rounds)
+    macs = _multiply_adds(case)
+    static = statistics.median(seconds["static (timm)"])
+    rows = []
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        ideal = macs["static (timm)"] / macs[name]
+        rows.append(
+            {
+                "form": name,
+                "images_per_s": case.batch_size / median,
+                "images_per_s_range": [case.batch_size / max(times), case.batch_size / min(times)],
+                "speed_up": static / median,
+                "gmacs": macs[name] / 1e9,
+                "ideal": ideal,
+                "speed_up_of_ideal": static / median / ideal,
+                "memory_mib": _memory(calls[name], forms[name], device, train),
+            }
+        )
+    return rows
+
+
+def _inference(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
+    model.eval()
+
+    @torch.inference_mode()
+    def call() -> None:
+        with autocast(case.images.device, amp):
+            model(case.images)
+
+    return call
+
+
+def _training_step(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
+    """Learning rate 0: the depths stay those that were imposed."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    targets = torch.arange(case.batch_size, device=case.images.device) % model.num_classes
+
+    def call() -> None:
+        with autocast(case.images.device, amp):
+            loss = nn.functional.cross_entropy(model(case.images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def _interleaved(calls: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds per call: every form once in each round, in turn."""
+    for call in calls.values():
+        call()  # warm up
+    slowest = max(_seconds(call, device, 1) for call in calls.values())
+    repeats = math.ceil(SHORTEST / slowest)
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, device, repeats))
+    return seconds
+
+
+def _seconds(call: Callable[[], None], device: torch.device, repeats: int) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def _multiply_adds(case: Case) -> dict[str, float]:
+    """Per image, of each form; with early exit no token goes on after its image's prefix tokens."""
+    model = case.model.eval()
+    depth = model(case.images, return_halting=True)[1].depth
+    last_needed = depth[:, : model.num_prefix_tokens].amax(dim=1, keepdim=True)
+    static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
+    adaptive = macs_per_image(model, depth).mean().item()
+    early = macs_per_image(model, depth.minimum(last_needed)).mean().item()
+    return {"static (timm)": static, "masked": adaptive, "zipped": adaptive, "zipped, early exit": early}
+
+
+def _memory(call: Callable[[], None], model: nn.Module, device: torch.device, train: bool) -> float | None:
+    """MiB: on CUDA the allocator's peak; on the CPU what a training step keeps for backward."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return _saved_for_backward(call, model) / 2**20 if train else None
+
+
+def _saved_for_backward(call: Callable[[], None], model: nn.Module) -> int:
+    """Bytes of the distinct storages that autograd saves, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}  # the tensors stay alive, so that no address is seen twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(size for size, _ in kept.values())
+
+
+def format_rows(rows: list[dict]) -> str:
+    header = f"{'':20}{'images/s':>10}{'spread':>16}{'speed-up':>10}{'GMACs':>9}{'ideal':>8}{'of ideal':>10}{'MiB':>9}"
+    lines = [header]
+    for row in rows:
+        spread = "{:.1f}-{:.1f}".format(*row["images_per_s_range"])
+        memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+        figures = f"{row['images_per_s']:>10.1f}{spread:>16}{row['speed_up']:>10.2f}{row['gmacs']:>9.3f}"
+        lines.append(f"{row['form']:20}{figures}{row['ideal']:>8.2f}{row['speed_up_of_ideal']:>10.2f}{memory:>9}")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: str) -> None:
+    """Speed-up against mean depth, with the ideal as a line; time against batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_depth, by_batch = figure.subplots(1, 2)
+    largest = max(row["batch_size"] for row in results)
+    zipped = [row for row in results if row["form"] == "zipped"]
+    at_largest = sorted((row for row in zipped if row["batch_size"] == largest), key=lambda row: row["mean_depth"])
+    depths = [row["mean_depth"] for row in at_largest]
+    by_depth.plot(depths, [row["ideal"] for row in at_largest], "--", color="gray", label="ideal (multiply-adds)")
+    by_depth.plot(depths, [row["speed_up"] for row in at_largest], "o-", color="tab:blue", label="measured")
+    by_depth.axhline(1, color="black", linewidth=0.8)
+    by_depth.set(xlabel="mean depth of a token", ylabel=f"speed-up over static, batch {largest}", ylim=(0, None))
+    by_depth.legend()
+    for form, color in (("static (timm)", "black"), ("zipped", "tab:blue")):
+        shallowest = min(row["mean_depth"] for row in results if row["batch_size"] == largest)
+        rows = [r for r in results if r["form"] == form and abs(r["mean_depth"] - shallowest) < 1]
+        rows.sort(key=lambda row: row["batch_size"])
+        sizes = [row["batch_size"] for row in rows]
+        milliseconds = [1e3 * row["batch_size"] / row["images_per_s"] for row in rows]
+        by_batch.plot(sizes, milliseconds, "o-", color=color, label=form)
+    by_batch.set(xlabel="batch size", ylabel="milliseconds per batch", xlim=(0, None), ylim=(0, None))
+    by_batch.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
