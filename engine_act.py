@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -119,6 +121,7 @@ def train_one_epoch(
         shown = {"loss": f"{means['loss']:.4f}", "lr": f"{learning_rate(trainer.optimizer):.2e}"}
         if "depth_mean" in means:
             shown["depth"] = f"{means['depth_mean']:.2f}"
+            shown["saved"] = f"{means['macs_saved']:.0%}"
         seconds = time.perf_counter() - start
         return {**shown, "images/s": f"{averages.weight * utils.world_size() / seconds:.0f}"}
 
@@ -160,6 +163,8 @@ def halting_figures(model: nn.Module, halting: Halting | None) -> dict[str, Tens
         return {}
     depth, blocks, prefix = halting.depth, model.num_blocks, model.num_prefix_tokens
     per_block = torch.arange(blocks, device=depth.device)[:, None]
+    gmacs = macs_per_image(model, depth).mean() / 1e9
+    gmacs_static = macs_per_image(model, torch.full_like(depth[:1], blocks)).mean() / 1e9
     return {
         "depth_mean": depth.mean(),
         "depth_max": depth.amax(dim=1).mean(),
@@ -168,8 +173,9 @@ def halting_figures(model: nn.Module, halting: Halting | None) -> dict[str, Tens
         "class_token_depth": depth[:, 0].mean(),
         "live_share": (depth.flatten() > per_block).double().mean(dim=1),  # [L], of the tokens
         "layer_scores": halting.layer_scores,
-        "gmacs": macs_per_image(model, depth).mean() / 1e9,
-        "gmacs_static": macs_per_image(model, torch.full_like(depth[:1], blocks)).mean() / 1e9,
+        "gmacs": gmacs,
+        "gmacs_static": gmacs_static,
+        "macs_saved": 1 - gmacs / gmacs_static,  # share
     }
 
 
@@ -201,6 +207,25 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device, amp: str 
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}
 
 
+@torch.inference_mode()
+def zipping_speeds(
+    model: nn.Module, images: Tensor, device: torch.device, amp: str, rounds: int = 5
+) -> dict[str, float]:
+    """Images/s of the logits alone, zipped and masked, on one batch: medians of interleaved rounds."""
+    forms = {"images_per_s_zipped": True, "images_per_s_masked": False}
+    seconds = {name: [] for name in forms}
+    model = copy.deepcopy(model).eval()
+    images = images.to(device)
+    for number in range(rounds + 1):
+        for name, model.zip_tokens in forms.items():
+            start = _now(device)
+            with autocast(device, amp):
+                model(images)
+            if number > 0:  # the first round warms up
+                seconds[name].append(_now(device) - start)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -220,6 +245,9 @@ def report(result: dict) -> None:
         ("multiply-adds per image", f"{macs:.3f} G  (static {static_macs:.3f} G, {macs / static_macs:.1%})"),
         ("images/s", f"{result['images_per_s']:.1f}"),
     ]
+    if "images_per_s_zipped" in result:
+        zipped, masked = result["images_per_s_zipped"], result["images_per_s_masked"]
+        rows.append(("images/s of logits alone", f"{zipped:.1f} zipped, {masked:.1f} masked"))
     if "ema_acc1" in result:
         rows.insert(1, ("top-1 of the averaged weights", f"{result['ema_acc1']:.2f} %"))
     utils.log(utils.table(rows))

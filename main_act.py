@@ -31,7 +31,7 @@ import losses
 import utils
 import visualize
 from datasets import Augmentation, build_dataset
-from engine_act import Trainer, evaluate, report
+from engine_act import Trainer, evaluate, report, zipping_speeds
 from samplers import ExactDistributedSampler, training_sampler
 from training import TrainingRun, updates_per_epoch
 from utils import UserError, log, warn
@@ -74,6 +74,8 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
         log(f"token depths drawn in {folder}")
         return
     result = evaluate(model, loader, device, amp_of(args))
+    if model.halting and utils.is_main():
+        result |= zipping_speeds(model, next(iter(loader))[0], device, amp_of(args))
     report(result)
     if output_dir is not None and utils.is_main():
         (output_dir / "eval.json").write_text(json.dumps(result, indent=2) + "\n")

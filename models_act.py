@@ -53,7 +53,7 @@ class HaltingStep(NamedTuple):
     score: Tensor
     probability: Tensor
     cumulative: Tensor
-    halted: Tensor
+    goes_on: Tensor
 
 
 def halting_step(
@@ -63,12 +63,13 @@ def halting_step(
 
     x: [..., C], the block's output; cumulative: [...] float32, the sum of the token's earlier
     scores. Returns, each [...]: `score`, h_l in float32; `probability`, p_l; `cumulative`, with
-    this block's score (1 in the last block); `halted`, bool, where that reaches 1 - halt_eps.
+    this block's score (1 in the last block); `goes_on`, bool, False where that reaches
+    1 - halt_eps: the token halts.
     """
     score = torch.sigmoid(gate_scale * x[..., 0].float() - gate_center)
     now = cumulative + (torch.ones_like(score) if last else score)
-    halted = now >= 1 - halt_eps
-    return HaltingStep(score, torch.where(halted, 1 - cumulative, score), now, halted)
+    goes_on = now < 1 - halt_eps
+    return HaltingStep(score, torch.where(goes_on, score, 1 - cumulative), now, goes_on)
 
 
 class _HaltingTrace:
@@ -83,8 +84,9 @@ class _HaltingTrace:
 
     def add(self, tokens: MaskedTokens | ZippedTokens, step: HaltingStep) -> None:
         self.depth = self.depth + tokens.live
-        self.spent = self.spent + tokens.unpack(step.score.masked_fill(step.halted, 0))
-        self.layer_scores.append(tokens.unpack(step.score)[:, self.num_prefix_tokens :].mean())
+        score, spent = tokens.unpack(step.score, step.score * step.goes_on)
+        self.spent = self.spent + spent
+        self.layer_scores.append(score[:, self.num_prefix_tokens :].mean())
 
     def halting(self) -> Halting:
         unreached = self.num_blocks - len(self.layer_scores)
@@ -174,14 +176,15 @@ class _AdaptiveTokens:
                 halt_eps=self.halt_eps,
                 last=number == self.num_blocks,
             )
-            output = output + tokens.unpack(step.probability, first).unsqueeze(-1) * tokens.unpack(rows, first)
+            probability, state = tokens.unpack(step.probability, rows, first=first)
+            output = output + probability.unsqueeze(-1) * state
             if return_halting:
                 trace.add(tokens, step)
-            leaving = step.halted
+            staying = step.goes_on
             if early_exit and self.zip_tokens:
-                prefix_live = tokens.unpack(~leaving, self.num_prefix_tokens).any(dim=1)  # [B]
-                leaving = leaving | ~tokens.spread(prefix_live)
-            tokens, (rows, cumulative) = tokens.drop(leaving, rows, step.cumulative)
+                prefix_stays = tokens.unpack(staying, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
+                staying = staying & tokens.spread(prefix_stays)
+            tokens, (rows, cumulative) = tokens.keep(staying, rows, step.cumulative)
             if len(rows) == 0 and not self.training:
                 break
         return output.to(x.dtype), trace.halting() if return_halting else None
@@ -244,9 +247,11 @@ def _zipped_block(block: Block, rows: Tensor, tokens: ZippedTokens) -> Tensor:
 
 def _zipped_attention(attn: Attention, rows: Tensor, tokens: ZippedTokens) -> Tensor:
     """rows: [T, C] -> [T, C]"""
-    q, k, v = attn.qkv(rows).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # [T, H, D]
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
-    out = tokens.attend(attn.q_norm(q), attn.k_norm(k), v, dropout_p).flatten(1)
+    qkv = attn.qkv(rows).view(-1, 3, attn.num_heads, attn.head_dim)  # [T, 3, H, D]
+    if not isinstance(attn.q_norm, nn.Identity):
+        q, k, v = qkv.unbind(1)
+        qkv = torch.stack([attn.q_norm(q), attn.k_norm(k), v], dim=1)
+    out = tokens.attend(qkv, attn.attn_drop.p if attn.training else 0.0).flatten(1)
     return attn.proj_drop(attn.proj(attn.norm(out)))
 
 

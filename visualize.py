@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from engine_act import autocast
 COLORMAP = "hot"  # the paper's: from black to white, whiter is deeper
 PICTURE_SIZE = 256  # smallest height of a picture, in pixels
 DEMO_FOLDER = "token_act_visualization"
+ROWS_OF = 16  # images in the picture of shrinking rows
 
 
 class Specimen(NamedTuple):
@@ -57,10 +59,32 @@ def demo(model: nn.Module, loader: DataLoader, device: torch.device, amp: str, o
     everyone = utils.gather(best)
     if utils.is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        shown = []
         for target in sorted({target for own in everyone for target in own}):
             specimens = [own[target] for own in everyone if target in own]
-            _draw(max(specimens, key=lambda s: (s.spread, -s.index)), model.num_blocks, folder / f"class{target}")
+            shown.append(max(specimens, key=lambda s: (s.spread, -s.index)))
+            _draw(shown[-1], model.num_blocks, folder / f"class{target}")
+        draw_rows([specimen.depth for specimen in shown[:ROWS_OF]], model.num_blocks, folder / "rows.png")
     return folder
+
+
+def draw_rows(depths: list[np.ndarray], num_blocks: int, path: Path) -> None:
+    """How the rows of a zipped batch shrink: the live patches of each image, block by block."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    blocks = np.arange(1, num_blocks + 1)
+    bottom = np.zeros(num_blocks)
+    for number, depth in enumerate(depths):
+        live = (depth.reshape(-1, 1) >= blocks).sum(axis=0)
+        axes.bar(blocks, live, bottom=bottom, width=0.9, color=colormaps["tab20"](number % 20), edgecolor="white")
+        bottom += live
+    total = sum(depth.size for depth in depths)
+    axes.axhline(total, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("block")
+    axes.set_ylabel("rows that it processes")
+    axes.set_title(f"{len(depths)} images (colours), {total} patches; dashed: a static network")
+    axes.set_xticks(blocks)
+    figure.savefig(path, dpi=120)
 
 
 def _arrays(model: nn.Module, image: Tensor, patch_depth: Tensor) -> tuple[np.ndarray, np.ndarray]:

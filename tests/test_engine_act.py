@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-from engine_act import Trainer, evaluate, halting_figures, train_one_epoch
+from engine_act import Trainer, evaluate, halting_figures, train_one_epoch, zipping_speeds
 from models_act import macs_per_image
 
 CPU = torch.device("cpu")
@@ -62,6 +62,7 @@ def test_training_lowers_the_loss_and_reports_its_parts():
     assert first["loss"] == pytest.approx(sum(parts))
     assert len(first["live_share"]) == len(first["layer_scores"]) == 8
     assert first["gmacs"] < first["gmacs_static"]
+    assert first["macs_saved"] == pytest.approx(1 - first["gmacs"] / first["gmacs_static"])
     assert first["lr"] == 0.1
 
 
@@ -148,3 +149,12 @@ def test_figures_are_means_over_the_batch():
     assert figures["depth_max"] == halting.depth.amax(1).mean()
     assert figures["depth_min"] == halting.depth.amin(1).mean()
     assert halting_figures(model, None) == {}
+
+
+def test_speeds_are_measured_in_both_forms_and_leave_the_model_alone():
+    model = halting_model(zip_tokens=False).train()
+    speeds = zipping_speeds(model, images(), CPU, "none", rounds=1)
+    assert speeds.keys() == {"images_per_s_zipped", "images_per_s_masked"}
+    assert min(speeds.values()) > 0
+    assert model.training
+    assert not model.zip_tokens
