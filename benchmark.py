@@ -32,15 +32,20 @@ from engine_act import AMP_DTYPES, autocast
 from models_act import impose_depths, macs_per_image
 
 SHORTEST = 0.2  # seconds that one timing takes at least, by repetition
+FEWEST = 32  # images that one timing sees at least, in batches: single images differ in depth
 
 
 class Case(NamedTuple):
     """What one table is about."""
 
     batch_size: int
-    mean_depth: float  # measured, of every token
-    images: Tensor
+    depth: Tensor  # [number of images, N], measured
+    images: Tensor  # [number of images, 3, H, W]
     model: nn.Module
+
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        return self.images.split(self.batch_size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,27 +88,29 @@ def run(args, device: torch.device) -> list[dict]:
         rows = measure(case, device, args.amp, args.train, args.runs)
         what = "training step" if args.train else "inference"
         size = "x".join(map(str, case.images.shape[-2:]))
-        print(f"\n{args.model}, {size}, {what}, batch {case.batch_size}, mean depth {case.mean_depth:.2f}, {args.amp}")
+        mean_depth = case.depth.mean().item()
+        print(f"\n{args.model}, {size}, {what}, batch {case.batch_size}, mean depth {mean_depth:.2f}, {args.amp}")
         print(format_rows(rows), flush=True)
         about = {"model": args.model, "train": args.train, "amp": args.amp, "device": str(device)}
-        results += [{**about, "batch_size": case.batch_size, "mean_depth": case.mean_depth, **row} for row in rows]
+        results += [{**about, "batch_size": case.batch_size, "mean_depth": mean_depth, **row} for row in rows]
     return results
 
 
 def cases(args, device: torch.device) -> Iterator[Case]:
     """Imposed depths on normal noise, or a checkpoint's on real images."""
     for batch_size in args.batch_size:
+        count = batch_size * math.ceil(FEWEST / batch_size)
         if args.finetune:
-            yield _measured_depth(*_real(args, batch_size, device))
+            yield _case(batch_size, *_real(args, count, device))
             continue
         for mean_depth in args.mean_depth:
             model = timm.create_model(args.model, **({"img_size": args.input_size} if args.input_size else {}))
             impose_depths(model, mean_depth, spread=2.0)
-            images = torch.randn(batch_size, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-            yield _measured_depth(model.to(device), images.to(device))
+            images = torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+            yield _case(batch_size, model.to(device), images.to(device))
 
 
-def _real(args, batch_size: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     checkpoint = checkpoints.load_checkpoint(args.finetune)
     weights = checkpoints.weights_of(checkpoint, args.finetune)
     gate = checkpoints.choose_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, args.finetune)
@@ -112,15 +119,16 @@ def _real(args, batch_size: int, device: torch.device) -> tuple[nn.Module, Tenso
     model = timm.create_model(args.model, num_classes=num_classes, **size, **gate)
     checkpoints.fit_weights(model, weights, args.finetune, replace_head=False)
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size)
-    stride = max(len(data) // batch_size, 1)  # images of all classes
-    images = torch.stack([data[index * stride % len(data)][0] for index in range(batch_size)])
+    stride = max(len(data) // count, 1)  # images of all classes
+    images = torch.stack([data[index * stride % len(data)][0] for index in range(count)])
     return model.to(device), images.to(device)
 
 
 @torch.no_grad()
-def _measured_depth(model: nn.Module, images: Tensor) -> Case:
-    depth = model.eval()(images, return_halting=True)[1].depth
-    return Case(len(images), depth.mean().item(), images, model)
+def _case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
+    model.eval()
+    depth = torch.cat([model(batch, return_halting=True)[1].depth for batch in images.split(batch_size)])
+    return Case(batch_size, depth, images, model)
 
 
 def static_twin(model: nn.Module) -> nn.Module:
@@ -160,13 +168,13 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
         rows.append(
             {
                 "form": name,
-                "images_per_s": case.batch_size / median,
-                "images_per_s_range": [case.batch_size / max(times), case.batch_size / min(times)],
+                "images_per_s": len(case.images) / median,
+                "images_per_s_range": [len(case.images) / max(times), len(case.images) / min(times)],
                 "speed_up": static / median,
                 "gmacs": macs[name] / 1e9,
                 "ideal": ideal,
                 "speed_up_of_ideal": static / median / ideal,
-                "memory_mib": _memory(calls[name], forms[name], device, train),
+                "memory_mib": _memory(calls[name], forms[name], case, train),
             }
         )
     return rows
@@ -177,30 +185,32 @@ def _inference(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
 
     @torch.inference_mode()
     def call() -> None:
-        with autocast(case.images.device, amp):
-            model(case.images)
+        for images in case.batches:
+            with autocast(images.device, amp):
+                model(images)
 
     return call
 
 
 def _training_step(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
-    """Learning rate 0: the depths stay those that were imposed."""
+    """Forward, backward and AdamW, at learning rate 0, so that the depths stay those that were imposed."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     targets = torch.arange(case.batch_size, device=case.images.device) % model.num_classes
 
     def call() -> None:
-        with autocast(case.images.device, amp):
-            loss = nn.functional.cross_entropy(model(case.images), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for images in case.batches:
+            with autocast(images.device, amp):
+                loss = nn.functional.cross_entropy(model(images), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     return call
 
 
 def _interleaved(calls: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call: every form once in each round, in turn."""
+    """Seconds for all images: every form once in each round, in turn."""
     for call in calls.values():
         call()  # warm up
     slowest = max(_seconds(call, device, 1) for call in calls.values())
@@ -226,11 +236,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@torch.no_grad()
 def _multiply_adds(case: Case) -> dict[str, float]:
     """Per image, of each form; with early exit no token goes on after its image's prefix tokens."""
-    model = case.model.eval()
-    depth = model(case.images, return_halting=True)[1].depth
+    model, depth = case.model, case.depth
     last_needed = depth[:, : model.num_prefix_tokens].amax(dim=1, keepdim=True)
     static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
     adaptive = macs_per_image(model, depth).mean().item()
@@ -238,17 +246,18 @@ def _multiply_adds(case: Case) -> dict[str, float]:
     return {"static (timm)": static, "masked": adaptive, "zipped": adaptive, "zipped, early exit": early}
 
 
-def _memory(call: Callable[[], None], model: nn.Module, device: torch.device, train: bool) -> float | None:
+def _memory(call: Callable[[], None], model: nn.Module, case: Case, train: bool) -> float | None:
     """MiB: on CUDA the allocator's peak; on the CPU what a training step keeps for backward."""
+    device = case.images.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return _saved_for_backward(call, model) / 2**20 if train else None
+    return _saved_for_backward(call, model) / len(case.batches) / 2**20 if train else None
 
 
 def _saved_for_backward(call: Callable[[], None], model: nn.Module) -> int:
-    """Bytes of the distinct storages that autograd saves, parameters excluded."""
+    """Bytes of the distinct storages that autograd saves in a call, parameters excluded."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}  # the tensors stay alive, so that no address is seen twice
 

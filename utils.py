@@ -24,7 +24,7 @@ class UserError(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean a, b?)', or '' where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 

@@ -165,5 +165,7 @@ def _jagged_attention(qkv: Tensor, lengths: list[int], dropout_p: float = 0.0) -
     lengths = [length for length in lengths if length]
     offsets = torch.tensor([0, *accumulate(lengths)]).to(qkv.device, non_blocking=True)
     bounds = {"min_seqlen": lengths[0], "max_seqlen": lengths[-1]}
-    q, k, v = (torch.nested.nested_tensor_from_jagged(t, offsets, **bounds).transpose(1, 2) for t in qkv.unbind(1))
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(t.contiguous(), offsets, **bounds).transpose(1, 2) for t in qkv.unbind(1)
+    )
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).values()

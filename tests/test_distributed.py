@@ -68,6 +68,50 @@ def test_training_in_two_processes(halting_checkpoint, tmp_path, launcher):
     assert len((out / "log.txt").read_text().splitlines()) == 1
 
 
+def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path):
+    data, checkpoint = halting_checkpoint
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch(processes, "--data-path", data, "--demo", "--finetune", checkpoint, "--output_dir", out)
+    one, two = (tmp_path / n / "token_act_visualization" for n in "12")
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    for path in one.glob("*.jpg"):
+        assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+# The original's commands, as they stand in people's scripts; but for the data, and for --pretrained in training,
+# which needs the network.
+RECIPE = "--batch-size 128 --lr 0.0005 --tensorboard --epochs 1 --gate_scale 10.0 --gate_center 30 --warmup-epochs 5 "
+RECIPE += "--ponder_token_scale 0.0005 --distr_prior_alpha 0.001"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_originals_commands(tmp_path, name):
+    data = make_image_folder(tmp_path / "data", classes=2, train=8, val=2, size=(300, 260))
+    model = f"avit_{name}_patch16_224"
+    weights = tmp_path / "static.pth"
+    torch.save({"model": timm.create_model(model, num_classes=2).state_dict()}, weights)
+    out = tmp_path / "results" / "name"
+    command = ["--model", model, "--data-path", str(data), "--output_dir", str(out), *RECIPE.split()]
+    run_plainly(2, [*command, "--pretrained-path", str(weights)])
+    assert (out / "best.pth").exists()
+    published = tmp_path / f"{name}-10-30.pth"
+    torch.save({"model": torch.load(out / "best.pth")["model"]}, published)
+    done = run_plainly(1, [*command, "--pretrained", "--eval", "--finetune", str(published)])
+    assert "Accuracy of the network on the 4 test images" in done.stdout
+    run_plainly(1, ["--model", model, "--data-path", str(data), "--finetune", str(published), "--demo"], cwd=tmp_path)
+    assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
+
+
+def run_plainly(processes, flags, cwd=None):
+    launcher = ["-m", "torch.distributed.launch", f"--nproc_per_node={processes}", f"--master_port={_free_port()}"]
+    command = [sys.executable, *launcher, "--use_env", str(ROOT / "main_act.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_a_mistake_is_told_once(tmp_path):
     done = launch(2, "--data-path", tmp_path / "missing", check=False)
     assert done.returncode != 0

@@ -245,6 +245,19 @@ def test_unreached_blocks_get_zero_gradients():
 
 
 @torch.no_grad()
+def test_the_device_is_waited_for_once_per_block(monkeypatch):
+    model = halting_model().eval()
+    blocks = int(model(images(), return_halting=True)[1].depth.max())
+    waits = []
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        spy = lambda self, *a, o=original, n=name, **k: waits.append(n) or o(self, *a, **k)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    model(images(), return_halting=True)
+    assert waits == ["tolist"] * blocks
+
+
+@torch.no_grad()
 def test_early_exit_changes_no_logits(monkeypatch):
     model = halting_model().eval()
     logits, halting = model(images(), return_halting=True)

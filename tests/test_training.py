@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from conftest import halting_model, images
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import losses
+import training
+from checkpoints import load_checkpoint
+from engine_act import Trainer
+from training import TrainingRun
+from utils import UserError
+
+
+def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs):
+    model = halting_model()
+    data = TensorDataset(images(10), torch.arange(10) % 7)
+    loader = DataLoader(data, 4, sampler=DistributedSampler(data, 1, 0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updates = training.updates_per_epoch(loader, accum_steps)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched,
+        num_epochs=epochs,
+        warmup_epochs=1,
+        warmup_lr=0.01,
+        step_on_epochs=sched == "plateau",
+        updates_per_epoch=updates,
+    )
+    criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.01, 0.01)
+    ema = ModelEmaV3(model, 0.9)
+    trainer = Trainer(model, criterion, optimizer, torch.device("cpu"), accum_steps=accum_steps, ema=ema)
+    options = {"epochs": epochs, "output_dir": output_dir, "tensorboard": False, "flags": {"lr": 0.1}, **kwargs}
+    return TrainingRun(trainer, schedule, loader, DataLoader(data, 5), **options)
+
+
+def test_exactly_so_many_epochs_are_trained(tmp_path):
+    make_run(tmp_path, epochs=3).train()
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert lines[0]["n_parameters"] == sum(p.numel() for p in halting_model().parameters())
+
+
+@pytest.mark.parametrize(("accum_steps", "updates"), [(1, 3), (2, 2)])
+def test_the_schedule_steps_with_the_updates(accum_steps, updates):
+    run = make_run(accum_steps=accum_steps)
+    seen = []
+    step_update = run.schedule.step_update
+    run.schedule.step_update = lambda n: seen.append(n) or step_update(n)
+    run.train()
+    assert sorted(set(seen)) == list(range(2 * updates + 1))
+    assert run.trainer.optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_the_plateau_schedule_sees_the_accuracy():
+    run = make_run(sched="plateau")
+    seen = []
+    run.schedule.step = lambda epoch, metric: seen.append((epoch, metric))
+    run.train()
+    assert [epoch for epoch, _ in seen] == [1, 2]
+    assert all(0 <= metric <= 100 for _, metric in seen)
+
+
+def test_checkpoints_hold_the_run_in_plain_types(tmp_path):
+    make_run(tmp_path).train()
+    checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["args"] == {"lr": 0.1}
+    assert checkpoint["gate"]["gate_center"] == 12.0
+    best = load_checkpoint(str(tmp_path / "best.pth"))
+    assert best["best_acc1"] == checkpoint["best_acc1"]
+
+
+def test_resuming_goes_on_where_the_run_stopped(tmp_path):
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    for folder in (whole, first, second):
+        folder.mkdir()
+    make_run(whole, epochs=2).train()
+    interrupted = make_run(first, epochs=2)
+    interrupted.epochs = 1
+    interrupted.train()
+    checkpoint = load_checkpoint(str(first / "checkpoint.pth"))
+    resumed = make_run(second, epochs=2)
+    resumed.trainer.model.load_state_dict(checkpoint["model"])
+    resumed.restore(checkpoint, "checkpoint.pth")
+    resumed.train()
+    expected, actual = (load_checkpoint(str(f / "checkpoint.pth")) for f in (whole, second))
+    for part in ("model", "model_ema"):
+        for name, value in expected[part].items():
+            assert torch.equal(actual[part][name], value), (part, name)
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"optimizer": 3}, {"optimizer": {"state": {}, "param_groups": []}}])
+def test_a_checkpoint_without_training_state_is_refused(checkpoint):
+    with pytest.raises(UserError, match="no training state that fits"):
+        make_run().restore(checkpoint, "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("acc1", "depth", "message"),
+    [
+        ((50, 50), (2.4, 2.4), "tokens collapse: their mean depth is 2.40"),
+        ((50, 40), (6.0, 5.0), "accuracy falls while depth does: 50.0 % to 40.0 %, 6.00 to 5.00"),
+        ((50, 40), (5.0, 6.0), None),
+        ((40, 50), (6.0, 5.0), None),
+    ],
+)
+def test_collapse_is_told(acc1, depth, message, capsys):
+    run = make_run()
+    for values in zip(acc1, depth):
+        run._warn_of_collapse(dict(zip(("acc1", "depth_mean"), values)))
+    warnings = capsys.readouterr().err
+    assert (message in warnings) if message else not warnings
