@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 import models_act  # noqa: E402
 
-torch.set_num_threads(2)
+settings.register_profile("repository", deadline=None, max_examples=40)  # timings are noisy
+settings.load_profile("repository")
 PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 

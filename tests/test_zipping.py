@@ -1,15 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from zipping import MaskedTokens, ZippedTokens, _jagged_attention, ragged_attention
-
-settings.register_profile("quick", deadline=None, max_examples=40)
-settings.load_profile("quick")
 
 
 @st.composite
