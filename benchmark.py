@@ -214,7 +214,7 @@ def _interleaved(calls: dict[str, Callable[[], None]], device: torch.device, rou
     for call in calls.values():
         call()  # warm up
     slowest = max(_seconds(call, device, 1) for call in calls.values())
-    repeats = math.ceil(SHORTEST / slowest)
+    repeats = max(math.ceil(SHORTEST / slowest), 1)
     seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
