@@ -78,7 +78,8 @@ def _local_path(location: str) -> Path:
 
 
 def _nearby(path: Path) -> str:
-    return nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+    alike = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
+    return nearest(path.name, (p.name for p in alike))
 
 
 def weights_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ have timm's names, so DeiT's load as they are.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -26,11 +25,23 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
+from timm.models._features import feature_take_indices
 from timm.models.deit import default_cfgs as deit_cfgs
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from imposing import impose_depths
 from zipping import MaskedTokens, ZippedTokens
+
+__all__ = [
+    "AdaptiveVisionTransformer",
+    "AdaptiveVisionTransformerDistilled",
+    "Halting",
+    "HaltingStep",
+    "halting_step",
+    "impose_depths",
+    "macs_per_image",
+]
 
 
 class Halting(NamedTuple):
@@ -146,6 +157,48 @@ class _AdaptiveTokens:
         """x: [B, in_chans, H, W] -> [B, N, C], the final norm of every token's mean-field output."""
         return self._features(x)[0]
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ):
+        """timm's interface: the states after the blocks `indices`, and the final features.
+
+        State l is x_l for tokens of depth l or more and zero for the others; the final features are
+        those of `forward_features`, unless `stop_early` leaves out blocks.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is NCHW or NLC, not {output_fmt!r}")
+        options = {"return_prefix_tokens": return_prefix_tokens, "norm": norm, "stop_early": stop_early}
+        options |= {"output_fmt": output_fmt, "intermediates_only": intermediates_only, "output_dict": output_dict}
+        if not self.halting:
+            return super().forward_intermediates(x, indices, **options)
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        states: dict[int, Tensor] = {}
+        embedded = self._embed(x)
+        num_blocks = last + 1 if stop_early else len(self.blocks)
+        output, _ = self._mean_field(embedded, None, states=states, num_blocks=num_blocks)
+        absent = torch.zeros_like(embedded)  # after blocks that no token reached
+        found = [states.get(index, absent) for index in taken]
+        found = [self.norm(state) if norm else state for state in found]
+        prefix = [state[:, : self.num_prefix_tokens] for state in found]
+        patches = [state[:, self.num_prefix_tokens :] for state in found]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+            patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
+        if output_dict:
+            result = {"image_intermediates": patches}
+            result |= {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
+            return result | ({} if intermediates_only else {"image_features": self.norm(output)})
+        intermediates = list(zip(patches, prefix)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (self.norm(output), intermediates)
+
     def _features(
         self, x: Tensor, first: int | None = None, return_halting: bool = False, early_exit: bool = False
     ) -> tuple[Tensor, Halting | None]:
@@ -153,20 +206,33 @@ class _AdaptiveTokens:
         if not self.halting:
             features = super().forward_features(x)
             return features, self._static_halting(features) if return_halting else None
-        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
-        output, halting = self._mean_field(x, first, return_halting, early_exit)
+        output, halting = self._mean_field(self._embed(x), first, return_halting, early_exit)
         return self.norm(output), halting
 
+    def _embed(self, x: Tensor) -> Tensor:
+        """x: [B, in_chans, H, W] -> [B, N, C], what enters the first block."""
+        return self.norm_pre(self._pos_embed(self.patch_embed(x)))
+
     def _mean_field(
-        self, x: Tensor, first: int | None, return_halting: bool, early_exit: bool
+        self,
+        x: Tensor,
+        first: int | None,
+        return_halting: bool = False,
+        early_exit: bool = False,
+        states: dict[int, Tensor] | None = None,
+        num_blocks: int | None = None,
     ) -> tuple[Tensor, Halting | None]:
-        """x: [B, N, C] through the blocks -> sum_l p_l x_l for the `first` tokens (Eq. 5)."""
+        """x: [B, N, C] through the blocks -> sum_l p_l x_l for the `first` tokens (Eq. 5).
+
+        states: where given, gets the state after each block, [B, N, C], zero where a token has left;
+        num_blocks: how many blocks to run, all by default.
+        """
         store = ZippedTokens if self.zip_tokens else MaskedTokens
         tokens, rows = store.pack(x)
         cumulative = torch.zeros(rows.shape[:-1], device=x.device)
         output = torch.zeros(1, device=x.device)
         trace = _HaltingTrace(tokens, self.num_prefix_tokens, self.num_blocks) if return_halting else None
-        for number, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(self.blocks[:num_blocks], start=1):
             rows = self._run_block(block, rows, tokens)
             step = halting_step(
                 rows,
@@ -180,12 +246,14 @@ class _AdaptiveTokens:
             output = output + probability.unsqueeze(-1) * state
             if return_halting:
                 trace.add(tokens, step)
+            if states is not None:
+                (states[number - 1],) = tokens.unpack(rows)
             staying = step.goes_on
             if early_exit and self.zip_tokens:
                 prefix_stays = tokens.unpack(staying, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
                 staying = staying & tokens.spread(prefix_stays)
             tokens, (rows, cumulative) = tokens.keep(staying, rows, step.cumulative)
-            if len(rows) == 0 and not self.training:
+            if len(rows) == 0 and not (self.training or torch.is_grad_enabled()):
                 break
         return output.to(x.dtype), trace.halting() if return_halting else None
 
@@ -285,86 +353,6 @@ def _linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-@torch.no_grad()
-def impose_depths(model: _AdaptiveTokens, mean: float, spread: float) -> None:
-    """Set weights so that tokens halt around depth `mean` with standard deviation `spread`, in blocks.
-
-    For tests and benchmarks. Channel 0 then grows by the same step in every block and starts, for
-    each token, from its position (half of the variance), its content (a quarter) and its image (a
-    quarter; the only part for prefix tokens), which the first head of block 1 brings to all of the
-    image's tokens. The shares hold for images of standard normal noise. Other weights, and so the
-    rest of the computation, stay as they are.
-
-    ValueError for a model whose projections have no bias or that normalises before its blocks.
-    """
-    blocks, grid, channels = model.blocks, model.patch_embed.num_patches, model.embed_dim
-    if blocks[0].mlp.fc2.bias is None or not isinstance(model.norm_pre, nn.Identity):
-        raise ValueError("impose_depths needs proj_bias=True and pre_norm=False")
-    slope = 6.0  # rise of the gate's logit per block: steep enough to halt within one or two
-    step = slope / model.gate_scale  # the same in units of channel 0
-    crossing = mean - _halting_lag(slope)  # the block where the logit of an average token crosses 0
-    start = (model.gate_center / slope - crossing) * step  # in channel 0; + l * step after block l
-
-    generator = torch.Generator().manual_seed(0)
-    for block in blocks:
-        block.attn.proj.weight[0], block.attn.proj.bias[0] = 0, 0
-        block.mlp.fc2.weight[0], block.mlp.fc2.bias[0] = 0, step
-        for scale in (block.ls1, block.ls2):
-            if not isinstance(scale, nn.Identity):
-                scale.gamma[0] = 1
-
-    kernel = model.patch_embed.proj.weight
-    content, shared = torch.randn(2, *kernel.shape[1:], generator=generator).to(kernel)
-    content, shared = content / content.norm(), shared / shared.norm()  # of unit variance on normal noise
-    kernel[0], kernel[1], kernel[2] = 0.5 * spread * step * content, shared, -shared
-    if model.patch_embed.proj.bias is not None:
-        model.patch_embed.proj.bias[:3] = 0
-
-    _impose_start(model, start, math.sqrt(0.5) * spread * step, generator)
-    _impose_image_term(blocks[0], 0.5 * spread * step * math.sqrt(grid), start, channels)
-
-
-def _impose_start(model: _AdaptiveTokens, start: float, position_std: float, generator: torch.Generator) -> None:
-    """Channels 0 to 2 before the first block: `start` plus a term of the position; 0, 0."""
-    prefix = [t for t in (model.cls_token, model.reg_token, getattr(model, "dist_token", None)) if t is not None]
-    for token in prefix:
-        token[..., :3] = 0
-        token[..., 0] = start
-    if model.pos_embed is None:
-        model.patch_embed.proj.bias[0] = start
-        return
-    model.pos_embed[..., :3] = 0
-    patches = model.pos_embed[:, -model.patch_embed.num_patches :, 0]
-    quantiles = torch.linspace(0, 1, patches.numel() + 2)[1:-1][torch.randperm(patches.numel(), generator=generator)]
-    patches.copy_(start + position_std * math.sqrt(2) * torch.erfinv(2 * quantiles - 1))
-
-
-def _impose_image_term(block: Block, std: float, start: float, channels: int) -> None:
-    """Block 1's attention adds the image's mean content (channel 1 - channel 2) to channel 0.
-
-    `std` is that of the term times the square root of the number of patches.
-    """
-    attn = block.attn
-    queries, value = slice(attn.head_dim), 2 * attn.attn_dim  # of the first head; its first value channel
-    for parameter in attn.qkv.parameters():
-        parameter[queries] = 0  # the first head attends evenly
-        parameter[value] = 0
-    attn.qkv.weight[value, 1], attn.qkv.weight[value, 2] = 1, -1
-    block.norm1.weight[1:3] = 1
-    if block.norm1.bias is not None:
-        block.norm1.bias[1:3] = 0
-    norm = math.sqrt((start**2 + 2) / channels + 1 / 3)  # what norm1 divides by, roughly
-    attn.proj.weight[0, 0] = std * norm / 2
-
-
-def _halting_lag(slope: float) -> float:
-    """Mean blocks between a logit's crossing of 0 and the halting of its token."""
-    crossing = 20 + torch.linspace(0, 1, 101)[:-1]
-    cumulative = torch.sigmoid(slope * (torch.arange(1, 41)[:, None] - crossing)).cumsum(0)  # [l, crossing]
-    depth = (cumulative < 0.99).sum(0) + 1
-    return (depth - crossing).mean().item()
-
-
 # Registration with timm --------------------------------------------------------------------------
 
 
@@ -417,44 +405,102 @@ def _cfg(source: str | None = None, **kwargs) -> dict:
     return base | kwargs
 
 
+# Every model that starts from somebody's weights, and whose.
+SOURCES = {
+    "avit_tiny_patch16_224": "deit_tiny_patch16_224.fb_in1k",
+    "avit_small_patch16_224": "deit_small_patch16_224.fb_in1k",
+    "avit_base_patch16_224": "deit_base_patch16_224.fb_in1k",
+    "avit_base_patch16_384": "deit_base_patch16_384.fb_in1k",
+    "avit_tiny_distilled_patch16_224": "deit_tiny_distilled_patch16_224.fb_in1k",
+    "avit_small_distilled_patch16_224": "deit_small_distilled_patch16_224.fb_in1k",
+    "avit_base_distilled_patch16_224": "deit_base_distilled_patch16_224.fb_in1k",
+    "avit_base_distilled_patch16_384": "deit_base_distilled_patch16_384.fb_in1k",
+    "avit3_small_patch16_224": "deit3_small_patch16_224.fb_in1k",
+    "avit3_small_patch16_384": "deit3_small_patch16_384.fb_in1k",
+    "avit3_medium_patch16_224": "deit3_medium_patch16_224.fb_in1k",
+    "avit3_base_patch16_224": "deit3_base_patch16_224.fb_in1k",
+    "avit3_base_patch16_384": "deit3_base_patch16_384.fb_in1k",
+}
+MICRO_CFG = _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", fixed_input_size=True)
 default_cfgs = generate_default_cfgs(
-    {
-        "avit_micro_patch4_32": _cfg(
-            num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", fixed_input_size=True
-        ),
-        "avit_tiny_patch16_224.deit_fb_in1k": _cfg("deit_tiny_patch16_224.fb_in1k"),
-        "avit_small_patch16_224.deit_fb_in1k": _cfg("deit_small_patch16_224.fb_in1k"),
-        "avit_tiny_distilled_patch16_224.deit_fb_in1k": _cfg("deit_tiny_distilled_patch16_224.fb_in1k"),
-        "avit_small_distilled_patch16_224.deit_fb_in1k": _cfg("deit_small_distilled_patch16_224.fb_in1k"),
-    }
+    {"avit_micro_patch4_32": MICRO_CFG}
+    | {f"{name}.{source.replace('.', '_')}": _cfg(source) for name, source in SOURCES.items()}
 )
+
+TINY = {"embed_dim": 192, "num_heads": 3}
+SMALL = {"embed_dim": 384, "num_heads": 6}
+MEDIUM = {"embed_dim": 512, "num_heads": 8}
+BASE = {"embed_dim": 768, "num_heads": 12}
+DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
 
 @register_model
 def avit_micro_patch4_32(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    args = dict(img_size=32, patch_size=4, embed_dim=48, depth=12, num_heads=3, weight_init="reset")
+    """For images of 32 x 32 pixels or so; timm's default initialisation hardly trains at this width."""
+    args = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "weight_init": "reset"}
     return _create_avit("avit_micro_patch4_32", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def avit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
-    return _create_avit("avit_tiny_patch16_224", pretrained, **{**args, **kwargs})
+    return _create_avit("avit_tiny_patch16_224", pretrained, **{**TINY, **kwargs})
 
 
 @register_model
 def avit_small_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_avit("avit_small_patch16_224", pretrained, **{**args, **kwargs})
+    return _create_avit("avit_small_patch16_224", pretrained, **{**SMALL, **kwargs})
+
+
+@register_model
+def avit_base_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit_base_patch16_224", pretrained, **{**BASE, **kwargs})
+
+
+@register_model
+def avit_base_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit_base_patch16_384", pretrained, **{**BASE, **kwargs})
 
 
 @register_model
 def avit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
-    return _create_avit("avit_tiny_distilled_patch16_224", pretrained, distilled=True, **{**args, **kwargs})
+    return _create_avit("avit_tiny_distilled_patch16_224", pretrained, distilled=True, **{**TINY, **kwargs})
 
 
 @register_model
 def avit_small_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_avit("avit_small_distilled_patch16_224", pretrained, distilled=True, **{**args, **kwargs})
+    return _create_avit("avit_small_distilled_patch16_224", pretrained, distilled=True, **{**SMALL, **kwargs})
+
+
+@register_model
+def avit_base_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
+    return _create_avit("avit_base_distilled_patch16_224", pretrained, distilled=True, **{**BASE, **kwargs})
+
+
+@register_model
+def avit_base_distilled_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
+    return _create_avit("avit_base_distilled_patch16_384", pretrained, distilled=True, **{**BASE, **kwargs})
+
+
+@register_model
+def avit3_small_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit3_small_patch16_224", pretrained, **{**SMALL, **DEIT3, **kwargs})
+
+
+@register_model
+def avit3_small_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit3_small_patch16_384", pretrained, **{**SMALL, **DEIT3, **kwargs})
+
+
+@register_model
+def avit3_medium_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit3_medium_patch16_224", pretrained, **{**MEDIUM, **DEIT3, **kwargs})
+
+
+@register_model
+def avit3_base_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit3_base_patch16_224", pretrained, **{**BASE, **DEIT3, **kwargs})
+
+
+@register_model
+def avit3_base_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
+    return _create_avit("avit3_base_patch16_384", pretrained, **{**BASE, **DEIT3, **kwargs})

@@ -16,6 +16,7 @@ import models_act
 from models_act import AdaptiveVisionTransformer, halting_step, impose_depths, macs_per_image
 
 REGISTERED = timm.list_models("avit*")
+FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -293,6 +294,42 @@ def test_features_and_head_are_the_whole(zip_tokens, distilled):
     assert_close(model.forward_head(features), model(images()), **CLOSE)
 
 
+@pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+@torch.no_grad()
+def test_intermediates_are_the_states_of_live_tokens(zip_tokens):
+    model = halting_model(zip_tokens=zip_tokens).eval()
+    halting = model(images(), return_halting=True)[1]
+    assert_halting(halting)
+    final, intermediates = model.forward_intermediates(images(), output_fmt="NLC", return_prefix_tokens=True)
+    assert_close(final, model.forward_features(images()), **CLOSE)
+    assert len(intermediates) == 8
+    for block, (patches, prefix) in enumerate(intermediates, start=1):
+        state = torch.cat([prefix, patches], dim=1)
+        assert torch.equal(state.abs().sum(dim=2) > 0, halting.depth >= block)
+    maps = model.forward_intermediates(images(), indices=[2, 5], intermediates_only=True, stop_early=True)
+    assert [m.shape for m in maps] == [(6, 24, 4, 4)] * 2
+    assert_close(maps[1].flatten(2).transpose(1, 2), intermediates[5][0])
+    result = model.forward_intermediates(images(), indices=1, norm=True, output_dict=True, return_prefix_tokens=True)
+    assert result.keys() == {"image_intermediates", "image_intermediates_prefix", "image_features"}
+
+
+@torch.no_grad()
+def test_pruned_features_halt_as_the_whole_model():
+    model = halting_model().eval()
+    whole = model.forward_intermediates(images(), indices=[3], intermediates_only=True)
+    model.prune_intermediate_layers([3])
+    assert len(model.blocks) == 4
+    assert_close(model.forward_intermediates(images(), indices=[3], intermediates_only=True), whole)
+
+
+@torch.no_grad()
+def test_intermediates_of_the_static_network_are_timms():
+    model = halting_model(halting=False).eval()
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
+    (state,) = model.forward_intermediates(images(), indices=[1], output_fmt="NLC", intermediates_only=True)
+    assert_close(state, model.blocks[1](model.blocks[0](x))[:, 1:])
+
+
 @torch.no_grad()
 def test_no_pooling_returns_every_token():
     model = halting_model(global_pool="").eval()
@@ -396,10 +433,10 @@ def test_imposing_depths_needs_biases():
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_weights_have_timms_names_and_load_strictly(name):
-    model = timm.create_model(name)
+    model = timm.create_model(name, img_size=32)
     source = get_pretrained_cfg(name).hf_hub_id
     if source:
-        base = timm.create_model(source.removeprefix("timm/").split(".")[0])
+        base = timm.create_model(source.removeprefix("timm/").split(".")[0], img_size=32)
         model.load_state_dict(base.state_dict(), strict=True)
     assert (model.gate_scale, model.gate_center, model.halt_eps) == (10.0, 30.0, 0.01)
     assert model.halting
@@ -407,10 +444,19 @@ def test_weights_have_timms_names_and_load_strictly(name):
     assert model.early_exit
 
 
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_registered_model_in_both_forms(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, gate_scale=4.0, gate_center=12.0, **FAMILY).train()
+    impose_depths(model, 4.5, 1.5)
+    assert_halting(assert_same(*forms(model), images(size=64)))
+
+
 @pytest.mark.parametrize("name", [n for n in REGISTERED if get_pretrained_cfg(n).hf_hub_id])
 def test_pretrained_configuration_is_that_of_its_source(name):
     own = get_pretrained_cfg(name)
     assert own.hf_hub_id.startswith("timm/deit")
+    assert own.architecture == name
     source = get_pretrained_cfg(own.hf_hub_id.removeprefix("timm/"), allow_unregistered=False)
     for key in (
         "url",
