@@ -35,7 +35,7 @@ class _Formatter(argparse.HelpFormatter):
     """Adds the default where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, argparse.SUPPRESS, False) or "default" in action.help
+        silent = any(action.default is value for value in (None, argparse.SUPPRESS, False)) or "default" in action.help
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
@@ -68,6 +68,13 @@ def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 
@@ -142,7 +149,7 @@ def _optimizer(parser: Parser) -> None:
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", metavar="NAME", help="timm optimizer")
     add("--opt-eps", type=_amount, default=1e-8, metavar="E", help="its epsilon")
-    add("--opt-betas", type=_share, nargs="+", metavar="B", help="its betas")
+    add("--opt-betas", type=_share, nargs=2, metavar="B", help="its betas")
     add("--clip-grad", type=_amount, metavar="NORM", help="clip the gradient's norm")
     add("--momentum", type=_share, default=0.9, metavar="M", help="its momentum, where it has one")
     add("--weight-decay", type=_amount, default=0.05, metavar="W", help="weight decay")
@@ -156,11 +163,11 @@ def _schedule(parser: Parser) -> None:
     add("--lr", type=_amount, default=5e-4, metavar="LR", help="learning rate per 512 images of a joint batch")
     add("--sched", default="cosine", metavar="NAME", help="timm schedule")
     add("--lr-noise", type=_share, nargs="+", metavar="T", help="share of training at which noise starts (and ends)")
-    add("--lr-noise-pct", type=_amount, default=0.67, metavar="P", help="limit of that noise")
+    add("--lr-noise-pct", type=_positive, default=0.67, metavar="P", help="limit of that noise")
     add("--lr-noise-std", type=_amount, default=1.0, metavar="S", help="standard deviation of that noise")
     add("--warmup-lr", type=_amount, default=1e-6, metavar="LR", help="learning rate at the start of warm-up")
     add("--min-lr", type=_amount, default=1e-5, metavar="LR", help="lowest learning rate")
-    add("--decay-epochs", type=_amount, default=30, metavar="N", help="step schedules: epochs between decays")
+    add("--decay-epochs", type=_positive, default=30, metavar="N", help="step schedules: epochs between decays")
     add("--warmup-epochs", type=_index, default=5, metavar="N", help="epochs of linear warm-up")
     add("--cooldown-epochs", type=_index, default=10, metavar="N", help="accepted; --epochs says how many are trained")
     add("--patience-epochs", type=_index, default=10, metavar="N", help="plateau schedule: epochs without progress")
@@ -178,10 +185,10 @@ def _augmentation(parser: Parser) -> None:
         help="timm auto-augment policy, or none",
     )
     add("--smoothing", type=_share, default=0.1, metavar="S", help="label smoothing")
-    add("--train-interpolation", default="bicubic", metavar="KIND", help="bilinear, bicubic or random")
+    add("--train-interpolation", choices=("bilinear", "bicubic", "random"), default="bicubic", help="of random crops")
     _switch(group, "repeated-aug", "three views of an image in one epoch")
     add("--reprob", type=_share, default=0.25, metavar="P", help="random erasing: probability")
-    add("--remode", default="pixel", metavar="MODE", help="random erasing: const, rand or pixel")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing: what is filled in")
     add("--recount", type=at_least_one, default=1, metavar="N", help="random erasing: regions")
     add("--resplit", action="store_true", help="accepted; there are no augmentation splits")
     add("--mixup", type=_amount, default=0.8, metavar="A", help="mixup alpha, 0 for none")
@@ -198,7 +205,7 @@ def _distillation(parser: Parser) -> None:
     add("--teacher-path", metavar="FILE", help="its weights, a path or https URL; timm's own by default")
     add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="what to learn from the teacher")
     add("--distillation-alpha", type=_share, default=0.5, metavar="A", help="weight of the teacher's part")
-    add("--distillation-tau", type=_amount, default=1.0, metavar="T", help="temperature of soft distillation")
+    add("--distillation-tau", type=_positive, default=1.0, metavar="T", help="temperature of soft distillation")
 
 
 def _data(parser: Parser) -> None:
@@ -271,7 +278,9 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError("--amp fp16 needs CUDA; use --amp bf16")
     if args.eval and args.demo:
         raise UserError("--eval and --demo exclude each other")
-    if args.distillation_tau == 0:
-        raise UserError("--distillation-tau must be above 0")
+    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise UserError("--cutmix-minmax: the smallest share comes first")
+    if args.seed >= 2**31:
+        raise UserError("--seed must be below 2147483648")
     if args.tensorboard and not args.output_dir and not (args.eval or args.demo):
         raise UserError("--tensorboard needs --output_dir")

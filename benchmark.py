@@ -237,22 +237,23 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _multiply_adds(case: Case) -> dict[str, float]:
-    """Per image, of each form; with early exit no token goes on after its image's prefix tokens."""
+    """Per image, of each form, as computed; with early exit no token goes on after its image's prefix tokens."""
     model, depth = case.model, case.depth
     last_needed = depth[:, : model.num_prefix_tokens].amax(dim=1, keepdim=True)
     static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
     adaptive = macs_per_image(model, depth).mean().item()
     early = macs_per_image(model, depth.minimum(last_needed)).mean().item()
-    return {"static (timm)": static, "masked": adaptive, "zipped": adaptive, "zipped, early exit": early}
+    return {"static (timm)": static, "masked": static, "zipped": adaptive, "zipped, early exit": early}
 
 
 def _memory(call: Callable[[], None], model: nn.Module, case: Case, train: bool) -> float | None:
     """MiB: on CUDA the allocator's peak; on the CPU what a training step keeps for backward."""
     device = case.images.device
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)  # the weights of all forms
         torch.cuda.reset_peak_memory_stats(device)
         call()
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     return _saved_for_backward(call, model) / len(case.batches) / 2**20 if train else None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import http.client
 import math
 import os
 import re
@@ -11,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from utils import UserError, is_main, log, main_process_first, nearest, warn
@@ -20,7 +22,7 @@ from utils import UserError, is_main, log, main_process_first, nearest, warn
 
 def prepare_output_dir(path: str | None) -> Path | None:
     """Makes the folder, if one is named, and writes to it once. UserError if that fails."""
-    if path is None:
+    if not path:
         return None
     folder = Path(path)
     try:
@@ -68,13 +70,18 @@ def _local_path(location: str) -> Path:
     if location.startswith("https://"):
         try:
             with main_process_first():
-                return Path(download_cached_file(location, check_hash=False, progress=is_main()))
-        except OSError as error:
+                name = f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{Path(location).name}"
+                return Path(download_cached_file((location, name), check_hash=False, progress=is_main()))
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"{location}: cannot be downloaded: {error}") from error
     path = Path(location)
-    if not path.is_file():
-        raise UserError(f"{location}: no such file{_nearby(path)}")
-    return path
+    try:
+        if path.is_file():
+            return path
+        hint = _nearby(path)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"{location}: {error.strerror}") from error
+    raise UserError(f"{location}: no such file{hint}")
 
 
 def _nearby(path: Path) -> str:
@@ -87,7 +94,7 @@ def weights_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[s
 
     UserError if they are not named tensors.
     """
-    if use_ema and "model_ema" not in checkpoint:
+    if use_ema and checkpoint.get("model_ema") is None:
         raise UserError(f"{location}: --use-ema: it holds no model_ema")
     weights = checkpoint["model_ema"] if use_ema else checkpoint.get("model", checkpoint)
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.values())):
@@ -100,15 +107,25 @@ def _is_weight(value: object) -> bool:
     return is_plain and value.device.type == "cpu" and not value.is_complex()
 
 
-def fit_weights(model: nn.Module, weights: dict[str, Tensor], location: str, replace_head: bool) -> None:
+def fit_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    location: str,
+    replace_head: bool,
+    trained_size: tuple[int, int] | None = None,
+) -> None:
     """Loads weights into the model, with the position embedding resampled to its size.
 
     replace_head: where the class count differs, the model keeps its new head, with a warning; else
-    that is an error. UserError, naming the weights, if names or shapes do not fit.
+    that is an error. trained_size: height and width that the weights were trained at, where known;
+    else a square, or the model's own size if the embedding fits it. UserError, naming the weights,
+    if names or shapes do not fit.
     """
     own = model.state_dict()
+    weights = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}  # DeiT III
     _check_shapes(own, weights, location, ignore=lambda name: name == "pos_embed" or name.startswith("head"))
-    weights = checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+    if "pos_embed" in own:
+        weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
     foreign_head = [name for name in own if name.startswith("head") and weights[name].shape != own[name].shape]
     if foreign_head:
         found, expected = len(weights[foreign_head[0]]), len(own[foreign_head[0]])
@@ -119,6 +136,22 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], location: str, rep
     model.load_state_dict(weights, strict=True)
 
 
+def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size: tuple[int, int] | None) -> Tensor:
+    """embedding: [1, prefix + old patches, C] -> [1, prefix + the model's patches, C], by timm."""
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    patches, grid = embedding.shape[1] - prefix, model.patch_embed.grid_size
+    old_grid = (math.isqrt(max(patches, 0)),) * 2
+    if trained_size is not None:
+        old_grid = tuple(side // patch for side, patch in zip(trained_size, model.patch_embed.patch_size))
+    elif embedding.shape == model.pos_embed.shape:
+        old_grid = grid
+    if patches < 1 or math.prod(old_grid) != patches:
+        raise UserError(
+            f"{location}: does not fit the model: pos_embed is of {patches} patches, which is no {old_grid} grid"
+        )
+    return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
+
+
 def fit_teacher(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
     """Loads weights into any network. UserError, naming the weights, if names or shapes do not fit."""
     _check_shapes(model.state_dict(), weights, location, ignore=lambda name: False)
@@ -126,21 +159,26 @@ def fit_teacher(model: nn.Module, weights: dict[str, Tensor], location: str) -> 
 
 
 def _check_shapes(own: dict, weights: dict, location: str, ignore: Callable[[str], bool]) -> None:
-    renamed = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
-    wrong = [f"{name} is missing" for name in own if name not in renamed]
-    wrong += [f"{name} is not in this model" for name in renamed if name not in own]
-    for name in (name for name in own if name in renamed):
-        found, expected = tuple(renamed[name].shape), tuple(own[name].shape)
-        same_kind = len(found) == len(expected) and found[-1:] == expected[-1:] if expected else found == ()
-        if found != expected and not (ignore(name) and (same_kind or name.endswith("bias"))):
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in this model" for name in weights if name not in own]
+    for name in (name for name in own if name in weights):
+        found, expected = tuple(weights[name].shape), tuple(own[name].shape)
+        if found != expected and not (ignore(name) and _differ_in_one_size(found, expected)):
             wrong.append(f"{name} is {found}, expected {expected}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{location}: does not fit the model: {'; '.join(wrong[:3])}{more}")
 
 
+def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """True for the heads [K, C] and [K], and the position embedding [1, N, C], of another K or N."""
+    different = [i for i, (a, b) in enumerate(zip(found, expected)) if a != b]
+    return len(found) == len(expected) and different == [max(len(expected) - 2, 0)]
+
+
 # The gate of a checkpoint ------------------------------------------------------------------------
 
+MAX_GATE = 1e6  # a larger one, infinity or NaN is none
 GATE_NAMES = ("gate_scale", "gate_center")
 GATE_DEFAULTS = {"gate_scale": 10.0, "gate_center": 30.0}
 PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
@@ -174,8 +212,7 @@ def _numbers(record: object) -> dict[str, float]:
     """Gate values in a dictionary or Namespace, where they are finite numbers."""
     values = record if isinstance(record, dict) else getattr(record, "__dict__", {})
     found = {name: values.get(name) for name in GATE_NAMES}
-    is_number = {name: isinstance(v, (int, float)) and math.isfinite(v) for name, v in found.items()}
-    return {name: float(v) for name, v in found.items() if is_number[name]}
+    return {name: float(v) for name, v in found.items() if isinstance(v, (int, float)) and abs(v) < MAX_GATE}
 
 
 def _gate_in_name(location: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ def row(folder: Path) -> tuple[str, ...]:
 def main(argv: list[str]) -> None:
     try:
         rows = [("", "top-1", "mean depth", "multiply-adds"), *(row(Path(folder)) for folder in argv)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         sys.stderr.write(f"compare.py: error: no evaluation: {error}\n")
         raise SystemExit(2) from error
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ class Digits(Dataset):
 
     CANVAS, SIZE = 32, 28
 
-    def __init__(self, train: bool, transform):
+    def __init__(self, folder: None, train: bool, transform):
         images, labels = load_digits(return_X_y=True)
         split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
         pixels, labels = (split[0], split[2]) if train else (split[1], split[3])
@@ -140,7 +141,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
         if magic != 0x800 + ndim:
             raise ValueError("wrong magic number")
         return np.frombuffer(data, np.uint8, offset=4 * (1 + ndim)).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: not a Fashion-MNIST file: {error}") from error
 
 
@@ -228,6 +229,7 @@ DATA_SETS = {
     "DIGITS": Digits,
 }
 PLACED = {"DIGITS"}  # these place their object in the image themselves
+WITH_LIBRARY = {"DIGITS"}  # these need no folder
 
 
 def build_dataset(
@@ -245,9 +247,12 @@ def build_dataset(
     """
     transform = evaluation_transform(size)
     if train and augmentation is not None:
-        transform = training_transform(size, augmentation, placed=name in PLACED)
-    if name == "DIGITS":  # comes with scikit-learn
-        return Digits(train, transform)
+        try:
+            transform = training_transform(size, augmentation, placed=name in PLACED)
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--aa {augmentation.auto_augment}: not a policy of timm's: {error}") from error
+    if name in WITH_LIBRARY:
+        return DATA_SETS[name](None, train, transform)
     if not data_path:
         raise UserError(f"--data-set {name} needs --data-path")
     folder = Path(data_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
@@ -50,7 +51,8 @@ class Trainer:
 
     def micro_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], Halting | None]:
         """Forward and loss: the total, its parts by name, and the halting of an adaptive model."""
-        images, targets = self._mix(images.to(self.device), targets.to(self.device))
+        images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
+        images, targets = self._mix(images, targets)
         with autocast(self.device, self.amp):
             teacher_logits = None if self.teacher is None else self.teacher(images)
             halting = None
@@ -149,7 +151,7 @@ def _check_finite(total: Tensor, parts: dict[str, Tensor], title: str) -> None:
 def _synchronise(model: nn.Module, now: bool):
     """Gradients are averaged over the processes only in the last micro-batch of an update."""
     if now or not isinstance(model, DistributedDataParallel):
-        return torch.enable_grad()
+        return contextlib.nullcontext()
     return model.no_sync()
 
 
@@ -217,7 +219,8 @@ def zipping_speeds(
     model = copy.deepcopy(model).eval()
     images = images.to(device)
     for number in range(rounds + 1):
-        for name, model.zip_tokens in forms.items():
+        for name, zip_tokens in forms.items():
+            model.zip_tokens = zip_tokens
             start = _now(device)
             with autocast(device, amp):
                 model(images)

@@ -75,7 +75,9 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
         return
     result = evaluate(model, loader, device, amp_of(args))
     if model.halting and utils.is_main():
-        result |= zipping_speeds(model, next(iter(loader))[0], device, amp_of(args))
+        spread = range(0, len(images), max(len(images) // args.batch_size, 1))[: args.batch_size]  # over all classes
+        sample = torch.stack([images[index][0] for index in spread])
+        result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
     if output_dir is not None and utils.is_main():
         (output_dir / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -84,10 +86,12 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
 def train(args: argparse.Namespace, device: torch.device) -> None:
     images, test_images = training_set(args), validation_set(args)
     if images.classes != test_images.classes:
-        raise UserError(f"--data-path {args.data_path}: training and validation have other classes")
+        differing = sorted(set(images.classes) ^ set(test_images.classes))[:3] or ["their order"]
+        raise UserError(f"--data-path {args.data_path}: training and validation differ in {', '.join(differing)}")
     num_classes = len(images.classes)
     start = StartingPoint.of(args)
     model = build_model(args, num_classes, start).to(device)
+    utils.seed_everything(args.seed + utils.rank())  # from here on, processes differ
     trainer = build_trainer(args, model, num_classes, device)
     loader = training_loader(args, images)
     training_run = TrainingRun(
@@ -96,7 +100,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         loader,
         evaluation_loader(args, test_images),
         epochs=args.epochs,
-        output_dir=checkpoints.prepare_output_dir(args.output_dir),
+        output_dir=args.output_dir,
         tensorboard=args.tensorboard,
         flags=dict(vars(args)),
     )
@@ -120,6 +124,13 @@ class StartingPoint:
     location: str = ""
     checkpoint: dict | None = None
 
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that a checkpoint of ours was trained at."""
+        flags = self.checkpoint.get("args")
+        size = flags.get("input_size") if isinstance(flags, dict) and "gate" in self.checkpoint else None
+        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(isinstance(side, int) for side in size)
+        return (size[0], size[-1]) if is_size else None
+
     @classmethod
     def of(cls, args: argparse.Namespace) -> StartingPoint:
         """The first given of --resume, --finetune, --pretrained-path."""
@@ -135,7 +146,7 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
     size = image_size(args)
     gate_flags = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
     from_hub = args.pretrained and start.checkpoint is None
-    regularised = start.flag != "finetune"
+    regularised = not args.finetune
     try:
         model = timm.create_model(
             args.model,
@@ -155,12 +166,15 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
     patch = model.patch_embed.patch_size
     if any(side % p for side, p in zip(size, patch)):
         raise UserError(f"--input-size {size[0]} x {size[1]}: not a multiple of the patches' {patch[0]} x {patch[1]}")
-    if from_hub and model.pretrained_cfg["num_classes"] != num_classes:
-        warn(f"the head of {model.pretrained_cfg['num_classes']} classes is replaced by a new one of {num_classes}")
+    hub_classes = model.pretrained_cfg["num_classes"]
+    if from_hub and hub_classes != num_classes:
+        if args.eval or args.demo:
+            raise UserError(f"--pretrained: its head has {hub_classes} classes, the data has {num_classes}")
+        warn(f"the head of {hub_classes} classes is replaced by a new one of {num_classes}")
     if start.checkpoint is not None:
         weights = checkpoints.weights_of(start.checkpoint, start.location, args.use_ema)
         is_new_task = not (args.eval or args.demo) and start.flag != "resume"
-        checkpoints.fit_weights(model, weights, start.location, replace_head=is_new_task)
+        checkpoints.fit_weights(model, weights, start.location, is_new_task, start.image_size())
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -281,7 +295,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
     given = {name: value for name, value in options.items() if value is not None}
     try:
         return create_optimizer_v2(model, args.opt, lr, args.weight_decay, args.momentum, **given)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt}: {error}") from error
 
 
@@ -308,6 +322,8 @@ def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, u
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"--sched {args.sched}: {error}") from error
+    if schedule is None:
+        raise UserError("--sched none: use --sched constant")
     return schedule
 
 

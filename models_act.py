@@ -119,7 +119,9 @@ class _AdaptiveTokens:
 
     def __init__(
         self,
-        *args,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        *,
         gate_scale: float = 10.0,
         gate_center: float = 30.0,
         halt_eps: float = 0.01,
@@ -128,8 +130,8 @@ class _AdaptiveTokens:
         early_exit: bool = True,
         **kwargs,
     ):
-        _refuse_unsupported(**kwargs)
-        super().__init__(*args, **kwargs)
+        _refuse_unsupported(distilled=isinstance(self, VisionTransformerDistilled), **kwargs)
+        super().__init__(img_size=img_size, patch_size=patch_size, **kwargs)
         self.gate_scale = gate_scale
         self.gate_center = gate_center
         self.halt_eps = halt_eps
@@ -248,13 +250,15 @@ class _AdaptiveTokens:
                 trace.add(tokens, step)
             if states is not None:
                 (states[number - 1],) = tokens.unpack(rows)
+            if number == self.num_blocks:
+                break
             staying = step.goes_on
             if early_exit and self.zip_tokens:
                 prefix_stays = tokens.unpack(staying, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
                 staying = staying & tokens.spread(prefix_stays)
             tokens, (rows, cumulative) = tokens.keep(staying, rows, step.cumulative)
             if len(rows) == 0 and not (self.training or torch.is_grad_enabled()):
-                break
+                break  # else the blocks to come draw their random numbers, and get zero gradients
         return output.to(x.dtype), trace.halting() if return_halting else None
 
     def _run_block(self, block: Block, rows: Tensor, tokens: MaskedTokens | ZippedTokens) -> Tensor:
@@ -279,26 +283,34 @@ class AdaptiveVisionTransformerDistilled(_AdaptiveTokens, VisionTransformerDisti
 
 def _refuse_unsupported(
     *,
+    distilled: bool,
     block_fn: type = Block,
     attn_layer: type | str = Attention,
     mlp_layer: type = Mlp,
     patch_drop_rate: float = 0.0,
     class_token: bool = True,
     global_pool: str = "token",
+    reg_tokens: int = 0,
+    pos_embed: str = "learn",
+    no_embed_class: bool = False,
     **_,
 ) -> None:
     """ValueError, naming it, for an option of timm's VisionTransformer that halting cannot honour."""
     refused = {
-        "block_fn": block_fn is not Block,
-        "attn_layer": attn_layer not in (Attention, "", "attn"),
-        "mlp_layer": mlp_layer not in (Mlp, GluMlp, SwiGLU),
-        "patch_drop_rate": patch_drop_rate > 0,
-        "class_token": not class_token,
-        "global_pool": global_pool not in ("token", ""),
+        "block_fn": (block_fn, block_fn is not Block),
+        "attn_layer": (attn_layer, attn_layer not in (Attention, "", "attn")),
+        "mlp_layer": (mlp_layer, mlp_layer not in (Mlp, GluMlp, SwiGLU)),
+        "patch_drop_rate": (patch_drop_rate, patch_drop_rate > 0),
+        "class_token": (class_token, not class_token),
+        "global_pool": (global_pool, global_pool not in ("token", "")),
+        # timm's distilled class ignores the first two, and fails on the third
+        "reg_tokens": (reg_tokens, distilled and reg_tokens > 0),
+        "pos_embed": (pos_embed, distilled and pos_embed != "learn"),
+        "no_embed_class": (no_embed_class, distilled and no_embed_class),
     }
-    for name, is_refused in refused.items():
+    for name, (value, is_refused) in refused.items():
         if is_refused:
-            raise ValueError(f"an adaptive vision transformer does not support {name}={locals()[name]!r}")
+            raise ValueError(f"an adaptive vision transformer does not support {name}={value!r}")
 
 
 def _masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
@@ -343,7 +355,8 @@ def macs_per_image(model: _AdaptiveTokens, depth: Tensor) -> Tensor:
     """
     embed = model.patch_embed.proj.weight.numel() * (depth.shape[1] - model.num_prefix_tokens)
     heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))
-    blocks = depth.new_tensor([[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks], dtype=torch.float64)
+    per_block = [[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks]
+    blocks = torch.tensor(per_block, dtype=torch.float64).to(depth.device, non_blocking=True)
     reached = torch.arange(len(blocks), device=depth.device)[:, None, None]
     live = (depth > reached).sum(dim=2).double()  # [L, B]
     return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
@@ -373,7 +386,7 @@ def _create_avit(variant: str, pretrained: bool = False, distilled: bool = False
         return build(pretrained=False, **kwargs)
     try:
         return build(pretrained=True, **kwargs)
-    except OSError as hub_error:  # includes requests' and huggingface_hub's errors
+    except Exception as hub_error:  # whatever the hub's client raises
         overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "hf_hub_id": None, "source": ""}
         try:
             return build(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import save_checkpoint
+from checkpoints import prepare_output_dir, save_checkpoint
 from engine_act import Trainer, evaluate, report, train_one_epoch
 from utils import UserError, log, warn
 
@@ -32,20 +33,26 @@ class TrainingRun:
         test_loader: DataLoader,
         *,
         epochs: int,
-        output_dir: Path | None,
+        output_dir: str | None,
         tensorboard: bool,
         flags: dict,
     ):
         self.trainer, self.schedule = trainer, schedule
         self.train_loader, self.test_loader = train_loader, test_loader
-        self.epochs, self.output_dir, self.flags = epochs, output_dir, flags
+        self.epochs, self.flags = epochs, flags
+        self.output_dir = Path(output_dir) if output_dir else None
+        self.tensorboard = tensorboard
         self.updates_per_epoch = updates_per_epoch(train_loader, trainer.accum_steps)
-        self.writer = _summary_writer(output_dir) if tensorboard and utils.is_main() else None
+        self.writer = None
         self.first_epoch = 0
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
 
     def train(self) -> None:
+        """UserError if the output folder cannot be written."""
+        prepare_output_dir(self.output_dir)
+        if self.tensorboard and utils.is_main():
+            self.writer = _summary_writer(self.output_dir)
         for epoch in range(self.first_epoch, self.epochs):
             self.train_loader.sampler.set_epoch(epoch)
             training = self._train_epoch(epoch)
@@ -53,7 +60,8 @@ class TrainingRun:
             self._step_plateau(epoch, test["acc1"])
             self._warn_of_collapse(test)
             self._record(epoch, training, test)
-        log(f"best top-1 {self.best_acc1:.2f} %")
+        if self.best_acc1 >= 0:
+            log(f"best top-1 {self.best_acc1:.2f} %")
         if self.writer is not None:
             self.writer.close()
 
@@ -73,8 +81,8 @@ class TrainingRun:
         trainer = self.trainer
         test = evaluate(trainer.bare_model, self.test_loader, trainer.device, trainer.amp)
         if trainer.ema is not None:
-            ema_device = next(trainer.ema.module.parameters()).device
-            average = evaluate(trainer.ema.module, self.test_loader, ema_device, trainer.amp, title="Test EMA")
+            averaged = copy.deepcopy(trainer.ema.module).to(trainer.device)  # it may be kept on the CPU
+            average = evaluate(averaged, self.test_loader, trainer.device, trainer.amp, title="Test EMA")
             test["ema_acc1"] = average["acc1"]
         report(test)
         return test
@@ -135,8 +143,10 @@ class TrainingRun:
         trainer = self.trainer
         try:
             trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.schedule.load_state_dict(checkpoint["schedule"])
-            trainer.scaler.load_state_dict(checkpoint["scaler"])
+            if self.schedule.t_in_epochs:  # the others follow from the count of updates
+                self.schedule.load_state_dict(checkpoint["schedule"])
+            if checkpoint["scaler"]:  # empty where mixed precision was off
+                trainer.scaler.load_state_dict(checkpoint["scaler"])
             if trainer.ema is not None and checkpoint["model_ema"] is not None:
                 trainer.ema.module.load_state_dict(checkpoint["model_ema"])
             self.first_epoch, self.best_acc1 = int(checkpoint["epoch"]) + 1, float(checkpoint["best_acc1"])

@@ -63,9 +63,14 @@ def process_group(device_type: str, dist_url: str = "env://", size: int | None =
     if size == 1:
         yield device
         return
+    if "RANK" not in os.environ:
+        raise UserError(f"--world_size {size}: start the processes with torchrun, or set RANK for each")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"world_size": size, "rank": int(os.environ.get("RANK", "0")), "timeout": PROCESS_TIMEOUT}
-    dist.init_process_group(backend, init_method=dist_url, **options)
+    options = {"world_size": size, "rank": int(os.environ["RANK"]), "timeout": PROCESS_TIMEOUT}
+    try:
+        dist.init_process_group(backend, init_method=dist_url, **options)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes cannot meet at {dist_url}: {error}") from error
     try:
         yield device
     finally:
@@ -87,20 +92,26 @@ def _device(device_type: str) -> torch.device:
         device = torch.device(device_type)
     except RuntimeError as error:
         raise UserError(f"--device: unknown device {device_type!r}; expected cuda or cpu") from error
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise UserError(f"--device {device_type}: expected cuda or cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
-    device = torch.device("cuda", local_rank() if device.index is None else device.index)
-    torch.cuda.set_device(device)
-    return device
+    count = torch.cuda.device_count()
+    index = local_rank() if device.index is None else device.index
+    index = 0 if count == 1 and device.index is None and "SLURM_PROCID" in os.environ else index  # one each
+    if index >= count:
+        raise UserError(f"--device {device_type}: device {index} is asked for, there are {count}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch, differently in each process."""
-    random.seed(seed + rank())
-    np.random.seed(seed + rank())
-    torch.manual_seed(seed + rank())
+    """Seeds Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @contextmanager
@@ -108,9 +119,11 @@ def main_process_first() -> Iterator[None]:
     """The body runs in each machine's first process before the others: for downloads."""
     if dist.is_initialized() and local_rank() > 0:
         dist.barrier()
-    yield
-    if dist.is_initialized() and local_rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and local_rank() == 0:
+            dist.barrier()
 
 
 # Numbers and progress ----------------------------------------------------------------------------

@@ -84,12 +84,12 @@ class ZippedTokens(NamedTuple):
         batch, length = self.row.shape
         if len(self.token) == batch * length:  # nothing has left
             return tuple(v.view(batch, length, *v.shape[1:])[:, :first] for v in values)
-        row, live = self.row[:, :first], self.live[:, :first]
+        row, gone = self.row[:, :first], ~self.live[:, :first]
         if len(self.token) == 0:  # an empty sum ties the zeros to the graph: gradients are 0, not None
             return tuple(v.new_zeros(*row.shape, *v.shape[1:]) + v.sum(dim=0) for v in values)
         index = row.flatten()
         found = (v.index_select(0, index).view(*row.shape, *v.shape[1:]) for v in values)
-        return tuple(v * _trailing(live, v.ndim) for v in found)
+        return tuple(v.masked_fill(_trailing(gone, v.ndim), 0) for v in found)
 
     def spread(self, per_image: Tensor) -> Tensor:
         """per_image: [B, ...] -> [T, ...], each row with its image's value."""

@@ -79,7 +79,9 @@ def test_an_https_url_is_downloaded_once(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(checkpoints, "download_cached_file", lambda url, **_: asked.append(url) or location)
     checkpoints.load_checkpoint("https://example.org/c.pth")
-    assert asked == ["https://example.org/c.pth"]
+    ((url, name),) = asked
+    assert url == "https://example.org/c.pth"
+    assert name.endswith("-c.pth")
     with pytest.raises(UserError, match="no such file"):
         checkpoints.load_checkpoint("http://example.org/c.pth")
 
@@ -122,6 +124,18 @@ def test_position_embeddings_are_resampled():
     checkpoints.fit_weights(model, halting_model().state_dict(), "c", replace_head=False)
     assert model.pos_embed.shape == (1, 37, 24)
     assert torch.equal(model.pos_embed[:, 0], halting_model().pos_embed[:, 0])
+
+
+def test_position_embeddings_of_a_rectangle(tmp_path):
+    wide = halting_model(img_size=(8, 32)).state_dict()  # 2 x 8 patches, as many as 4 x 4
+    model = halting_model()
+    checkpoints.fit_weights(model, wide, "c", replace_head=False, trained_size=(8, 32))
+    assert not torch.equal(model.pos_embed, wide["pos_embed"])
+    same = halting_model(img_size=(8, 32))
+    checkpoints.fit_weights(same, wide, "c", replace_head=False)
+    assert torch.equal(same.pos_embed, wide["pos_embed"])
+    with pytest.raises(UserError, match="pos_embed is of 8 patches"):
+        checkpoints.fit_weights(model, halting_model(img_size=(8, 16)).state_dict(), "c", replace_head=False)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,15 @@ def mistake(capsys, *argv):
         ("--tensorboard", "--output_dir"),
         ("--data-set DIGITS --opt nonsense", "--opt nonsense"),
         ("--data-set DIGITS --sched nonsense", "--sched nonsense"),
+        ("--data-set DIGITS --sched none", "--sched constant"),
+        ("--data-set DIGITS --aa nonsense", "not a policy"),
+        ("--sched step --decay-epochs 0", "must be above 0"),
+        ("--opt-betas 0.9", "expected 2 arguments"),
+        ("--remode nonsense", "invalid choice"),
+        ("--cutmix-minmax 0.8 0.2", "smallest share comes first"),
+        ("--seed 5000000000", "below 2147483648"),
+        ("--device meta", "expected cuda or cpu"),
+        ("--world_size 4 --device cpu", "torchrun"),
         ("--data-set DIGITS --distillation-type hard", "needs a distilled model"),
         ("--data-set DIGITS --eval --finetune missing.pth", "no such file"),
         ("--data-set DIGITS --resume http://a.b/c.pth", "no such file"),
@@ -245,7 +254,7 @@ def test_a_checkpoint_of_another_network(image_folder, tmp_path, capsys):
 
 def test_training_and_validation_of_other_classes(image_folder, capsys):
     (image_folder / "val" / "class_0").rename(image_folder / "val" / "other")
-    assert "other classes" in mistake(capsys, "--data-path", image_folder)
+    assert "differ in class_0, other" in mistake(capsys, "--data-path", image_folder)
 
 
 def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):

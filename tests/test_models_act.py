@@ -13,7 +13,13 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_act
-from models_act import AdaptiveVisionTransformer, halting_step, impose_depths, macs_per_image
+from models_act import (
+    AdaptiveVisionTransformer,
+    AdaptiveVisionTransformerDistilled,
+    halting_step,
+    impose_depths,
+    macs_per_image,
+)
 
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
@@ -255,7 +261,7 @@ def test_the_device_is_waited_for_once_per_block(monkeypatch):
         spy = lambda self, *a, o=original, n=name, **k: waits.append(n) or o(self, *a, **k)  # noqa: E731
         monkeypatch.setattr(torch.Tensor, name, spy)
     model(images(), return_halting=True)
-    assert waits == ["tolist"] * blocks
+    assert waits == ["tolist"] * min(blocks, model.num_blocks - 1)  # after the last there is nothing to read
 
 
 @torch.no_grad()
@@ -363,6 +369,30 @@ def test_nothing_of_a_pass_stays_on_the_model():
     before = set(vars(model)) | {name for name, _ in model.named_buffers()}
     model(images(), return_halting=True)
     assert set(vars(model)) | {name for name, _ in model.named_buffers()} == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"reg_tokens": 2}, {"pos_embed": "none"}, {"no_embed_class": True}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_timms_distilled_class_cannot_honour_are_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        AdaptiveVisionTransformerDistilled(img_size=16, patch_size=4, embed_dim=24, num_heads=3, **option)
+
+
+def test_unreached_blocks_get_zero_gradients_in_evaluation_mode_too():
+    model = halting_model(mean=3.0, spread=0.5).eval()
+    model(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_a_broken_token_harms_its_own_image_alone():
+    x = images()
+    expected = halting_model().eval()(x)
+    x[0] = float("nan")
+    assert_close(halting_model().eval()(x)[1:], expected[1:])
 
 
 @pytest.mark.parametrize(
