@@ -28,8 +28,8 @@ import checkpoints
 import utils
 from arguments import Parser, at_least_one, data_set, model_name
 from datasets import DATA_SETS, build_dataset
-from engine_act import AMP_DTYPES, autocast
 from models_act import impose_depths, macs_per_image
+from utils import AMP_DTYPES, autocast
 
 SHORTEST = 0.2  # seconds that one timing takes at least, by repetition
 FEWEST = 32  # images that one timing sees at least, in batches: single images differ in depth

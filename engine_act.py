@@ -20,9 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from losses import AdaptiveLoss
 from models_act import Halting, macs_per_image
-from utils import Averages
-
-AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+from utils import Averages, autocast
 
 
 @dataclass
@@ -83,10 +81,6 @@ class Trainer:
             return images, mixup_target(targets, self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
         even = len(images) // 2 * 2
         return self.mixup(images[:even], targets[:even])
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "none")
 
 
 class _MeanOverProcesses(torch.autograd.Function):

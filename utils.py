@@ -126,6 +126,14 @@ def main_process_first() -> Iterator[None]:
             dist.barrier()
 
 
+AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision by its name on the command line."""
+    return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "none")
+
+
 # Numbers and progress ----------------------------------------------------------------------------
 
 

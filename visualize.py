@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import utils
 from datasets import denormalize
-from engine_act import autocast
+from utils import autocast
 
 COLORMAP = "hot"  # the paper's: from black to white, whiter is deeper
 PICTURE_SIZE = 256  # smallest height of a picture, in pixels
