@@ -182,13 +182,11 @@ class _AdaptiveTokens:
         if not self.halting:
             return super().forward_intermediates(x, indices, **options)
         taken, last = feature_take_indices(len(self.blocks), indices)
-        states: dict[int, Tensor] = {}
         embedded = self._embed(x)
+        states = dict.fromkeys(taken, torch.zeros_like(embedded))  # of blocks that no token reaches
         num_blocks = last + 1 if stop_early else len(self.blocks)
         output, _ = self._mean_field(embedded, None, states=states, num_blocks=num_blocks)
-        absent = torch.zeros_like(embedded)  # after blocks that no token reached
-        found = [states.get(index, absent) for index in taken]
-        found = [self.norm(state) if norm else state for state in found]
+        found = [self.norm(states[index]) if norm else states[index] for index in taken]
         prefix = [state[:, : self.num_prefix_tokens] for state in found]
         patches = [state[:, self.num_prefix_tokens :] for state in found]
         if output_fmt == "NCHW":
@@ -226,7 +224,8 @@ class _AdaptiveTokens:
     ) -> tuple[Tensor, Halting | None]:
         """x: [B, N, C] through the blocks -> sum_l p_l x_l for the `first` tokens (Eq. 5).
 
-        states: where given, gets the state after each block, [B, N, C], zero where a token has left;
+        states: for each block index in it, gets the state after that block, [B, N, C], zero where a
+        token has left;
         num_blocks: how many blocks to run, all by default.
         """
         store = ZippedTokens if self.zip_tokens else MaskedTokens
@@ -248,7 +247,7 @@ class _AdaptiveTokens:
             output = output + probability.unsqueeze(-1) * state
             if return_halting:
                 trace.add(tokens, step)
-            if states is not None:
+            if states is not None and number - 1 in states:
                 (states[number - 1],) = tokens.unpack(rows)
             if number == self.num_blocks:
                 break

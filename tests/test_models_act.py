@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, assert_halting, halting_model, images
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.models import get_pretrained_cfg
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -124,11 +124,21 @@ def assert_same(masked, zipped, x, seed=0, gradients=True, tolerance=CLOSE):
 def test_any_pattern_of_depths(mean, spread, batch, seed):
     masked, zipped = forms(halting_model(mean, spread).train())
     x = images(batch, seed=seed)
-    with torch.no_grad():
-        halting = masked(x, return_halting=True)[1]
-    if halting.depth.min() == halting.depth.max() == 8:
-        return
-    assert_same(masked, zipped, x)
+    assume(distance_from_threshold(masked, x) > 1e-4)  # rounding flips nothing
+    halting = assert_same(masked, zipped, x)
+    assume(halting.depth.min() < 8)
+
+
+@torch.no_grad()
+def distance_from_threshold(model, x):
+    """Smallest distance of a live token's cumulative score from that at which it halts."""
+    _, states = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
+    depth = model(x, return_halting=True)[1].depth
+    channel = torch.stack([torch.cat([prefix, patches], dim=1)[..., 0] for patches, prefix in states])  # [L, B, N]
+    scores = torch.sigmoid(model.gate_scale * channel - model.gate_center)
+    live = depth >= torch.arange(1, len(states) + 1)[:, None, None]
+    distance = (scores.cumsum(0) - (1 - model.halt_eps)).abs()
+    return distance[:-1][live[:-1]].min()
 
 
 OPTIONS = {
