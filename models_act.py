@@ -23,10 +23,10 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
+    get_pretrained_cfg,
     register_model,
 )
 from timm.models._features import feature_take_indices
-from timm.models.deit import default_cfgs as deit_cfgs
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from imposing import impose_depths
 from zipping import MaskedTokens, ZippedTokens
 
 __all__ = [
+    "AdaptiveTokens",
     "AdaptiveVisionTransformer",
     "AdaptiveVisionTransformerDistilled",
     "Halting",
@@ -105,13 +106,16 @@ class _HaltingTrace:
         return Halting(self.depth, self.depth + (1 - self.spent), layer_scores)
 
 
-class _AdaptiveTokens:
-    """Makes one of timm's plain ViT classes adaptive: put it before that class in the bases.
+class AdaptiveTokens:
+    """Makes any of timm's plain ViT or DeiT classes adaptive: put it before that class in the bases.
+
+        class AdaptiveX(AdaptiveTokens, X): ...
 
     gate_scale, gate_center: h = sigmoid(gate_scale * x[..., 0] - gate_center);
     halt_eps: a token halts when its scores sum to 1 - halt_eps or more;
     halting: False gives the static ViT, every token through every block;
-    zip_tokens: halted tokens leave the computation (else they are masked, at full cost);
+    zip_tokens: halted tokens leave the computation (else they are masked, at full cost, as also on
+    meta tensors and in torch.export and torch.jit.trace, which need static shapes);
     early_exit: at inference, when logits alone are asked for, an image whose prefix tokens have
     all halted leaves as a whole; zipped form only.
     Everything else is timm's. ValueError for an option that halting cannot honour.
@@ -169,12 +173,16 @@ class _AdaptiveTokens:
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: None = None,
     ):
         """timm's interface: the states after the blocks `indices`, and the final features.
 
         State l is x_l for tokens of depth l or more and zero for the others; the final features are
-        those of `forward_features`, unless `stop_early` leaves out blocks.
+        those of `forward_features`, unless `stop_early` leaves out blocks. ValueError for an
+        attention mask: which tokens attend is decided by halting.
         """
+        if attn_mask is not None:
+            raise ValueError("an adaptive vision transformer takes no attn_mask: halting sets its own")
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is NCHW or NLC, not {output_fmt!r}")
         options = {"return_prefix_tokens": return_prefix_tokens, "norm": norm, "stop_early": stop_early}
@@ -198,6 +206,19 @@ class _AdaptiveTokens:
             return result | ({} if intermediates_only else {"image_features": self.norm(output)})
         intermediates = list(zip(patches, prefix)) if return_prefix_tokens else patches
         return intermediates if intermediates_only else (self.norm(output), intermediates)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's interface. ValueError for a pooling that the constructor refuses."""
+        if global_pool is not None:
+            _refuse_unsupported(distilled=False, global_pool=global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script asks first."""
+        raise NotImplementedError(
+            "TorchScript is not supported: the shapes of an adaptive vision transformer depend on its input; "
+            "use torch.compile on the masked form (zip_tokens=False)"
+        )
 
     def _features(
         self, x: Tensor, first: int | None = None, return_halting: bool = False, early_exit: bool = False
@@ -228,8 +249,8 @@ class _AdaptiveTokens:
         token has left;
         num_blocks: how many blocks to run, all by default.
         """
-        store = ZippedTokens if self.zip_tokens else MaskedTokens
-        tokens, rows = store.pack(x)
+        zipped = self.zip_tokens and not _needs_static_shapes(x)
+        tokens, rows = (ZippedTokens if zipped else MaskedTokens).pack(x)
         cumulative = torch.zeros(rows.shape[:-1], device=x.device)
         output = torch.zeros(1, device=x.device)
         trace = _HaltingTrace(tokens, self.num_prefix_tokens, self.num_blocks) if return_halting else None
@@ -252,7 +273,7 @@ class _AdaptiveTokens:
             if number == self.num_blocks:
                 break
             staying = step.goes_on
-            if early_exit and self.zip_tokens:
+            if early_exit and zipped:
                 prefix_stays = tokens.unpack(staying, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
                 staying = staying & tokens.spread(prefix_stays)
             tokens, (rows, cumulative) = tokens.keep(staying, rows, step.cumulative)
@@ -261,7 +282,7 @@ class _AdaptiveTokens:
         return output.to(x.dtype), trace.halting() if return_halting else None
 
     def _run_block(self, block: Block, rows: Tensor, tokens: MaskedTokens | ZippedTokens) -> Tensor:
-        run = partial(_zipped_block if self.zip_tokens else _masked_block, block)
+        run = partial(_zipped_block if isinstance(tokens, ZippedTokens) else _masked_block, block)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(run, rows, tokens)
         return run(rows, tokens)
@@ -272,11 +293,11 @@ class _AdaptiveTokens:
         return Halting(depth, depth + 1, depth.new_zeros(self.num_blocks))
 
 
-class AdaptiveVisionTransformer(_AdaptiveTokens, VisionTransformer):
+class AdaptiveVisionTransformer(AdaptiveTokens, VisionTransformer):
     """timm's VisionTransformer with adaptive tokens."""
 
 
-class AdaptiveVisionTransformerDistilled(_AdaptiveTokens, VisionTransformerDistilled):
+class AdaptiveVisionTransformerDistilled(AdaptiveTokens, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (class and distillation token) with adaptive tokens."""
 
 
@@ -312,6 +333,11 @@ def _refuse_unsupported(
             raise ValueError(f"an adaptive vision transformer does not support {name}={value!r}")
 
 
+def _needs_static_shapes(x: Tensor) -> bool:
+    """Where shapes cannot follow the depths: without values, and in a graph that is to serve other images."""
+    return x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def _masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
     """x: [B, N, C] -> [B, N, C]; timm's own block, halted tokens masked as keys."""
     return block(x, attn_mask=tokens.attention_mask())
@@ -345,7 +371,7 @@ def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: ZippedTokens) -> Te
 # What a model costs ------------------------------------------------------------------------------
 
 
-def macs_per_image(model: _AdaptiveTokens, depth: Tensor) -> Tensor:
+def macs_per_image(model: AdaptiveTokens, depth: Tensor) -> Tensor:
     """Multiply-adds of one forward pass in which tokens reach these depths.
 
     depth: [B, N], 1..L -> [B] float64. Counts patch embedding, the blocks' projections and MLPs,
@@ -402,19 +428,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _cfg(source: str | None = None, **kwargs) -> dict:
-    """timm's configuration of a pretrained model, for one that starts from its weights.
+    """timm's configuration of the pretrained model `source`, for one that starts from its weights.
 
     The hub id is spelt out: timm would complete "timm/" with the name of our model.
     """
     if source is None:
         mean_std = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        base = {"url": "", "first_conv": "patch_embed.proj", "classifier": "head", **mean_std}
-    else:
-        architecture, tag = source.split(".")
-        base = deit_cfgs[architecture].cfgs[tag].to_dict() | {"hf_hub_id": f"timm/{source}"}
-        for derived in ("architecture", "tag"):
-            base.pop(derived, None)
-    return base | kwargs
+        return {"url": "", "first_conv": "patch_embed.proj", "classifier": "head", **mean_std, **kwargs}
+    own = {"architecture", "tag"}  # of the configuration, not of the weights
+    config = get_pretrained_cfg(source, allow_unregistered=False).to_dict()
+    return {k: v for k, v in config.items() if k not in own} | {"hf_hub_id": f"timm/{source}", **kwargs}
 
 
 # Every model that starts from somebody's weights, and whose.

@@ -1,0 +1,244 @@
+"""The models as timm's users meet them."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import assert_halting, halting_model, images
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
+from torch.testing import assert_close
+
+import models_act
+from models_act import impose_depths
+
+REGISTERED = timm.list_models("avit*")
+SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64, "num_classes": 5}
+SMALL |= {"gate_scale": 4.0, "gate_center": 12.0}
+BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+
+
+def small(name: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL, **options)
+    impose_depths(model, 4.5, 1.5)
+    return model
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("name", REGISTERED)
+@torch.no_grad()
+def test_heads_and_features(name, zip_tokens):
+    model = small(name, zip_tokens=zip_tokens).eval()
+    x = images(size=64)
+    assert_halting(model(x, return_halting=True)[1])
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (6, model.head_hidden_size)
+    model.reset_classifier(0)
+    assert_close(model(x), pooled)
+    model.reset_classifier(3)
+    assert model(x).shape == (6, 3)
+    heads = model.get_classifier()
+    assert all(head.out_features == 3 for head in (heads if isinstance(heads, tuple) else (heads,)))
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("name", REGISTERED)
+@torch.no_grad()
+def test_features_only_is_the_state_of_live_tokens(name, zip_tokens):
+    whole = small(name, zip_tokens=zip_tokens).eval()
+    options = {"zip_tokens": zip_tokens, "features_only": True, "out_indices": (1, 3, 5)}
+    extractor = timm.create_model(name, **SMALL, **options).eval()
+    weights = whole.state_dict()
+    extractor.model.load_state_dict({key: weights[key] for key in extractor.model.state_dict()})
+    assert len(extractor.model.blocks) == 6
+    depth = whole(images(size=64), return_halting=True)[1].depth[:, whole.num_prefix_tokens :]
+    maps = extractor(images(size=64))
+    assert extractor.feature_info.channels() == [24] * 3
+    side = 64 // extractor.feature_info.reduction()[0]
+    for block, state in zip((2, 4, 6), maps):
+        assert state.shape == (6, 24, side, side)
+        assert torch.equal(state.abs().sum(dim=1).flatten(1) > 0, depth >= block)
+    assert_close(maps, whole.forward_intermediates(images(size=64), indices=[1, 3, 5], intermediates_only=True))
+
+
+@BOTH_FORMS
+@torch.no_grad()
+def test_get_intermediate_layers(zip_tokens):
+    model = halting_model(zip_tokens=zip_tokens).eval()
+    expected = model.forward_intermediates(images(), indices=[2, 5], output_fmt="NLC", intermediates_only=True)
+    assert_close(model.get_intermediate_layers(images(), n=[2, 5]), expected)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model.get_intermediate_layers(images(), attn_mask=torch.ones(17, 17, dtype=torch.bool))
+
+
+def test_pooling_that_the_constructor_refuses_cannot_be_set_later():
+    model = halting_model()
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(3, "avg")
+    assert model.head.out_features == 7
+    model.reset_classifier(3, "")
+    assert model(images()).shape == (6, 17, 3)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_layer_wise_decay_and_no_decay(name):
+    model = small(name)
+    groups = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5).param_groups
+    scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    first, last = model.blocks[0].attn.qkv.weight, model.blocks[7].attn.qkv.weight
+    assert scales[id(first)] == pytest.approx(scales[id(last)] * 0.5**7)
+    assert scales[id(model.pos_embed)] < scales[id(first)]
+    assert decays[id(first)] == 0.1
+    for token in ("pos_embed", "cls_token", "dist_token"):
+        if hasattr(model, token):
+            assert decays[id(getattr(model, token))] == 0
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
+@torch.no_grad()
+def test_set_input_size_resamples_as_timm_does(zip_tokens, distilled):
+    model = halting_model(zip_tokens=zip_tokens, distilled=distilled).eval()
+    resampled = resample_abs_pos_embed(model.pos_embed, [6, 3], [4, 4], num_prefix_tokens=model.num_prefix_tokens)
+    model.set_input_size((24, 12))
+    assert_close(model.pos_embed, resampled)
+    halting = model(torch.randn(4, 3, 24, 12), return_halting=True)[1]
+    assert halting.depth.shape == (4, 18 + model.num_prefix_tokens)
+    assert len(halting.depth.unique()) >= 3
+    assert model.forward_intermediates(torch.randn(4, 3, 24, 12), intermediates_only=True)[0].shape == (4, 24, 6, 3)
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+@torch.no_grad()
+def test_other_numbers_of_channels(in_chans):
+    model = halting_model(in_chans=in_chans).eval()
+    masked = copy.deepcopy(model)
+    masked.zip_tokens = False
+    x = torch.randn(6, in_chans, 16, 16, generator=torch.Generator().manual_seed(0))
+    logits, halting = model(x, return_halting=True)
+    assert_halting(halting)
+    assert_close(masked(x), logits)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_saving_and_loading_through_timm(name, tmp_path):
+    model = small(name)
+    save_file(model.state_dict(), str(tmp_path / "w.safetensors"))
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    for file in ("w.safetensors", "w.pth"):
+        other = timm.create_model(name, **SMALL, checkpoint_path=str(tmp_path / file))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+        load_checkpoint(other, str(tmp_path / file), strict=True)
+
+
+def test_pretrained_weights_from_a_file_of_timms(tmp_path):
+    """As pretrained=True does, with fewer channels, another head and another size."""
+    source = timm.create_model("deit3_small_patch16_224", depth=2)
+    save_file(source.state_dict(), str(tmp_path / "w.safetensors"))
+    overlay = {"file": str(tmp_path / "w.safetensors")}
+    options = {"depth": 2, "in_chans": 1, "num_classes": 4, "img_size": 64}
+    model = timm.create_model("avit3_small_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    assert_close(model.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
+    assert torch.equal(model.blocks[1].ls1.gamma, source.blocks[1].ls1.gamma)
+    assert_close(model.pos_embed, resample_abs_pos_embed(source.pos_embed, [4, 4], [14, 14], num_prefix_tokens=0))
+    assert model.default_cfg["hf_hub_id"] == "timm/deit3_small_patch16_224.fb_in1k"
+
+
+@torch.no_grad()
+def test_a_copy_answers_the_same():
+    model = halting_model().eval()
+    assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+
+
+def compiled_equals_eager(backend: str) -> None:
+    model = halting_model(zip_tokens=False).train()
+    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    outcomes = {}
+    for name, network in {"eager": model, "compiled": compiled}.items():
+        logits, halting = network(images(), return_halting=True)
+        (logits.square().sum() + halting.ponder_cost.sum()).backward()
+        outcomes[name] = logits, halting, [p.grad for p in network.parameters()]
+    (logits, halting, grads), (other_logits, other_halting, other_grads) = outcomes.values()
+    assert_halting(halting)
+    assert torch.equal(other_halting.depth, halting.depth)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    assert_close(other_logits, logits, **close)
+    assert_close(other_halting.ponder_cost, halting.ponder_cost, **close)
+    assert_close(other_grads, grads, **close)
+
+
+def test_compiled_masked_form_is_one_graph_and_halts_alike():
+    compiled_equals_eager("aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_masked_form_with_inductor():
+    compiled_equals_eager("inductor")
+
+
+@torch.no_grad()
+def test_the_zipped_form_may_be_compiled_too():
+    model = halting_model().eval()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    logits, halting = compiled(images(), return_halting=True)
+    assert torch.equal(halting.depth, model(images(), return_halting=True)[1].depth)
+    assert_close(logits, model(images()))
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of every Python number
+@pytest.mark.parametrize("graph", ["export", "trace"])
+@torch.no_grad()
+def test_graphs_for_other_images_take_the_masked_form(graph):
+    model = halting_model().eval()
+    if graph == "export":
+        exported = torch.export.export(model, (images(),)).module()
+    else:
+        exported = torch.jit.trace(model, images())
+    other = images(seed=5)
+    assert not torch.equal(*(model(x, return_halting=True)[1].depth for x in (images(), other)))
+    assert_close(exported(other), model(other))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_scripting_gives_one_clear_error():
+    for model in (halting_model(), torch.nn.Sequential(halting_model())):
+        with pytest.raises(NotImplementedError, match="TorchScript is not supported"):
+            torch.jit.script(model)
+
+
+@BOTH_FORMS
+def test_meta_tensors(zip_tokens):
+    model = timm.create_model("avit_small_patch16_224", device="meta", zip_tokens=zip_tokens)
+    logits, halting = model(torch.randn(2, 3, 224, 224, device="meta"), return_halting=True)
+    assert (logits.shape, halting.depth.shape) == ((2, 1000), (2, 197))
+
+
+def test_a_new_backbone_costs_a_few_lines():
+    class Reversed(timm.models.VisionTransformer):
+        """A backbone of one's own: the embeddings of the patches in reverse."""
+
+        def _pos_embed(self, x):
+            return super()._pos_embed(x.flip(1))
+
+    class AdaptiveReversed(models_act.AdaptiveTokens, Reversed):
+        pass
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 8, "num_heads": 3}
+    model = AdaptiveReversed(**sizes, gate_scale=4.0, gate_center=12.0).eval()
+    impose_depths(model, 4.5, 1.5)
+    with torch.no_grad():
+        logits, halting = model(images(), return_halting=True)
+        model.zip_tokens = False
+        assert_halting(halting)
+        assert_close(model(images()), logits)
+        static = Reversed(**sizes).eval()
+        static.load_state_dict(model.state_dict(), strict=True)
+        model.halting = False
+        assert torch.equal(model(images()), static(images()))
