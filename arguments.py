@@ -11,7 +11,7 @@ import torch
 
 import models_act  # noqa: F401 - registers the models
 from checkpoints import GATE_DEFAULTS
-from datasets import DATA_SETS
+from datasets import DATA_SETS, READERS, check_reader
 from utils import UserError, local_rank, nearest
 
 
@@ -91,7 +91,12 @@ def model_name(name: str) -> str:
 
 
 def data_set(name: str) -> str:
-    if name not in DATA_SETS:
+    if "/" in name:
+        try:
+            check_reader(name)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    elif name not in DATA_SETS:
         hint = nearest(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
         raise argparse.ArgumentTypeError(f"unknown data set {name!r}{hint}")
     return name
@@ -211,7 +216,11 @@ def _distillation(parser: Parser) -> None:
 def _data(parser: Parser) -> None:
     add = (group := parser.add_argument_group("data")).add_argument
     add("--data-path", metavar="DIR", help="folder of the data set")
-    add("--data-set", type=data_set, default="IMNET", metavar="NAME", help=", ".join(DATA_SETS))
+    names = f"{', '.join(DATA_SETS)}, or timm's name with its prefix ({', '.join(f'{name}/' for name in READERS)})"
+    add("--data-set", type=data_set, default="IMNET", metavar="NAME", help=names)
+    add("--train-split", metavar="NAME", help="timm's data sets: the split for training (default: train)")
+    add("--val-split", metavar="NAME", help="timm's data sets: the split for evaluation (default: validation)")
+    add("--num-classes", type=at_least_one, metavar="N", help="timm's data sets: for those that do not know it")
     add(
         "--inat-category", default="name", metavar="KEY", help="iNaturalist: what a class is (name, genus, family, ...)"
     )

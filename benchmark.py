@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import checkpoints
 import utils
 from arguments import Parser, at_least_one, data_set, model_name
-from datasets import DATA_SETS, build_dataset
+from datasets import DATA_SETS, build_dataset, spread_sample
 from models_act import impose_depths, macs_per_image
 from utils import AMP_DTYPES, autocast
 
@@ -118,10 +118,8 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     num_classes = len(weights.get("head.weight", ()))
     model = timm.create_model(args.model, num_classes=num_classes, **size, **gate)
     checkpoints.fit_weights(model, weights, args.finetune, replace_head=False)
-    data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size)
-    stride = max(len(data) // count, 1)  # images of all classes
-    images = torch.stack([data[index * stride % len(data)][0] for index in range(count)])
-    return model.to(device), images.to(device)
+    data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, num_classes=num_classes)
+    return model.to(device), spread_sample(data, count).to(device)
 
 
 @torch.no_grad()

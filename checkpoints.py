@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import timm
 import torch
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
@@ -47,22 +49,29 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 def load_checkpoint(location: str) -> dict:
     """Reads a checkpoint from a path or an https URL, executing nothing that is in it.
 
-    Of Python's classes only argparse.Namespace is let in: published checkpoints carry their flags
-    in one. UserError for anything that cannot be read as a dictionary.
+    PyTorch's format, or safetensors by the name's ending. Of Python's classes only
+    argparse.Namespace is let in: published checkpoints carry their flags in one. UserError for
+    anything that cannot be read as a dictionary.
     """
     path = _local_path(location)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _read(path)
     except Exception as error:  # the unpickler of a hostile file may raise anything
         if "unsupported global" in str(error).lower():
             reason = "it holds more than tensors and plain types, and running its code is refused"
         else:
-            reason = "it is truncated or not a PyTorch checkpoint"
+            reason = "it is truncated or not a checkpoint"
         raise UserError(f"{location}: cannot be loaded: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{location}: not a checkpoint: expected a dictionary, found {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _local_path(location: str) -> Path:
@@ -119,11 +128,13 @@ def fit_weights(
     replace_head: where the class count differs, the model keeps its new head, with a warning; else
     that is an error. trained_size: height and width that the weights were trained at, where known;
     else a square, or the model's own size if the embedding fits it. UserError, naming the weights,
-    if names or shapes do not fit.
+    if names or shapes do not fit, and which model of ours they do fit.
     """
     own = model.state_dict()
     weights = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}  # DeiT III
-    _check_shapes(own, weights, location, ignore=lambda name: name == "pos_embed" or name.startswith("head"))
+    wrong = _misfits(own, weights, _may_be_resized)
+    if wrong:
+        raise UserError(f"{location}: does not fit the model: {_first_three(wrong)}{_hint_at_fitting_models(weights)}")
     if "pos_embed" in own:
         weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
     foreign_head = [name for name in own if name.startswith("head") and weights[name].shape != own[name].shape]
@@ -154,20 +165,38 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
 
 def fit_teacher(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
     """Loads weights into any network. UserError, naming the weights, if names or shapes do not fit."""
-    _check_shapes(model.state_dict(), weights, location, ignore=lambda name: False)
+    wrong = _misfits(model.state_dict(), weights, resizable=lambda name: False)
+    if wrong:
+        raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong)}")
     model.load_state_dict(weights, strict=True)
 
 
-def _check_shapes(own: dict, weights: dict, location: str, ignore: Callable[[str], bool]) -> None:
+def _may_be_resized(name: str) -> bool:
+    return name == "pos_embed" or name.startswith("head")
+
+
+def _misfits(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list[str]:
+    """What does not fit; resizable: names for which one size may differ."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not in this model" for name in weights if name not in own]
     for name in (name for name in own if name in weights):
         found, expected = tuple(weights[name].shape), tuple(own[name].shape)
-        if found != expected and not (ignore(name) and _differ_in_one_size(found, expected)):
+        if found != expected and not (resizable(name) and _differ_in_one_size(found, expected)):
             wrong.append(f"{name} is {found}, expected {expected}")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{location}: does not fit the model: {'; '.join(wrong[:3])}{more}")
+    return wrong
+
+
+def _first_three(wrong: list[str]) -> str:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return "; ".join(wrong[:3]) + more
+
+
+def _hint_at_fitting_models(weights: dict[str, Tensor]) -> str:
+    """'; it fits ...', our models of which these are the weights, those of the same image size first; or ''."""
+    own = {name: timm.create_model(name, device="meta").state_dict() for name in timm.list_models("avit*")}
+    fitting = [name for name in own if not _misfits(own[name], weights, _may_be_resized)]
+    fitting.sort(key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
+    return f"; it fits {' or '.join(fitting)}" if fitting else ""
 
 
 def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:

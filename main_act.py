@@ -30,7 +30,7 @@ import checkpoints
 import losses
 import utils
 import visualize
-from datasets import Augmentation, build_dataset
+from datasets import Augmentation, Stream, build_dataset, spread_sample
 from engine_act import Trainer, evaluate, report, zipping_speeds
 from samplers import ExactDistributedSampler, training_sampler
 from training import TrainingRun, updates_per_epoch
@@ -75,8 +75,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
         return
     result = evaluate(model, loader, device, amp_of(args))
     if model.halting and utils.is_main():
-        spread = range(0, len(images), max(len(images) // args.batch_size, 1))[: args.batch_size]  # over all classes
-        sample = torch.stack([images[index][0] for index in spread])
+        sample = spread_sample(images, min(args.batch_size, len(images)))
         result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
     if output_dir is not None and utils.is_main():
@@ -109,7 +108,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if args.start_epoch is not None:
         training_run.first_epoch = args.start_epoch
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    log(f"{args.model}: {size}, {num_classes} classes, {len(images)} images, {utils.world_size()} process(es)")
+    epoch = f"{len(loader)} batches of {args.batch_size} per epoch and process"
+    log(f"{args.model}: {size}, {num_classes} classes, {epoch}, {utils.world_size()} process(es)")
     training_run.train()
 
 
@@ -189,7 +189,7 @@ def amp_of(args: argparse.Namespace) -> str:
 
 
 def validation_set(args: argparse.Namespace) -> Dataset:
-    return build_dataset(args.data_set, args.data_path, False, image_size(args), inat_category=args.inat_category)
+    return _data_set(args, train=False, split=args.val_split)
 
 
 def training_set(args: argparse.Namespace) -> Dataset:
@@ -201,23 +201,38 @@ def training_set(args: argparse.Namespace) -> Dataset:
         erase_mode=args.remode,
         erase_count=args.recount,
     )
-    return build_dataset(args.data_set, args.data_path, True, image_size(args), augmentation, args.inat_category)
+    return _data_set(args, train=True, split=args.train_split, augmentation=augmentation)
+
+
+def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
+    options |= {"inat_category": args.inat_category, "num_classes": args.num_classes}
+    options |= {"batch_size": args.batch_size, "seed": args.seed}
+    images = build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
+    if args.num_classes not in (None, len(images.classes)):
+        raise UserError(f"--num-classes {args.num_classes}: {args.data_set} has {len(images.classes)} classes")
+    return images
 
 
 def evaluation_loader(args: argparse.Namespace, images: Dataset) -> DataLoader:
-    sampler = ExactDistributedSampler(images, utils.world_size(), utils.rank())
-    return DataLoader(images, args.batch_size, sampler=sampler, **loader_options(args))
+    options = loader_options(args, images)
+    if not isinstance(images, Stream):
+        options["sampler"] = ExactDistributedSampler(images, utils.world_size(), utils.rank())
+    return DataLoader(images, args.batch_size, **options)
 
 
 def training_loader(args: argparse.Namespace, images: Dataset) -> DataLoader:
     """Drops an incomplete last batch, unless it is the only one."""
-    sampler = training_sampler(images, utils.world_size(), utils.rank(), args.seed, args.repeated_aug)
-    drop_last = len(sampler) >= args.batch_size
-    return DataLoader(images, args.batch_size, sampler=sampler, drop_last=drop_last, **loader_options(args))
+    options = loader_options(args, images)
+    if not isinstance(images, Stream):
+        options["sampler"] = training_sampler(images, utils.world_size(), utils.rank(), args.seed, args.repeated_aug)
+    size = len(options.get("sampler", images))
+    return DataLoader(images, args.batch_size, drop_last=size >= args.batch_size, **options)
 
 
-def loader_options(args: argparse.Namespace) -> dict:
+def loader_options(args: argparse.Namespace, images: Dataset) -> dict:
     workers = min(args.num_workers, os.cpu_count() or 1)
+    if isinstance(images, Stream):
+        workers = images.prepare_workers(workers)
     pin = args.pin_mem and args.device.startswith("cuda")
     return {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
 

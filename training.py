@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from timm.scheduler.scheduler import Scheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import utils
 from checkpoints import prepare_output_dir, save_checkpoint
@@ -54,7 +54,7 @@ class TrainingRun:
         if self.tensorboard and utils.is_main():
             self.writer = _summary_writer(self.output_dir)
         for epoch in range(self.first_epoch, self.epochs):
-            self.train_loader.sampler.set_epoch(epoch)
+            self._shuffle(epoch)
             training = self._train_epoch(epoch)
             test = self._test()
             self._step_plateau(epoch, test["acc1"])
@@ -64,6 +64,10 @@ class TrainingRun:
             log(f"best top-1 {self.best_acc1:.2f} %")
         if self.writer is not None:
             self.writer.close()
+
+    def _shuffle(self, epoch: int) -> None:
+        streams = isinstance(self.train_loader.dataset, IterableDataset)
+        (self.train_loader.dataset if streams else self.train_loader.sampler).set_epoch(epoch)
 
     def _train_epoch(self, epoch: int) -> dict:
         updates = epoch * self.updates_per_epoch

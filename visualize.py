@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import utils
 from datasets import denormalize
@@ -45,7 +46,7 @@ def demo(model: nn.Module, loader: DataLoader, device: torch.device, amp: str, o
     """
     model.eval()
     best: dict[int, Specimen] = {}
-    indices = iter(loader.sampler)
+    indices = itertools.count() if isinstance(loader.dataset, IterableDataset) else iter(loader.sampler)
     for images, targets in utils.with_progress(loader, "Demo", dict):
         with autocast(device, amp):
             _, halting = model(images.to(device), return_halting=True)

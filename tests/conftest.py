@@ -1,7 +1,9 @@
 """What the tests share: the repository on the path, parity cases, models that really halt."""
 
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -93,4 +95,26 @@ def make_image_folder(root: Path, classes: int = 3, train: int = 5, val: int = 3
             for i in range(count):
                 pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def make_shards(root: Path, shards: int = 4, images: int = 4, classes: int = 16, val_shards: int = 3) -> Path:
+    """WebDataset form: each image is labelled with its number, modulo `classes`; 5 images per validation shard."""
+    root.mkdir(parents=True)
+    splits = {}
+    for split, count, length in (("train", shards, images), ("validation", val_shards, 5)):
+        names = [f"{split}-{number:04d}.tar" for number in range(count)]
+        for number, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for index in range(number * length, (number + 1) * length):
+                    pixels = np.full((32, 32, 3), index * 7 % 256, np.uint8)
+                    png = io.BytesIO()
+                    Image.fromarray(pixels).save(png, "PNG")
+                    for suffix, content in {"png": png.getvalue(), "cls": str(index % classes).encode()}.items():
+                        member = tarfile.TarInfo(f"{index:06d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        splits[split] = {"name": split, "num_samples": count * length, "filenames": names}
+        splits[split]["shard_lengths"] = [length] * count
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
     return root

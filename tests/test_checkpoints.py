@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import halting_model
+from safetensors.torch import save_file
 
 import checkpoints
 from utils import UserError
@@ -46,7 +47,7 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(50), bytes(1000)])
 def test_files_that_are_no_checkpoints(tmp_path, content):
     (tmp_path / "c.pth").write_bytes(content)
-    with pytest.raises(UserError, match="truncated or not a PyTorch checkpoint"):
+    with pytest.raises(UserError, match="truncated or not a checkpoint"):
         checkpoints.load_checkpoint(str(tmp_path / "c.pth"))
 
 
@@ -164,6 +165,35 @@ def test_deits_weights_fit():
     model = timm.create_model("avit_tiny_patch16_224")
     deit = timm.create_model("deit_tiny_patch16_224").state_dict()
     checkpoints.fit_weights(model, deit, "c", replace_head=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "hint"),
+    [
+        ("avit_small_patch16_224", {"num_classes": 3}, "it fits avit_small_patch16_224"),
+        ("avit_base_patch16_384", {}, "it fits avit_base_patch16_384 or avit_base_patch16_224"),
+        ("avit_tiny_distilled_patch16_224", {}, "it fits avit_tiny_distilled_patch16_224"),
+        ("deit3_small_patch16_224", {}, "it fits avit3_small_patch16_224 or avit3_small_patch16_384"),
+        ("avit_tiny_patch16_224", {"depth": 3}, "and 105 more$"),
+    ],
+)
+def test_weights_of_another_member_of_the_family(name, options, hint):
+    model = timm.create_model("avit_tiny_patch16_224", depth=12)
+    weights = timm.create_model(name, **options).state_dict()
+    with pytest.raises(UserError, match="does not fit the model: .*" + hint):
+        checkpoints.fit_weights(model, weights, "c", replace_head=True)
+
+
+def test_safetensors(tmp_path):
+    weights = halting_model().state_dict()
+    save_file(weights, str(tmp_path / "w.safetensors"))
+    checkpoint = checkpoints.load_checkpoint(str(tmp_path / "w.safetensors"))
+    model = halting_model(mean=2.0)
+    checkpoints.fit_weights(model, checkpoints.weights_of(checkpoint, "w"), "w", replace_head=False)
+    assert torch.equal(model.pos_embed, weights["pos_embed"])
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="truncated"):
+        checkpoints.load_checkpoint(str(tmp_path / "broken.safetensors"))
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):

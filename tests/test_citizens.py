@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import assert_halting, halting_model, images
+from conftest import ROOT, assert_halting, halting_model, images
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import load_checkpoint
@@ -242,3 +242,38 @@ def test_a_new_backbone_costs_a_few_lines():
         static.load_state_dict(model.state_dict(), strict=True)
         model.halting = False
         assert torch.equal(model(images()), static(images()))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_readmes_table_of_models(name):
+    """Parameters and static multiply-adds at the default size, and the source of the weights."""
+    model = timm.create_model(name, device="meta")
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    macs = models_act.macs_per_image(model, torch.full((1, tokens), model.num_blocks)).item()
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M | {macs / 1e9:.2f} G"
+    source = models_act.SOURCES.get(name)
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert [row.endswith(f"{size} | {f'`{source}`' if source else 'nothing'} |") for row in rows] == [True], size
+
+
+@pytest.mark.parametrize("name", ["avit_micro_patch4_32", "avit_tiny_distilled_patch16_224"])
+def test_as_timms_scripts_use_a_model(name, tmp_path):
+    """The calls of its train.py and validate.py, with their arguments."""
+    unset = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
+    flags = {"pretrained": False, "in_chans": 3, "drop_rate": 0.0, "scriptable": False, "checkpoint_path": ""}
+    model = timm.create_model(name, **SMALL, **unset, **flags)
+    config = timm.data.resolve_data_config({"img_size": 64}, model=model)
+    assert config["input_size"] == (3, 64, 64)
+    model.set_grad_checkpointing(enable=True)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    average = timm.utils.ModelEmaV3(model)
+    loss = torch.nn.functional.cross_entropy(model(images(size=64)), torch.arange(6) % 5)
+    loss.backward()
+    timm.utils.clip_grad.dispatch_clip_grad(model.parameters(), 1.0, mode="agc")
+    optimizer.step()
+    average.update(model)
+    saver = timm.utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    other = timm.create_model(name, **SMALL, checkpoint_path=str(tmp_path / "last.pth.tar"))
+    with torch.inference_mode():
+        assert torch.equal(other.eval()(images(size=64)), model.eval()(images(size=64)))

@@ -1,12 +1,23 @@
 import gzip
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_shards
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from datasets import DATA_SETS, Augmentation, build_dataset, denormalize, evaluation_transform, training_transform
+from datasets import (
+    DATA_SETS,
+    Augmentation,
+    build_dataset,
+    denormalize,
+    evaluation_transform,
+    spread_sample,
+    training_transform,
+)
 from utils import UserError
 
 PLAIN = Augmentation(color_jitter=0.0, auto_augment=None, erase_probability=0.0)
@@ -172,3 +183,89 @@ def test_wrong_image_folders(tmp_path, make, message):
 
 def test_every_name_of_the_command_line_is_there():
     assert set(DATA_SETS) == {"IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "FMNIST", "DIGITS"}
+
+
+# Through timm ------------------------------------------------------------------------------------
+
+
+def labels(stream, workers, batch_size=4):
+    stream.prepare_workers(workers)
+    return [label for _, batch in DataLoader(stream, batch_size, num_workers=workers) for label in batch.tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, workers):
+    root = make_shards(tmp_path / "wds")
+    train = build_dataset("wds/any", str(root), True, (32, 32), PLAIN, num_classes=16, batch_size=4)
+    orders = []
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        orders.append(labels(train, workers))
+    assert len(train) == 16
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert orders[0] != orders[1]
+    val = build_dataset("wds/any", str(root), False, (32, 32), num_classes=16)
+    assert labels(val, workers) == labels(val, workers)
+    assert sorted(labels(val, workers)) == list(range(15))
+    assert spread_sample(val, 3).shape == (3, 3, 32, 32)
+
+
+def test_loader_processes_divide_the_shards(tmp_path, capsys):
+    root = make_shards(tmp_path / "wds", shards=9, images=1)
+    train, val = (build_dataset("wds/", str(root), part, (32, 32), PLAIN, num_classes=16) for part in (True, False))
+    assert [train.prepare_workers(wanted) for wanted in (0, 1, 2, 3, 8, 10)] == [0, 1, 1, 3, 3, 9]
+    assert val.prepare_workers(8) == 8
+    assert not capsys.readouterr().err
+
+
+def test_fewer_shards_than_processes(tmp_path, monkeypatch, capsys):
+    root = make_shards(tmp_path / "wds", shards=3)
+    train = build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16)
+    monkeypatch.setattr("utils.world_size", lambda: 2)
+    assert train.prepare_workers(4) == 1
+    assert "do not divide evenly" in capsys.readouterr().err
+    monkeypatch.setattr("utils.world_size", lambda: 4)
+    with pytest.raises(UserError, match="3 training shards are too few for 4 processes"):
+        train.prepare_workers(4)
+
+
+def test_a_split_as_timm_spells_it(tmp_path):
+    root = make_shards(tmp_path / "wds")
+    split = "train-{0000..0001}.tar|8"
+    train = build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16, split=split, batch_size=4)
+    assert sorted(labels(train, 1)) == list(range(8))
+
+
+def test_torchvisions_data_sets_by_timms_name(image_folder):
+    train, val = (build_dataset("torch/image_folder", str(image_folder), part, (32, 32)) for part in (True, False))
+    assert (len(train), len(val)) == (15, 9)
+    assert train.classes == ["class_0", "class_1", "class_2"]
+    assert val[0][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("wds/", {}, "give --num-classes"),
+        ("wds/", {"num_classes": 16, "split": "test"}, "split test not found"),
+        ("hfds/cifar10", {}, r"has the name of our datasets\.py"),
+        ("mnist/x", {}, "no reader of that name; known are torch/, wds/, tfds/"),
+        ("tfds/cifar10", {}, "needs the package tensorflow_datasets: pip install"),
+        ("torch/nothing", {}, "Unknown torchvision dataset"),
+    ],
+)
+def test_names_that_timm_cannot_read(tmp_path, name, options, message, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "tensorflow" in name else find_spec(name))
+    with pytest.raises(UserError, match=message):
+        build_dataset(name, str(make_shards(tmp_path / "wds")), True, (32, 32), PLAIN, **options)
+
+
+def test_missing_shards_and_labels_out_of_range(tmp_path):
+    root = make_shards(tmp_path / "wds")
+    stream = build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=5)
+    with pytest.raises(UserError, match="but there are 5 classes"):
+        labels(stream, 0)
+    (root / "train-0002.tar").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 shards are missing, first train-0002\.tar"):
+        build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16)

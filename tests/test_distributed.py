@@ -8,11 +8,13 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import ROOT, halting_model, images, make_image_folder
+from conftest import ROOT, halting_model, images, make_image_folder, make_shards
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import losses
+from datasets import Augmentation, build_dataset
 from engine_act import Trainer, train_one_epoch
 from models_act import impose_depths
 
@@ -159,6 +161,46 @@ def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
     together = torch.load(tmp_path / "state.pth")
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _labels_of_a_share(rank, root, path):
+    train, val = (
+        build_dataset("wds/", str(root), part, (32, 32), Augmentation(), num_classes=16, batch_size=2)
+        for part in (True, False)
+    )
+    found = []
+    for stream, epochs in ((train, range(3)), (val, range(1))):
+        loader = DataLoader(stream, 2, num_workers=stream.prepare_workers(2), persistent_workers=True)
+        for epoch in epochs:
+            stream.set_epoch(epoch)
+            found.append([label for _, batch in loader for label in batch.tolist()])
+    torch.save(found, path / str(rank))
+
+
+def test_two_processes_see_each_image_of_a_stream_once_per_epoch(tmp_path):
+    """Four shards for two processes with two loader processes each; three shards to validate on."""
+    in_processes(_labels_of_a_share, make_shards(tmp_path / "wds"), tmp_path)
+    *epochs, val = zip(torch.load(tmp_path / "0"), torch.load(tmp_path / "1"))
+    assert len(epochs) == 3
+    for first, second in epochs:
+        assert len(first) == len(second) == 8
+        assert sorted(first + second) == list(range(16))
+    assert len({tuple(first) for first, _ in epochs}) > 1
+    assert sorted(val[0] + val[1]) == list(range(15))
+    assert abs(len(val[0]) - len(val[1])) <= 2
+
+
+def test_training_on_shards_from_the_command_line(tmp_path):
+    root = make_shards(tmp_path / "wds")
+    data = ("--data-set", "wds/", "--data-path", root, "--num-classes", 16)
+    launch(2, *data, "--epochs", 2, "--output_dir", tmp_path / "out", "--num_workers", 2)
+    results = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch(processes, *data, "--eval", "--finetune", tmp_path / "out" / "checkpoint.pth", "--output_dir", out)
+        results[processes] = json.loads((out / "eval.json").read_text())
+    assert results[1]["images"] == results[2]["images"] == 15
+    assert results[2]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
 
 def _step_with_uneven_halting(rank, path):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import halting_model, make_image_folder
+from PIL import Image
 
 import arguments
 import main_act
@@ -155,6 +156,19 @@ def test_published_checkpoints(tmp_path, name, capsys):
     assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
 
 
+def test_rectangles(image_folder, tmp_path, monkeypatch):
+    """Train, evaluate at another size, and draw: the heat map has the image's shape."""
+    out = tmp_path / "out"
+    gate = ("--gate_scale", 10, "--gate_center", 5)
+    run("--data-path", image_folder, "--output_dir", out, "--epochs", 1, "--input-size", 16, 40, *gate)
+    for size in ((16, 40), (24, 24)):
+        flags = ("--data-path", image_folder, "--input-size", *size, "--finetune", out / "checkpoint.pth")
+        run(*flags, "--demo", "--output_dir", tmp_path / "demo")
+        reference = Image.open(tmp_path / "demo" / "token_act_visualization" / "class0_ref.jpg")
+        assert reference.width * size[0] == reference.height * size[1]
+        run(*flags, "--eval")
+
+
 def test_distillation(image_folder, tmp_path):
     teacher = timm.create_model("resnet10t", num_classes=3)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
@@ -281,7 +295,7 @@ distillation_type=none distillation_alpha=0.5 distillation_tau=1.0 data_path=Non
 num_workers=10 pin_mem=True output_dir=None seed=0 resume=None start_epoch=None eval=False dist_eval=False
 finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrained=False pretrained_path=None
 halting=True ponder_token_scale=0.001 gate_scale=None gate_center=None distr_prior_alpha=0.01 demo=False
-zip_tokens=True early_exit=True act_mode=None warmup_epoch=None
+zip_tokens=True early_exit=True act_mode=None warmup_epoch=None train_split=None val_split=None num_classes=None
 """
 
 
