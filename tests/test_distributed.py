@@ -170,7 +170,8 @@ def _labels_of_a_share(rank, root, path):
     )
     found = []
     for stream, epochs in ((train, range(3)), (val, range(1))):
-        loader = DataLoader(stream, 2, num_workers=stream.prepare_workers(2), persistent_workers=True)
+        options = {"persistent_workers": True, "multiprocessing_context": "fork"}  # spawning takes 10 s
+        loader = DataLoader(stream, 2, num_workers=stream.prepare_workers(2), **options)
         for epoch in epochs:
             stream.set_epoch(epoch)
             found.append([label for _, batch in loader for label in batch.tolist()])
