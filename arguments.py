@@ -11,7 +11,8 @@ import torch
 
 import models_act  # noqa: F401 - registers the models
 from checkpoints import GATE_DEFAULTS
-from datasets import DATA_SETS, READERS, check_reader
+from datasets import DATA_SETS
+from streams import READERS, check_reader
 from utils import UserError, local_rank, nearest
 
 
@@ -25,10 +26,12 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         return super().parse_args([_with_dashes(arg) for arg in args], namespace)
 
-    def error(self, message: str):
-        if local_rank() > 0:  # the first process of each machine speaks
-            self.exit(2)
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+    def error(self, message: str, status: int = 2, everywhere: bool = False):
+        """One line on stderr, by the first process of each machine, or by every process that meets it."""
+        if local_rank() > 0 and not everywhere:
+            self.exit(status)
+        printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        self.exit(status, f"{self.prog}: error: {printable}\n")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -240,7 +243,21 @@ def _run(parser: Parser) -> None:
     add("--output-dir", metavar="DIR", help="where everything is saved; without it nothing is")
     add("--device", default=device, help="cuda or cpu")
     add("--seed", type=_index, default=0, metavar="N", help="of all random numbers")
-    add("--resume", metavar="FILE", help="go on from a checkpoint of ours, a path or https URL")
+    add(
+        "--resume",
+        metavar="FILE",
+        help="go on exactly from a checkpoint of ours, a path or https URL; auto: from checkpoint.pth in --output-dir, "
+        "if it is there",
+    )
+    add("--checkpoint-steps", type=_index, default=0, metavar="N", help="also save every N updates inside an epoch")
+    add("--keep", type=_index, default=0, metavar="K", help="keep checkpoints of the last K epochs")
+    add(
+        "--max-bad-images",
+        type=_index,
+        default=100,
+        metavar="N",
+        help="unreadable training images to pass over, per process, before training stops",
+    )
     add("--start-epoch", type=_index, metavar="N", help="first epoch (default: 0, or what --resume says)")
     add("--eval", action="store_true", help="evaluate, do not train")
     add("--dist-eval", action="store_true", help="accepted; evaluation is always distributed, and exact")
@@ -291,5 +308,7 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError("--cutmix-minmax: the smallest share comes first")
     if args.seed >= 2**31:
         raise UserError("--seed must be below 2147483648")
+    if args.resume == "auto" and not args.output_dir:
+        raise UserError("--resume auto needs --output_dir")
     if args.tensorboard and not args.output_dir and not (args.eval or args.demo):
         raise UserError("--tensorboard needs --output_dir")

@@ -118,7 +118,8 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     num_classes = len(weights.get("head.weight", ()))
     model = timm.create_model(args.model, num_classes=num_classes, **size, **gate)
     checkpoints.fit_weights(model, weights, args.finetune, replace_head=False)
-    data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, num_classes=num_classes)
+    known = {"num_classes": num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
+    data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
     return model.to(device), spread_sample(data, count).to(device)
 
 

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import timm
 import torch
@@ -19,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from utils import UserError, is_main, log, main_process_first, nearest, warn
+from utils import UserError, gather, is_main, log, main_process_first, nearest, warn
 
 
 def prepare_output_dir(path: str | None) -> Path | None:
@@ -36,20 +37,53 @@ def prepare_output_dir(path: str | None) -> Path | None:
     return folder
 
 
+def last_checkpoint(output_dir: str) -> str | None:
+    """checkpoint.pth in the folder, if it is there. UserError where processes see different folders."""
+    path = Path(output_dir) / "checkpoint.pth"
+    found = gather(path.exists())
+    if len(set(found)) > 1:
+        raise UserError(f"{path}: some processes see it, others do not: --output_dir must be on a shared disk")
+    return str(path) if found[0] else None
+
+
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Writes the file beside its place, then renames it: it is whole at any moment."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Whole at any moment: see `write_whole`. OSError if it cannot be written."""
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer hides the reason
+            raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file beside its place, flushes it to the disk, then renames it.
+
+    At every instant the old file is there or the new one. OSError leaves the old one.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming too
+    finally:
+        os.close(folder)
 
 
 def load_checkpoint(location: str) -> dict:
     """Reads a checkpoint from a path or an https URL, executing nothing that is in it.
 
-    PyTorch's format, or safetensors by the name's ending. Of Python's classes only
+    PyTorch's format, or safetensors. Of Python's classes only
     argparse.Namespace is let in: published checkpoints carry their flags in one. UserError for
     anything that cannot be read as a dictionary.
     """
@@ -68,8 +102,9 @@ def load_checkpoint(location: str) -> dict:
 
 
 def _read(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":  # a length, then JSON: safetensors
+            return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -161,6 +196,34 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
             f"{location}: does not fit the model: pos_embed is of {patches} patches, which is no {old_grid} grid"
         )
     return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """The state of each parameter, and counters of the groups; other options stay as the flags say.
+
+    ValueError where the state does not fit the parameters.
+    """
+    own = optimizer.state_dict()
+    groups = [group | _counters(old) for group, old in zip(own["param_groups"], saved["param_groups"], strict=True)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and (
+                not _is_weight(value) or value.shape not in ((), parameters[index].shape)
+            ):
+                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _counters(group: dict) -> dict:
+    """Some optimizers count their steps there."""
+    return {"step": group["step"]} if type(group.get("step")) is int else {}
+
+
+def restore_plain(scheduler: object, saved: dict) -> None:
+    """Numbers of a torch scheduler, where they are of the types that it has."""
+    own = scheduler.state_dict()
+    scheduler.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
 
 
 def fit_teacher(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:

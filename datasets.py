@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import math
+import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
-from torch.utils.data import Dataset, IterableDataset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import utils
-from utils import UserError, main_process_first
+from streams import Stream, read_by_timm
+from utils import LocalError, UserError, main_process_first
 
 SMALL = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
 EVALUATION_CROP = 224 / 256  # of the shorter side, whatever the model's crop_pct says
@@ -84,8 +82,39 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+# Images ------------------------------------------------------------------------------------------
+
+WIDEST = 20  # a longer side than so many times the shorter one is cut to it, around the centre
+
+
+class UnreadableImage(LocalError):
+    """A file that is no image, or a broken or monstrous one."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An image file in RGB, upright. UnreadableImage, naming it, for anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"{path}: cannot be read as an image: {reason}") from error
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
+    """Grey, palette, CMYK and 16 bit become RGB; of an animation, the first picture."""
+    if image.mode.startswith("I"):  # 16 bit, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    shortest = min(image.size)
+    width, height = (min(side, WIDEST * shortest) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 # Data sets ---------------------------------------------------------------------------------------
@@ -183,7 +212,7 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int):
         path, target = self.samples[index]
-        return self.transform(default_loader(path)), target
+        return self.transform(load_image(path)), target
 
 
 def _read_json(path: Path):
@@ -203,9 +232,13 @@ def _image_folder(folder: Path, train: bool, transform) -> ImageFolder:
     if not part.is_dir():
         raise UserError(f"--data-path {folder}: {part} is missing; {expected}")
     try:
-        return ImageFolder(part, transform=transform)
+        return ImageFolder(part, transform=transform, loader=load_image, is_valid_file=_has_image_name)
     except FileNotFoundError as error:
         raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
+
+
+def _has_image_name(path: str) -> bool:
+    return path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
 
 
 def _fashion_mnist(folder: Path, train: bool, transform) -> Dataset:
@@ -222,107 +255,6 @@ def _downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
         raise UserError(
             f"--data-path {folder}: holds no {kind.__name__}, and it cannot be downloaded: {error}"
         ) from error
-
-
-# Data sets that timm reads ------------------------------------------------------------------------
-
-READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # and the package of each
-
-
-class Stream(IterableDataset):
-    """What timm reads in order: WebDataset (`wds/`) and TensorFlow Datasets (`tfds/`).
-
-    In training timm's reader shuffles the shards and deals them to the loaders of all processes. In
-    validation every process reads everything and keeps each world-size-th image, so that every
-    image counts once, for any number of shards and processes.
-    """
-
-    def __init__(self, dataset: IterableDataset, classes: list[str], train: bool, transform):
-        self.dataset, self.classes, self.train, self.transform = dataset, classes, train, transform
-        self.first, self.step = (0, 1) if train else (utils.rank(), utils.world_size())
-        if not train:
-            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-
-    def prepare_workers(self, wanted: int) -> int:
-        """How many loader processes to use: at most `wanted`, so that shards divide evenly if they can.
-
-        UserError if there are fewer shards than processes to train.
-        """
-        shards = len(self.dataset.reader.split_info.filenames) if hasattr(self.dataset.reader, "split_info") else None
-        workers = wanted
-        if self.train and shards is not None:
-            here = shards // utils.world_size()
-            if here == 0:
-                raise UserError(f"{shards} training shards are too few for {utils.world_size()} processes")
-            workers = max((n for n in range(1, wanted + 1) if shards % (n * utils.world_size()) == 0), default=0)
-            workers = workers or min(wanted, here)
-            if shards % (max(workers, 1) * utils.world_size()):
-                utils.warn(
-                    f"{shards} training shards do not divide evenly: an epoch repeats some images, misses others"
-                )
-        self.dataset.set_loader_cfg(workers)
-        return workers
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        """Images in this process (in validation an upper bound)."""
-        return math.ceil(len(self.dataset) / self.step)
-
-    def __iter__(self) -> Iterator:
-        for image, target in islice(self.dataset, self.first, None, self.step):
-            if not 0 <= target < len(self.classes):
-                raise UserError(f"an image is labelled {target}, but there are {len(self.classes)} classes")
-            yield self.transform(image), target
-
-
-def check_reader(name: str) -> None:
-    """UserError where a name like `wds/...` has no reader, or its package is missing."""
-    prefix = name.partition("/")[0].lower()
-    if prefix in ("hfds", "hfids"):
-        raise UserError(f"{name}: not available: the package it needs, datasets, has the name of our datasets.py")
-    if prefix not in READERS:
-        raise UserError(f"{name}: no reader of that name; known are {', '.join(f'{known}/' for known in READERS)}")
-    if importlib.util.find_spec(READERS[prefix]) is None:
-        raise UserError(f"{name} needs the package {READERS[prefix]}: pip install {READERS[prefix]}")
-
-
-def _read_by_timm(
-    name: str, root: str, train: bool, transform, split: str, num_classes: int | None, batch_size: int, seed: int
-) -> Dataset:
-    """A data set by its name in `timm.data.create_dataset`."""
-    check_reader(name)
-    options = {"split": split, "is_training": train, "batch_size": batch_size, "seed": seed}
-    try:
-        with main_process_first():
-            dataset = create_dataset(name, root, download=not name.startswith("wds"), **options)
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError) as error:
-        raise UserError(f"--data-set {name}, --data-path {root}, split {split}: {error}") from error
-    _check_shards(dataset, root)
-    classes = _class_names(dataset, name, num_classes)
-    if isinstance(dataset, IterableDataset):
-        return Stream(dataset, classes, train, transform)
-    dataset.classes, dataset.transform = classes, transform
-    return dataset
-
-
-def _check_shards(dataset: Dataset, root: str) -> None:
-    """webdataset would pass over a missing file in silence."""
-    split = getattr(getattr(dataset, "reader", None), "split_info", None)
-    if split is None or not Path(root).is_dir():
-        return
-    missing = [file for file in split.filenames if not (Path(root) / file).is_file()]
-    if missing:
-        raise UserError(f"{root}: {len(missing)} of {len(split.filenames)} shards are missing, first {missing[0]}")
-
-
-def _class_names(dataset: Dataset, name: str, num_classes: int | None) -> list[str]:
-    index_of = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
-    names = getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get)
-    if not names and num_classes is None:
-        raise UserError(f"--data-set {name} does not say how many classes it has: give --num-classes")
-    return list(names) or [str(number) for number in range(num_classes)]
 
 
 # By name ------------------------------------------------------------------------------------------
@@ -367,24 +299,31 @@ def build_dataset(
             transform = training_transform(size, augmentation, placed=name in PLACED)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--aa {augmentation.auto_augment}: not a policy of timm's: {error}") from error
+    if "/" not in name and (split is not None or num_classes is not None):
+        raise UserError(f"--train-split, --val-split and --num-classes are for timm's data sets, {name} is none")
     if name in WITH_LIBRARY:
         return DATA_SETS[name](None, train, transform)
     if not data_path:
         raise UserError(f"--data-set {name} needs --data-path")
     folder = Path(data_path)
-    if not folder.is_dir() and "://" not in data_path:
+    if not folder.is_dir() and not (name.startswith("wds/") and "://" in data_path):
         raise UserError(f"--data-path {data_path}: no such folder")
     if "/" in name:
         split = split or ("train" if train else "validation")
-        return _read_by_timm(name, data_path, train, transform, split, num_classes, batch_size, seed)
+        return read_by_timm(name, data_path, train, transform, load_image, split, num_classes, batch_size, seed)
     options = {"category": inat_category} if name.startswith("INAT") else {}
     return DATA_SETS[name](folder, train, transform, **options)
 
 
 def spread_sample(images: Dataset, count: int) -> torch.Tensor:
-    """`count` images from all over a data set (the first ones of a stream): [count, 3, H, W] float."""
+    """`count` images from all over a data set (the first ones of a stream): [at most count, 3, H, W] float.
+
+    UserError if there are none.
+    """
     if isinstance(images, Stream):
-        chosen = islice(images, count)
+        chosen = [image for image, _ in islice(images, count)]
     else:
-        chosen = (images[index * len(images) // count] for index in range(count))
-    return torch.stack([image for image, _ in chosen])
+        chosen = [images[index * len(images) // count][0] for index in range(count if len(images) else 0)]
+    if not chosen:
+        raise UserError("not one image can be read")
+    return torch.stack(chosen)

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from interrupts import StopRequest, any_process
 from losses import AdaptiveLoss
 from models_act import Halting, macs_per_image
-from utils import Averages, autocast
+from utils import Averages, UserError, autocast
+
+MOST_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14
 
 
 @dataclass
@@ -37,7 +40,10 @@ class Trainer:
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
     teacher: nn.Module | None = None
+    seed: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
+    skipped_steps: int = 0  # that gradient scaling has skipped so far
+    skipped_in_a_row: int = 0
 
     def __post_init__(self):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
@@ -62,16 +68,41 @@ class Trainer:
             total, parts = self.criterion(logits, targets, halting, teacher_logits)
         return total, parts, halting
 
-    def update(self) -> None:
-        """One optimizer step with the gradients accumulated so far."""
-        if self.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.bare_model.parameters(), self.clip_grad)
+    def update(self, step: str = "", wrong_part: str | None = None) -> None:
+        """One optimizer step with the gradients accumulated so far.
+
+        step: its name; wrong_part: the part of this process's loss that is not finite, if one is.
+        FloatingPointError, in every process, if there is one in any, or a gradient is not finite.
+        With gradient scaling such a step is skipped; it is an error after too many in a row.
+        """
+        self.scaler.unscale_(self.optimizer)
+        gradients = {name: p.grad for name, p in self.bare_model.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
+        wrong = any_process(wrong_part is not None or not torch.isfinite(norm).item(), self.device)
+        if wrong:
+            self._refuse_or_skip(step, wrong_part, gradients)
+        elif self.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        if wrong:
+            return
+        self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self.bare_model)
+
+    def _refuse_or_skip(self, step: str, wrong_part: str | None, gradients: dict[str, Tensor]) -> None:
+        """A step whose numbers are not finite: skipped by gradient scaling, else FloatingPointError."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.scaler.is_enabled() and self.skipped_in_a_row <= MOST_SKIPPED:
+            return
+        parameter = next((name for name, grad in gradients.items() if not torch.isfinite(grad).all()), None)
+        parts = next((part for part in utils.gather(wrong_part) if part), "the loss is finite")
+        gradient = f"the gradient of {parameter} is not finite" if parameter else "all gradients are finite"
+        skipped = f"; {self.skipped_in_a_row} steps in a row were skipped" if self.scaler.is_enabled() else ""
+        raise FloatingPointError(f"{step}: {parts}, {gradient}{skipped}; the last checkpoint is from before")
 
     def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, which pair images: an odd batch loses one, a single image is not mixed."""
@@ -102,15 +133,27 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return _MeanOverProcesses.apply(value) if dist.is_initialized() else value
 
 
-def train_one_epoch(
-    trainer: Trainer, loader: Iterable, title: str, after_update: Callable[[], None]
-) -> dict[str, float | list[float]]:
-    """Trains on every batch of the loader; returns means over the epoch and all processes, by name.
+@dataclass
+class Epoch:
+    """How far an epoch has come: batches done, and what has been averaged over them."""
 
-    after_update: called after each optimizer step, for the schedule. FloatingPointError if the loss is not finite.
+    number: int
+    batches: int = 0
+    averages: Averages = field(default_factory=Averages)
+
+
+def train_one_epoch(
+    trainer: Trainer, loader: Iterable, epoch: Epoch, after_update: Callable[[], None]
+) -> dict[str, float | list[float]]:
+    """Trains on the batches of the loader, the rest of the epoch; returns means over the whole of it, by name.
+
+    after_update: called after each optimizer step, when `epoch` is up to date; may raise to stop.
+    All random numbers of a step follow from its place in training. FloatingPointError, in every
+    process, where a loss or a gradient is not finite.
     """
     trainer.model.train()
-    averages = Averages()
+    averages, title = epoch.averages, f"Epoch {epoch.number}"
+    weight_before = averages.weight
 
     def figures() -> dict[str, str]:
         means = averages.local()
@@ -118,28 +161,36 @@ def train_one_epoch(
         if "depth_mean" in means:
             shown["depth"] = f"{means['depth_mean']:.2f}"
             shown["saved"] = f"{means['macs_saved']:.0%}"
-        seconds = time.perf_counter() - start
-        return {**shown, "images/s": f"{averages.weight * utils.world_size() / seconds:.0f}"}
+        if trainer.scaler.is_enabled():
+            shown["skipped"] = str(trainer.skipped_steps)
+        rate = (averages.weight - weight_before) / (time.perf_counter() - start)
+        return {**shown, "images/s": f"{rate * utils.world_size():.0f}"}
 
     start = time.perf_counter()
-    batches = iter(utils.with_progress(loader, title, figures))
+    batches = iter(utils.with_progress(loader, title, figures, done=epoch.batches))
     while group := list(islice(batches, trainer.accum_steps)):
+        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches)
+        wrong_part = None
         for number, (images, targets) in enumerate(group, start=1):
             with _synchronise(trainer.model, number == len(group)):
                 total, parts, halting = trainer.micro_batch(images, targets)
-                _check_finite(total, parts, title)
                 trainer.scaler.scale(total / len(group)).backward()
+            wrong_part = wrong_part or _not_finite({**parts, "loss": total})
             averages.add(len(images), loss=total, **parts, **halting_figures(trainer.bare_model, halting))
-        trainer.update()
+        trainer.update(f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}", wrong_part)
+        epoch.batches += len(group)
         after_update()
     _, means = averages.reduced()
-    return {**means, "lr": learning_rate(trainer.optimizer), "seconds": time.perf_counter() - start}
+    skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
+    rate = {"lr": learning_rate(trainer.optimizer), "seconds": time.perf_counter() - start}
+    return {**means, **skipped, **rate}
 
 
-def _check_finite(total: Tensor, parts: dict[str, Tensor], title: str) -> None:
-    if not torch.isfinite(total):
-        shown = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
-        raise FloatingPointError(f"{title}: the loss is not finite: {shown}")
+def _not_finite(values: dict[str, Tensor]) -> str | None:
+    """The first of the named values that is not finite, as text."""
+    if torch.isfinite(torch.stack([value.detach() for value in values.values()])).all():
+        return None
+    return next(f"{name} is {value.item():g}" for name, value in values.items() if not torch.isfinite(value))
 
 
 def _synchronise(model: nn.Module, now: bool):
@@ -176,9 +227,17 @@ def halting_figures(model: nn.Module, halting: Halting | None) -> dict[str, Tens
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable, device: torch.device, amp: str = "none", title: str = "Test") -> dict:
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    amp: str = "none",
+    title: str = "Test",
+    stop: StopRequest | None = None,
+) -> dict:
     """Evaluates on every image of the loader, all processes' together; each image counts once.
 
+    stop: where it is asked for, this process looks at no more images.
     Returns means by name: loss, acc1, acc5 (in per cent), those of `halting_figures`, `images`
     (how many), and `images_per_s`, of the forward pass in this process.
     """
@@ -199,7 +258,12 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device, amp: str 
         logits = logits.float()
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
         averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_figures(model, halting))
+        if stop is not None and stop.signal:
+            break
     images, means = averages.reduced()
+    expected = getattr(loader, "num_images", 0)
+    if images < expected and not (stop is not None and stop.signal):
+        raise UserError(f"only {images:.0f} of {expected} validation images could be read")
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}
 
 

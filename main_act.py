@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,30 +22,37 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import arguments
 import checkpoints
 import losses
 import utils
 import visualize
-from datasets import Augmentation, Stream, build_dataset, spread_sample
+from datasets import Augmentation, build_dataset, spread_sample
 from engine_act import Trainer, evaluate, report, zipping_speeds
-from samplers import ExactDistributedSampler, training_sampler
+from interrupts import Interrupted
+from loaders import evaluation_loader, training_loader
 from training import TrainingRun, updates_per_epoch
-from utils import UserError, log, warn
+from utils import LocalError, UserError, log, warn
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command. SystemExit with status 2 for what the user can mend, 1 where training fails."""
     args = arguments.parse_args(argv)
+    parser = arguments.make_parser()
     try:
         with utils.process_group(args.device, args.dist_url, args.world_size) as device:
             run(args, device)
+        return
+    except Interrupted:  # saved and told already
+        return
     except UserError as error:
-        arguments.make_parser().error(str(error))
+        status, message, everywhere = 2, str(error), isinstance(error, LocalError)
     except FloatingPointError as error:
-        raise SystemExit(f"main_act.py: {error}") from error
+        status, message, everywhere = 1, str(error), False
+    # out here the error is gone, and with it the loader processes that its frames held
+    parser.error(message, status, everywhere)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
@@ -67,7 +73,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
     if start.checkpoint is None and not args.pretrained:
         warn("no weights given (--finetune, --resume or --pretrained): the network is random")
     model = build_model(args, len(images.classes), start).to(device)
-    loader = evaluation_loader(args, images)
+    loader = evaluation_loader(images, args.batch_size, **loader_options(args))
     output_dir = checkpoints.prepare_output_dir(args.output_dir)
     if args.demo:
         folder = visualize.demo(model, loader, device, amp_of(args), output_dir or Path())
@@ -75,7 +81,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
         return
     result = evaluate(model, loader, device, amp_of(args))
     if model.halting and utils.is_main():
-        sample = spread_sample(images, min(args.batch_size, len(images)))
+        sample = spread_sample(images, args.batch_size)
         result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
     if output_dir is not None and utils.is_main():
@@ -90,23 +96,31 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     num_classes = len(images.classes)
     start = StartingPoint.of(args)
     model = build_model(args, num_classes, start).to(device)
-    utils.seed_everything(args.seed + utils.rank())  # from here on, processes differ
     trainer = build_trainer(args, model, num_classes, device)
-    loader = training_loader(args, images)
+    loader = training_loader(
+        images,
+        args.batch_size,
+        seed=args.seed,
+        repeated_aug=args.repeated_aug,
+        max_bad_images=args.max_bad_images,
+        **loader_options(args),
+    )
     training_run = TrainingRun(
         trainer,
         build_schedule(args, trainer.optimizer, updates_per_epoch(loader, args.accum_steps)),
         loader,
-        evaluation_loader(args, test_images),
+        evaluation_loader(test_images, args.batch_size, **loader_options(args)),
         epochs=args.epochs,
         output_dir=args.output_dir,
         tensorboard=args.tensorboard,
         flags=dict(vars(args)),
+        checkpoint_steps=args.checkpoint_steps,
+        keep=args.keep,
     )
     if start.flag == "resume":
         training_run.restore(start.checkpoint, start.location)
     if args.start_epoch is not None:
-        training_run.first_epoch = args.start_epoch
+        training_run.start_at(args.start_epoch)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     epoch = f"{len(loader)} batches of {args.batch_size} per epoch and process"
     log(f"{args.model}: {size}, {num_classes} classes, {epoch}, {utils.world_size()} process(es)")
@@ -133,9 +147,12 @@ class StartingPoint:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> StartingPoint:
-        """The first given of --resume, --finetune, --pretrained-path."""
+        """The first given of --resume, --finetune, --pretrained-path; `--resume auto` may find nothing."""
         for flag in ("resume", "finetune", "pretrained_path"):
             location = getattr(args, flag)
+            if flag == "resume" and location == "auto":
+                location = checkpoints.last_checkpoint(args.output_dir)
+                log(f"going on from {location}" if location else f"{args.output_dir} holds no checkpoint: a new run")
             if location:
                 return cls(flag, location, checkpoints.load_checkpoint(location))
         return cls()
@@ -207,34 +224,11 @@ def training_set(args: argparse.Namespace) -> Dataset:
 def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
     options |= {"inat_category": args.inat_category, "num_classes": args.num_classes}
     options |= {"batch_size": args.batch_size, "seed": args.seed}
-    images = build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
-    if args.num_classes not in (None, len(images.classes)):
-        raise UserError(f"--num-classes {args.num_classes}: {args.data_set} has {len(images.classes)} classes")
-    return images
+    return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
 
 
-def evaluation_loader(args: argparse.Namespace, images: Dataset) -> DataLoader:
-    options = loader_options(args, images)
-    if not isinstance(images, Stream):
-        options["sampler"] = ExactDistributedSampler(images, utils.world_size(), utils.rank())
-    return DataLoader(images, args.batch_size, **options)
-
-
-def training_loader(args: argparse.Namespace, images: Dataset) -> DataLoader:
-    """Drops an incomplete last batch, unless it is the only one."""
-    options = loader_options(args, images)
-    if not isinstance(images, Stream):
-        options["sampler"] = training_sampler(images, utils.world_size(), utils.rank(), args.seed, args.repeated_aug)
-    size = len(options.get("sampler", images))
-    return DataLoader(images, args.batch_size, drop_last=size >= args.batch_size, **options)
-
-
-def loader_options(args: argparse.Namespace, images: Dataset) -> dict:
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    if isinstance(images, Stream):
-        workers = images.prepare_workers(workers)
-    pin = args.pin_mem and args.device.startswith("cuda")
-    return {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+def loader_options(args: argparse.Namespace) -> dict:
+    return {"num_workers": args.num_workers, "pin_memory": args.pin_mem and args.device.startswith("cuda")}
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -271,8 +265,10 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     name = args.teacher_model
     if not timm.is_model(name):
         raise UserError(f"--teacher-model {name}: unknown to timm{utils.nearest(name, timm.list_models())}")
+    fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    size = {"img_size": image_size(args)} if fixed else {}
     try:
-        classifier = timm.create_model(name, pretrained=not args.teacher_path)
+        classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
         if args.teacher_path:
             classifier.reset_classifier(num_classes)
     except (OSError, RuntimeError) as error:
@@ -282,7 +278,12 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
         checkpoints.fit_teacher(classifier, weights, args.teacher_path)
     elif classifier.num_classes != num_classes:
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
-    return losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])
+    teacher = losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])
+    try:
+        teacher(torch.zeros(1, 3, *image_size(args)))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--teacher-model {name}: does not take the student's images: {error}") from error
+    return teacher
 
 
 def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> Trainer:
@@ -300,6 +301,7 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, 
         mixup=mixup,
         ema=ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None,
         teacher=teacher.to(device) if teacher is not None else None,
+        seed=args.seed,
     )
 
 

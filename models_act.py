@@ -174,6 +174,7 @@ class AdaptiveTokens:
         intermediates_only: bool = False,
         output_dict: bool = False,
         attn_mask: None = None,
+        is_causal: bool = False,
     ):
         """timm's interface: the states after the blocks `indices`, and the final features.
 
@@ -181,8 +182,10 @@ class AdaptiveTokens:
         those of `forward_features`, unless `stop_early` leaves out blocks. ValueError for an
         attention mask: which tokens attend is decided by halting.
         """
-        if attn_mask is not None:
-            raise ValueError("an adaptive vision transformer takes no attn_mask: halting sets its own")
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                "an adaptive vision transformer takes no attn_mask or is_causal: halting sets its own mask"
+            )
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is NCHW or NLC, not {output_fmt!r}")
         options = {"return_prefix_tokens": return_prefix_tokens, "norm": norm, "stop_early": stop_early}
@@ -277,7 +280,7 @@ class AdaptiveTokens:
                 prefix_stays = tokens.unpack(staying, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
                 staying = staying & tokens.spread(prefix_stays)
             tokens, (rows, cumulative) = tokens.keep(staying, rows, step.cumulative)
-            if len(rows) == 0 and not (self.training or torch.is_grad_enabled()):
+            if rows.shape[0] == 0 and not (self.training or torch.is_grad_enabled()):
                 break  # else the blocks to come draw their random numbers, and get zero gradients
         return output.to(x.dtype), trace.halting() if return_halting else None
 
@@ -394,15 +397,17 @@ def _linear_weights(module: nn.Module) -> int:
 # Registration with timm --------------------------------------------------------------------------
 
 
-def _create_avit(variant: str, pretrained: bool = False, distilled: bool = False, **kwargs):
-    """Build a registered model; `pretrained` starts from DeiT's weights, loaded by timm.
+def _create_avit(
+    variant: str, pretrained: bool = False, model_cls: type[AdaptiveTokens] = AdaptiveVisionTransformer, **kwargs
+):
+    """Build a registered model; `pretrained` starts from its source's weights, loaded by timm.
 
     The hub is tried first, then the address of the original release. RuntimeError, naming
     --pretrained-path, if neither can be reached.
     """
     build = partial(
         build_model_with_cfg,
-        AdaptiveVisionTransformerDistilled if distilled else AdaptiveVisionTransformer,
+        model_cls,
         variant,
         pretrained_filter_fn=partial(checkpoint_filter_fn, adapt_layer_scale=True),
         feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
@@ -466,6 +471,7 @@ TINY = {"embed_dim": 192, "num_heads": 3}
 SMALL = {"embed_dim": 384, "num_heads": 6}
 MEDIUM = {"embed_dim": 512, "num_heads": 8}
 BASE = {"embed_dim": 768, "num_heads": 12}
+DISTILLED = {"model_cls": AdaptiveVisionTransformerDistilled}
 DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
 
@@ -498,22 +504,22 @@ def avit_base_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionT
 
 @register_model
 def avit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_tiny_distilled_patch16_224", pretrained, distilled=True, **{**TINY, **kwargs})
+    return _create_avit("avit_tiny_distilled_patch16_224", pretrained, **{**DISTILLED, **TINY, **kwargs})
 
 
 @register_model
 def avit_small_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_small_distilled_patch16_224", pretrained, distilled=True, **{**SMALL, **kwargs})
+    return _create_avit("avit_small_distilled_patch16_224", pretrained, **{**DISTILLED, **SMALL, **kwargs})
 
 
 @register_model
 def avit_base_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_base_distilled_patch16_224", pretrained, distilled=True, **{**BASE, **kwargs})
+    return _create_avit("avit_base_distilled_patch16_224", pretrained, **{**DISTILLED, **BASE, **kwargs})
 
 
 @register_model
 def avit_base_distilled_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_base_distilled_patch16_384", pretrained, distilled=True, **{**BASE, **kwargs})
+    return _create_avit("avit_base_distilled_patch16_384", pretrained, **{**DISTILLED, **BASE, **kwargs})
 
 
 @register_model

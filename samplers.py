@@ -1,8 +1,9 @@
-"""Which process sees which images."""
+"""Which process sees which images, in which order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import islice
 
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
@@ -33,6 +34,31 @@ class ExactDistributedSampler(Sampler):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class PlacedSampler(Sampler):
+    """Yields (index, seeds) from any place of an epoch on.
+
+    The seeds of an image follow from its place in training, so that nothing has to be remembered to
+    go on from there.
+    """
+
+    def __init__(self, sampler: Sampler, seed: int, rank: int):
+        self.sampler, self.seed, self.rank = sampler, seed, rank
+        self.start_at(0)
+
+    def start_at(self, epoch: int, first: int = 0) -> None:
+        """The next iteration is that of `epoch`, without its first so many images."""
+        self.sampler.set_epoch(epoch)
+        self.epoch, self.first = epoch, first
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        for place, index in enumerate(islice(self.sampler, self.first, None), start=self.first):
+            yield index, (self.seed, self.rank, self.epoch, place)
+
+    def __len__(self) -> int:
+        """Of a whole epoch."""
+        return len(self.sampler)
 
 
 def training_sampler(dataset: Sized, num_replicas: int, rank: int, seed: int, repeated_aug: bool) -> Sampler:

@@ -2,99 +2,146 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from timm.scheduler.scheduler import Scheduler
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
 
 import utils
-from checkpoints import prepare_output_dir, save_checkpoint
-from engine_act import Trainer, evaluate, report, train_one_epoch
+from checkpoints import prepare_output_dir, restore_optimizer, restore_plain, save_checkpoint, write_whole
+from engine_act import Epoch, Trainer, evaluate, report, train_one_epoch
+from interrupts import Interrupted, StopRequest
+from loaders import ImageLoader
 from utils import UserError, log, warn
 
+WATCHED = ("acc1", "depth_mean")  # from one test to the next
 COLLAPSED_DEPTH = 2.5  # mean depth under which hardly anything is computed any more
 
 
 class TrainingRun:
     """Trains for `epochs` epochs and evaluates after each.
 
-    output_dir: for checkpoint.pth, best.pth, log.txt and TensorBoard; None saves nothing.
+    output_dir: for checkpoint.pth, best.pth, log.txt and TensorBoard; None saves nothing;
+    checkpoint_steps: also save after so many updates inside an epoch, 0 for not;
+    keep: so many epochs' checkpoints stay, as checkpoint-EPOCH.pth;
     flags: plain values by name, kept in the checkpoint for whoever reads it.
+
+    Everything random in training follows from the place in it, so that a run goes on exactly from a
+    checkpoint that holds that place, the weights and what follows them.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         schedule: Scheduler,
-        train_loader: DataLoader,
-        test_loader: DataLoader,
+        train_loader: ImageLoader,
+        test_loader: ImageLoader,
         *,
         epochs: int,
         output_dir: str | None,
         tensorboard: bool,
         flags: dict,
+        checkpoint_steps: int = 0,
+        keep: int = 0,
     ):
         self.trainer, self.schedule = trainer, schedule
         self.train_loader, self.test_loader = train_loader, test_loader
         self.epochs, self.flags = epochs, flags
         self.output_dir = Path(output_dir) if output_dir else None
         self.tensorboard = tensorboard
+        self.checkpoint_steps, self.keep = checkpoint_steps, keep
         self.updates_per_epoch = updates_per_epoch(train_loader, trainer.accum_steps)
+        self.stop = StopRequest()
         self.writer = None
-        self.first_epoch = 0
+        self.epoch = Epoch(0)  # the one that is being trained
+        self.resumed = False
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
+        self.saving_seconds = 0.0
 
     def train(self) -> None:
-        """UserError if the output folder cannot be written."""
+        """UserError if the output folder cannot be written; Interrupted where a signal asked to stop."""
         prepare_output_dir(self.output_dir)
-        if self.tensorboard and utils.is_main():
-            self.writer = _summary_writer(self.output_dir)
-        for epoch in range(self.first_epoch, self.epochs):
-            self._shuffle(epoch)
-            training = self._train_epoch(epoch)
-            test = self._test()
-            self._step_plateau(epoch, test["acc1"])
-            self._warn_of_collapse(test)
-            self._record(epoch, training, test)
+        if utils.is_main() and self.output_dir is not None:
+            self._prepare_logs()
+        with self.stop.listening():
+            while self.epoch.number < self.epochs:
+                self._train_epoch()
         if self.best_acc1 >= 0:
             log(f"best top-1 {self.best_acc1:.2f} %")
         if self.writer is not None:
             self.writer.close()
 
-    def _shuffle(self, epoch: int) -> None:
-        streams = isinstance(self.train_loader.dataset, IterableDataset)
-        (self.train_loader.dataset if streams else self.train_loader.sampler).set_epoch(epoch)
+    def start_at(self, epoch: int) -> None:
+        """Goes on from the start of that epoch."""
+        self.epoch = Epoch(epoch)
 
-    def _train_epoch(self, epoch: int) -> dict:
-        updates = epoch * self.updates_per_epoch
-        self.schedule.step_update(updates)
+    def _prepare_logs(self) -> None:
+        """Takes back what was logged after the checkpoint that the run goes on from."""
+        with _writing(self.output_dir):
+            path = self.output_dir / "log.txt"
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if _epoch_of(line) < self.epoch.number]
+            if lines and not self.resumed:
+                warn(f"{self.output_dir} holds another run, which only --resume continues; log.txt goes on below it")
+            elif kept != lines:
+                write_whole(path, lambda file: file.write("".join(kept).encode()))
+            if self.tensorboard:
+                self.writer = _summary_writer(self.output_dir, self.epoch.number if self.resumed else None)
 
-        def after_update() -> None:
-            nonlocal updates
-            updates += 1
-            self.schedule.step_update(updates)
+    def _train_epoch(self) -> None:
+        epoch = self.epoch
+        self.train_loader.start_at(epoch.number, epoch.batches)
+        self.schedule.step_update(self._updates())
+        training = train_one_epoch(self.trainer, self.train_loader, epoch, self._after_update)
+        training["bad_images"] = sum(utils.gather(len(self.train_loader.bad_images)))
+        self._save("checkpoint.pth")  # so that nothing is lost but the evaluation, if that is interrupted
+        test = self._test()
+        if self.schedule.t_in_epochs:  # plateau follows the accuracy; the others are stepped by updates
+            self.schedule.step(epoch.number + 1, test["acc1"])
+        self._warn_of_collapse(test)
+        self._record(training, test)
 
-        return train_one_epoch(self.trainer, self.train_loader, f"Epoch {epoch}", after_update)
+    def _updates(self) -> int:
+        """Done so far, over all epochs."""
+        return self.epoch.number * self.updates_per_epoch + math.ceil(self.epoch.batches / self.trainer.accum_steps)
+
+    def _after_update(self) -> None:
+        self.schedule.step_update(self._updates())
+        if self.stop.agreed(self.trainer.device):
+            self._save("checkpoint.pth")
+            self._interrupt(f"in epoch {self.epoch.number}, after batch {self.epoch.batches - 1}")
+        if self.checkpoint_steps and self._updates() % self.checkpoint_steps == 0:
+            self._save("checkpoint.pth")
+
+    def _interrupt(self, place: str) -> None:
+        asked = next(filter(None, utils.gather(self.stop.signal)))
+        saved = "to go on: the same command with --resume auto" if self.output_dir else "nothing was to be saved"
+        log(f"stopped by {asked} {place}; {saved}")
+        raise Interrupted
 
     def _test(self) -> dict:
         """Of the raw weights; where an average is kept, its accuracy beside them."""
         trainer = self.trainer
-        test = evaluate(trainer.bare_model, self.test_loader, trainer.device, trainer.amp)
+        test = self._evaluate(trainer.bare_model)
         if trainer.ema is not None:
             averaged = copy.deepcopy(trainer.ema.module).to(trainer.device)  # it may be kept on the CPU
-            average = evaluate(averaged, self.test_loader, trainer.device, trainer.amp, title="Test EMA")
-            test["ema_acc1"] = average["acc1"]
+            test["ema_acc1"] = self._evaluate(averaged, title="Test EMA")["acc1"]
         report(test)
         return test
 
-    def _step_plateau(self, epoch: int, acc1: float) -> None:
-        """The plateau schedule follows the accuracy; the others are stepped by updates."""
-        if self.schedule.t_in_epochs:
-            self.schedule.step(epoch + 1, acc1)
+    def _evaluate(self, model: nn.Module, **options) -> dict:
+        trainer = self.trainer
+        test = evaluate(model, self.test_loader, trainer.device, trainer.amp, stop=self.stop, **options)
+        if self.stop.agreed(trainer.device):
+            self._interrupt(f"while evaluating epoch {self.epoch.number}")
+        return test
 
     def _warn_of_collapse(self, test: dict) -> None:
         if not self.trainer.bare_model.halting:
@@ -106,59 +153,141 @@ class TrainingRun:
         if before and test["acc1"] < before["acc1"] - 1 and test["depth_mean"] < before["depth_mean"]:
             accuracy = f"{before['acc1']:.1f} % to {test['acc1']:.1f} %"
             warn(f"accuracy falls while depth does: {accuracy}, {before['depth_mean']:.2f} to {test['depth_mean']:.2f}")
-        self.previous_test = test
+        self.previous_test = {name: test[name] for name in WATCHED}
 
-    def _record(self, epoch: int, training: dict, test: dict) -> None:
-        """checkpoint.pth, best.pth where it is the best so far, a line in log.txt, TensorBoard's points."""
+    def _record(self, training: dict, test: dict) -> None:
+        """best.pth where it is the best so far, a line in log.txt, TensorBoard's points, checkpoint.pth.
+
+        The checkpoint comes last: until it is there, the epoch is not done, and is done again.
+        """
+        number = self.epoch.number
         is_best = test["acc1"] > self.best_acc1
         self.best_acc1 = max(self.best_acc1, test["acc1"])
+        self.epoch = Epoch(number + 1)
+        if is_best:
+            self._save("best.pth")
+        if utils.is_main() and self.output_dir is not None:
+            parameters = sum(p.numel() for p in self.trainer.bare_model.parameters())
+            named = {f"train_{k}": v for k, v in training.items()} | {f"test_{k}": v for k, v in test.items()}
+            line = {"epoch": number, "n_parameters": parameters, **named, "saving_seconds": self.saving_seconds}
+            with _writing(self.output_dir), (self.output_dir / "log.txt").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.writer is not None:
+                _write_scalars(self.writer, number, training, test)
+                self.writer.flush()
+        self.saving_seconds = 0.0
+        if self.keep:
+            self._save(f"checkpoint-{number}.pth")
+            self._forget(number - self.keep)
+        self._save("checkpoint.pth")
+
+    def _forget(self, last: int) -> None:
+        """Removes the numbered checkpoints up to this one."""
         if not utils.is_main() or self.output_dir is None:
             return
-        state = self._state(epoch)
-        save_checkpoint(state, self.output_dir / "checkpoint.pth")
-        if is_best:
-            save_checkpoint(state, self.output_dir / "best.pth")
-        parameters = sum(p.numel() for p in self.trainer.bare_model.parameters())
-        named = {f"train_{k}": v for k, v in training.items()} | {f"test_{k}": v for k, v in test.items()}
-        with (self.output_dir / "log.txt").open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "n_parameters": parameters, **named}) + "\n")
-        if self.writer is not None:
-            _write_scalars(self.writer, epoch, training, test)
+        for path in self.output_dir.glob("checkpoint-*.pth"):
+            number = path.stem.removeprefix("checkpoint-")
+            if number.isdecimal() and int(number) <= last:
+                path.unlink()
 
-    def _state(self, epoch: int) -> dict:
-        """Tensors and plain types only. A static network records no gate."""
+    def _save(self, name: str) -> None:
+        """Every process must call it; the main one writes."""
+        if self.output_dir is None:
+            return
+        state, start = self._state(), time.perf_counter()
+        if utils.is_main():
+            with _writing(self.output_dir / name):
+                save_checkpoint(state, self.output_dir / name)
+        self.saving_seconds += time.perf_counter() - start
+
+    def _state(self) -> dict:
+        """Tensors and plain types only; every process must call it. A static network records no gate."""
         trainer = self.trainer
         model = trainer.bare_model
         gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center, "halt_eps": model.halt_eps}
+        plateau = getattr(self.schedule, "lr_scheduler", None)  # timm leaves it out of the schedule's state
         return {
             "model": model.state_dict(),
             "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
             "optimizer": trainer.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "plateau": plateau.state_dict() if plateau is not None else None,
             "scaler": trainer.scaler.state_dict(),
-            "epoch": epoch,
+            "skipped_steps": [trainer.skipped_steps, trainer.skipped_in_a_row],
+            "epoch": self.epoch.number - 1,  # the last that is done
+            "batches": self.epoch.batches,  # done of the next
+            "averages": self.epoch.averages.state(),
+            "bad_images": utils.gather(self.train_loader.bad_images),
             "best_acc1": self.best_acc1,
+            "previous_test": self.previous_test,
+            "processes": utils.world_size(),
             "gate": gate if model.halting else None,
             "args": self.flags,
         }
 
     def restore(self, checkpoint: dict, location: str) -> None:
-        """Everything but the model's weights. UserError where that is missing, or of another run."""
+        """Everything but the model's weights. UserError where that is missing, or of another run.
+
+        Says which flags differ from those of the checkpoint.
+        """
         trainer = self.trainer
         try:
-            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-            if self.schedule.t_in_epochs:  # the others follow from the count of updates
-                self.schedule.load_state_dict(checkpoint["schedule"])
-            if checkpoint["scaler"]:  # empty where mixed precision was off
+            restore_optimizer(trainer.optimizer, checkpoint["optimizer"])
+            if checkpoint["plateau"] is not None and hasattr(self.schedule, "lr_scheduler"):
+                restore_plain(self.schedule.lr_scheduler, checkpoint["plateau"])
+            if checkpoint["scaler"] and trainer.scaler.is_enabled():  # empty where mixed precision was off
                 trainer.scaler.load_state_dict(checkpoint["scaler"])
+            trainer.skipped_steps, trainer.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
             if trainer.ema is not None and checkpoint["model_ema"] is not None:
                 trainer.ema.module.load_state_dict(checkpoint["model_ema"])
-            self.first_epoch, self.best_acc1 = int(checkpoint["epoch"]) + 1, float(checkpoint["best_acc1"])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            self.epoch = Epoch(max(int(checkpoint["epoch"]) + 1, 0), max(int(checkpoint["batches"]), 0))
+            if utils.is_main():
+                self.epoch.averages.restore(checkpoint["averages"])
+            bad_images = checkpoint["bad_images"]
+            if utils.rank() < len(bad_images):
+                self.train_loader.bad_images = list(map(str, bad_images[utils.rank()]))
+            self.best_acc1 = float(checkpoint["best_acc1"])
+            test = checkpoint["previous_test"]
+            self.previous_test = test and {name: float(test[name]) for name in WATCHED}
+            self.resumed = True
+            self._tell_changes(checkpoint["args"], int(checkpoint["processes"]))
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(f"--resume {location}: no training state that fits ({error}); try --finetune") from error
 
+    def _tell_changes(self, flags: dict, processes: int) -> None:
+        changes = [f"{processes} processes are now {utils.world_size()}"] if processes != utils.world_size() else []
+        for name in self.flags.keys() - HARMLESS_FLAGS:
+            if name in flags and flags[name] != self.flags[name]:
+                before = flags[name] if isinstance(flags[name], str | int | float | None) else "another value"
+                changes.append(f"--{name} was {str(before)[:80]!r}, is now {self.flags[name]!r}")
+        if changes:
+            warn(f"the resumed run changes: {'; '.join(sorted(changes))}")
 
-def updates_per_epoch(loader: DataLoader, accum_steps: int) -> int:
+
+# Flags that may differ without another outcome.
+HARMLESS_FLAGS = {
+    *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size", "start_epoch"),
+    *("checkpoint_steps", "keep", "max_bad_images", "data_path", "pretrained_path", "teacher_path"),
+}
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """UserError, naming the path, where something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _epoch_of(line: str) -> float:
+    """Of a line of log.txt; infinity where it is broken."""
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def updates_per_epoch(loader: ImageLoader, accum_steps: int) -> int:
     return math.ceil(len(loader) / accum_steps)
 
 
@@ -168,10 +297,11 @@ ORIGINAL_NAMES = {"depth_mean": "cnt_token_mean", "depth_max": "cnt_token_max", 
 PER_BLOCK = ("live_share", "layer_scores")
 
 
-def _summary_writer(folder: Path):
+def _summary_writer(folder: Path, first_epoch: int | None):
+    """Points of earlier writers from `first_epoch` on no longer count, where it is given."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first_epoch)
 
 
 def _write_scalars(writer, epoch: int, training: dict, test: dict) -> None:

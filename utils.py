@@ -22,6 +22,10 @@ class UserError(Exception):
     """Something the user can mend. The command line prints it in one line and exits with status 2."""
 
 
+class LocalError(UserError):
+    """One that other processes do not meet: each process that does prints it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean a, b?)', or '' where nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=3)
@@ -107,11 +111,15 @@ def _device(device_type: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def seed_everything(*key: int) -> None:
+    """Seeds Python, NumPy and torch (CPU, and CUDA where it is in use) from numbers, all of which matter."""
+    python, numpy, torch_low, torch_high = np.random.SeedSequence(key).generate_state(4).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch_seed = (torch_high << 32 | torch_low) >> 1  # below 2**63
+    torch.default_generator.manual_seed(torch_seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(torch_seed)
 
 
 @contextmanager
@@ -151,19 +159,37 @@ class Averages:
         self.weight += weight
         for name, value in values.items():
             added = weight * value.detach().double()
-            self.sums[name] = self.sums[name] + added if name in self.sums else added
+            self.sums[name] = self.sums[name].to(added.device) + added if name in self.sums else added
+
+    def state(self) -> dict:
+        """What has been added in all processes; every process must call it."""
+        weight, sums = self._joint()
+        return {"weight": weight, "sums": sums}
+
+    def restore(self, state: dict) -> None:
+        """Goes on from the `state` of all processes: to be called in one of them."""
+        self.weight = float(state["weight"])
+        self.sums = {str(name): value.double() for name, value in state["sums"].items()}
 
     def local(self) -> dict[str, float]:
         """Means of this process's scalars so far."""
         return {name: (s / self.weight).item() for name, s in self.sums.items() if s.ndim == 0}
 
     def reduced(self) -> tuple[float, dict[str, float | list[float]]]:
-        """Total weight and means over all processes; every process must call it, with or without values."""
+        """Total weight and means over all processes; every process must call it, with or without values.
+
+        UserError if no process has any.
+        """
+        total, sums = self._joint()
+        if total == 0:
+            raise UserError("not one image could be read")
+        return total, {name: (s / total).tolist() for name, s in sums.items()}
+
+    def _joint(self) -> tuple[float, dict[str, Tensor]]:
         everyone = gather((self.weight, {name: s.cpu() for name, s in self.sums.items()}))
-        total = sum(weight for weight, _ in everyone)
         names = {name: None for _, sums in everyone for name in sums}
         sums = {name: torch.stack([own[name] for _, own in everyone if name in own]).sum(dim=0) for name in names}
-        return total, {name: (s / total).tolist() for name, s in sums.items()}
+        return sum(weight for weight, _ in everyone), sums
 
 
 def gather(value: object) -> list:
@@ -182,27 +208,31 @@ def log(message: str) -> None:
         sys.stdout.flush()
 
 
-def warn(message: str) -> None:
-    """Prints a warning to stderr, in the main process."""
-    if is_main():
+def warn(message: str, everywhere: bool = False) -> None:
+    """Prints a warning to stderr, in the main process or in every process that meets it."""
+    if is_main() or everywhere:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def with_progress(batches, title: str, describe: Callable[[], dict[str, str]], every: int = 50) -> Iterator:
+def with_progress(
+    batches, title: str, describe: Callable[[], dict[str, str]], every: int = 50, done: int = 0
+) -> Iterator:
     """Yields the batches; shows a bar on a terminal, else a line every so many batches.
 
-    `describe` is called for the figures to show, every `every` batches.
+    `describe` is called for the figures to show, every `every` batches; `done`: how many came before.
     """
     on_terminal = sys.stderr.isatty()
-    bar = tqdm(batches, desc=title, leave=False, disable=not (is_main() and on_terminal))
+    hidden = not (is_main() and on_terminal)
+    bar = tqdm(batches, desc=title, leave=False, disable=hidden, initial=done, total=len(batches))
     start = time.perf_counter()
-    for number, batch in enumerate(bar, start=1):
+    for number, batch in enumerate(bar, start=done + 1):
         yield batch
         if number % every == 0 or number == len(batches):
             if on_terminal:
                 bar.set_postfix(describe())
                 continue
-            left = timedelta(seconds=int((time.perf_counter() - start) / number * (len(batches) - number)))
+            per_batch = (time.perf_counter() - start) / (number - done)
+            left = timedelta(seconds=int(per_batch * (len(batches) - number)))
             figures = "  ".join(f"{k} {v}" for k, v in describe().items())
             log(f"{title} [{number}/{len(batches)}]  {figures}  left {left}")
 

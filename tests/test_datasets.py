@@ -261,11 +261,43 @@ def test_names_that_timm_cannot_read(tmp_path, name, options, message, monkeypat
         build_dataset(name, str(make_shards(tmp_path / "wds")), True, (32, 32), PLAIN, **options)
 
 
-def test_missing_shards_and_labels_out_of_range(tmp_path):
+def test_missing_shards(tmp_path):
     root = make_shards(tmp_path / "wds")
-    stream = build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=5)
-    with pytest.raises(UserError, match="but there are 5 classes"):
-        labels(stream, 0)
     (root / "train-0002.tar").unlink()
     with pytest.raises(UserError, match=r"1 of 4 shards are missing, first train-0002\.tar"):
         build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 7])
+def test_validation_shards_are_dealt_to_any_number_of_processes(tmp_path, monkeypatch, processes):
+    root = make_shards(tmp_path / "wds")
+    monkeypatch.setattr("utils.world_size", lambda: processes)
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setattr("utils.rank", lambda rank=rank: rank)
+        seen += labels(build_dataset("wds/", str(root), False, (32, 32), num_classes=16), 0)
+    assert sorted(seen) == list(range(15))
+
+
+def test_shards_that_hold_no_image(tmp_path):
+    root = make_shards(tmp_path / "wds")
+    for shard in root.glob("*.tar"):
+        shard.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not one image can be read"):
+        spread_sample(build_dataset("wds/", str(root), False, (32, 32), num_classes=16), 4)
+
+
+def test_splits_are_for_timms_data_sets():
+    for option in ({"split": "test"}, {"num_classes": 10}):
+        with pytest.raises(UserError, match="DIGITS is none"):
+            build_dataset("DIGITS", None, True, (32, 32), PLAIN, **option)
+
+
+def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
+    def create(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+
+    monkeypatch.setattr("streams.create_dataset", create)
+    monkeypatch.setattr("streams.check_reader", lambda name: None)
+    with pytest.raises(UserError, match="needs the package tensorflow: pip install tensorflow"):
+        build_dataset("tfds/mnist", str(tmp_path), True, (32, 32), PLAIN)

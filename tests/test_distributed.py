@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import losses
 from datasets import Augmentation, build_dataset
-from engine_act import Trainer, train_one_epoch
+from engine_act import Epoch, Trainer, train_one_epoch
 from models_act import impose_depths
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "2"]
@@ -143,7 +143,7 @@ def _free_port():
 def one_step(model, batch):
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.1, 0.1)
     trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu"))
-    train_one_epoch(trainer, [batch], "Epoch", lambda: None)
+    train_one_epoch(trainer, [batch], Epoch(0), lambda: None)
     return trainer.bare_model.state_dict()
 
 

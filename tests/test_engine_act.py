@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-from engine_act import Trainer, evaluate, halting_figures, train_one_epoch, zipping_speeds
+from engine_act import Epoch, Trainer, evaluate, halting_figures, train_one_epoch, zipping_speeds
 from models_act import macs_per_image
 
 CPU = torch.device("cpu")
@@ -53,10 +53,10 @@ def test_a_static_network_costs_what_it_costs():
 
 def test_training_lowers_the_loss_and_reports_its_parts():
     trainer, steps = make_trainer(), []
-    first = train_one_epoch(trainer, loader(), "Epoch 0", lambda: steps.append(1))
+    first = train_one_epoch(trainer, loader(), Epoch(0), lambda: steps.append(1))
     assert len(steps) == 3
     for _ in range(8):
-        last = train_one_epoch(trainer, loader(), "Epoch", lambda: None)
+        last = train_one_epoch(trainer, loader(), Epoch(0), lambda: None)
     assert last["loss"] < first["loss"]
     parts = [first[name] for name in ("classification_loss", "ponder_loss_token", "distr_prior_loss")]
     assert first["loss"] == pytest.approx(sum(parts))
@@ -67,7 +67,7 @@ def test_training_lowers_the_loss_and_reports_its_parts():
 
 
 def test_a_static_network_is_trained_on_classification_alone():
-    result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), "Epoch", lambda: None)
+    result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), Epoch(0), lambda: None)
     assert result["loss"] == result["classification_loss"]
     assert "depth_mean" not in result
 
@@ -78,7 +78,7 @@ def test_accumulation_equals_one_large_batch():
     for batch_size, accum_steps in ((8, 1), (2, 4)):
         trainer = make_trainer(accum_steps=accum_steps)
         trainer.criterion.distr_prior_alpha = 0.0
-        train_one_epoch(trainer, loader(8, batch_size), "Epoch", lambda: None)
+        train_one_epoch(trainer, loader(8, batch_size), Epoch(0), lambda: None)
         models.append(trainer.model)
     for a, b in zip(*(model.parameters() for model in models)):
         assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -86,7 +86,7 @@ def test_accumulation_equals_one_large_batch():
 
 def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
     steps = []
-    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), "Epoch", lambda: steps.append(1))
+    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), Epoch(0), lambda: steps.append(1))
     assert len(steps) == 2  # batches of 4 + 4, then 2
 
 
@@ -101,27 +101,27 @@ def test_mixup_of_odd_batches(count, mixed):
 
 def test_training_survives_a_single_image_under_mixup():
     trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
-    train_one_epoch(trainer, loader(5, 4), "Epoch", lambda: None)
+    train_one_epoch(trainer, loader(5, 4), Epoch(0), lambda: None)
 
 
 def test_the_average_follows_the_weights():
     model = halting_model()
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
-    train_one_epoch(trainer, loader(4, 4), "Epoch", lambda: None)
+    train_one_epoch(trainer, loader(4, 4), Epoch(0), lambda: None)
     assert_close(trainer.ema.module.head.weight, (before + model.head.weight) / 2)
 
 
 def test_clipping_bounds_the_step():
     model = halting_model()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), "Epoch", lambda: None)
+    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), Epoch(0), lambda: None)
     change = nn.utils.parameters_to_vector(model.parameters()).detach() - before
     assert 0 < change.norm() <= 0.1 * 1e-3 * 1.001
 
 
 def test_bf16_training():
-    result = train_one_epoch(make_trainer(amp="bf16"), loader(), "Epoch", lambda: None)
+    result = train_one_epoch(make_trainer(amp="bf16"), loader(), Epoch(0), lambda: None)
     assert result["loss"] > 0
 
 
@@ -129,8 +129,11 @@ def test_a_loss_that_is_not_finite_stops_training():
     model = halting_model()
     with torch.no_grad():
         model.head.bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="classification_loss nan"):
-        train_one_epoch(make_trainer(model), loader(), "Epoch 3", lambda: None)
+    with pytest.raises(
+        FloatingPointError,
+        match="epoch 3, batch 0: classification_loss is nan, the gradient of cls_token is not finite",
+    ):
+        train_one_epoch(make_trainer(model), loader(), Epoch(3), lambda: None)
 
 
 def test_distillation_step():
@@ -139,7 +142,7 @@ def test_distillation_step():
     trainer = make_trainer(model)
     trainer.criterion.classification = losses.DistillationLoss(nn.CrossEntropyLoss(), "hard")
     trainer.teacher = losses.Teacher(halting_model(), (0.5,) * 3, (0.5,) * 3)
-    assert train_one_epoch(trainer, loader(), "Epoch", lambda: None)["loss"] > 0
+    assert train_one_epoch(trainer, loader(), Epoch(0), lambda: None)["loss"] > 0
 
 
 def test_figures_are_means_over_the_batch():

@@ -39,7 +39,7 @@ def test_train_evaluate_resume_demo(trained, tmp_path, capsys):
     checkpoint = load_checkpoint(str(out / "checkpoint.pth"))
     assert checkpoint["gate"] == {"gate_scale": 10.0, "gate_center": 5.0, "halt_eps": 0.01}
     assert checkpoint["args"]["epochs"] == 1
-    assert {"model", "model_ema", "optimizer", "schedule", "scaler", "epoch"} <= checkpoint.keys()
+    assert {"model", "model_ema", "optimizer", "scaler", "epoch", "batches"} <= checkpoint.keys()
     (line,) = log_of(out)
     expected = {"epoch", "n_parameters", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"}
     assert expected | {"test_depth_mean", "test_ema_acc1", "train_ponder_loss_token"} <= line.keys()
@@ -276,8 +276,10 @@ def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
         raise FloatingPointError("Epoch 0: the loss is not finite")
 
     monkeypatch.setattr("training.train_one_epoch", diverge)
-    with pytest.raises(SystemExit, match="not finite"):
+    with pytest.raises(SystemExit) as exit_:
         run("--data-path", image_folder)
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "main_act.py: error: Epoch 0: the loss is not finite"
 
 
 # Flags -------------------------------------------------------------------------------------------
@@ -296,6 +298,7 @@ num_workers=10 pin_mem=True output_dir=None seed=0 resume=None start_epoch=None 
 finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrained=False pretrained_path=None
 halting=True ponder_token_scale=0.001 gate_scale=None gate_center=None distr_prior_alpha=0.01 demo=False
 zip_tokens=True early_exit=True act_mode=None warmup_epoch=None train_split=None val_split=None num_classes=None
+checkpoint_steps=0 keep=0 max_bad_images=100
 """
 
 

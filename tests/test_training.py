@@ -6,20 +6,22 @@ from conftest import halting_model, images
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
 import losses
 import training
 from checkpoints import load_checkpoint
 from engine_act import Trainer
+from loaders import evaluation_loader, training_loader
 from training import TrainingRun
 from utils import UserError
 
 
 def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs):
     model = halting_model()
-    data = TensorDataset(images(10), torch.arange(10) % 7)
-    loader = DataLoader(data, 4, sampler=DistributedSampler(data, 1, 0))
+    data = TensorDataset(images(12), torch.arange(12) % 7)
+    loading = {"num_workers": 0, "pin_memory": False}
+    loader = training_loader(data, 4, seed=0, repeated_aug=False, max_bad_images=0, **loading)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     updates = training.updates_per_epoch(loader, accum_steps)
     schedule, _ = create_scheduler_v2(
@@ -35,7 +37,7 @@ def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs)
     ema = ModelEmaV3(model, 0.9)
     trainer = Trainer(model, criterion, optimizer, torch.device("cpu"), accum_steps=accum_steps, ema=ema)
     options = {"epochs": epochs, "output_dir": output_dir, "tensorboard": False, "flags": {"lr": 0.1}, **kwargs}
-    return TrainingRun(trainer, schedule, loader, DataLoader(data, 5), **options)
+    return TrainingRun(trainer, schedule, loader, evaluation_loader(data, 5, **loading), **options)
 
 
 def test_exactly_so_many_epochs_are_trained(tmp_path):

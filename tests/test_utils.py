@@ -1,6 +1,8 @@
 import os
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,28 @@ def test_averages_weigh_batches_by_their_size():
 
 
 def test_averages_of_nothing():
-    assert utils.Averages().reduced() == (0, {})
+    with pytest.raises(utils.UserError, match="not one image"):
+        utils.Averages().reduced()
+
+
+def test_averages_go_on_from_their_state():
+    whole, first, second = utils.Averages(), utils.Averages(), utils.Averages()
+    for weight, value in ((3, 0.1), (4, 0.2)):
+        whole.add(weight, loss=torch.tensor(value), share=torch.tensor([value, 1.0]))
+    first.add(3, loss=torch.tensor(0.1), share=torch.tensor([0.1, 1.0]))
+    second.restore(first.state())
+    second.add(4, loss=torch.tensor(0.2), share=torch.tensor([0.2, 1.0]))
+    assert second.reduced() == whole.reduced()
+
+
+def test_seeds_depend_on_every_number():
+    def draws(*key):
+        utils.seed_everything(*key)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draws(1, 2, 3) == draws(1, 2, 3)
+    seen = [value for key in ((1,), (1, 2), (2, 1), (1, 2, 3), (1, 2, 4)) for value in draws(*key)]
+    assert len(set(seen)) == len(seen)
 
 
 def test_slurm_speaks_torchruns_language(monkeypatch):

@@ -1,0 +1,68 @@
+"""Signals that ask a run to stop: it finishes its step, saves, and ends well."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
+GRACE = 10  # seconds that a loader process lives on after SIGTERM
+
+
+class Interrupted(Exception):
+    """The run has been saved and stops here, because it was asked to."""
+
+
+class StopRequest:
+    """Whether a signal has asked this process, or any other of the run, to stop.
+
+    The first signal is noted; a second one acts at once, as it would without us.
+    """
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals are noted (in the main thread alone, where Python takes them)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = signal.Signals(number).name
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was asked. All must call it at the same place."""
+        return any_process(self.signal is not None, device)
+
+
+def any_process(condition: bool, device: torch.device) -> bool:
+    """Whether the condition holds in any process. All must call it at the same place."""
+    if not dist.is_initialized():
+        return condition
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def shield_loader_process(_: int) -> None:
+    """For a loader process, which gets the signals of its group too, but is still needed to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

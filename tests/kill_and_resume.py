@@ -1,0 +1,168 @@
+"""Kills training runs at chosen and at random moments, resumes each, and compares its end with an undisturbed run's.
+
+    python tests/kill_and_resume.py --kills 60
+
+A killed run is `main_act.py` with its process ended by SIGKILL: at the n-th arrival at a place in the code, or after
+a random time. It is resumed with the same command and `--resume auto`. What must be equal, bit by bit: the weights,
+their average, the optimizer's state, log.txt (but for timings), and TensorBoard's points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+os.environ["OMP_NUM_THREADS"] = "1"  # so that no threads are lost in forking
+
+import torch  # noqa: E402
+from conftest import make_image_folder  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+
+import checkpoints  # noqa: E402
+import engine_act  # noqa: E402
+import loaders  # noqa: E402
+import main_act  # noqa: E402
+import training  # noqa: E402
+
+# Place in the code: the object and the name of what is called there, and how often a whole run calls it.
+PLACES = {
+    "start of an epoch": (loaders.ImageLoader, "start_at", 3),
+    "data loading": (loaders.ImageLoader, "_note", 18),
+    "in the loader": (loaders, "collate", 6),  # with loader processes: one of them
+    "forward": (engine_act.Trainer, "micro_batch", 18),
+    "update": (engine_act.Trainer, "update", 18),
+    "after an update": (training.TrainingRun, "_after_update", 18),
+    "evaluation": (engine_act, "accuracy", 12),
+    "state before writing": (training.TrainingRun, "_state", 17),
+    "flushing a checkpoint": (os, "fsync", 30),
+    "renaming it": (Path, "replace", 16),
+    "recording an epoch": (training.TrainingRun, "_record", 3),
+    "TensorBoard": (training, "_write_scalars", 3),
+    "forgetting": (training.TrainingRun, "_forget", 3),
+}
+HALF_WRITTEN = "half a checkpoint"
+
+
+def flags(data: Path, out: Path, workers: int) -> list[str]:
+    """A run of 3 epochs of 6 steps, with everything that is random: 5 checkpoints an epoch and best.pth."""
+    small = f"--model avit_micro_patch4_32 --input-size 32 --batch-size 4 --num_workers {workers} --no-repeated-aug"
+    run = "--epochs 3 --warmup-epochs 1 --lr 0.01 --drop 0.1 --checkpoint-steps 2 --keep 2 --tensorboard --resume auto"
+    gate = "--gate_scale 10 --gate_center 5 --device cpu"
+    return [*small.split(), *run.split(), *gate.split(), "--data-path", str(data), "--output_dir", str(out)]
+
+
+def in_a_fork(command: list[str], kill: tuple[str, int] | None = None, seconds: float | None = None) -> int:
+    """Runs main_act.py; returns the status, -9 where it was killed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(BaseException), open(os.devnull, "w") as silence:
+            os.dup2(silence.fileno(), 1)
+            os.dup2(silence.fileno(), 2)
+            torch.set_num_threads(1)
+            if kill:
+                _set_trap(*kill)
+            main_act.main(command)
+            status = 0
+        os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _set_trap(place: str, arrival: int) -> None:
+    if place == HALF_WRITTEN:
+        owner, name = checkpoints.torch, "save"
+    else:
+        owner, name, _ = PLACES[place]
+    original, left = getattr(owner, name), arrival
+
+    def trap(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            if place == HALF_WRITTEN:
+                args[1].write(os.urandom(100_000))
+                args[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, trap)
+
+
+def outcome(out: Path) -> dict:
+    """Everything that a run leaves, but for what measures time."""
+    checkpoint = checkpoints.load_checkpoint(str(out / "checkpoint.pth"))
+    checkpoint.pop("args")
+    log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    timings = {"train_seconds", "test_images_per_s", "saving_seconds"}
+    log = [{key: value for key, value in line.items() if key not in timings} for line in log]
+    events = EventAccumulator(str(out)).Reload()
+    points = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    points.pop("train/seconds")
+    files = sorted(p.name for p in out.iterdir() if "events" not in p.name and not p.name.endswith(".partial"))
+    best = checkpoints.load_checkpoint(str(out / "best.pth"))["model"]
+    return {"checkpoint": checkpoint, "log": log, "points": points, "files": files, "best": best}
+
+
+def same(a: object, b: object) -> bool:
+    """Bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes, in turn")
+    args = parser.parse_args(argv)
+    choose = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_image_folder(Path(folder) / "data", classes=3, train=8, val=3)
+        start = time.perf_counter()
+        assert in_a_fork(flags(data, Path(folder) / "whole", 0)) == 0, "the undisturbed run failed"
+        whole_seconds = time.perf_counter() - start
+        expected = outcome(Path(folder) / "whole")
+        survived, extra = 0, []
+        for number in range(args.kills):
+            workers = args.workers[number % len(args.workers)]
+            command = flags(data, Path(folder) / str(number), workers)
+            places = [*PLACES, HALF_WRITTEN, "any time"]
+            place = places[number % len(places)]
+            start = time.perf_counter()
+            if place == "any time":
+                at = choose.uniform(0.05, 0.95) * whole_seconds
+                status = in_a_fork(command, seconds=at)
+            else:
+                at = choose.randint(1, PLACES.get(place, (None, None, 15))[2])
+                status = in_a_fork(command, kill=(place, at))
+            resumed = in_a_fork(command)
+            extra.append(time.perf_counter() - start - whole_seconds)
+            equal = resumed == 0 and same(outcome(Path(folder) / str(number)), expected)
+            survived += equal and status != 0
+            told = "survived" if equal else f"FAILED (resumed with status {resumed})"
+            if status == 0:
+                told = f"NOT KILLED (status {status})"
+            print(f"{number:3d}  {place}, {at:.3g}, {workers} loader processes: {told}", flush=True)
+        print(f"{survived} of {args.kills} kills survived; an undisturbed run takes {whole_seconds:.1f} s, ", end="")
+        print(f"an interruption costs {sorted(extra)[len(extra) // 2]:.1f} s (median, without imports)")
+    sys.exit(survived != args.kills)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_image_folder, make_shards
+from PIL import Image
+
+from datasets import Augmentation, UnreadableImage, build_dataset, load_image
+from loaders import evaluation_loader, training_loader
+from utils import LocalError
+
+SIZE = (32, 32)
+
+
+def training_batches(folder, workers=0, epoch=0, batch=0, limit=100, seed=0, batch_size=4, repeated_aug=False):
+    images = build_dataset("IMNET", str(folder), True, SIZE, Augmentation())
+    options = {"num_workers": workers, "pin_memory": False, "max_bad_images": limit}
+    loader = training_loader(images, batch_size, seed=seed, repeated_aug=repeated_aug, **options)
+    loader.start_at(epoch, batch)
+    return list(loader), loader
+
+
+def same(some, others):
+    return len(some) == len(others) and all(torch.equal(x, y) for a, b in zip(some, others) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("repeated_aug", [False, True])
+def test_batches_follow_from_their_place_alone(image_folder, repeated_aug):
+    """Whoever loads them, and wherever one begins."""
+    whole, _ = training_batches(image_folder, repeated_aug=repeated_aug)
+    assert len(whole) == 3
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers)
+        again, _ = training_batches(image_folder, workers, repeated_aug=repeated_aug)
+        rest, _ = training_batches(image_folder, workers, batch=1, repeated_aug=repeated_aug)
+        assert same(again, whole)
+        assert same(rest, whole[1:])
+    assert training_batches(image_folder, batch=3)[0] == []
+    assert not same(training_batches(image_folder, epoch=1, repeated_aug=repeated_aug)[0], whole)
+    assert not same(training_batches(image_folder, seed=1, repeated_aug=repeated_aug)[0], whole)
+
+
+def test_a_view_of_an_image_differs_from_the_next(tmp_path):
+    root = make_image_folder(tmp_path / "data", classes=1, train=1, val=1)
+    images = build_dataset("IMNET", str(root), True, SIZE, Augmentation())
+    options = {"num_workers": 0, "pin_memory": False, "max_bad_images": 0}
+    loader = training_loader(images, 1, seed=0, repeated_aug=False, **options)
+    views = []
+    for epoch in range(3):
+        loader.start_at(epoch)
+        views += [view for view, _ in loader]
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views[1], views[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_follow_from_their_place_too(tmp_path, workers):
+    root = make_shards(tmp_path / "wds")
+
+    def batches(epoch, batch=0):
+        images = build_dataset("wds/", str(root), True, SIZE, Augmentation(), num_classes=16, batch_size=2)
+        options = {"num_workers": workers, "pin_memory": False, "max_bad_images": 0}
+        loader = training_loader(images, 2, seed=0, repeated_aug=True, **options)
+        loader.start_at(epoch, batch)
+        return list(loader)
+
+    whole = batches(1)
+    assert len(whole) == 8
+    assert same(batches(1), whole)
+    assert same(batches(1, batch=5), whole[5:])
+    assert not same(batches(2), whole)
+
+
+# Unreadable images -------------------------------------------------------------------------------
+
+
+def break_images(root, part, count=1):
+    paths = sorted((root / part).rglob("*.png"))[:count]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:200])
+    return paths
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_training_images_are_passed_over_and_named_once(image_folder, workers, capsys):
+    broken = break_images(image_folder, "train", 2)
+    batches, loader = training_batches(image_folder, workers)
+    loader.start_at(1)
+    batches += list(loader)
+    assert [len(x) for x, _ in batches] == [4] * 6
+    warnings = capsys.readouterr().err
+    seen = [path for path in broken if str(path) in warnings]
+    assert len(loader.bad_images) == len(seen) >= 1
+    assert all(warnings.count(f"{path}: cannot be read as an image") == 1 for path in seen)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_training_images_stop_the_run(image_folder, workers):
+    break_images(image_folder, "train", 6)
+    with pytest.raises(LocalError, match=r"^/.*\.png: cannot be read as an image: .*; these are more than.* 2$"):
+        training_batches(image_folder, workers, limit=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_unreadable_images(tmp_path, workers):
+    root = make_image_folder(tmp_path / "data", classes=1, train=30, val=1)
+    break_images(root, "train", 30)
+    with pytest.raises(LocalError, match=r"^a whole batch cannot be read; /.*\.png: cannot be read as an image"):
+        training_batches(root, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_validation_image_stops_the_evaluation(image_folder, workers):
+    (broken,) = break_images(image_folder, "val")
+    images = build_dataset("IMNET", str(image_folder), False, SIZE)
+    loader = evaluation_loader(images, 4, num_workers=workers, pin_memory=False)
+    with pytest.raises(LocalError, match=f"^{broken}: cannot be read as an image"):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_impossible_label_is_told_in_one_line(tmp_path, workers):
+    root = make_shards(tmp_path / "wds")
+    images = build_dataset("wds/", str(root), False, SIZE, num_classes=5)
+    with pytest.raises(LocalError, match=r"^an image is labelled \d+, but there are 5 classes$"):
+        list(evaluation_loader(images, 4, num_workers=workers, pin_memory=False))
+
+
+def save_palette(path):
+    Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20) % 7 * 30).convert("P").save(path, transparency=0)
+
+
+def save_upright_by_exif(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 20), "red").save(path, exif=exif)
+
+
+def save_animation(path):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+UNUSUAL = {
+    "palette.png": save_palette,
+    "cmyk.jpg": lambda path: Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(path),
+    "sixteen.png": lambda path: Image.fromarray(np.full((20, 20), 200 * 256, np.uint16)).save(path),
+    "sixteen.tiff": lambda path: Image.fromarray(np.full((20, 20), 200 * 256, np.uint16)).save(path),
+    "bits.png": lambda path: Image.new("1", (20, 20), 1).save(path),
+    "alpha.webp": lambda path: Image.new("RGBA", (20, 20), (200, 0, 0, 9)).save(path),
+    "grey.jpg": lambda path: Image.new("L", (20, 20), 200).save(path),
+    "turned.jpg": save_upright_by_exif,
+    "thin.png": lambda path: Image.new("RGB", (1, 3000), "red").save(path),
+    "flat.png": lambda path: Image.new("RGB", (3000, 1), "red").save(path),
+    "dot.png": lambda path: Image.new("RGB", (1, 1), "red").save(path),
+    "moving.gif": save_animation,
+    "moving.webp": save_animation,
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_images_work(tmp_path, name):
+    for part in ("train", "val"):
+        folder = tmp_path / part / "class"
+        folder.mkdir(parents=True)
+        UNUSUAL[name](folder / name)
+    for train in (True, False):
+        for size in (SIZE, (224, 224)):
+            images = build_dataset("IMNET", str(tmp_path), train, size, Augmentation())
+            assert images[0][0].shape == (3, *size)
+            assert torch.isfinite(images[0][0]).all()
+    image = load_image(tmp_path / "train" / "class" / name)
+    assert image.mode == "RGB"
+    brightest = max(image.getpixel((0, 0)))
+    assert brightest >= 200 or name == "palette.png"
+    if name == "turned.jpg":
+        assert image.size == (20, 30)
+    if name.startswith("sixteen"):
+        assert set(np.asarray(image).flatten()) == {200}
+
+
+@pytest.mark.parametrize("pixels", [10_000, 14_000])
+def test_decompression_bombs_are_refused(tmp_path, pixels):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (pixels, 10_000)).save(path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        load_image(path)

@@ -1,0 +1,188 @@
+"""A run that is interrupted anywhere and resumed ends as if nothing had happened, bit by bit."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import kill_and_resume
+import pytest
+import torch
+from conftest import ROOT, make_image_folder
+from kill_and_resume import flags, outcome, same
+from test_training import make_run
+
+import main_act
+from checkpoints import load_checkpoint
+from interrupts import Interrupted
+from utils import UserError
+
+
+def test_interrupted_after_any_update(tmp_path):
+    """2 epochs of 3 batches; with averages, accumulation, and a checkpoint after each update."""
+    for accum_steps in (1, 2):
+        options = {"accum_steps": accum_steps, "keep": 1, "checkpoint_steps": 1}
+        whole = tmp_path / f"whole{accum_steps}"
+        whole.mkdir()
+        make_run(whole, **options).train()
+        for moment in range(1, 9 if accum_steps == 1 else 7):
+            folder = tmp_path / f"{accum_steps}-{moment}"
+            folder.mkdir()
+            run = make_run(folder, **options)
+            calls = iter(range(1, 100))
+            run.stop.agreed = lambda device, calls=calls, moment=moment: next(calls) >= moment
+            run.stop.signal = None
+            run._interrupt = _interrupt
+            with pytest.raises(Interrupted):
+                run.train()
+            resumed = make_run(folder, **options)
+            checkpoint = load_checkpoint(str(folder / "checkpoint.pth"))
+            resumed.trainer.model.load_state_dict(checkpoint["model"])
+            resumed.restore(checkpoint, "checkpoint.pth")
+            resumed.train()
+            expected, actual = (load_checkpoint(str(f / "checkpoint.pth")) for f in (whole, folder))
+            for part in expected:
+                assert same(actual[part], expected[part]), (moment, part)
+            logs = [[json.loads(line) for line in (f / "log.txt").read_text().splitlines()] for f in (whole, folder)]
+            assert [line["epoch"] for line in logs[1]] == [0, 1]
+            for name in ("train_loss", "train_depth_mean", "test_loss", "train_layer_scores"):
+                assert [line[name] for line in logs[1]] == [line[name] for line in logs[0]]
+
+
+def _interrupt(place):
+    raise Interrupted
+
+
+@pytest.mark.slow
+def test_kills_at_every_place():
+    """See kill_and_resume.py, which can do more of them."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "15"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 of 15 kills survived" in done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_brings_back_a_job_whose_worker_was_killed(tmp_path):
+    data = make_image_folder(tmp_path / "data", classes=3, train=24, val=3)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--master_port=29641"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out):
+        command = [sys.executable, *launcher, str(ROOT / "main_act.py"), *flags(data, out, 0)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    whole, killed = start(tmp_path / "whole"), None
+    assert whole.wait(timeout=200) == 0, whole.communicate()[1]
+    killed = start(tmp_path / "killed")
+    while not (tmp_path / "killed" / "log.txt").exists():
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    errors = killed.communicate(timeout=200)[1]
+    assert killed.returncode == 0, errors
+    assert same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
+def run(data, out, *more):
+    main_act.main([*flags(data, out, 0), *map(str, more)])
+
+
+def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(image_folder, out, "--epochs", 1)
+    assert "holds no checkpoint: a new run" in capsys.readouterr().out
+    run(image_folder, out, "--epochs", 2, "--lr", 0.02, "--num_workers", 1)
+    captured = capsys.readouterr()
+    assert f"going on from {out / 'checkpoint.pth'}" in captured.out
+    (warning,) = [line for line in captured.err.splitlines() if "the resumed run changes" in line]
+    assert "--epochs was '1', is now 2" in warning
+    assert "--lr was '0.01', is now 0.02" in warning
+    assert "num_workers" not in warning
+    assert "resume" not in warning.replace("resumed", "")
+    assert (out / "checkpoint-0.pth").exists()
+    run(image_folder, out, "--epochs", 2, "--lr", 0.02)
+    assert "the resumed run changes" not in capsys.readouterr().err
+
+
+def test_the_last_epochs_are_kept(image_folder, tmp_path):
+    run(image_folder, tmp_path / "out", "--epochs", 4)
+    kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*.pth"))
+    assert kept == ["checkpoint-2.pth", "checkpoint-3.pth"]
+    assert load_checkpoint(str(tmp_path / "out" / "checkpoint-2.pth"))["epoch"] == 2
+
+
+def test_another_run_in_the_folder_is_told(image_folder, tmp_path, capsys):
+    run(image_folder, tmp_path / "out", "--epochs", 1)
+    run(image_folder, tmp_path / "out", "--epochs", 1, "--resume", "")
+    assert "holds another run, which only --resume continues" in capsys.readouterr().err
+
+
+def test_auto_needs_a_folder(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main_act.main(["--data-set", "DIGITS", "--resume", "auto"])
+    assert exit_.value.code == 2
+    assert "--resume auto needs --output_dir" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
+    """A limit of the file's size stands for the disk's: writing fails in the middle."""
+    out = tmp_path / "out"
+    run(image_folder, out, "--epochs", 1)
+    before = (out / "checkpoint.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            run(image_folder, out, "--epochs", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{out / 'checkpoint.pth'}: cannot be written: " in error
+    assert (out / "checkpoint.pth").read_bytes() == before
+    assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("batches"),
+        lambda c: c.update(epoch="x"),
+        lambda c: c.update(epoch=float("inf")),
+        lambda c: c.update(optimizer={"state": {}, "param_groups": []}),
+        lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3)),
+        lambda c: c["optimizer"]["state"].update({7000: {"momentum_buffer": torch.ones(3)}}),
+        lambda c: c["optimizer"].update(state={0: 3}),
+        lambda c: c.update(averages={"weight": "much", "sums": {}}),
+        lambda c: c.update(averages={"weight": 1, "sums": {"loss": 3}}),
+        lambda c: c.update(bad_images=3),
+        lambda c: c.update(args=3),
+        lambda c: c.update(model_ema={}),
+        lambda c: c.update(skipped_steps=[]),
+        lambda c: c.update(previous_test=3),
+    ],
+)
+def test_training_state_that_does_not_fit_is_refused(tmp_path, change):
+    first = make_run(tmp_path, epochs=1)
+    first.trainer.optimizer.param_groups[0]["momentum"] = 0.9
+    first.train()
+    checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    change(checkpoint)
+    with pytest.raises(UserError, match=r"^--resume c\.pth: no training state that fits"):
+        make_run().restore(checkpoint, "c.pth")
+
+
+def test_the_script_sees_a_difference(tmp_path):
+    """Else its figures would mean nothing."""
+    a = {"x": torch.ones(3), "y": [1, {"z": 2.0}]}
+    assert same(a, {"x": torch.ones(3), "y": [1, {"z": 2.0}]})
+    assert not same(a, {"x": torch.ones(3), "y": [1, {"z": 2.5}]})
+    assert not same(a, {"x": torch.tensor([1.0, 1.0, 1.0000001]), "y": [1, {"z": 2.0}]})
+    assert kill_and_resume.HALF_WRITTEN not in kill_and_resume.PLACES
