@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -105,7 +106,8 @@ def _read(path: Path) -> object:
     with path.open("rb") as file:
         if file.read(9)[8:] == b"{":  # a length, then JSON: safetensors
             return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of in odd files is refused, or harmless
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -1,7 +1,9 @@
 import argparse
 import os
 import pickle
+import random
 
+import hostile_checkpoints
 import pytest
 import timm
 import torch
@@ -194,6 +196,20 @@ def test_safetensors(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated"):
         checkpoints.load_checkpoint(str(tmp_path / "broken.safetensors"))
+
+
+HOSTILE = [name for name in vars(hostile_checkpoints.Kinds) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_broken_and_hostile_files_are_refused(tmp_path, kind, monkeypatch):
+    """See hostile_checkpoints.py, which can try more of them."""
+    monkeypatch.setattr(checkpoints, "_hint_at_fitting_models", lambda weights: "")  # slow
+    kinds = hostile_checkpoints.Kinds(tmp_path / "trap")
+    for seed in range(5):
+        (tmp_path / "c.pth").write_bytes(getattr(kinds, kind)(random.Random(seed)))
+        assert hostile_checkpoints.try_file(tmp_path / "c.pth") == "refused"
+        assert not (tmp_path / "trap").exists()
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):

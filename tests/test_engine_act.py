@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import losses
 from engine_act import Epoch, Trainer, evaluate, halting_figures, train_one_epoch, zipping_speeds
 from models_act import macs_per_image
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -134,6 +135,68 @@ def test_a_loss_that_is_not_finite_stops_training():
         match="epoch 3, batch 0: classification_loss is nan, the gradient of cls_token is not finite",
     ):
         train_one_epoch(make_trainer(model), loader(), Epoch(3), lambda: None)
+
+
+def poison_gradients(parameter, on_calls):
+    """Its gradient is infinite in these backward passes."""
+    calls = iter(range(10_000))
+    parameter.register_hook(lambda grad: grad * float("inf") if next(calls) in on_calls else grad)
+
+
+def test_a_gradient_that_is_not_finite_stops_training():
+    model = halting_model()
+    poison_gradients(model.blocks[2].mlp.fc1.weight, {1})
+    before = {}
+    trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
+
+    def after_update():
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+
+    expected = r"epoch 2, batch 1: the loss is finite, the gradient of blocks\.2\.mlp\.fc1\.weight is not finite"
+    with pytest.raises(FloatingPointError, match=expected):
+        train_one_epoch(trainer, loader(), Epoch(2), after_update)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gradient_scaling_skips_steps_and_counts_them():
+    model = halting_model()
+    poison_gradients(model.head.weight, {1})
+    trainer = make_trainer(model)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    seen = []
+    result = train_one_epoch(trainer, loader(), Epoch(0), lambda: seen.append(model.head.weight.detach().clone()))
+    assert result["skipped_steps"] == trainer.skipped_steps == 1
+    assert trainer.skipped_in_a_row == 0
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    assert trainer.scaler.get_scale() == 2.0
+
+
+def test_too_many_skipped_steps_in_a_row_stop_training():
+    model = halting_model()
+    poison_gradients(model.head.weight, range(1000))
+    trainer = make_trainer(model)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(FloatingPointError, match=r"head\.weight is not finite; 31 steps in a row were skipped"):
+        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, Epoch(0), lambda: None)
+    assert trainer.scaler.get_scale() > 0
+
+
+def test_gradient_scaling_changes_nothing_but_the_rounding():
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=64.0)):
+        trainer = make_trainer(clip_grad=0.5)
+        trainer.scaler = scaler or trainer.scaler
+        train_one_epoch(trainer, loader(), Epoch(0), lambda: None)
+        weights.append(trainer.model.head.weight)
+    assert_close(*weights)
+
+
+def test_an_image_that_is_missing_from_an_evaluation_is_an_error():
+    short = loader()
+    short.num_images = 11
+    with pytest.raises(UserError, match="only 10 of 11 validation images"):
+        evaluate(halting_model(), short, CPU)
 
 
 def test_distillation_step():

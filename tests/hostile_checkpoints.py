@@ -1,0 +1,231 @@
+"""Broken and hostile checkpoint files of many kinds, all of which must be refused in one line, executing nothing.
+
+python tests/hostile_checkpoints.py --files 600
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from conftest import halting_model  # noqa: E402
+from safetensors.torch import save  # noqa: E402
+
+import checkpoints  # noqa: E402
+from utils import UserError  # noqa: E402
+
+
+class Command:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path, function: Callable = os.mkdir):
+        self.path, self.function = path, function
+
+    def __reduce__(self):
+        return self.function, (str(self.path),)
+
+
+def torch_bytes(content: object, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def with_pickle(archive: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """The same zip archive with another data.pkl."""
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(result, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, change(content) if name.endswith("data.pkl") else content)
+    return result.getvalue()
+
+
+def tar_of(name: str, content: bytes) -> bytes:
+    result = io.BytesIO()
+    with tarfile.open(fileobj=result, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    return result.getvalue()
+
+
+def nested(depth: int) -> bytes:
+    """A pickle of a list in a list in a list ..."""
+    return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+
+
+def bomb(levels: int) -> list:
+    """A list that would print as 2 ** levels numbers."""
+    bottom = [0, 0]
+    for _ in range(levels):
+        bottom = [bottom, bottom]
+    return bottom
+
+
+class Kinds:
+    """One method for each kind: (a random generator) -> the file's bytes."""
+
+    def __init__(self, trap: Path):
+        self.trap = trap
+        self.weights = dict(halting_model().state_dict())
+        self.whole = torch_bytes({"model": self.weights, "epoch": 3})
+        self.safe = save(self.weights)
+
+    def truncated(self, choose):
+        return self.whole[: choose.randrange(len(self.whole) - 1)]
+
+    def random_bytes(self, choose):
+        return choose.choice((b"", b"PK\x03\x04", b"\x80\x02")) + choose.randbytes(choose.randrange(5000))
+
+    def changed_structure(self, choose):
+        data = bytearray(self.whole)
+        end = choose.choice((slice(0, 3000), slice(len(data) - 4000, len(data))))
+        for _ in range(30):
+            data[choose.randrange(*end.indices(len(data)))] ^= 1 << choose.randrange(8)
+        return bytes(data[: choose.choice((len(data), len(data) - 50))])
+
+    def pickle_that_runs_a_command(self, choose):
+        functions = (os.mkdir, os.system, exec, eval, open, os.remove, os.rmdir)
+        return pickle.dumps({"model": Command(self.trap, choose.choice(functions))}, protocol=choose.randrange(5))
+
+    def torch_file_that_runs_a_command(self, choose):
+        options = {"_use_new_zipfile_serialization": choose.random() < 0.5}
+        return torch_bytes({"model": self.weights, "args": Command(self.trap)}, **options)
+
+    def zip_with_a_foreign_pickle(self, choose):
+        foreign = pickle.dumps([Command(self.trap)] * choose.randrange(1, 9), protocol=2)
+        return with_pickle(self.whole, lambda _: foreign)
+
+    def changed_pickle(self, choose):
+        def change(content):
+            place = choose.randrange(2, len(content) - 1)
+            return content[:place] + choose.randbytes(choose.randrange(1, 20)) + content[place + 5 :]
+
+        return with_pickle(self.whole, change)
+
+    def foreign_objects(self, choose):
+        content = choose.choice((Path("x"), random.Random(3), random.Random, torch.nn.Linear(2, 2), io.BytesIO, type))
+        return torch_bytes({"model": self.weights, "args": content})
+
+    def not_a_dictionary(self, choose):
+        content = (3, "text", None, [self.weights], torch.ones(3), (1, 2), True, 2.5, [], set())
+        return torch_bytes(choose.choice(content))
+
+    def no_weights(self, choose):
+        content = ({}, {"model": {}}, {"model": 3}, {"model": {"a": 1}}, {"model": [1]}, {3: 4}, {"model": None})
+        return torch_bytes(choose.choice(content))
+
+    def tensors_that_are_no_weights(self, choose):
+        odd = (
+            torch.ones(5, 5).to_sparse(),
+            torch.ones(2, 2, dtype=torch.complex64),
+            torch.empty(3, device="meta"),
+            torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+            torch.eye(4).to_sparse_csr(),
+        )
+        return torch_bytes({"model": self.weights | {choose.choice(list(self.weights)): choose.choice(odd)}})
+
+    def other_shapes(self, choose):
+        name = choose.choice([n for n in self.weights if n != "pos_embed" and not n.startswith("head")])
+        shape = [choose.randrange(0, 40) for _ in range(choose.randrange(5))]
+        changed = torch.zeros(shape if shape != list(self.weights[name].shape) else [41])
+        return torch_bytes({"model": self.weights | {name: changed}})
+
+    def enormous_shapes(self, choose):
+        shape = [choose.randrange(2**20, 2**31) for _ in range(choose.randrange(1, 3))]
+        return torch_bytes({"model": self.weights | {"norm.weight": torch.zeros(1).expand(shape)}})
+
+    def missing_and_foreign_names(self, choose):
+        weights = dict(self.weights)
+        for name in choose.sample(list(weights), choose.randrange(1, 9)):
+            weights[name + choose.choice(("x", "\x1b[31m", "\n", " " * 999, "\0"))] = weights.pop(name)
+        return torch_bytes({"model": weights})
+
+    def deep_nesting(self, choose):
+        return with_pickle(self.whole, lambda _: nested(choose.randrange(1_000, 200_000)))
+
+    def lists_that_explode(self, choose):
+        return torch_bytes({"model": bomb(choose.randrange(40, 90)), "args": bomb(60)})
+
+    def zip_bombs(self, choose):
+        result = io.BytesIO()
+        with zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", nested(2) + bytes(choose.randrange(1, 30) * 1_000_000))
+        return result.getvalue()
+
+    def other_formats(self, choose):
+        page = choose.choice((b"<html>404</html>", b'{"model": {}}', b"", b"\x89PNG\r\n", b"version https://git-lfs"))
+        pickled = pickle.dumps(Command(self.trap))
+        return choose.choice((page, gzip.compress(self.whole), tar_of("pickle", pickled), tar_of("storages", b"x")))
+
+    def broken_safetensors(self, choose):
+        data, kind = bytearray(self.safe), choose.randrange(4)
+        if kind == 0:
+            data[:8] = struct.pack("<Q", choose.randrange(len(data), 2**63))
+        elif kind == 1:
+            return bytes(data[: choose.randrange(9, len(data) - 1)])
+        elif kind == 2:
+            header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}).encode()
+            return struct.pack("<Q", len(header)) + header + bytes(4)
+        else:
+            data[8 + choose.randrange(1, 300)] ^= 255
+        return bytes(data)
+
+
+def try_file(path: Path) -> str:
+    """Through the loader and into a model, as every command does: 'refused', or what else happened."""
+    try:
+        checkpoint = checkpoints.load_checkpoint(str(path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            checkpoints.choose_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, str(path))
+        weights = checkpoints.weights_of(checkpoint, str(path))
+        checkpoints.fit_weights(halting_model(), weights, str(path), replace_head=False)
+    except UserError as error:
+        return "refused" if len(str(error)) < 5000 else "refused at length"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=600)
+    args = parser.parse_args(argv)
+    choose = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trap, path = Path(folder) / "trap", Path(folder) / "checkpoint.pth"
+        kinds = Kinds(trap)
+        names = [name for name in vars(Kinds) if not name.startswith("_")]
+        results = Counter()
+        for number in range(args.files):
+            name = names[number % len(names)]
+            path.write_bytes(getattr(kinds, name)(choose))
+            result = try_file(path)
+            results[result] += 1
+            if result != "refused" or trap.exists():
+                print(f"{number} {name}: {result[:200]}{', CODE WAS RUN' if trap.exists() else ''}", flush=True)
+                trap.exists() and trap.rmdir()
+        print(f"{results['refused']} of {args.files} files of {len(names)} kinds refused")
+    sys.exit(results["refused"] != args.files)
+
+
+if __name__ == "__main__":
+    main()
