@@ -310,5 +310,7 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError("--seed must be below 2147483648")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir")
+    if args.resume == "auto" and args.start_epoch is not None:
+        raise UserError("--resume auto knows the epoch: it excludes --start_epoch")
     if args.tensorboard and not args.output_dir and not (args.eval or args.demo):
         raise UserError("--tensorboard needs --output_dir")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import math
@@ -10,7 +11,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +37,15 @@ def prepare_output_dir(path: str | None) -> Path | None:
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot write there: {error.strerror}") from error
     return folder
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """UserError, naming the path, where something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -200,26 +210,34 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
     return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
 
 
+OPTIONS_OF_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # of a group of parameters
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The state of each parameter, and counters of the groups; other options stay as the flags say.
+    """The state of each parameter, learning rates and counters; what flags say stays as they say it.
 
     ValueError where the state does not fit the parameters.
     """
-    own = optimizer.state_dict()
-    groups = [group | _counters(old) for group, old in zip(own["param_groups"], saved["param_groups"], strict=True)]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in saved["state"].items():
         for name, value in state.items():
-            if isinstance(value, Tensor) and (
-                not _is_weight(value) or value.shape not in ((), parameters[index].shape)
-            ):
+            if isinstance(value, Tensor) and not (_is_weight(value) and _is_part(value.shape, parameters[index].shape)):
                 raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    own = optimizer.state_dict()["param_groups"]
+    groups = [group | _counters(old) for group, old in zip(own, saved["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
+def _is_part(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether these are sizes of the whole, in order: factored optimizers leave some out."""
+    sizes = iter(whole)
+    return all(size in sizes for size in shape)
+
+
 def _counters(group: dict) -> dict:
-    """Some optimizers count their steps there."""
-    return {"step": group["step"]} if type(group.get("step")) is int else {}
+    """Numbers that an optimizer or a schedule keeps in a group of parameters."""
+    is_number = {k: isinstance(v, int | float) or (isinstance(v, Tensor) and v.ndim == 0) for k, v in group.items()}
+    return {k: v for k, v in group.items() if is_number[k] and k not in OPTIONS_OF_FLAGS}
 
 
 def restore_plain(scheduler: object, saved: dict) -> None:

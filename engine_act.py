@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from interrupts import StopRequest, any_process
+from loaders import ImageLoader
 from losses import AdaptiveLoss
 from models_act import Halting, macs_per_image
 from utils import Averages, UserError, autocast
@@ -81,13 +82,14 @@ class Trainer:
         wrong = any_process(wrong_part is not None or not torch.isfinite(norm).item(), self.device)
         if wrong:
             self._refuse_or_skip(step, wrong_part, gradients)
-        elif self.clip_grad:
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+            self.optimizer.zero_grad()
+            return
+        if self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if wrong:
-            return
         self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self.bare_model)
@@ -100,7 +102,7 @@ class Trainer:
             return
         parameter = next((name for name, grad in gradients.items() if not torch.isfinite(grad).all()), None)
         parts = next((part for part in utils.gather(wrong_part) if part), "the loss is finite")
-        gradient = f"the gradient of {parameter} is not finite" if parameter else "all gradients are finite"
+        gradient = f"the gradient of {parameter} is not finite" if parameter else "the gradients' norm overflows"
         skipped = f"; {self.skipped_in_a_row} steps in a row were skipped" if self.scaler.is_enabled() else ""
         raise FloatingPointError(f"{step}: {parts}, {gradient}{skipped}; the last checkpoint is from before")
 
@@ -169,7 +171,7 @@ def train_one_epoch(
     start = time.perf_counter()
     batches = iter(utils.with_progress(loader, title, figures, done=epoch.batches))
     while group := list(islice(batches, trainer.accum_steps)):
-        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches)
+        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
         wrong_part = None
         for number, (images, targets) in enumerate(group, start=1):
             with _synchronise(trainer.model, number == len(group)):
@@ -261,10 +263,13 @@ def evaluate(
         if stop is not None and stop.signal:
             break
     images, means = averages.reduced()
-    expected = getattr(loader, "num_images", 0)
-    if images < expected and not (stop is not None and stop.signal):
-        raise UserError(f"only {images:.0f} of {expected} validation images could be read")
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}
+
+
+def check_complete(result: dict, loader: ImageLoader) -> None:
+    """UserError where a whole evaluation has seen fewer images than there are."""
+    if result["images"] < loader.num_images:
+        raise UserError(f"only {result['images']} of {loader.num_images} validation images could be read")
 
 
 @torch.inference_mode()

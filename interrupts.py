@@ -7,12 +7,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import RawValue
 
 import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
-GRACE = 10  # seconds that a loader process lives on after SIGTERM
+_asked = RawValue("b", 0)  # shared with the loader processes: whether a signal has asked this process to stop
 
 
 class Interrupted(Exception):
@@ -34,10 +35,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        _asked.value = 0
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
         finally:
+            _asked.value = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -46,6 +49,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = signal.Signals(number).name
+        _asked.value = 1
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was asked. All must call it at the same place."""
@@ -62,7 +66,11 @@ def any_process(condition: bool, device: torch.device) -> bool:
 
 
 def shield_loader_process(_: int) -> None:
-    """For a loader process, which gets the signals of its group too, but is still needed to finish the step."""
+    """For a loader process: it gets the signals of its group too, but is needed until the step is done.
+
+    SIGTERM without the main process having been asked comes from that, which wants no more batches.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1))  # in a second the main process has got its own
+    signal.signal(signal.SIGALRM, lambda *_: _asked.value or os._exit(0))

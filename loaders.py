@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import utils
 from datasets import UnreadableImage
 from interrupts import shield_loader_process
-from samplers import ExactDistributedSampler, PlacedSampler, training_sampler
+from samplers import EPOCH_STRIDE, ExactDistributedSampler, PlacedSampler, training_sampler
 from streams import Stream
 from utils import LocalError
 
@@ -91,13 +91,14 @@ class ImageLoader(DataLoader):
         """From which batch of which epoch on the next iteration goes; a stream reads its way to it."""
         if isinstance(self.dataset, Stream):
             self.dataset.set_epoch(epoch)
-            self.generator.manual_seed(epoch)  # seeds the loader processes, and so the reader's shuffling
+            seed = self.dataset.seed * EPOCH_STRIDE + epoch
+            self.generator.manual_seed(seed)  # of the loader processes, and so of the reader's shuffling
             self.first_batch = batch
         else:
             self.sampler.start_at(epoch, batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.first_batch >= len(self):
+        if self.first_batch and self.first_batch >= len(self):
             return
         for number, (images, targets, unreadable) in enumerate(super().__iter__()):
             self._note(unreadable)

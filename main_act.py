@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ import losses
 import utils
 import visualize
 from datasets import Augmentation, build_dataset, spread_sample
-from engine_act import Trainer, evaluate, report, zipping_speeds
+from engine_act import Trainer, check_complete, evaluate, report, zipping_speeds
 from interrupts import Interrupted
 from loaders import evaluation_loader, training_loader
 from training import TrainingRun, updates_per_epoch
@@ -44,8 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with utils.process_group(args.device, args.dist_url, args.world_size) as device:
             run(args, device)
-        return
-    except Interrupted:  # saved and told already
         return
     except UserError as error:
         status, message, everywhere = 2, str(error), isinstance(error, LocalError)
@@ -62,7 +61,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     utils.seed_everything(args.seed)
     if args.eval or args.demo:
         look_at_validation_set(args, device)
-    else:
+        return
+    with contextlib.suppress(Interrupted):  # saved, and told, already
         train(args, device)
 
 
@@ -80,12 +80,15 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
         log(f"token depths drawn in {folder}")
         return
     result = evaluate(model, loader, device, amp_of(args))
+    check_complete(result, loader)
     if model.halting and utils.is_main():
-        sample = spread_sample(images, args.batch_size)
+        sample = spread_sample(images, min(args.batch_size, loader.num_images or args.batch_size))
         result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
     if output_dir is not None and utils.is_main():
-        (output_dir / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2) + "\n"
+        with checkpoints.writing(output_dir):
+            checkpoints.write_whole(output_dir / "eval.json", lambda file: file.write(text.encode()))
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -189,8 +192,10 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
             raise UserError(f"--pretrained: its head has {hub_classes} classes, the data has {num_classes}")
         warn(f"the head of {hub_classes} classes is replaced by a new one of {num_classes}")
     if start.checkpoint is not None:
-        weights = checkpoints.weights_of(start.checkpoint, start.location, args.use_ema)
-        is_new_task = not (args.eval or args.demo) and start.flag != "resume"
+        training = not (args.eval or args.demo)
+        is_new_task = training and start.flag != "resume"
+        use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
+        weights = checkpoints.weights_of(start.checkpoint, start.location, use_ema)
         checkpoints.fit_weights(model, weights, start.location, is_new_task, start.image_size())
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 import utils
-from checkpoints import prepare_output_dir, restore_optimizer, restore_plain, save_checkpoint, write_whole
-from engine_act import Epoch, Trainer, evaluate, report, train_one_epoch
+from checkpoints import prepare_output_dir, restore_optimizer, restore_plain, save_checkpoint, write_whole, writing
+from engine_act import Epoch, Trainer, check_complete, evaluate, report, train_one_epoch
 from interrupts import Interrupted, StopRequest
 from loaders import ImageLoader
 from utils import UserError, log, warn
@@ -84,7 +83,7 @@ class TrainingRun:
 
     def _prepare_logs(self) -> None:
         """Takes back what was logged after the checkpoint that the run goes on from."""
-        with _writing(self.output_dir):
+        with writing(self.output_dir):
             path = self.output_dir / "log.txt"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if _epoch_of(line) < self.epoch.number]
@@ -141,6 +140,7 @@ class TrainingRun:
         test = evaluate(model, self.test_loader, trainer.device, trainer.amp, stop=self.stop, **options)
         if self.stop.agreed(trainer.device):
             self._interrupt(f"while evaluating epoch {self.epoch.number}")
+        check_complete(test, self.test_loader)
         return test
 
     def _warn_of_collapse(self, test: dict) -> None:
@@ -170,11 +170,14 @@ class TrainingRun:
             parameters = sum(p.numel() for p in self.trainer.bare_model.parameters())
             named = {f"train_{k}": v for k, v in training.items()} | {f"test_{k}": v for k, v in test.items()}
             line = {"epoch": number, "n_parameters": parameters, **named, "saving_seconds": self.saving_seconds}
-            with _writing(self.output_dir), (self.output_dir / "log.txt").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            if self.writer is not None:
-                _write_scalars(self.writer, number, training, test)
-                self.writer.flush()
+            with writing(self.output_dir):
+                with (self.output_dir / "log.txt").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                if self.writer is not None:
+                    _write_scalars(self.writer, number, training, test)
+                    self.writer.flush()
         self.saving_seconds = 0.0
         if self.keep:
             self._save(f"checkpoint-{number}.pth")
@@ -188,15 +191,17 @@ class TrainingRun:
         for path in self.output_dir.glob("checkpoint-*.pth"):
             number = path.stem.removeprefix("checkpoint-")
             if number.isdecimal() and int(number) <= last:
-                path.unlink()
+                with writing(path):
+                    path.unlink()
 
     def _save(self, name: str) -> None:
         """Every process must call it; the main one writes."""
         if self.output_dir is None:
             return
-        state, start = self._state(), time.perf_counter()
+        start = time.perf_counter()
+        state = self._state()
         if utils.is_main():
-            with _writing(self.output_dir / name):
+            with writing(self.output_dir / name):
                 save_checkpoint(state, self.output_dir / name)
         self.saving_seconds += time.perf_counter() - start
 
@@ -239,19 +244,29 @@ class TrainingRun:
             trainer.skipped_steps, trainer.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
             if trainer.ema is not None and checkpoint["model_ema"] is not None:
                 trainer.ema.module.load_state_dict(checkpoint["model_ema"])
-            self.epoch = Epoch(max(int(checkpoint["epoch"]) + 1, 0), max(int(checkpoint["batches"]), 0))
-            if utils.is_main():
-                self.epoch.averages.restore(checkpoint["averages"])
+            self.epoch = self._saved_epoch(checkpoint)
             bad_images = checkpoint["bad_images"]
             if utils.rank() < len(bad_images):
                 self.train_loader.bad_images = list(map(str, bad_images[utils.rank()]))
             self.best_acc1 = float(checkpoint["best_acc1"])
+            if math.isnan(self.best_acc1):
+                raise ValueError("best_acc1 is nan")
             test = checkpoint["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
             self.resumed = True
             self._tell_changes(checkpoint["args"], int(checkpoint["processes"]))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(f"--resume {location}: no training state that fits ({error}); try --finetune") from error
+
+    def _saved_epoch(self, checkpoint: dict) -> Epoch:
+        epoch = Epoch(int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]))
+        if not (0 <= epoch.number <= MOST_EPOCHS and 0 <= epoch.batches <= MOST_BATCHES):
+            raise ValueError(f"epoch {epoch.number}, batch {epoch.batches}")
+        if utils.is_main():
+            epoch.averages.restore(checkpoint["averages"])
+            if epoch.batches and epoch.averages.sums["loss"].ndim:
+                raise ValueError("the averaged loss is no number")
+        return epoch
 
     def _tell_changes(self, flags: dict, processes: int) -> None:
         changes = [f"{processes} processes are now {utils.world_size()}"] if processes != utils.world_size() else []
@@ -263,20 +278,13 @@ class TrainingRun:
             warn(f"the resumed run changes: {'; '.join(sorted(changes))}")
 
 
+MOST_EPOCHS, MOST_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
+
 # Flags that may differ without another outcome.
 HARMLESS_FLAGS = {
-    *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size", "start_epoch"),
-    *("checkpoint_steps", "keep", "max_bad_images", "data_path", "pretrained_path", "teacher_path"),
+    *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size"),
+    *("checkpoint_steps", "keep", "max_bad_images"),
 }
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """UserError, naming the path, where something cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _epoch_of(line: str) -> float:

@@ -72,13 +72,14 @@ def process_group(device_type: str, dist_url: str = "env://", size: int | None =
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = {"world_size": size, "rank": int(os.environ["RANK"]), "timeout": PROCESS_TIMEOUT}
     try:
-        dist.init_process_group(backend, init_method=dist_url, **options)
+        store, *_ = next(dist.rendezvous(dist_url, **options))
+        # torchrun's store outlives the processes that it brings back, and so would the addresses in it
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, **options)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot meet at {dist_url}: {error}") from error
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # not after an error: it might wait for processes that wait for this one
 
 
 def _adopt_slurm() -> None:
@@ -106,9 +107,12 @@ def _device(device_type: str) -> torch.device:
     index = local_rank() if device.index is None else device.index
     index = 0 if count == 1 and device.index is None and "SLURM_PROCID" in os.environ else index  # one each
     if index >= count:
-        raise UserError(f"--device {device_type}: device {index} is asked for, there are {count}")
+        raise LocalError(f"--device {device_type}: device {index} is asked for, there are {count}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+RANDOM_OF_STEPS, RANDOM_OF_IMAGES = 1, 2  # the last number of a key: what the random numbers are for
 
 
 def seed_everything(*key: int) -> None:

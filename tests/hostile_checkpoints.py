@@ -36,10 +36,12 @@ class Command:
     """Unpickling it makes a folder."""
 
     def __init__(self, path: Path, function: Callable = os.mkdir):
-        self.path, self.function = path, function
+        self.function = function
+        in_python = f"__import__('os').makedirs({str(path)!r}, exist_ok=True)"
+        self.argument = {os.system: f"mkdir -p {path}", eval: in_python, exec: in_python}.get(function, str(path))
 
     def __reduce__(self):
-        return self.function, (str(self.path),)
+        return self.function, (self.argument,)
 
 
 def torch_bytes(content: object, **options) -> bytes:
@@ -103,7 +105,7 @@ class Kinds:
         return bytes(data[: choose.choice((len(data), len(data) - 50))])
 
     def pickle_that_runs_a_command(self, choose):
-        functions = (os.mkdir, os.system, exec, eval, open, os.remove, os.rmdir)
+        functions = (os.mkdir, os.makedirs, os.system, exec, eval)
         return pickle.dumps({"model": Command(self.trap, choose.choice(functions))}, protocol=choose.randrange(5))
 
     def torch_file_that_runs_a_command(self, choose):
@@ -219,10 +221,12 @@ def main(argv: list[str] | None = None) -> None:
             name = names[number % len(names)]
             path.write_bytes(getattr(kinds, name)(choose))
             result = try_file(path)
+            if trap.exists():
+                result = "CODE WAS RUN"
+                trap.rmdir()
             results[result] += 1
-            if result != "refused" or trap.exists():
-                print(f"{number} {name}: {result[:200]}{', CODE WAS RUN' if trap.exists() else ''}", flush=True)
-                trap.exists() and trap.rmdir()
+            if result != "refused":
+                print(f"{number} {name}: {result[:200]}", flush=True)
         print(f"{results['refused']} of {args.files} files of {len(names)} kinds refused")
     sys.exit(results["refused"] != args.files)
 

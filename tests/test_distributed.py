@@ -157,7 +157,9 @@ def test_two_nodes(tmp_path):
     launch(2, *flags, "--output_dir", tmp_path / "one")
     command = [ROOT / "tests" / "two_nodes.sh", *SMALL, *flags, "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env=environment, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     one, two = (torch.load(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-from engine_act import Epoch, Trainer, evaluate, halting_figures, train_one_epoch, zipping_speeds
+from engine_act import Epoch, Trainer, check_complete, evaluate, halting_figures, train_one_epoch, zipping_speeds
 from models_act import macs_per_image
 from utils import UserError
 
@@ -172,6 +172,18 @@ def test_gradient_scaling_skips_steps_and_counts_them():
     assert trainer.scaler.get_scale() == 2.0
 
 
+def test_a_step_that_gradient_scaling_skips_changes_nothing():
+    """Whatever was wrong with it."""
+    model = halting_model()
+    trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.head.weight.detach().clone()
+    trainer.scaler.scale(model(images()).sum()).backward()
+    trainer.update("a step", wrong_part="the loss is inf")
+    assert torch.equal(model.head.weight, before)
+    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 2.0)
+
+
 def test_too_many_skipped_steps_in_a_row_stop_training():
     model = halting_model()
     poison_gradients(model.head.weight, range(1000))
@@ -196,7 +208,7 @@ def test_an_image_that_is_missing_from_an_evaluation_is_an_error():
     short = loader()
     short.num_images = 11
     with pytest.raises(UserError, match="only 10 of 11 validation images"):
-        evaluate(halting_model(), short, CPU)
+        check_complete(evaluate(halting_model(), short, CPU), short)
 
 
 def test_distillation_step():

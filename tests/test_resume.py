@@ -56,6 +56,31 @@ def _interrupt(place):
     raise Interrupted
 
 
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lookahead_adamw", "adafactor", "lion", "adopt")
+
+
+@pytest.mark.parametrize(("name", "sched"), [*((name, "cosine") for name in OPTIMIZERS), ("adamw", "plateau")])
+def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name, sched, monkeypatch):
+    options = ("--opt", name, "--sched", sched, "--patience-epochs", 0, "--drop", 0, "--epochs", 4)
+    run(image_folder, tmp_path / "whole", *options)
+    calls = iter(range(1, 1000))
+
+    def interrupt(self, device):
+        if next(calls) < 8:  # in the second epoch or the third, plateau having lowered the rate
+            return False
+        self.signal = "SIGTERM"
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr("interrupts.StopRequest.agreed", interrupt)
+        run(image_folder, tmp_path / "again", *options)
+    assert load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))["epoch"] < 3
+    run(image_folder, tmp_path / "again", *options)
+    expected, actual = (load_checkpoint(str(tmp_path / n / "checkpoint.pth")) for n in ("whole", "again"))
+    for part in ("model", "model_ema", "optimizer", "plateau", "best_acc1"):
+        assert same(actual[part], expected[part]), part
+
+
 @pytest.mark.slow
 def test_kills_at_every_place():
     """See kill_and_resume.py, which can do more of them."""
@@ -167,6 +192,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
         lambda c: c.update(model_ema={}),
         lambda c: c.update(skipped_steps=[]),
         lambda c: c.update(previous_test=3),
+        lambda c: c.update(best_acc1=float("nan")),
+        lambda c: c.update(epoch=10**30),
+        lambda c: c.update(batches=-1),
+        lambda c: c.update(batches=1, averages={"weight": 1, "sums": {"loss": torch.ones(3)}}),
+        lambda c: c.update(batches=1, averages={"weight": 1, "sums": {}}),
     ],
 )
 def test_training_state_that_does_not_fit_is_refused(tmp_path, change):

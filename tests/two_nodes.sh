@@ -11,6 +11,7 @@ network=10.77.$((RANDOM % 250))
 names=("avit-$$-0" "avit-$$-1")
 
 clean_up() {
+  kill $(jobs -p) 2>/dev/null || true
   for name in "${names[@]}"; do ip netns delete "$name" 2>/dev/null || true; done
 }
 trap clean_up EXIT
