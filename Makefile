@@ -17,7 +17,7 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	  --output_dir $(OUT)/static
 	$(BIN)/python main_act.py $(DIGITS) $(RECIPE) --pretrained-path $(OUT)/static/checkpoint.pth \
 	  --epochs 12 --warmup-epochs 1 --lr 0.016 --gate_scale 10 --gate_center 10 \
-	  --ponder_token_scale 0.0005 --distr_prior_alpha 0.001 --output_dir $(OUT)/adaptive
+	  --ponder_token_scale 0.005 --distr_prior_alpha 0.001 --output_dir $(OUT)/adaptive
 	$(BIN)/python main_act.py $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth \
 	  --output_dir $(OUT)/static
 	$(BIN)/python main_act.py $(DIGITS) --eval --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
