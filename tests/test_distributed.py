@@ -60,7 +60,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, 
             assert result[name] == pytest.approx(results[1][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.slow)])
 def test_training_in_two_processes(halting_checkpoint, tmp_path, launcher):
     data, checkpoint = halting_checkpoint
     out = tmp_path / "out"

@@ -37,7 +37,7 @@ def start(data, out, *flags, launcher=()):
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1"))])
 def test_a_signal_saves_and_ends_well(data, tmp_path, name):
     """Sent to the whole group, loader processes too, as terminals and Slurm do."""
     process = start(data, tmp_path / "out", "--num_workers", 2)
