@@ -159,7 +159,8 @@ def train_one_epoch(
 
     def figures() -> dict[str, str]:
         means = averages.local()
-        shown = {"loss": f"{means['loss']:.4f}", "lr": f"{learning_rate(trainer.optimizer):.2e}"}
+        shown = {"loss": f"{means['loss']:.4f}"} if means else {}  # none while every step was skipped
+        shown["lr"] = f"{learning_rate(trainer.optimizer):.2e}"
         if "depth_mean" in means:
             shown["depth"] = f"{means['depth_mean']:.2f}"
             shown["saved"] = f"{means['macs_saved']:.0%}"
@@ -178,7 +179,8 @@ def train_one_epoch(
                 total, parts, halting = trainer.micro_batch(images, targets)
                 trainer.scaler.scale(total / len(group)).backward()
             wrong_part = wrong_part or _not_finite({**parts, "loss": total})
-            averages.add(len(images), loss=total, **parts, **halting_figures(trainer.bare_model, halting))
+            if wrong_part is None:  # else the step is skipped, or the run stops
+                averages.add(len(images), loss=total, **parts, **halting_figures(trainer.bare_model, halting))
         trainer.update(f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}", wrong_part)
         epoch.batches += len(group)
         after_update()

@@ -184,6 +184,18 @@ def test_a_step_that_gradient_scaling_skips_changes_nothing():
     assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 2.0)
 
 
+def test_a_skipped_step_leaves_the_averages_finite():
+    trainer = make_trainer()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    good, bad = (images(2), torch.arange(2)), (images(2) * float("nan"), torch.arange(2))
+    with pytest.raises(UserError, match="not one image"):
+        train_one_epoch(trainer, [bad], Epoch(0), lambda: None)
+    trainer.skipped_steps = 0
+    result = train_one_epoch(trainer, [good, bad], Epoch(0), lambda: None)
+    assert result["skipped_steps"] == 1
+    assert 0 < result["loss"] < 10
+
+
 def test_too_many_skipped_steps_in_a_row_stop_training():
     model = halting_model()
     poison_gradients(model.head.weight, range(1000))
