@@ -10,6 +10,7 @@ from conftest import halting_model, make_image_folder
 from PIL import Image
 
 import arguments
+import building
 import main_act
 from checkpoints import load_checkpoint
 
@@ -325,5 +326,5 @@ def test_help_names_every_flag(capsys):
 
 def test_learning_rate_scales_with_the_joint_batch():
     args = arguments.parse_args(["--batch-size", "128", "--accum-steps", "2", "--lr", "0.001"])
-    optimizer = main_act.build_optimizer(args, torch.nn.Linear(2, 2))
+    optimizer = building.build_optimizer(args, torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001 * 128 * 2 / 512)
