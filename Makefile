@@ -8,7 +8,7 @@ DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_w
 RECIPE := --batch-size 16 --no-model-ema --no-repeated-aug --drop-path 0 \
           --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0
 
-.PHONY: help quickstart test test-slow lint
+.PHONY: help quickstart pictures test test-slow lint
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -24,6 +24,13 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	$(BIN)/python main_act.py $(DIGITS) --demo --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
+
+pictures: .venv/installed  ## remake example_images/ with the network of the quickstart
+	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth --demo-dir $(OUT)/pictures
+	$(BIN)/python visualize.py example_images/digit.png --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
+	  --output-dir $(OUT)/pictures
+	cp $(addprefix $(OUT)/pictures/,class4_combined.jpg class8_combined.jpg class9_combined.jpg teaser.png \
+	  digit_panel.png digit.gif) example_images/
 
 test: .venv/installed-dev  ## the everyday tests
 	$(BIN)/python -m pytest -q

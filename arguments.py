@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 
 import timm
 import torch
 
 import models_act  # noqa: F401 - registers the models
 from checkpoints import GATE_DEFAULTS
-from datasets import DATA_SETS
+from datasets import CLASS_INDEX_FILES, DATA_SETS
+from specimens import CRITERIA
 from streams import READERS, check_reader
 from utils import UserError, local_rank, nearest
+
+DEMO_FOLDER = "token_act_visualization"
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,9 +128,17 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="main_act.py", description="Train, evaluate or look at A-ViT: adaptive tokens for vision transformers."
     )
-    for add_group in (_model, _optimizer, _schedule, _augmentation, _distillation, _data, _run, _avit, _ignored):
+    for add_group in (_model, _optimizer, _schedule, _augmentation, _distillation, _data, _run, _avit, _demo, _ignored):
         add_group(parser)
     return parser
+
+
+def borrow(parser: Parser, title: str, names: Iterable[str]) -> None:
+    """Adds flags of main_act.py to another command's parser, as they are there."""
+    flags = {action.dest: action for action in make_parser()._actions}
+    group = parser.add_argument_group(title)
+    for name in names:
+        group._add_action(flags[name])
 
 
 def _switch(group, name: str, help: str, default: bool = True) -> None:
@@ -285,9 +297,28 @@ def _avit(parser: Parser) -> None:
     add("--gate-scale", type=_finite, metavar="G", help="scale " + gate.format(GATE_DEFAULTS["gate_scale"]))
     add("--gate-center", type=_finite, metavar="G", help="center " + gate.format(GATE_DEFAULTS["gate_center"]))
     add("--distr-prior-alpha", type=_amount, default=0.01, metavar="A", help="weight of the distribution prior")
-    add("--demo", action="store_true", help="draw token depths of the validation set, do not train")
     _switch(group, "zip-tokens", "halted tokens leave the computation; else they are masked")
     _switch(group, "early-exit", "at inference, images whose prefix tokens have halted leave too")
+
+
+def _demo(parser: Parser) -> None:
+    add = parser.add_argument_group("demo").add_argument
+    add("--demo", action="store_true", help="draw token depths of the validation set, do not train")
+    add("--demo-images", type=at_least_one, default=1, metavar="K", help="images of each class")
+    add(
+        "--demo-by",
+        choices=tuple(CRITERIA),
+        default="std",
+        help="which: those whose patch depths vary most, of the largest or smallest mean depth, wrong predictions "
+        "(the surest first), or any",
+    )
+    add("--demo-dir", metavar="DIR", help=f"where to (default: {DEMO_FOLDER} in --output-dir, or here)")
+    add("--html", action="store_true", help="also write index.html, a gallery to search and sort")
+    add(
+        "--class-index",
+        metavar="FILE",
+        help=f"JSON file with class names (default: {CLASS_INDEX_FILES} in --data-path)",
+    )
 
 
 def _ignored(parser: Parser) -> None:

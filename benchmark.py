@@ -120,7 +120,7 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     checkpoints.fit_weights(model, weights, args.finetune, replace_head=False)
     known = {"num_classes": num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
-    return model.to(device), spread_sample(data, count).to(device)
+    return model.to(device), spread_sample(data, count)[0].to(device)
 
 
 @torch.no_grad()

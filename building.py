@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import checkpoints
@@ -23,15 +24,17 @@ from datasets import Augmentation, build_dataset
 from engine_act import Trainer
 from utils import LocalError, UserError, log, warn
 
+IMAGENET_CLASSES = 1000
 
-def run_command(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, run: Callable[[argparse.Namespace, torch.device], None]
-) -> None:
-    """Runs it in its process group. SystemExit with status 2 for what the user can mend, 1 where training fails."""
+
+Command = Callable[[argparse.Namespace, torch.device], "int | None"]
+
+
+def run_command(parser: argparse.ArgumentParser, args: argparse.Namespace, run: Command) -> int | None:
+    """Runs it in its process group; returns its status. SystemExit with 2 for what the user can mend, 1 for the rest."""
     try:
         with utils.process_group(args.device, args.dist_url, args.world_size) as device:
-            run(args, device)
-        return
+            return run(args, device)
     except UserError as error:
         status, message, everywhere = 2, str(error), isinstance(error, LocalError)
     except FloatingPointError as error:
@@ -48,12 +51,40 @@ class StartingPoint:
     location: str = ""
     checkpoint: dict | None = None
 
+    def recorded(self, name: str) -> object:
+        """A flag of the run that saved the checkpoint, where it says; else None. Of any type."""
+        flags = self.checkpoint.get("args")
+        return flags.get(name) if isinstance(flags, dict) else getattr(flags, name, None)
+
     def image_size(self) -> tuple[int, int] | None:
         """Height and width that a checkpoint of ours was trained at."""
-        flags = self.checkpoint.get("args")
-        size = flags.get("input_size") if isinstance(flags, dict) and "gate" in self.checkpoint else None
+        size = self.recorded("input_size") if "gate" in self.checkpoint else None
         is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(isinstance(side, int) for side in size)
         return (size[0], size[-1]) if is_size else None
+
+    def model_name(self) -> str:
+        """Of which of our models it holds the weights. UserError where of none."""
+        recorded, known = self.recorded("model"), timm.list_models("avit*")
+        if isinstance(recorded, str) and recorded in known:
+            return recorded
+        fitting = checkpoints.fitting_models(self.weights())
+        if not fitting:
+            raise UserError(f"{self.location}: fits none of our models, which are {', '.join(known)}")
+        return fitting[0]
+
+    def weights(self, use_ema: bool = False) -> dict[str, Tensor]:
+        """UserError where it holds none."""
+        return checkpoints.weights_of(self.checkpoint, self.location, use_ema)
+
+    def class_names(self) -> list[str]:
+        """Of the classes that it tells apart: as it records them, or ImageNet's, or numbers."""
+        count = len(self.weights().get("head.weight", ()))
+        recorded = self.checkpoint.get("classes")
+        if isinstance(recorded, list) and len(recorded) == count and all(isinstance(name, str) for name in recorded):
+            return recorded
+        if count == IMAGENET_CLASSES:
+            return ImageNetInfo("imagenet-1k").label_descriptions()
+        return [f"class {number}" for number in range(count)]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> StartingPoint:
@@ -102,8 +133,7 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
         training = not (args.eval or args.demo)
         is_new_task = training and start.flag != "resume"
         use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
-        weights = checkpoints.weights_of(start.checkpoint, start.location, use_ema)
-        checkpoints.fit_weights(model, weights, start.location, is_new_task, start.image_size())
+        checkpoints.fit_weights(model, start.weights(use_ema), start.location, is_new_task, start.image_size())
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 

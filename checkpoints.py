@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from utils import UserError, gather, is_main, log, main_process_first, nearest, warn
 
 
-def prepare_output_dir(path: str | None) -> Path | None:
+def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
     """Makes the folder, if one is named, and writes to it once. UserError if that fails."""
     if not path:
         return None
@@ -35,7 +35,7 @@ def prepare_output_dir(path: str | None) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot write there: {error.strerror}") from error
+        raise UserError(f"{flag} {path}: cannot write there: {error.strerror}") from error
     return folder
 
 
@@ -69,8 +69,8 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
     write_whole(path, write)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside its place, flushes it to the disk, then renames it.
+def write_whole(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
+    """Writes a file beside its place, flushes it to the disk if it is to be durable, then renames it.
 
     At every instant the old file is there or the new one. OSError leaves the old one.
     """
@@ -79,11 +79,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with partial.open("wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    if not durable:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the renaming too
@@ -177,8 +180,7 @@ def fit_weights(
     else a square, or the model's own size if the embedding fits it. UserError, naming the weights,
     if names or shapes do not fit, and which model of ours they do fit.
     """
-    own = model.state_dict()
-    weights = {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}  # DeiT III
+    own, weights = model.state_dict(), _with_our_names(weights)
     wrong = _misfits(own, weights, _may_be_resized)
     if wrong:
         raise UserError(f"{location}: does not fit the model: {_first_three(wrong)}{_hint_at_fitting_models(weights)}")
@@ -274,11 +276,22 @@ def _first_three(wrong: list[str]) -> str:
     return "; ".join(wrong[:3]) + more
 
 
-def _hint_at_fitting_models(weights: dict[str, Tensor]) -> str:
-    """'; it fits ...', our models of which these are the weights, those of the same image size first; or ''."""
+def _with_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeiT III's release has other names for layer scale."""
+    return {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
+
+
+def fitting_models(weights: dict[str, Tensor]) -> list[str]:
+    """Our models of which these are the weights, those of the same image size first."""
+    weights = _with_our_names(weights)
     own = {name: timm.create_model(name, device="meta").state_dict() for name in timm.list_models("avit*")}
     fitting = [name for name in own if not _misfits(own[name], weights, _may_be_resized)]
-    fitting.sort(key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
+    return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
+
+
+def _hint_at_fitting_models(weights: dict[str, Tensor]) -> str:
+    """'; it fits ...', or ''."""
+    fitting = fitting_models(weights)
     return f"; it fits {' or '.join(fitting)}" if fitting else ""
 
 

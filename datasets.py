@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -232,13 +232,16 @@ def _image_folder(folder: Path, train: bool, transform) -> ImageFolder:
     if not part.is_dir():
         raise UserError(f"--data-path {folder}: {part} is missing; {expected}")
     try:
-        return ImageFolder(part, transform=transform, loader=load_image, is_valid_file=_has_image_name)
+        return ImageFolder(part, transform=transform, loader=load_image, is_valid_file=has_image_name)
     except FileNotFoundError as error:
         raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
 
 
-def _has_image_name(path: str) -> bool:
-    return path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
+
+
+def has_image_name(path: str | Path) -> bool:
+    return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
 def _fashion_mnist(folder: Path, train: bool, transform) -> Dataset:
@@ -315,15 +318,50 @@ def build_dataset(
     return DATA_SETS[name](folder, train, transform, **options)
 
 
-def spread_sample(images: Dataset, count: int) -> torch.Tensor:
-    """`count` images from all over a data set (the first ones of a stream): [at most count, 3, H, W] float.
+CLASS_INDEX_FILES = "*class_index.json"
 
-    UserError if there are none.
+
+def class_names(classes: list[str], data_path: str | None, index_file: str | None) -> list[str]:
+    """The names to show of a data set's classes: from a class-index file where there is one, else its own.
+
+    index_file: its path; None looks for one in the data set's folder. JSON: {"0": "tench", ...},
+    {"0": ["n01440764", "tench"], ...}, {"n01440764": "tench", ...} or ["tench", ...]. UserError for
+    another form.
+    """
+    found = sorted(Path(data_path).glob(CLASS_INDEX_FILES)) if data_path and index_file is None else []
+    path = Path(index_file) if index_file is not None else next(iter(found), None)
+    names = {} if path is None else _read_class_index(path)
+    return [names.get(own, names.get(str(number), own)) for number, own in enumerate(classes)]
+
+
+def _read_class_index(path: Path) -> dict[str, str]:
+    """Names by the class's own name (its folder's), or by its number."""
+    try:
+        content = json.loads(path.read_text())
+        entries = enumerate(content) if isinstance(content, list) else content.items()
+        pairs = [(key, value) if isinstance(value, str) else value[:2] for key, value in entries]
+        return {str(key): " ".join(name.split()) for key, name in pairs}
+    except OSError as error:
+        raise UserError(f"--class-index {path}: cannot be read: {error.strerror}") from error
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f'{path}: no class index; expected {{"0": ["n01440764", "tench"], ...}}') from error
+
+
+def image_name(images: Dataset, index: int) -> str:
+    """Its file, where the data set knows files, else its number."""
+    samples = getattr(images, "samples", None)
+    return str(samples[index][0]) if samples else f"image {index}"
+
+
+def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images from all over a data set (the first ones of a stream), and their class indices.
+
+    [B, 3, H, W] float and [B] int64, B at most `count`. UserError if there are none.
     """
     if isinstance(images, Stream):
-        chosen = [image for image, _ in islice(images, count)]
+        chosen = list(islice(images, count))
     else:
-        chosen = [images[index * len(images) // count][0] for index in range(count if len(images) else 0)]
+        chosen = [images[index * len(images) // count] for index in range(count if len(images) else 0)]
     if not chosen:
         raise UserError("not one image can be read")
-    return torch.stack(chosen)
+    return tuple(default_collate(chosen))

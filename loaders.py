@@ -152,6 +152,11 @@ def evaluation_loader(images: Dataset, batch_size: int, *, num_workers: int, pin
     return ImageLoader(EvaluationImages(images), batch_size, sampler=sampler, **options)
 
 
+def plain_images(loader: ImageLoader) -> Dataset:
+    """The data set of ([3, H, W] float, class index) that a loader was made for."""
+    return loader.dataset if isinstance(loader.dataset, Stream) else loader.dataset.images
+
+
 def _at_most_cores(num_workers: int) -> int:
     return min(num_workers, os.cpu_count() or 1)
 

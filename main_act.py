@@ -31,7 +31,7 @@ from building import (
     training_set,
     validation_set,
 )
-from datasets import spread_sample
+from datasets import class_names, spread_sample
 from engine_act import check_complete, evaluate, report, zipping_speeds
 from interrupts import Interrupted
 from loaders import evaluation_loader, training_loader
@@ -65,13 +65,22 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
     loader = evaluation_loader(images, args.batch_size, **loader_options(args))
     output_dir = checkpoints.prepare_output_dir(args.output_dir)
     if args.demo:
-        folder = visualize.demo(model, loader, device, amp_of(args), output_dir or Path())
-        log(f"token depths drawn in {folder}")
+        visualize.demo(
+            model,
+            loader,
+            device,
+            amp_of(args),
+            Path(args.demo_dir) if args.demo_dir else (output_dir or Path()) / arguments.DEMO_FOLDER,
+            class_names(images.classes, args.data_path, args.class_index),
+            criterion=args.demo_by,
+            per_class=args.demo_images,
+            html=args.html,
+        )
         return
     result = evaluate(model, loader, device, amp_of(args))
     check_complete(result, loader)
     if model.halting and utils.is_main():
-        sample = spread_sample(images, min(args.batch_size, loader.num_images or args.batch_size))
+        sample, _ = spread_sample(images, min(args.batch_size, loader.num_images or args.batch_size))
         result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
     if output_dir is not None and utils.is_main():
@@ -105,6 +114,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         epochs=args.epochs,
         output_dir=args.output_dir,
         tensorboard=args.tensorboard,
+        classes=images.classes,
         flags=dict(vars(args)),
         checkpoint_steps=args.checkpoint_steps,
         keep=args.keep,

@@ -13,6 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 import utils
+from board import Board
 from checkpoints import prepare_output_dir, restore_optimizer, restore_plain, save_checkpoint, write_whole, writing
 from engine_act import Epoch, Trainer, check_complete, evaluate, report, train_one_epoch
 from interrupts import Interrupted, StopRequest
@@ -29,7 +30,7 @@ class TrainingRun:
     output_dir: for checkpoint.pth, best.pth, log.txt and TensorBoard; None saves nothing;
     checkpoint_steps: also save after so many updates inside an epoch, 0 for not;
     keep: so many epochs' checkpoints stay, as checkpoint-EPOCH.pth;
-    flags: plain values by name, kept in the checkpoint for whoever reads it.
+    classes, flags: names, and plain values by name, kept in the checkpoint for whoever reads it.
 
     Everything random in training follows from the place in it, so that a run goes on exactly from a
     checkpoint that holds that place, the weights and what follows them.
@@ -45,19 +46,20 @@ class TrainingRun:
         epochs: int,
         output_dir: str | None,
         tensorboard: bool,
+        classes: list[str],
         flags: dict,
         checkpoint_steps: int = 0,
         keep: int = 0,
     ):
         self.trainer, self.schedule = trainer, schedule
         self.train_loader, self.test_loader = train_loader, test_loader
-        self.epochs, self.flags = epochs, flags
+        self.epochs, self.classes, self.flags = epochs, classes, flags
         self.output_dir = Path(output_dir) if output_dir else None
         self.tensorboard = tensorboard
         self.checkpoint_steps, self.keep = checkpoint_steps, keep
         self.updates_per_epoch = updates_per_epoch(train_loader, trainer.accum_steps)
         self.stop = StopRequest()
-        self.writer = None
+        self.board: Board | None = None
         self.epoch = Epoch(0)  # the one that is being trained
         self.resumed = False
         self.best_acc1 = -math.inf
@@ -74,8 +76,8 @@ class TrainingRun:
                 self._train_epoch()
         if self.best_acc1 >= 0:
             log(f"best top-1 {self.best_acc1:.2f} %")
-        if self.writer is not None:
-            self.writer.close()
+        if self.board is not None:
+            self.board.close()
 
     def start_at(self, epoch: int) -> None:
         """Goes on from the start of that epoch."""
@@ -92,7 +94,8 @@ class TrainingRun:
             elif kept != lines:
                 write_whole(path, lambda file: file.write("".join(kept).encode()))
             if self.tensorboard:
-                self.writer = _summary_writer(self.output_dir, self.epoch.number if self.resumed else None)
+                first_epoch = self.epoch.number if self.resumed else None
+                self.board = Board(self.output_dir, first_epoch, self.test_loader, self.classes)
 
     def _train_epoch(self) -> None:
         epoch = self.epoch
@@ -175,9 +178,8 @@ class TrainingRun:
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
-                if self.writer is not None:
-                    _write_scalars(self.writer, number, training, test)
-                    self.writer.flush()
+                if self.board is not None:
+                    self.board.record(number, training, test, self.trainer)
         self.saving_seconds = 0.0
         if self.keep:
             self._save(f"checkpoint-{number}.pth")
@@ -226,6 +228,7 @@ class TrainingRun:
             "previous_test": self.previous_test,
             "processes": utils.world_size(),
             "gate": gate if model.halting else None,
+            "classes": self.classes,
             "args": self.flags,
         }
 
@@ -297,32 +300,3 @@ def _epoch_of(line: str) -> float:
 
 def updates_per_epoch(loader: ImageLoader, accum_steps: int) -> int:
     return math.ceil(len(loader) / accum_steps)
-
-
-# TensorBoard -------------------------------------------------------------------------------------
-
-ORIGINAL_NAMES = {"depth_mean": "cnt_token_mean", "depth_max": "cnt_token_max", "depth_min": "cnt_token_min"}
-PER_BLOCK = ("live_share", "layer_scores")
-
-
-def _summary_writer(folder: Path, first_epoch: int | None):
-    """Points of earlier writers from `first_epoch` on no longer count, where it is given."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return SummaryWriter(str(folder), purge_step=first_epoch)
-
-
-def _write_scalars(writer, epoch: int, training: dict, test: dict) -> None:
-    """One point per epoch: the original's names, and everything else under its own."""
-    scalars = {ORIGINAL_NAMES.get(name, name): value for name, value in training.items() if name not in PER_BLOCK}
-    for series in PER_BLOCK:
-        scalars |= {f"{series}/block_{i:02d}": value for i, value in enumerate(training.get(series, ()), start=1)}
-    if "depth_mean" in training:
-        scalars["expected_depth_ratio"] = training["depth_mean"] / len(training["live_share"])
-    for name, value in scalars.items():
-        writer.add_scalar(f"train/{name}", value, epoch)
-    for name, shown in {"acc1": "acc_top1", "acc5": "acc_top5"}.items():
-        writer.add_scalar(f"test/{shown}", test[name], epoch)
-    for name in ("loss", "depth_mean", "class_token_depth", "gmacs", "ema_acc1"):
-        if name in test:
-            writer.add_scalar(f"test/{name}", test[name], epoch)

@@ -1,147 +1,327 @@
-"""Token-depth heat maps: what each patch of an image cost."""
+"""What the tokens do, in pictures.
+
+    python visualize.py IMAGE... --finetune CHECKPOINT           # files, folders, globs: a panel and an animation each
+    python visualize.py --summary --data-set NAME --data-path DIR --finetune CHECKPOINT     # charts of a data set
+    python visualize.py --curves OUTPUT_DIR...                   # charts of training runs
+
+`--html` adds a gallery to search and sort. `--help` lists the flags. Bad input ends with one line on
+stderr and exit status 2; images that cannot be read are named, the rest is done, the status is 1.
+"""
 
 from __future__ import annotations
 
+import argparse
+import glob
+import io
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+import timm
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from PIL import Image
+from torch import nn
 
+import arguments
+import charts
+import checkpoints
+import pages
+import pictures
 import utils
-from datasets import denormalize
-from utils import autocast
+from building import StartingPoint, amp_of, build_model, image_size, loader_options, run_command, validation_set
+from datasets import IMAGE_SUFFIXES, UnreadableImage, class_names, evaluation_transform, has_image_name, load_image
+from engine_act import check_complete
+from loaders import ImageLoader, evaluation_loader
+from losses import DistributionPriorLoss
+from pictures import Style
+from specimens import Census, Selection, Specimen, examine, examine_all
+from utils import UserError, log, nearest, warn
 
-COLORMAP = "hot"  # the paper's: from black to white, whiter is deeper
-PICTURE_SIZE = 256  # smallest height of a picture, in pixels
-DEMO_FOLDER = "token_act_visualization"
-ROWS_OF = 16  # images in the picture of shrinking rows
-
-
-class Specimen(NamedTuple):
-    """An image and the depths of its patches, with what decides whether it is shown."""
-
-    spread: float
-    index: int
-    image: np.ndarray  # [H, W, 3] uint8
-    depth: np.ndarray  # [grid height, grid width] float
+GALLERY, SUMMARY = "index.html", "summary.html"
 
 
-def depth_spread(patch_depth: Tensor) -> Tensor:
-    """patch_depth: [B, n] -> [B], standard deviation over the patches."""
-    return patch_depth.std(dim=1, correction=0)
+# --demo of main_act.py ---------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def demo(model: nn.Module, loader: DataLoader, device: torch.device, amp: str, output_dir: Path) -> Path:
-    """Draws, for every class, the image whose patch depths vary most; returns the folder.
+def demo(
+    model: nn.Module,
+    loader: ImageLoader,
+    device: torch.device,
+    amp: str,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    criterion: str = "std",
+    per_class: int = 1,
+    html: bool = False,
+) -> None:
+    """Draws `per_class` images of every class, by one of specimens.CRITERIA; all processes take part.
 
-    One pass over the data, in any order; of equally varied images the first counts.
+    names: of the classes. Of an equal measure the first in the data set counts, in any order of the data.
+    UserError where the folder cannot be written.
     """
-    model.eval()
-    best: dict[int, Specimen] = {}
-    indices = itertools.count() if isinstance(loader.dataset, IterableDataset) else iter(loader.sampler)
-    for images, targets in utils.with_progress(loader, "Demo", dict):
-        with autocast(device, amp):
-            _, halting = model(images.to(device), return_halting=True)
-        depth = halting.depth[:, model.num_prefix_tokens :].cpu()
-        for image, target, patch_depth, spread in zip(images, targets.tolist(), depth, depth_spread(depth).tolist()):
-            index = next(indices)
-            known = best.get(target)
-            if known is None or (spread, -index) > (known.spread, -known.index):
-                best[target] = Specimen(spread, index, *_arrays(model, image, patch_depth))
-    folder = output_dir / DEMO_FOLDER
-    everyone = utils.gather(best)
-    if utils.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = []
-        for target in sorted({target for own in everyone for target in own}):
-            specimens = [own[target] for own in everyone if target in own]
-            shown.append(max(specimens, key=lambda s: (s.spread, -s.index)))
-            _draw(shown[-1], model.num_blocks, folder / f"class{target}")
-        draw_rows([specimen.depth for specimen in shown[:ROWS_OF]], model.num_blocks, folder / "rows.png")
-    return folder
+    checkpoints.prepare_output_dir(folder, "--demo-dir")
+    selection = Selection(criterion, per_class)
+    for batch in examine_all(model, loader, device, amp, "Demo"):
+        for specimen in batch.specimens:
+            selection.add(specimen)
+    chosen = selection.of_all_processes()
+    style = Style(model.num_blocks, pictures.PAPERS_COLORMAP)
+    for specimens in utils.with_progress(chosen[utils.rank() :: utils.world_size()], "Drawing", dict):
+        for number, specimen in enumerate(specimens, start=1):
+            stem = f"class{specimen.target}" + (f"_{number}" if number > 1 else "")
+            for kind, picture in pictures.demo_pictures(specimen, names, style).items():
+                _save(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
+    if utils.is_main() and chosen:
+        _save(folder / "teaser.png", _png(charts.teaser([first for first, *_ in chosen], style)))
+        if html:
+            shown = [specimen for specimens in chosen for specimen in specimens]
+            pages.write_gallery(folder / GALLERY, "Token depths", _facts(shown), shown, names, style)
+    drawn = sum(utils.gather(sum(map(len, chosen[utils.rank() :: utils.world_size()]))))
+    log(f"token depths of {drawn} images drawn in {folder}" + (f"; see {GALLERY}" if html and chosen else ""))
+    if not drawn:
+        warn(f"no image to show by --demo-by {criterion}")
 
 
-def draw_rows(depths: list[np.ndarray], num_blocks: int, path: Path) -> None:
-    """How the rows of a zipped batch shrink: the live patches of each image, block by block."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    blocks = np.arange(1, num_blocks + 1)
-    bottom = np.zeros(num_blocks)
-    for number, depth in enumerate(depths):
-        live = (depth.reshape(-1, 1) >= blocks).sum(axis=0)
-        axes.bar(blocks, live, bottom=bottom, width=0.9, color=colormaps["tab20"](number % 20), edgecolor="white")
-        bottom += live
-    total = sum(depth.size for depth in depths)
-    axes.axhline(total, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("block")
-    axes.set_ylabel("rows that it processes")
-    axes.set_title(f"{len(depths)} images (colours), {total} patches; dashed: a static network")
-    axes.set_xticks(blocks)
-    figure.savefig(path, dpi=120)
+# The command line --------------------------------------------------------------------------------
 
 
-def _arrays(model: nn.Module, image: Tensor, patch_depth: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    grid = model.patch_embed.dynamic_feat_size(image.shape[-2:])
-    return denormalize(image).permute(1, 2, 0).numpy(), patch_depth.view(grid).numpy()
+def main(argv: list[str] | None = None) -> None:
+    """SystemExit with status 1 where images could not be read, 2 for other bad input."""
+    parser = make_parser()
+    defaults = arguments.parse_args(["--eval"])  # what the network and the data are made from
+    defaults.model = defaults.input_size = None
+    args = parser.parse_args(argv, defaults)
+    if sum(map(bool, (args.images, args.summary, args.curves))) != 1:
+        parser.error("expected images, --summary or --curves, one of them")
+    if not args.curves and not args.finetune:
+        parser.error("--finetune CHECKPOINT says which network to look into")
+    status = run_command(parser, args, run)
+    if status:
+        raise SystemExit(status)
 
 
-def _draw(specimen: Specimen, num_blocks: int, stem: Path) -> None:
-    """Writes {stem}_ref.jpg, {stem}_token_depth.jpg and {stem}_combined.jpg."""
-    reference = enlarge(Image.fromarray(specimen.image))
-    depth_map = with_legend(heat_map(specimen.depth, num_blocks, reference.size), num_blocks)
-    pictures = {"ref": reference, "token_depth": depth_map, "combined": side_by_side(reference, depth_map)}
-    for name, picture in pictures.items():
-        picture.save(stem.with_name(f"{stem.name}_{name}.jpg"), quality=95, subsampling=0)
+def make_parser() -> arguments.Parser:
+    parser = arguments.Parser(prog="visualize.py", description="What the tokens of an A-ViT do, in pictures.")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, folders, or globs")
+    parser.add_argument("--summary", action="store_true", help="charts of a whole data set")
+    parser.add_argument("--curves", nargs="+", metavar="OUTPUT_DIR", help="charts of training runs, from their log.txt")
+    add = parser.add_argument_group("network").add_argument
+    add("--finetune", metavar="FILE", help="checkpoint, a path or https URL")
+    add("--model", type=arguments.model_name, metavar="NAME", help="registered avit model (default: the checkpoint's)")
+    kind = {"type": arguments.at_least_one, "nargs": "+", "metavar": "PIXELS"}
+    add("--input-size", **kind, help="image size; two numbers: height, width (default: the checkpoint's)")
+    arguments.borrow(parser, "how it runs", ("gate_scale", "gate_center", "use_ema", "device", "amp", "batch_size"))
+    arguments.borrow(parser, "data set", ("data_set", "data_path", "val_split", "num_classes", "inat_category"))
+    arguments.borrow(parser, "loading", ("num_workers", "class_index"))
+    add = parser.add_argument_group("pictures").add_argument
+    add("--output-dir", default="visualization", metavar="DIR", help="where to")
+    add("--cmap", type=_colormap, default=pictures.COLORMAP, metavar="NAME", help="colour map; the paper's is hot")
+    add("--size", type=arguments.at_least_one, default=224, metavar="PIXELS", help="smallest side of each image shown")
+    add("--animation", choices=("gif", "webp", "none"), default="gif", help="of the halting, block by block")
+    arguments.borrow(parser, "gallery", ("html", "demo_images", "demo_by"))
+    return parser
 
 
-def enlarge(image: Image.Image) -> Image.Image:
-    """By a whole factor, without smoothing, to at least PICTURE_SIZE pixels."""
-    factor = -(-PICTURE_SIZE // min(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+def _colormap(name: str) -> str:
+    if name not in colormaps:
+        raise argparse.ArgumentTypeError(f"unknown colour map {name!r}{nearest(name, colormaps)}")
+    return name
 
 
-def colors(depth: np.ndarray, num_blocks: int) -> np.ndarray:
-    """depth: [...], 0..num_blocks -> [..., 3] uint8; full depth is always white."""
-    return (colormaps[COLORMAP](depth / num_blocks)[..., :3] * 255).round().astype(np.uint8)
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Returns the exit status."""
+    folder = checkpoints.prepare_output_dir(args.output_dir)
+    if args.curves:
+        draw_curves([Path(run) for run in args.curves], folder)
+        return 0
+    start = StartingPoint.of(args)
+    args.model = args.model or start.model_name()
+    size = start.image_size() or timm.models.get_pretrained_cfg(args.model).input_size[1:]
+    args.input_size = args.input_size or list(size)
+    if args.summary:
+        draw_summary(args, start, device, folder)
+        return 0
+    return draw_images(args, start, device, folder)
 
 
-def heat_map(depth: np.ndarray, num_blocks: int, size: tuple[int, int]) -> Image.Image:
-    """depth: [grid height, grid width] -> a picture of `size` (width, height), one flat square per patch."""
-    return Image.fromarray(colors(depth, num_blocks)).resize(size, Image.Resampling.NEAREST)
+# Single images -----------------------------------------------------------------------------------
 
 
-def with_legend(picture: Image.Image, num_blocks: int) -> Image.Image:
-    """Adds a scale of depths at the right, from 1 at the bottom to full depth at the top."""
-    height = picture.height
-    font = ImageFont.load_default(size=height / 20)
-    margin, swatch, label = height // 25, height // 14, int(font.getlength(str(num_blocks)))
-    canvas = Image.new("RGB", (picture.width + 3 * margin + swatch + label, height), "white")
-    canvas.paste(picture)
-    draw = ImageDraw.Draw(canvas)
-    left, step = picture.width + margin, height / num_blocks
-    for depth in range(1, num_blocks + 1):
-        bottom, top = height - 1 - (depth - 1) * step, height - 1 - depth * step
-        color = tuple(colors(np.array([depth]), num_blocks)[0].tolist())
-        draw.rectangle([left, max(top, 0), left + swatch, bottom], fill=color, outline="gray")
-        draw.text((left + swatch + margin, (top + bottom) / 2), str(depth), fill="black", font=font, anchor="lm")
-    return canvas
+def draw_images(args: argparse.Namespace, start: StartingPoint, device: torch.device, folder: Path) -> int:
+    """A panel and an animation for each image; returns 1 where some cannot be read."""
+    files, problems = find_images(args.images)
+    for problem in problems:
+        warn(problem)
+    if not files:
+        raise UserError(f"no image found: {'; '.join(problems)}")
+    classes = start.class_names()
+    names = class_names(classes, None, args.class_index)
+    model = build_model(args, len(classes), start).to(device)
+    style = Style(model.num_blocks, args.cmap, args.size)
+    stems, shown = list(distinct_stems(files)), []
+    for first in utils.with_progress(range(0, len(files), args.batch_size), "Images", dict):
+        batch = range(first, min(first + args.batch_size, len(files)))
+        specimens = _examine_files(files, batch, model, image_size(args), classes, device, amp_of(args))
+        for specimen in specimens:
+            stem = stems[specimen.index]
+            _save(folder / f"{stem}_panel.png", _png(pictures.panel(specimen, names, style)))
+            if args.animation != "none":
+                animation = pictures.animation(pictures.frames(specimen, style), args.animation)
+                _save(folder / f"{stem}.{args.animation}", animation)
+        shown += specimens
+    if not shown:
+        raise UserError("not one image could be read")
+    if args.html:
+        pages.write_gallery(folder / GALLERY, "Token depths", _facts(shown), shown, names, style)
+    log(f"{len(shown)} images drawn in {folder}")
+    return int(bool(problems) or len(shown) < len(files))
 
 
-def side_by_side(*pictures: Image.Image) -> Image.Image:
-    """On white, at equal height, a small gap between them."""
-    gap = pictures[0].height // 25
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    canvas = Image.new("RGB", (width, pictures[0].height), "white")
-    left = 0
-    for picture in pictures:
-        canvas.paste(picture, (left, 0))
-        left += picture.width + gap
-    return canvas
+def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Image files named, in folders (at any depth), or matched by globs, each once; and what was not found."""
+    files, problems = [], []
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            problems.append(f"{pattern}: no such file or folder, and no file matches it")
+        for path in map(Path, found):
+            inside = (
+                sorted(p for p in path.rglob("*") if has_image_name(p) and p.is_file()) if path.is_dir() else [path]
+            )
+            if not inside:
+                problems.append(f"{path}: no image in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
+            files += inside
+    return list(dict.fromkeys(files)), problems
+
+
+def distinct_stems(files: Iterable[Path]) -> Iterator[str]:
+    """The names of files without their endings, numbered where they would be the same."""
+    taken: set[str] = set()
+    for file in files:
+        numbered = (f"{file.stem}_{number}" for number in itertools.count(2))
+        stem = next(stem for stem in itertools.chain([file.stem], numbered) if stem not in taken)
+        taken.add(stem)
+        yield stem
+
+
+def _examine_files(
+    files: Sequence[Path],
+    places: Sequence[int],
+    model: nn.Module,
+    size: tuple[int, int],
+    classes: list[str],
+    device: torch.device,
+    amp: str,
+) -> list[Specimen]:
+    """The files at these places that can be read; the others are named. A folder with a class's name is a label."""
+    transform, images = evaluation_transform(size), {}
+    for place in places:
+        try:
+            images[place] = transform(load_image(files[place]))
+        except UnreadableImage as error:
+            warn(f"{error}; it is passed over")
+    if not images:
+        return []
+    numbers = {name: number for number, name in enumerate(classes)}
+    targets = [numbers.get(files[place].parent.name, -1) for place in images]
+    names = [str(files[place]) for place in images]
+    batch = torch.stack(list(images.values()))
+    return examine(model, batch, device, amp, targets=targets, names=names, indices=list(images)).specimens
+
+
+# A data set --------------------------------------------------------------------------------------
+
+
+def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.device, folder: Path) -> None:
+    """Charts of the validation set as PNG files, and a page of them; all processes take part."""
+    images = validation_set(args)
+    names = class_names(images.classes, args.data_path, args.class_index)
+    model = build_model(args, len(names), start).to(device)
+    loader = evaluation_loader(images, args.batch_size, **loader_options(args))
+    style = Style(model.num_blocks, args.cmap, args.size)
+    examples, gallery, parts = Selection(), Selection(args.demo_by, args.demo_images), []
+    for batch in examine_all(model, loader, device, amp_of(args), "Summary"):
+        parts.append(Census.of_batch(batch))
+        for specimen in batch.specimens:
+            examples.add(specimen)
+            if args.html:
+                gallery.add(specimen)
+    parts = [part for own in utils.gather(parts) for part in own]
+    example_of = {own[0].target: own[0] for own in examples.of_all_processes()}
+    shown = [specimen for own in gallery.of_all_processes() for specimen in own]
+    if not utils.is_main():
+        return
+    if not parts:
+        raise UserError("not one image could be read")
+    census = Census.of(parts)
+    check_complete({"images": len(census.target)}, loader)
+    prior = DistributionPriorLoss(model.num_blocks).target.numpy()
+    drawn = []
+    for name, chart in charts.summary_charts(census, prior, names, example_of, style).items():
+        drawn.append((chart.title, chart.explanation, _png(chart.figure)))
+        _save(folder / f"{name}.png", drawn[-1][2])
+    if args.html:
+        pages.write_gallery(folder / GALLERY, f"{args.data_set}: token depths", _facts(shown), shown, names, style)
+    facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_census(census)]
+    pages.write_summary(folder / SUMMARY, f"{args.data_set}: summary", facts, drawn, GALLERY if args.html else None)
+    log(f"summary of {len(census.target)} images in {folder / SUMMARY}")
+
+
+# Training runs -----------------------------------------------------------------------------------
+
+
+def draw_curves(folders: Sequence[Path], folder: Path) -> None:
+    """Accuracy, losses, depth and multiply-adds over the epochs of runs, and accuracy against multiply-adds."""
+    runs = charts.read_runs(folders)
+    _save(folder / "curves.png", _png(charts.curves(runs)))
+    _save(folder / "accuracy_macs.png", _png(charts.accuracy_against_macs(runs)))
+    log(f"curves of {len(runs)} run(s) in {folder}")
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def _facts(specimens: Sequence[Specimen]) -> list[tuple[str, str]]:
+    """Means over the images shown."""
+    known = [one for one in specimens if one.target >= 0]
+    right = [("top-1", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
+    depth = sum(one.mean_depth for one in specimens) / len(specimens)
+    saved = 1 - sum(one.macs for one in specimens) / sum(one.static_macs for one in specimens)
+    return [("images", f"{len(specimens):,}"), *right, ("mean depth", f"{depth:.2f}"), ("saved", f"{saved:.1%}")]
+
+
+def _facts_of_census(census: Census) -> list[tuple[str, str]]:
+    macs, static_macs = census.macs.mean(), census.static_macs
+    return [
+        ("images", f"{len(census.target):,}"),
+        ("top-1", f"{census.is_right.mean():.2%}"),
+        ("patch depth", f"{census.depth.mean():.2f} of {census.num_blocks}"),
+        ("class token depth", f"{census.class_token_depth.mean():.2f}"),
+        ("multiply-adds", f"{pictures.macs_text(macs)} of {pictures.macs_text(static_macs)}"),
+        ("saved", f"{1 - macs / static_macs:.1%}"),
+    ]
+
+
+def _png(picture: Image.Image | Figure) -> bytes:
+    file = io.BytesIO()
+    save = picture.savefig if isinstance(picture, Figure) else picture.save
+    save(file, format="png")
+    return file.getvalue()
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def _save(path: Path, content: bytes) -> None:
+    with checkpoints.writing(path):
+        checkpoints.write_whole(path, lambda file: file.write(content), durable=False)
+
+
+if __name__ == "__main__":
+    main()

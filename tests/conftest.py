@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import settings
 from PIL import Image
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import models_act  # noqa: E402
+from specimens import Specimen  # noqa: E402
 
 settings.register_profile("repository", deadline=None, max_examples=40)  # timings are noisy
 settings.load_profile("repository")
@@ -69,8 +71,29 @@ def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = Fals
     return model
 
 
+def save_halting_micro(path: Path, num_classes: int, **entries) -> Path:
+    """A checkpoint of avit_micro_patch4_32 whose tokens halt around block 6, with its gate and other entries."""
+    torch.manual_seed(0)
+    model = timm.create_model("avit_micro_patch4_32", num_classes=num_classes)
+    models_act.impose_depths(model, 6, 2)
+    gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center}
+    torch.save({"model": model.state_dict(), "gate": gate, **entries}, path)
+    return path
+
+
 def images(batch: int = 6, size: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def make_specimen(index=0, depth=((1, 2), (3, 8)), target=0, prediction=0, confidence=0.9, **kwargs) -> Specimen:
+    values = {"name": f"image {index}", "pixels": np.full((4, 4, 3), index % 256, np.uint8), "macs": 2.0}
+    values |= {
+        "depth": np.array(depth, np.uint8),
+        "prefix_depth": np.array([4], np.uint8),
+        "static_macs": 8.0,
+        **kwargs,
+    }
+    return Specimen(index=index, target=target, prediction=prediction, confidence=confidence, **values)
 
 
 def assert_halting(halting: models_act.Halting, num_blocks: int = 8) -> None:

@@ -13,8 +13,10 @@ from datasets import (
     DATA_SETS,
     Augmentation,
     build_dataset,
+    class_names,
     denormalize,
     evaluation_transform,
+    image_name,
     spread_sample,
     training_transform,
 )
@@ -207,7 +209,9 @@ def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, worker
     val = build_dataset("wds/any", str(root), False, (32, 32), num_classes=16)
     assert labels(val, workers) == labels(val, workers)
     assert sorted(labels(val, workers)) == list(range(15))
-    assert spread_sample(val, 3).shape == (3, 3, 32, 32)
+    sample, targets = spread_sample(val, 3)
+    assert sample.shape == (3, 3, 32, 32)
+    assert targets.tolist() == labels(val, 0)[:3]
 
 
 def test_loader_processes_divide_the_shards(tmp_path, capsys):
@@ -301,3 +305,41 @@ def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr("streams.check_reader", lambda name: None)
     with pytest.raises(UserError, match="needs the package tensorflow: pip install tensorflow"):
         build_dataset("tfds/mnist", str(tmp_path), True, (32, 32), PLAIN)
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+PAIRS = '[["n01", " tench\\n"], ["n9", "x"]]'
+
+
+@pytest.mark.parametrize(
+    "content", ['{"0": ["n01", "tench"]}', '{"0": "tench"}', '{"n01": "tench"}', '["tench"]', PAIRS]
+)
+def test_names_from_a_class_index(tmp_path, content):
+    (tmp_path / "imagenet_class_index.json").write_text(content)
+    assert class_names(["n01", "n02"], str(tmp_path), None) == ["tench", "n02"]
+    assert class_names(["n01", "n02"], None, str(tmp_path / "imagenet_class_index.json")) == ["tench", "n02"]
+
+
+def test_without_a_class_index_the_folders_names_count(tmp_path):
+    assert class_names(["n01", "n02"], str(tmp_path), None) == ["n01", "n02"]
+    assert class_names(["0", "1"], None, None) == ["0", "1"]
+
+
+@pytest.mark.parametrize("content", ["", "7", "{", '{"0": 5}', '{"0": ["a"]}', '{"0": ["a", 5]}', "[" * 10**5, "null"])
+def test_broken_class_indices(tmp_path, content):
+    (tmp_path / "class_index.json").write_text(content)
+    with pytest.raises(UserError, match="no class index"):
+        class_names(["n01"], str(tmp_path), None)
+
+
+def test_a_missing_class_index():
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        class_names(["n01"], None, "gone.json")
+
+
+def test_images_have_their_files_names(image_folder):
+    data = build_dataset("IMNET", str(image_folder), False, (32, 32))
+    assert image_name(data, 4).endswith("class_1/1.png")
+    assert image_name(build_dataset("DIGITS", None, False, (32, 32)), 4) == "image 4"

@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import ROOT, halting_model, images, make_image_folder, make_shards
+from conftest import ROOT, halting_model, images, make_image_folder, make_shards, save_halting_micro
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 import losses
 from datasets import Augmentation, build_dataset
 from engine_act import Epoch, Trainer, train_one_epoch
-from models_act import impose_depths
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "2"]
 LAUNCHERS = {
@@ -40,11 +39,7 @@ def halting_checkpoint(tmp_path_factory):
     """Of a network whose tokens halt; and 13 validation images, which neither 2 nor 3 divides."""
     root = tmp_path_factory.mktemp("distributed")
     data = make_image_folder(root / "data", classes=13, train=2, val=1)
-    model = timm.create_model("avit_micro_patch4_32", num_classes=13)
-    impose_depths(model, 6, 2)
-    gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center}
-    torch.save({"model": model.state_dict(), "gate": gate}, root / "c.pth")
-    return data, root / "c.pth"
+    return data, save_halting_micro(root / "c.pth", num_classes=13)
 
 
 def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, tmp_path):

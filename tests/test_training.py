@@ -36,7 +36,8 @@ def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs)
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.01, 0.01)
     ema = ModelEmaV3(model, 0.9)
     trainer = Trainer(model, criterion, optimizer, torch.device("cpu"), accum_steps=accum_steps, ema=ema)
-    options = {"epochs": epochs, "output_dir": output_dir, "tensorboard": False, "flags": {"lr": 0.1}, **kwargs}
+    options = {"epochs": epochs, "output_dir": output_dir, "tensorboard": False, "flags": {"lr": 0.1}}
+    options |= {"classes": list("abcdefg"), **kwargs}
     return TrainingRun(trainer, schedule, loader, evaluation_loader(data, 5, **loading), **options)
 
 

@@ -1,68 +1,253 @@
+"""Pictures end to end, in this process."""
+
+import json
+import time
+
 import numpy as np
 import pytest
 import torch
-from conftest import halting_model, images
+from conftest import halting_model, images, make_image_folder, save_halting_micro
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+import main_act
+import pictures
 import visualize
+from datasets import denormalize
+from loaders import evaluation_loader
 
 CPU = torch.device("cpu")
+KINDS = ("ref", "token_depth", "combined")
+SMALL = ("--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4")
 
 
-def run_demo(tmp_path, order=range(12), batch_size=5, model=None):
-    model = model or halting_model()
+def run_main(*argv):
+    main_act.main([*SMALL, *map(str, argv)])
+
+
+# --demo ------------------------------------------------------------------------------------------
+
+
+def run_demo(folder, order=range(12), batch_size=5, **options):
+    model = halting_model()
     x, targets = images(12), torch.arange(12) % 3
     order = list(order)
-    loader = DataLoader(TensorDataset(x[order], targets[order]), batch_size)
-    return visualize.demo(model, loader, CPU, "none", tmp_path), model, x, targets
+    loader = evaluation_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
+    visualize.demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
+    return model, x, targets
 
 
 def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
-    folder, model, x, targets = run_demo(tmp_path)
-    assert folder == tmp_path / "token_act_visualization"
-    names = {f"class{c}_{kind}.jpg" for c in range(3) for kind in ("ref", "token_depth", "combined")}
-    assert {p.name for p in folder.iterdir()} == names | {"rows.png"}
+    model, x, targets = run_demo(tmp_path)
+    names = {f"class{c}_{kind}.jpg" for c in range(3) for kind in KINDS}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"teaser.png"}
     with torch.no_grad():
         depth = model.eval()(x, return_halting=True)[1].depth[:, 1:]
     assert len(depth.unique()) >= 4
     for c in range(3):
         members = (targets == c).nonzero()[:, 0]
         shown = members[depth[members].std(dim=1, correction=0).argmax()]
-        picture = np.asarray(Image.open(folder / f"class{c}_ref.jpg")).astype(float)
-        pixels = visualize.denormalize(x[shown]).permute(1, 2, 0).numpy()
-        expected = np.asarray(visualize.enlarge(Image.fromarray(pixels))).astype(float)
+        picture = np.asarray(Image.open(tmp_path / f"class{c}_ref.jpg")).astype(float)
+        pixels = denormalize(x[shown]).permute(1, 2, 0).numpy()
+        expected = np.asarray(pictures.enlarge(pixels, pictures.Style(8))).astype(float)
         assert np.abs(picture - expected).mean() < 10  # JPEG
 
 
 def test_order_and_batch_size_do_not_matter(tmp_path):
-    first = run_demo(tmp_path / "a")[0]
-    second = run_demo(tmp_path / "b", order=reversed(range(12)), batch_size=12)[0]
-    for path in first.iterdir():
-        assert path.read_bytes() == (second / path.name).read_bytes()
+    run_demo(tmp_path / "a")
+    run_demo(tmp_path / "b", order=reversed(range(12)), batch_size=12)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_pictures_have_equal_height_and_follow_the_grid(tmp_path):
-    depth = np.arange(1, 9, dtype=float).reshape(2, 4)
-    specimen = visualize.Specimen(1.0, 0, np.zeros((16, 32, 3), np.uint8), depth)
-    visualize._draw(specimen, 8, tmp_path / "class0")
-    pictures = {name: Image.open(tmp_path / f"class0_{name}.jpg") for name in ("ref", "token_depth", "combined")}
-    assert len({p.height for p in pictures.values()}) == 1
-    assert pictures["ref"].size == (512, 256)
-    colors = visualize.colors(depth, 8)
-    shown = np.asarray(visualize.heat_map(depth, 8, (512, 256)))
-    assert (shown[64::128, 64::128] == colors).all()
+def test_several_images_of_a_class_and_a_gallery(tmp_path):
+    run_demo(tmp_path, per_class=2, html=True)
+    names = {f"class{c}{number}_{kind}.jpg" for c in range(3) for number in ("", "_2") for kind in KINDS}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"teaser.png", "index.html"}
 
 
-def test_whiter_is_deeper_and_full_depth_is_white():
-    shades = visualize.colors(np.arange(1, 13, dtype=float), 12).astype(int).sum(axis=1)
-    assert (np.diff(shades) > 0).all()
-    assert (visualize.colors(np.array([12.0]), 12) == 255).all()
-    assert (visualize.colors(np.array([24.0]), 24) == 255).all()
+def test_nothing_to_show_is_told(tmp_path, capsys):
+    model = halting_model()
+    with torch.no_grad():
+        targets = model.eval()(images(4)).argmax(dim=1)
+    loader = evaluation_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
+    visualize.demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
+    assert "no image to show by --demo-by wrong" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", [(32, 32), (224, 224), (40, 300)])
-def test_enlarging_keeps_the_shape(size):
-    picture = visualize.enlarge(Image.new("RGB", size))
-    assert min(picture.size) >= visualize.PICTURE_SIZE
-    assert picture.width * size[1] == picture.height * size[0]
+def test_demo_flags(image_folder, tmp_path):
+    checkpoint = save_halting_micro(tmp_path / "c.pth", 3)
+    (image_folder / "imagenet_class_index.json").write_text(json.dumps({"0": ["class_0", "a <b>fish</b>"]}))
+    flags = ("--demo-images", 3, "--demo-by", "random", "--demo-dir", tmp_path / "drawn", "--html")
+    run_main("--data-path", image_folder, "--demo", "--finetune", checkpoint, *flags)
+    assert len(list((tmp_path / "drawn").glob("class*_combined.jpg"))) == 9
+    page = (tmp_path / "drawn" / "index.html").read_text()
+    assert "fish" in page
+    assert "<b>fish" not in page
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
+    class Many(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index)), index
+
+    model = halting_model(img_size=224, patch_size=16, num_classes=1000)
+    loader = evaluation_loader(Many(), 50, num_workers=0, pin_memory=False)
+    start = time.perf_counter()
+    visualize.demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
+    seconds = time.perf_counter() - start
+    print(f"1,000 classes, inference included: {seconds:.0f} s")
+    assert len(list(tmp_path.glob("*.jpg"))) == 3000
+    assert seconds < 120
+
+
+# visualize.py IMAGE... ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("visualize") / "micro.pth"
+    args = {"model": "avit_micro_patch4_32", "input_size": [32]}
+    return save_halting_micro(path, 3, args=args, classes=["class_0", "class_1", "class_2"])
+
+
+def visualise(*argv):
+    visualize.main([*map(str, argv), "--num_workers", "0", "--batch-size", "4"])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five images in three formats, two of one name, one in a folder with a class's name."""
+    folder = tmp_path / "photos"
+    (folder / "class_1").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "c.webp", "d e.png", "class_1/a.png"):
+        Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_files_folders_and_globs(photos, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    visualise(photos / "b.jpg", photos, photos / "*.webp", "--finetune", checkpoint, "--output-dir", out, "--html")
+    stems = ("a", "a_2", "b", "c", "d e")
+    expected = {f"{stem}{end}" for stem in stems for end in ("_panel.png", ".gif")}
+    assert {p.name for p in out.iterdir()} == expected | {"index.html"}
+    assert Image.open(out / "a.gif").n_frames == 12
+    assert "class_1" in (out / "index.html").read_text()
+
+
+def test_options_of_the_pictures(photos, checkpoint, tmp_path):
+    sizes = {}
+    for size in (64, 128):
+        out = tmp_path / str(size)
+        options = ("--size", size, "--cmap", "hot", "--animation", "webp")
+        visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", out, *options)
+        assert {p.name for p in out.iterdir()} == {"a_panel.png", "a.webp"}
+        sizes[size] = Image.open(out / "a_panel.png").width
+    assert sizes[128] > 1.7 * sizes[64]
+    visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", tmp_path / "none", "--animation", "none")
+    assert {p.name for p in (tmp_path / "none").iterdir()} == {"a_panel.png"}
+
+
+def test_other_sizes_and_non_square_inputs(photos, checkpoint, tmp_path):
+    options = ("--input-size", 16, 40, "--output-dir", tmp_path / "out", "--animation", "none")
+    visualise(photos / "a.png", "--finetune", checkpoint, *options)
+    panel = Image.open(tmp_path / "out" / "a_panel.png")
+    assert panel.width > 7 * 224 * 40 // 16
+
+
+def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tmp_path, capsys):
+    (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
+    with pytest.raises(SystemExit) as stopped:
+        visualise(photos, photos / "gone.png", "--finetune", checkpoint, "--output-dir", tmp_path / "out")
+    assert stopped.value.code == 1
+    err = capsys.readouterr().err
+    assert "b.jpg: cannot be read as an image" in err
+    assert "gone.png: no such file or folder" in err
+    assert len(list((tmp_path / "out").glob("*.gif"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "expected images, --summary or --curves"),
+        ("a.png --summary --finetune c.pth", "one of them"),
+        ("a.png", "--finetune"),
+        ("gone.png --finetune {c}", "gone.png: no such file or folder"),
+        ("{empty} --finetune {c}", "no image in this folder; looked for .jpg"),
+        ("{empty}/*.png --finetune {c}", "no file matches it"),
+        ("a.png --finetune gone.pth", "gone.pth"),
+        ("a.png --finetune {c} --cmap hott", "did you mean hot"),
+        ("{photos} --finetune {c} --model avit_tiny_patch16_224", "it fits avit_micro_patch4_32"),
+        ("{photos} --finetune {foreign}", "fits none of our models"),
+        ("{photos}/notes.txt --finetune {c}", "not one image could be read"),
+        ("--summary --finetune {c}", "--data-path"),
+        ("--curves {empty}", "log.txt"),
+    ],
+)
+def test_bad_input(argv, message, photos, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "foreign.pth")
+    places = {"c": checkpoint, "photos": photos, "empty": tmp_path / "empty", "foreign": tmp_path / "foreign.pth"}
+    with pytest.raises(SystemExit) as stopped:
+        visualise(*argv.format(**places).split())
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("visualize.py: error: ")
+    assert message in last
+
+
+def test_a_foreign_checkpoint_tells_its_model_by_its_weights(photos, tmp_path, capsys):
+    foreign = save_halting_micro(tmp_path / "micro-10-30.pth", 3)
+    visualise(photos / "a.png", "--finetune", foreign, "--output-dir", tmp_path / "out", "--animation", "none")
+    assert (tmp_path / "out" / "a_panel.png").exists()
+
+
+# visualize.py --summary, --curves ----------------------------------------------------------------
+
+CHARTS = ("depth_histogram", "live_tokens", "class_token_depth", "class_depths", "accuracy_against_depth")
+
+
+def test_summary(image_folder, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    visualise("--summary", "--data-path", image_folder, "--finetune", checkpoint, "--output-dir", out, "--html")
+    expected = {f"{name}.png" for name in (*CHARTS, "halting_scores")} | {"summary.html", "index.html"}
+    assert {p.name for p in out.iterdir()} == expected
+    page = (out / "summary.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert "avit_micro_patch4_32" in page
+
+
+def test_summary_of_another_class_count(tmp_path, checkpoint, capsys):
+    data = make_image_folder(tmp_path / "data", classes=4, val=1)
+    with pytest.raises(SystemExit) as stopped:
+        visualise("--summary", "--data-path", data, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
+    assert stopped.value.code == 2
+    assert "its head has 3 classes, the data has 4" in capsys.readouterr().err
+
+
+def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
+    out = tmp_path / "run"
+    gate = ("--gate_scale", 10, "--gate_center", 5)
+    run_main("--data-path", image_folder, "--output_dir", out, "--epochs", 2, *gate, "--tensorboard")
+    visualise("--curves", out, "--output-dir", tmp_path / "curves")
+    assert {p.name for p in (tmp_path / "curves").iterdir()} == {"curves.png", "accuracy_macs.png"}
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out), size_guidance={"histograms": 0}).Reload()
+    assert [event.step for event in events.Images("test/token_depth")] == [0, 1]
+    assert [event.step for event in events.Histograms("test/depth")] == [0, 1]
+    last = json.loads((out / "log.txt").read_text().splitlines()[-1])
+    histogram = events.Histograms("test/depth")[-1].histogram_value
+    assert histogram.sum == pytest.approx(last["test_depth_mean"])
+    assert sum(histogram.bucket) == pytest.approx(1)
+    classes = main_act.checkpoints.load_checkpoint(str(out / "checkpoint.pth"))["classes"]
+    assert classes == ["class_0", "class_1", "class_2"]

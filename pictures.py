@@ -1,0 +1,230 @@
+"""Pictures of single images and the depths of their patches, drawn with Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
+
+from specimens import Specimen
+
+PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 205  # HALTED: the grey of a patch that has left
+OVERLAY = 0.6  # share of the depth's colour over the image
+FRAME_SECONDS = 0.45
+COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
+PAPERS_COLORMAP = "hot"  # from black to white, whiter is deeper
+
+
+@dataclass(frozen=True)
+class Style:
+    """How depths 1..num_blocks are drawn: in which of matplotlib's colour maps, sides of how many pixels at least."""
+
+    num_blocks: int
+    colormap: str = COLORMAP
+    size: int = 224
+
+    @property
+    def gap(self) -> int:
+        return max(self.size // 28, 4)
+
+    @property
+    def text_height(self) -> int:
+        """Of the letters, in pixels."""
+        return max(self.size // 15, 11)
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def colors(depth: np.ndarray, style: Style) -> np.ndarray:
+    """depth: [...], 0..num_blocks -> [..., 3] uint8; full depth is always the map's last colour."""
+    rgba = np.asarray(colormaps[style.colormap](depth / style.num_blocks))
+    return (rgba[..., :3] * 255).round().astype(np.uint8)
+
+
+def enlarge(pixels: np.ndarray, style: Style) -> Image.Image:
+    """pixels: [H, W, 3] uint8, enlarged by a whole factor, without smoothing, to at least the style's size."""
+    picture = Image.fromarray(pixels)
+    factor = -(-style.size // min(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def heat_map(depth: np.ndarray, size: tuple[int, int], style: Style) -> Image.Image:
+    """depth: [grid height, grid width] -> a picture of `size` (width, height), one flat rectangle per patch."""
+    return Image.fromarray(colors(depth, style)).resize(size, Image.Resampling.NEAREST)
+
+
+def overlay(specimen: Specimen, style: Style) -> Image.Image:
+    """The depth map laid over the image in grey."""
+    image = enlarge(specimen.pixels, style)
+    return Image.blend(image.convert("L").convert("RGB"), heat_map(specimen.depth, image.size, style), OVERLAY)
+
+
+def in_block(specimen: Specimen, block: int, style: Style) -> Image.Image:
+    """The patches that this block processes (1 is the first); those that halted before are greyed out."""
+    image = enlarge(specimen.pixels, style)
+    grey = image.convert("L").point(lambda value: HALTED + value // 8)
+    halted = Image.fromarray(((specimen.depth < block) * 255).astype(np.uint8))
+    return Image.composite(grey.convert("RGB"), image, halted.resize(image.size, Image.Resampling.NEAREST))
+
+
+def live_share(specimen: Specimen, block: int) -> float:
+    """Of the patches: those that this block processes."""
+    return float((specimen.depth >= block).mean())
+
+
+@cache
+def font(height: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", height)
+
+
+def line(text: str, width: int, style: Style, color: str = INK, centred: bool = False) -> Image.Image:
+    """One line of text in a picture of this width; cut short where it is too long."""
+    letters = font(style.text_height)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    if letters.getlength(text) > width:
+        while text and letters.getlength(text + "…") > width:
+            text = text[:-1]
+        text += "…"
+    picture = Image.new("RGB", (width, style.text_height * 3 // 2), PAPER)
+    left, anchor = (width / 2, "mm") if centred else (0, "lm")
+    ImageDraw.Draw(picture).text((left, picture.height / 2), text, fill=color, font=letters, anchor=anchor)
+    return picture
+
+
+def legend(height: int, style: Style) -> Image.Image:
+    """The colours of all depths, from 1 at the bottom to full depth at the top."""
+    blocks, letters = style.num_blocks, font(style.text_height)
+    swatch, label = max(height // 14, 8), int(letters.getlength(str(blocks))) + 1
+    picture = Image.new("RGB", (swatch + style.gap // 2 + label, height), PAPER)
+    draw, step = ImageDraw.Draw(picture), height / blocks
+    every = -(-blocks * style.text_height // height)  # labels do not overlap
+    for depth in range(1, blocks + 1):
+        top, bottom = round(height - depth * step), round(height - (depth - 1) * step) - 1
+        fill = tuple(colors(np.array(depth), style).tolist())
+        draw.rectangle([0, top, swatch - 1, bottom], fill=fill, outline="gray")
+        if (blocks - depth) % every == 0:
+            middle = min(max((top + bottom) / 2, style.text_height / 2), height - style.text_height / 2)
+            draw.text((swatch + style.gap // 2, middle), str(depth), fill=INK, font=letters, anchor="lm")
+    return picture
+
+
+def beside(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    """In a row on white, with their tops at one height."""
+    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
+    left = 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + gap
+    return canvas
+
+
+def below(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """In a column on white, flush left."""
+    height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (max(p.width for p in pictures), height), PAPER)
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height + gap
+    return canvas
+
+
+def framed(picture: Image.Image, margin: int) -> Image.Image:
+    """With a white margin around it."""
+    canvas = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), PAPER)
+    canvas.paste(picture, (margin, margin))
+    return canvas
+
+
+# Whole pictures -----------------------------------------------------------------------------------
+
+
+def caption(specimen: Specimen, class_names: Sequence[str], style: Style) -> list[tuple[str, str]]:
+    """Lines of text about an image, each with its colour: class, prediction, depth."""
+    predicted = f"{class_names[specimen.prediction]}, {specimen.confidence:.1%}"
+    lines = [(f"predicted: {predicted}", WARNING if specimen.is_wrong else INK)]
+    if specimen.target >= 0:
+        lines.insert(0, (f"class: {class_names[specimen.target]}", INK))
+    cost = f"{macs_text(specimen.macs)} multiply-adds, {specimen.saved:.0%} saved"
+    return [*lines, (f"mean depth {specimen.mean_depth:.1f} of {style.num_blocks}; {cost}", INK)]
+
+
+def macs_text(macs: float) -> str:
+    """With three digits and a unit: 0.8e9 is '800 M'."""
+    return f"{macs / 1e9:.3g} G" if macs >= 1e9 else f"{macs / 1e6:.3g} M"
+
+
+def captioned(picture: Image.Image, lines: list[tuple[str, str]], style: Style) -> Image.Image:
+    """Puts lines of text under a picture."""
+    texts = [line(text, picture.width, style, color) for text, color in lines]
+    return below([picture, *texts], gap=style.gap // 4)
+
+
+def demo_pictures(specimen: Specimen, class_names: Sequence[str], style: Style) -> dict[str, Image.Image]:
+    """The image, its depth map with a legend, and the two side by side with a caption, by name."""
+    reference = enlarge(specimen.pixels, style)
+    depth_map = heat_map(specimen.depth, reference.size, style)
+    depth_map = beside([depth_map, legend(reference.height, style)], style.gap)
+    combined = beside([reference, depth_map], style.gap)
+    combined = framed(captioned(combined, caption(specimen, class_names, style), style), style.gap)
+    left, top = style.gap + reference.width + style.gap, style.gap
+    outline = (left - 1, top - 1, left + reference.width, top + reference.height)  # white patches end somewhere
+    ImageDraw.Draw(combined).rectangle(outline, outline="gray")
+    return {"ref": reference, "token_depth": depth_map, "combined": combined}
+
+
+def panel(specimen: Specimen, class_names: Sequence[str], style: Style) -> Image.Image:
+    """An image, its depth map, the two laid over each other, and what is left in four of the blocks."""
+    image = enlarge(specimen.pixels, style)
+    depth_map = heat_map(specimen.depth, image.size, style)
+    scale = legend(image.height, style)
+    columns = [("input", image), ("depth", beside([depth_map, scale], style.gap)), ("both", overlay(specimen, style))]
+    for quarter in range(1, 5):
+        block = max(style.num_blocks * quarter // 4, 1)
+        title = f"in block {block}: {live_share(specimen, block):.0%}"
+        columns.append((title, in_block(specimen, block, style)))
+    titled = [below([line(title, picture.width, style), picture]) for title, picture in columns]
+    row = beside(titled, style.gap)
+    name = line(Path(specimen.name).name, row.width, style)
+    return framed(captioned(below([name, row]), caption(specimen, class_names, style), style), style.gap)
+
+
+def sheet(specimens: Sequence[Specimen], class_names: Sequence[str], style: Style) -> Image.Image:
+    """Several images in a row, their depth maps under them, with predictions and mean depths."""
+    columns = []
+    for one in specimens:
+        image = enlarge(one.pixels, style)
+        texts = [(class_names[one.prediction], WARNING if one.is_wrong else INK)]
+        texts.append((f"depth {one.mean_depth:.1f}", INK))
+        pair = below([image, heat_map(one.depth, image.size, style)], style.gap)
+        columns.append(captioned(pair, texts, style))
+    return framed(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap)
+
+
+def frames(specimen: Specimen, style: Style) -> list[Image.Image]:
+    """One picture per block: the patches that it processes, and how many of them there are."""
+    pictures = []
+    for block in range(1, style.num_blocks + 1):
+        picture = in_block(specimen, block, style)
+        text = f"block {block}: {live_share(specimen, block):.0%} live"
+        pictures.append(framed(below([picture, line(text, picture.width, style)], style.gap // 2), style.gap))
+    return pictures
+
+
+def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
+    """An endless GIF or WebP that rests on its last picture."""
+    times = [int(FRAME_SECONDS * 1000)] * (len(pictures) - 1) + [int(FRAME_SECONDS * 4000)]
+    first, *others = pictures
+    file = BytesIO()
+    options = {"lossless": True} if kind == "webp" else {}
+    first.save(file, kind.upper(), save_all=True, append_images=others, duration=times, loop=0, **options)
+    return file.getvalue()

@@ -1,0 +1,207 @@
+"""What a network did with single images, and which of them to show."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+import utils
+from datasets import denormalize, image_name
+from loaders import ImageLoader, plain_images
+from models_act import macs_per_image
+from utils import autocast
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """An image, and what the network did with it.
+
+    index: its place in the data set; name: of its file, or that number;
+    pixels: [H, W, 3] uint8, as the network saw it;
+    depth: [grid height, grid width] uint8, 1..L, of its patches; prefix_depth: [P], of the class token and its like;
+    prediction, target: class indices, the target -1 where it is unknown; confidence: probability of the prediction;
+    macs, static_macs: multiply-adds, and those of the static network.
+    """
+
+    index: int
+    name: str
+    pixels: np.ndarray
+    depth: np.ndarray
+    prefix_depth: np.ndarray
+    prediction: int
+    confidence: float
+    target: int
+    macs: float
+    static_macs: float
+
+    @property
+    def mean_depth(self) -> float:
+        """Of all tokens."""
+        return float(np.concatenate([self.prefix_depth, self.depth.ravel()]).mean())
+
+    @property
+    def depth_spread(self) -> float:
+        """Standard deviation over the patches."""
+        return float(self.depth.std())
+
+    @property
+    def saved(self) -> float:
+        """Share of the static network's multiply-adds."""
+        return 1 - self.macs / self.static_macs
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.target not in (-1, self.prediction)
+
+
+class Examined(NamedTuple):
+    """A batch: its images one by one, and the mean halting score of its patches after each block, [L]."""
+
+    specimens: list[Specimen]
+    layer_scores: Tensor
+
+
+@torch.no_grad()
+def examine(
+    model: nn.Module,
+    images: Tensor,
+    device: torch.device,
+    amp: str,
+    *,
+    targets: list[int],
+    names: list[str],
+    indices: list[int],
+) -> Examined:
+    """images: [B, 3, H, W], normalised, with B targets (-1: unknown), names and places in the data set."""
+    model.eval()
+    with autocast(device, amp):
+        logits, halting = model(images.to(device, non_blocking=True), return_halting=True)
+    confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
+    macs = macs_per_image(model, halting.depth).tolist()
+    static_macs = macs_per_image(model, torch.full_like(halting.depth[:1], model.num_blocks)).item()
+    depth = halting.depth.to("cpu", torch.uint8)
+    prefix, patches = depth[:, : model.num_prefix_tokens], depth[:, model.num_prefix_tokens :]
+    grids = patches.unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    pixels = denormalize(images).permute(0, 2, 3, 1)
+    arrays = (pixels.numpy(), grids.numpy(), prefix.numpy())
+    rows = zip(indices, names, *arrays, prediction.tolist(), confidence.tolist(), targets, macs)
+    return Examined([Specimen(*row, static_macs) for row in rows], halting.layer_scores.cpu())
+
+
+def examine_all(
+    model: nn.Module, loader: ImageLoader, device: torch.device, amp: str, title: str
+) -> Iterator[Examined]:
+    """One pass over this process's share of a data set, in any order, batch by batch."""
+    indices = itertools.count() if isinstance(loader.dataset, IterableDataset) else iter(loader.sampler)
+    for images, targets in utils.with_progress(loader, title, dict):
+        places = list(itertools.islice(indices, len(images)))
+        names = [image_name(plain_images(loader), place) for place in places]
+        yield examine(model, images, device, amp, targets=targets.tolist(), names=names, indices=places)
+
+
+# Which to show ------------------------------------------------------------------------------------
+
+# By which number the images of a class are chosen, largest first; None: never.
+CRITERIA: dict[str, Callable[[Specimen], float | None]] = {
+    "std": lambda specimen: specimen.depth_spread,
+    "deepest": lambda specimen: specimen.mean_depth,
+    "shallowest": lambda specimen: -specimen.mean_depth,
+    "wrong": lambda specimen: specimen.confidence if specimen.is_wrong else None,
+    "random": lambda specimen: random.Random(specimen.index).random(),
+}
+
+
+class Selection:
+    """The first `per_class` images of each class by one of CRITERIA; of equal ones, the earlier in the data set.
+
+    The order in which images come, and which process sees them, does not matter.
+    """
+
+    def __init__(self, criterion: str = "std", per_class: int = 1):
+        self.measure, self.per_class = CRITERIA[criterion], per_class
+        self.kept: dict[int, list[Specimen]] = {}
+
+    def add(self, specimen: Specimen) -> None:
+        if self.measure(specimen) is None:
+            return
+        first = self._first([*self.kept.get(specimen.target, ()), specimen])
+        if any(one is specimen for one in first):
+            own = replace(specimen, pixels=specimen.pixels.copy())  # not the whole batch's
+            self.kept[specimen.target] = [own if one is specimen else one for one in first]
+
+    def _first(self, specimens: list[Specimen]) -> list[Specimen]:
+        return heapq.nsmallest(self.per_class, specimens, key=lambda one: (-self.measure(one), one.index))
+
+    def of_all_processes(self) -> list[list[Specimen]]:
+        """A list for each class that has any, in the order of the classes; every process must call it."""
+        everyone = utils.gather(self.kept)
+        classes = sorted({target for kept in everyone for target in kept})
+        return [self._first([one for kept in everyone for one in kept.get(target, ())]) for target in classes]
+
+
+# All of them --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Census:
+    """What the network did with N images of n patches each, in no certain order.
+
+    depth: [N, n] uint8, of the patches; class_token_depth: [N] uint8; target, prediction: [N] class indices;
+    macs: [N] multiply-adds; static_macs: those of the static network;
+    layer_scores: [L], mean halting score of the patches after each block, a halted one counting 0.
+    """
+
+    depth: np.ndarray
+    class_token_depth: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray
+    macs: np.ndarray
+    static_macs: float
+    layer_scores: np.ndarray
+
+    @classmethod
+    def of(cls, batches: list[Census]) -> Census:
+        """All batches as one."""
+        arrays = {
+            name: np.concatenate([getattr(batch, name) for batch in batches])
+            for name in ("depth", "class_token_depth", "target", "prediction", "macs")
+        }
+        sizes = [len(batch.target) for batch in batches]
+        scores = np.average([batch.layer_scores for batch in batches], axis=0, weights=sizes)
+        return cls(**arrays, static_macs=batches[0].static_macs, layer_scores=scores)
+
+    @classmethod
+    def of_batch(cls, batch: Examined) -> Census:
+        specimens, scores = batch
+        return cls(
+            depth=np.stack([one.depth.ravel() for one in specimens]),
+            class_token_depth=np.array([one.prefix_depth[0] for one in specimens]),
+            target=np.array([one.target for one in specimens]),
+            prediction=np.array([one.prediction for one in specimens]),
+            macs=np.array([one.macs for one in specimens]),
+            static_macs=specimens[0].static_macs,
+            layer_scores=scores.numpy(),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.layer_scores)
+
+    @property
+    def mean_depth(self) -> np.ndarray:
+        """[N], of an image's patches."""
+        return self.depth.mean(axis=1)
+
+    @property
+    def is_right(self) -> np.ndarray:
+        """[N] bool"""
+        return self.target == self.prediction

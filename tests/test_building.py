@@ -1,0 +1,53 @@
+import argparse
+
+import pytest
+import timm
+import torch
+from conftest import save_halting_micro
+
+from building import StartingPoint
+from checkpoints import load_checkpoint
+from utils import UserError
+
+
+def start_from(path) -> StartingPoint:
+    return StartingPoint("finetune", str(path), load_checkpoint(str(path)))
+
+
+def test_what_our_checkpoints_record(tmp_path):
+    args = {"model": "avit_micro_patch4_32", "input_size": [16, 40]}
+    start = start_from(save_halting_micro(tmp_path / "c.pth", 3, args=args, classes=["a", "b", "c"]))
+    assert start.model_name() == "avit_micro_patch4_32"
+    assert start.image_size() == (16, 40)
+    assert start.class_names() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {},
+        {"args": argparse.Namespace(model="deit_tiny")},
+        {"args": {"model": ["avit_micro_patch4_32"], "input_size": "32"}, "classes": "abc"},
+        {"args": 7, "classes": ["a", "b"]},
+        {"args": {"model": "resnet50", "input_size": [1, 2, 3]}, "classes": ["a", "b", 3]},
+    ],
+)
+def test_what_cannot_be_trusted_is_found_out(tmp_path, entries):
+    start = start_from(save_halting_micro(tmp_path / "c.pth", 3, **entries))
+    assert start.model_name() == "avit_micro_patch4_32"
+    assert start.image_size() is None
+    assert start.class_names() == ["class 0", "class 1", "class 2"]
+
+
+def test_the_published_checkpoints_model_and_classes(tmp_path):
+    model = timm.create_model("avit_tiny_patch16_224")
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(model="avit_tiny")}, tmp_path / "t-10-30.pth")
+    start = start_from(tmp_path / "t-10-30.pth")
+    assert start.model_name() == "avit_tiny_patch16_224"
+    assert start.class_names()[1].startswith("goldfish")
+
+
+def test_weights_of_no_model_of_ours(tmp_path):
+    torch.save({"model": timm.create_model("resnet10t").state_dict()}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="fits none of our models"):
+        start_from(tmp_path / "c.pth").model_name()

@@ -1,0 +1,445 @@
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+import charts
+from charts import Run, accuracy_against_macs, curves, read_run, read_runs, summary_charts, teaser, wilson_interval
+from losses import DistributionPriorLoss
+from pictures import Style, colors
+from specimens import Census, Specimen
+from utils import UserError
+
+NAMES = ["depth_histogram", "live_tokens", "class_token_depth", "class_depths"]
+NAMES += ["accuracy_against_depth", "halting_scores"]
+
+
+def make_census(images=40, blocks=8, classes=5, patches=9, seed=0, depth=None) -> Census:
+    rng = np.random.default_rng(seed)
+    depths = rng.integers(1, blocks + 1, (images, patches)) if depth is None else np.full((images, patches), depth)
+    target = rng.integers(0, classes, images)
+    return Census(
+        depth=depths.astype(np.uint8),
+        class_token_depth=rng.integers(1, blocks + 1, images).astype(np.uint8),
+        target=target,
+        prediction=np.where(rng.random(images) < 0.7, target, (target + 1) % classes),
+        macs=1e6 * depths.mean(axis=1),
+        static_macs=1e6 * blocks,
+        layer_scores=rng.random(blocks),
+    )
+
+
+def make_specimen(index=0, depth=None, size=(12, 12)) -> Specimen:
+    rng = np.random.default_rng(index)
+    depth = rng.integers(1, 9, (3, 3)) if depth is None else np.array(depth)
+    pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
+    rest = (np.array([8]), 0, 0.9, 0, 1e6 * depth.mean(), 8e6)
+    return Specimen(index, f"{index}.png", pixels, depth.astype(np.uint8), *rest)
+
+
+def summary(census, class_names=None, examples=None, style=None):
+    blocks = census.num_blocks
+    prior = DistributionPriorLoss(blocks).target.numpy()
+    names = class_names or [f"class {c}" for c in range(census.target.max() + 2)]
+    return summary_charts(census, prior, names, examples or {}, style or Style(blocks))
+
+
+def heights(axes) -> np.ndarray:
+    return np.array([bar.get_height() for bar in axes.patches])
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text")) if text.get_text()]
+
+
+def assert_drawn_well(figure) -> None:
+    """Nothing warns, and no text sticks out of the picture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FigureCanvasAgg(figure).draw()
+    width, height = figure.bbox.size
+    for axes in figure.findobj(charts.Axes):
+        for text in [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *_tick_labels(axes), *_keys(axes)]:
+            box = text.get_window_extent()
+            if text.get_text() and text.get_visible() and axes.axison:
+                inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+                assert inside, (text.get_text(), box, figure.bbox)
+
+
+def _tick_labels(axes):
+    for axis, low_high in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+        for tick in axis.get_major_ticks():
+            if low_high[0] <= tick.get_loc() <= low_high[1]:
+                yield from (label for label in (tick.label1, tick.label2) if label.get_visible())
+
+
+def _keys(axes):
+    return axes.get_legend().get_texts() if axes.get_legend() else []
+
+
+# Of a data set ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "census",
+    [
+        make_census(),
+        make_census(images=1, classes=2),
+        make_census(images=9, blocks=4, depth=4),
+        make_census(images=60, blocks=24, classes=1000, depth=1),
+    ],
+    ids=["usual", "one image", "full depth", "shallow, many classes"],
+)
+def test_every_chart_can_be_drawn(census):
+    examples = {int(c): make_specimen(size=(20, 12)) for c in census.target[::2]}
+    found = summary(census, [f"$class_{c} of a very, very long name" for c in range(1000)], examples)
+    assert list(found) == NAMES
+    for chart in found.values():
+        assert chart.title
+        assert chart.explanation.endswith(".")
+        assert "\n" not in chart.explanation
+        assert any(c.isdigit() for c in chart.explanation)
+        assert_drawn_well(chart.figure)
+
+
+@pytest.mark.parametrize(("name", "field"), [("depth_histogram", "depth"), ("class_token_depth", "class_token_depth")])
+def test_shares_by_depth(name, field):
+    census, style = make_census(), Style(8, "hot")
+    (axes,) = summary(census, style=style)[name].figure.axes
+    depth = getattr(census, field)
+    assert heights(axes) == pytest.approx([(depth == d).mean() for d in range(1, 9)])
+    fills = np.array([bar.get_facecolor()[:3] for bar in axes.patches]) * 255
+    assert fills.round() == pytest.approx(colors(np.arange(1, 9), style))
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(depth.mean())
+    assert f"mean {depth.mean():.2f}" in texts(axes.figure)
+
+
+@given(st.integers(1, 6), st.integers(4, 24), st.integers(1, 5), st.integers(0, 999))
+def test_shares_are_of_the_whole_and_live_patches_never_return(images, blocks, patches, seed):
+    census = make_census(images, blocks, patches=patches, seed=seed)
+    figure = charts._figure(3)
+    shares, mean = charts._depth_bars(figure.subplots(), census.depth, Style(blocks))
+    assert shares.sum() == pytest.approx(1)
+    live = charts.live_shares(census.depth, blocks)
+    assert live.shape == (images, blocks)
+    assert (live[:, 0] == 1).all()
+    assert (np.diff(live, axis=1) <= 0).all()
+    assert live.sum(axis=1).mean() == pytest.approx(mean)  # blocks that process a patch
+
+
+def test_live_patches_per_block():
+    census = make_census()
+    chart = summary(census)["live_tokens"]
+    (axes,) = chart.figure.axes
+    live = np.array([[(image >= b).mean() for b in range(1, 9)] for image in census.depth])
+    mean = next(line for line in axes.lines if line.get_marker() == "o")
+    assert mean.get_xdata() == pytest.approx(np.arange(1, 9))
+    assert mean.get_ydata() == pytest.approx(live.mean(axis=0))
+    outer = axes.collections[0].get_paths()[0].vertices
+    for block in range(1, 9):
+        band = outer[outer[:, 0] == block, 1]
+        assert (band.min(), band.max()) == pytest.approx(tuple(np.percentile(live[:, block - 1], [10, 90])))
+    saved = f"{100 * (1 - census.macs.mean() / 8e6):.1f} %"
+    assert f"saved: {saved}\nof multiply-adds" in texts(chart.figure)
+    assert f"{saved} of the multiply-adds are saved" in chart.explanation
+
+
+def test_all_of_a_few_classes_from_shallow_to_deep():
+    census = make_census()
+    names = ["$a$", "_b_", "line\nbreak", "日本", "x" * 99, "never seen"]
+    chart = summary(census, names, {0: make_specimen()})["class_depths"]
+    (axes,) = chart.figure.axes
+    means = [census.depth[census.target == c].mean() for c in range(5)]
+    order = np.argsort(means)
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(np.sort(means))
+    shown = ["$a$", "_b_", "line break", "□□", "x" * 23 + "…"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [shown[c] for c in order]
+    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+    pictures = axes.findobj(charts.AnnotationBbox)
+    assert [picture.xy[1] for picture in pictures] == [order.tolist().index(0)]
+    assert axes.yaxis_inverted()
+    assert f"{min(means):.2f}" in chart.explanation
+    assert f"{max(means):.2f}" in chart.explanation
+    assert_drawn_well(chart.figure)
+
+
+def test_the_ends_of_many_classes_and_all_in_a_histogram():
+    census = make_census(images=400, classes=30)
+    chart = summary(census)["class_depths"]
+    bars, strip = chart.figure.axes
+    means = np.array([census.depth[census.target == c].mean() for c in range(30)])
+    order = np.argsort(means)
+    chosen = [*order[:5], *order[-5:]]
+    assert [label.get_text() for label in bars.get_yticklabels()] == [f"class {c}" for c in chosen]
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx(means[chosen])
+    assert "20 more classes" in texts(chart.figure)
+    rows = [bar.get_y() + bar.get_height() / 2 for bar in bars.patches]
+    assert rows[5] - rows[4] == pytest.approx(2)  # apart
+    assert heights(strip).sum() == 30
+
+
+def test_accuracy_of_images_of_like_depth():
+    census = make_census(images=300)
+    chart = summary(census)["accuracy_against_depth"]
+    top, bottom = chart.figure.axes
+    counts = heights(bottom)
+    assert counts.sum() == 300
+    assert 8 <= len(counts) <= 10
+    points = next(line for line in top.lines if line.get_marker() == "o")
+    depth, accuracy = points.get_data()
+    assert (counts * accuracy).sum() == pytest.approx(census.is_right.sum())
+    assert (counts * depth).sum() == pytest.approx(census.mean_depth.sum())
+    (errors,) = top.collections
+    ends = np.array([segment[:, 1] for segment in errors.get_segments()])
+    assert ends == pytest.approx(wilson_interval(accuracy, counts).T)
+
+
+def test_accuracy_of_shallow_and_deep_images():
+    census = make_census()
+    census.depth[:30], census.depth[30:] = 2, 6
+    census.prediction[:] = census.target
+    census.prediction[:10] += 1
+    census.prediction[30:35] += 1
+    chart = summary(census)["accuracy_against_depth"]
+    top, bottom = chart.figure.axes
+    assert top.lines[1].get_data() == (pytest.approx([2, 6]), pytest.approx([2 / 3, 1 / 2]))
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in bottom.patches]
+    assert [height for *_, height in bars] == [30, 10]
+    assert 2 <= bars[0][0] < bars[0][1] <= 2.4
+    assert 5.6 <= bars[1][0] < bars[1][1] <= 6
+    assert chart.explanation.startswith(
+        "Top-1 is 62.5 %: 66.7 % of images about 2.0 deep and 50.0 % of images about 6.0"
+    )
+
+
+def test_accuracy_where_all_images_are_equally_deep():
+    census = make_census(depth=8)
+    top, bottom = summary(census)["accuracy_against_depth"].figure.axes
+    assert heights(bottom).tolist() == [40]
+    assert top.lines[1].get_data() == (pytest.approx([8]), pytest.approx([census.is_right.mean()]))
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_wilson_interval(count, share):
+    share = round(share * count) / count
+    low, high = wilson_interval(np.array([share]), np.array([count]))[:, 0]
+    assert -1e-9 <= low <= share + 1e-9
+    assert share - 1e-9 <= high <= 1 + 1e-9
+    assert high - low > 0
+    for end in (low, high):  # where the share lies one standard error away
+        assert (share - end) ** 2 == pytest.approx(end * (1 - end) / count, abs=1e-9)
+
+
+def test_halting_scores_against_the_prior():
+    census = make_census(blocks=12)
+    prior = DistributionPriorLoss(12).target.numpy()
+    (axes,) = summary(census)["halting_scores"].figure.axes
+    assert heights(axes) == pytest.approx(census.layer_scores / census.layer_scores.sum())
+    assert axes.lines[0].get_ydata() == pytest.approx(prior / prior.sum())
+
+
+def test_a_static_network_has_no_halting_scores():
+    chart = charts._halting_scores(np.zeros(8), DistributionPriorLoss(8).target.numpy())
+    assert heights(chart.figure.axes[0]).tolist() == [0] * 8
+    assert "static" in " ".join(texts(chart.figure))
+    assert "is 0 in all blocks" in chart.explanation
+
+
+# Of training runs ---------------------------------------------------------------------------------
+
+
+def write_log(folder: Path, *lines) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "log.txt").write_text("\n".join(texts) + "\n")
+    return folder
+
+
+def epochs(count=5, gmacs=0.01, static=0.02, acc1=90.0, **more) -> list[dict]:
+    fixed = {"test_gmacs": gmacs, "test_gmacs_static": static, "train_lr": 0.1, "test_depth_mean": 5.0, **more}
+    return [{"epoch": e, "test_acc1": acc1 - count + 1 + e, "test_loss": 1 / (e + 1), **fixed} for e in range(count)]
+
+
+def test_a_log_with_broken_lines(tmp_path, capsys):
+    broken = ['{"epoch": 1, "test_', "[1]", '{"test_acc1": 3}', '{"epoch": NaN}', '{"epoch": true}', "[" * 10**5]
+    folder = write_log(tmp_path / "run", {"epoch": 0}, *broken, "", {"epoch": 2})
+    with (folder / "log.txt").open("ab") as file:
+        file.write(b"\0\0\xff\n")
+    run = read_run(folder)
+    assert run == Run("run", [{"epoch": 0}, {"epoch": 2}])
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(broken) + 1
+    assert all(f"{folder / 'log.txt'}, line {n}:" in text for n, text in zip([*range(2, 8), 10], warnings))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "broken", "a folder"])
+def test_no_log(tmp_path, kind):
+    folder = tmp_path / "run"
+    if kind == "a folder":
+        (folder / "log.txt").mkdir(parents=True)
+    elif kind != "missing":
+        write_log(folder, "" if kind == "empty" else "nonsense")
+    with pytest.raises(UserError, match=r"expected an --output_dir of main_act\.py, with log\.txt") as error:
+        read_run(folder)
+    assert str(folder / "log.txt") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path, monkeypatch):
+    places = ["x/a/run", "x/b/run", "y/b/run", "other"]
+    folders = [write_log(tmp_path / place, {"epoch": number}) for number, place in enumerate(places)]
+    runs = read_runs([*folders, folders[0]])
+    assert [run.name for run in runs] == ["a/run", "x/b/run", "y/b/run", "other"]
+    assert [run.lines[0]["epoch"] for run in runs] == [0, 1, 2, 3]
+    monkeypatch.chdir(folders[0])
+    assert read_runs([Path()])[0].name == "run"
+
+
+def test_a_series_has_finite_numbers_in_order_and_the_last_of_an_epoch():
+    lines = [{"epoch": 1, "x": 5, "y": 1}, {"epoch": 0, "x": 1.5, "y": 2}, {"epoch": 1, "x": 7, "y": 3}]
+    odd = [float("nan"), float("inf"), None, "3", True, [1.0], 10**400]
+    lines += [{"epoch": 2 + n, "x": value, "y": 0} for n, value in enumerate(odd)]
+    run = Run("run", [*lines, {"epoch": 20, "y": 1}])
+    assert charts.series(run, "x", "y").tolist() == [[0, 1.5, 2], [1, 7, 3]]
+    assert charts.series(run, "nothing").shape == (0, 2)
+
+
+def test_curves_of_two_runs():
+    extra = {"test_ema_acc1": 99.0, "train_loss": 3.0, "train_ponder_loss_token": 0.1, "train_distr_prior_loss": 0.2}
+    band = {"train_depth_min": 2.0, "train_depth_max": 7.5}
+    runs = [Run("static", epochs(gmacs=0.02)), Run("$ours$", epochs(7, **extra, **band))]
+    figure = curves(runs)
+    accuracy, loss, ponder, depth, macs, rate = figure.axes
+    assert [axes.get_title("left") for axes in figure.axes][4] == "multiply-adds (M)"
+    drawn = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert drawn[0] == [[86, 87, 88, 89, 90], [84, 85, 86, 87, 88, 89, 90], [99.0] * 7]
+    assert [line.get_linestyle() for line in accuracy.lines] == ["-", "-", ":"]
+    assert drawn[1][2] == [3.0] * 7
+    assert drawn[2] == [[0.1] * 7, [0.2] * 7]
+    assert drawn[3] == [[5.0] * 5, [5.0] * 7]
+    (shade,) = depth.collections
+    assert set(shade.get_paths()[0].vertices[:, 1]) == {2.0, 7.5}
+    assert macs.lines[2].get_ydata() == pytest.approx([10] * 7)
+    assert macs.lines[3].get_ydata() == pytest.approx([20] * 7)
+    assert drawn[5] == [[0.1] * 5, [0.1] * 7]
+    for axes in figure.axes:
+        assert {line.get_color() for line in axes.lines} <= set(charts.PALETTE[:2])
+    assert len({line.get_color() for line in loss.lines}) == 2
+    assert len({line.get_color() for line in ponder.lines}) == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["static", "$ours$"]
+    assert rate.get_xlim() == accuracy.get_xlim()
+    assert_drawn_well(figure)
+    legend = figure.legends[0].get_window_extent()
+    assert all(legend.y1 <= axes.get_tightbbox().y0 for axes in figure.axes)  # it covers nothing
+
+
+def test_curves_with_little_to_show():
+    figure = curves([Run("_one_", [{"epoch": 3, "test_acc1": 50.0}])])
+    (point,) = figure.axes[0].lines
+    assert point.get_marker() == "o"
+    low, high = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [3]
+    assert texts(figure).count("no data") == 5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_one_"]
+    assert_drawn_well(figure)
+
+
+def test_large_networks_are_counted_in_g():
+    figure = curves([Run("deit", epochs(gmacs=0.8, static=1.25))])
+    assert figure.axes[4].get_title("left") == "multiply-adds (G)"
+    assert figure.axes[4].lines[0].get_ydata() == pytest.approx([0.8] * 5)
+
+
+def test_many_runs_have_colours_of_their_own():
+    many = charts._run_colors(30)
+    assert len({tuple(color) for color in many}) == 30
+    assert len(set(charts._run_colors(8))) == 8
+
+
+def test_accuracy_against_multiply_adds():
+    runs = [Run("static", epochs(gmacs=0.02)), Run("ours", epochs(acc1=89.0)), Run("empty", [{"epoch": 0}])]
+    figure = accuracy_against_macs(runs)
+    (axes,) = figure.axes
+    ends = {line.get_marker(): line.get_data() for line in axes.lines if line.get_markersize() == 8}
+    assert ends["s"] == (pytest.approx([20]), [90])
+    assert ends["o"] == (pytest.approx([10]), [89])
+    (dashed,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(dashed.get_ydata()) == [90, 90]
+    way = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "."]
+    assert way == [[86, 87, 88, 89, 90], [85, 86, 87, 88, 89]]
+    assert [text.get_text() for text in axes.texts] == ["static", "ours"]
+    assert "(M)" in axes.get_xlabel()
+    assert_drawn_well(figure)
+
+
+def test_labels_of_near_points_do_not_overlap():
+    runs = [Run(f"run ${n}$ of several", epochs(3, gmacs=0.01 + 1e-5 * n, acc1=90 + 0.01 * n)) for n in range(6)]
+    figure = accuracy_against_macs(runs)
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
+def test_no_run_has_multiply_adds():
+    figure = accuracy_against_macs([Run("old", [{"epoch": 0, "test_acc1": 3.0}])])
+    assert "no data" in texts(figure)
+    assert_drawn_well(figure)
+
+
+# Of shrinking rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(1, (12, 12)), (3, (8, 24)), (4, (12, 12)), (8, (8, 24)), (10, (12, 12)), (6, (24, 8))]
+)
+def test_teaser(count, size):
+    specimens = [make_specimen(n, size=size) for n in range(count)]
+    style, first = Style(8), specimens[:8]
+    figure = teaser(specimens, style)
+    bars = figure.findobj(charts.Axes)[-1]
+    live = np.array([[(one.depth >= b).sum() for b in range(1, 9)] for one in first])
+    drawn = heights(bars).reshape(len(first) + 1, 8)
+    assert drawn[:-1].tolist() == live.tolist()
+    bottoms = np.array([bar.get_y() for bar in bars.patches]).reshape(drawn.shape)
+    assert bottoms.tolist() == (drawn.cumsum(axis=0) - drawn).tolist()  # each on those before
+    assert drawn.sum(axis=0).tolist() == [9 * len(first)] * 8  # the last ones fill up to the static network
+    assert list(bars.lines[0].get_ydata()) == [9 * len(first)] * 2
+    saved = 1 - sum(one.macs for one in first) / sum(one.static_macs for one in first)
+    assert f"saved: {100 * saved:.0f} %" in " ".join(texts(figure))
+    pictures = [axes for axes in figure.findobj(charts.Axes) if axes.images]
+    assert len(pictures) == 2 * len(first) + 1  # and the legend
+    for number, one in enumerate(first):
+        image, depth = pictures[2 * number : 2 * number + 2]
+        assert (image.images[0].get_array() == one.pixels).all()
+        assert (depth.images[0].get_array() == colors(one.depth, style)).all()
+        assert depth.images[0].get_interpolation() == "nearest"
+        frame = depth.spines["left"].get_edgecolor()
+        assert frame == image.spines["top"].get_edgecolor() == bars.patches[8 * number].get_facecolor()
+    assert pictures[-1].images[0].get_array()[:, 0].tolist() == colors(np.arange(1, 9), style).tolist()
+    assert_drawn_well(figure)
+
+
+def test_teaser_of_a_static_network():
+    figure = teaser([make_specimen(depth=np.full((3, 3), 8))], Style(8))
+    label = next(text for text in figure.findobj(charts.Axes)[-1].texts if "saved" in text.get_text())
+    assert label.get_text() == "saved: 0 % of multiply-adds"
+    assert label.get_position()[1] > 9  # over the bars
+    assert_drawn_well(figure)
+
+
+def test_names_are_drawn_as_they_are(caplog):
+    caplog.set_level(logging.WARNING)
+    assert charts._drawable(" a\tb\n$c_ ", 9) == "a b $c_"
+    assert charts._drawable("abcdef", 4) == "abc…"
+    assert charts._drawable("кошка 猫\x07", 9) == "кошка □□"
+    figure = charts._figure(1)
+    figure.text(0, 0, charts._drawable("猫", 9))
+    assert_drawn_well(figure)
+    assert not caplog.records

@@ -1,0 +1,101 @@
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_halting, halting_model, images, make_specimen
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+import specimens
+from datasets import denormalize
+from loaders import evaluation_loader
+from models_act import macs_per_image
+from specimens import Census, Selection, examine, examine_all
+
+CPU = torch.device("cpu")
+
+
+def test_a_specimen_tells_what_the_network_did():
+    model, x = halting_model(), images(6)
+    targets = [0, 1, 2, 3, 4, -1]
+    found = examine(model, x, CPU, "none", targets=targets, names=list("abcdef"), indices=range(10, 16))
+    with torch.no_grad():
+        logits, halting = model(x, return_halting=True)
+    assert_halting(halting)
+    torch.testing.assert_close(found.layer_scores, halting.layer_scores)
+    confidence, prediction = logits.softmax(dim=1).max(dim=1)
+    macs = macs_per_image(model, halting.depth)
+    for i, one in enumerate(found.specimens):
+        assert (one.index, one.name, one.target) == (10 + i, "abcdef"[i], targets[i])
+        assert one.depth.tolist() == halting.depth[i, 1:].view(4, 4).tolist()
+        assert one.prefix_depth.tolist() == halting.depth[i, :1].tolist()
+        assert one.mean_depth == pytest.approx(halting.depth[i].mean().item())
+        assert one.depth_spread == pytest.approx(halting.depth[i, 1:].std(correction=0).item())
+        assert (one.prediction, one.confidence) == (prediction[i], pytest.approx(confidence[i].item()))
+        assert one.macs == pytest.approx(macs[i].item())
+        assert one.macs < one.static_macs
+        assert (one.pixels == denormalize(x[i]).permute(1, 2, 0).numpy()).all()
+        assert one.is_wrong == (i < 5 and prediction[i] != targets[i])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8), st.booleans()), max_size=30), st.integers(1, 3))
+def test_a_selection_does_not_depend_on_order(rows, per_class):
+    population = [make_specimen(i, ((1, d), (1, 1)), t, t + wrong) for i, (t, d, wrong) in enumerate(rows)]
+    for criterion in specimens.CRITERIA:
+        chosen = []
+        for order in (population, random.Random(0).sample(population, len(population))):
+            selection = Selection(criterion, per_class)
+            for one in order:
+                selection.add(one)
+            chosen.append([[one.index for one in own] for own in selection.of_all_processes()])
+        assert chosen[0] == chosen[1]
+        assert all(len(own) <= per_class for own in chosen[0])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"), [("std", [1, 3]), ("deepest", [3, 2]), ("shallowest", [0, 1]), ("wrong", [2, 0])]
+)
+def test_what_a_criterion_chooses(criterion, expected):
+    depths = [((1, 1), (1, 1)), ((1, 1), (1, 8)), ((5, 5), (5, 5)), ((8, 8), (8, 2))]
+    population = [make_specimen(i, depth) for i, depth in enumerate(depths)]
+    population[0] = dataclasses.replace(population[0], prediction=1, confidence=0.5)
+    population[2] = dataclasses.replace(population[2], prediction=1, confidence=0.8)
+    selection = Selection(criterion, 2)
+    for one in population:
+        selection.add(one)
+    assert [one.index for one in selection.of_all_processes()[0]] == expected
+
+
+def test_random_does_not_mean_the_first():
+    selection = Selection("random", 5)
+    for index in range(100):
+        selection.add(make_specimen(index))
+    (chosen,) = selection.of_all_processes()
+    assert [one.index for one in chosen] != list(range(5))
+
+
+def test_a_selection_keeps_its_images_alone_not_their_batches():
+    batch = np.zeros((50, 4, 4, 3), np.uint8)
+    selection = Selection()
+    selection.add(dataclasses.replace(make_specimen(), pixels=batch[3]))
+    ((one,),) = selection.of_all_processes()
+    assert one.pixels.base is None or one.pixels.base.nbytes == one.pixels.nbytes
+
+
+def test_a_census_counts_every_image_once():
+    model = halting_model()
+    data = TensorDataset(images(11), torch.arange(11) % 7)
+    loader = evaluation_loader(data, 4, num_workers=0, pin_memory=False)
+    batches = list(examine_all(model, loader, CPU, "none", "Test"))
+    assert [one.index for batch in batches for one in batch.specimens] == list(range(11))
+    census = Census.of([Census.of_batch(batch) for batch in batches])
+    with torch.no_grad():
+        logits, halting = model(data.tensors[0], return_halting=True)
+    assert (census.depth == halting.depth[:, 1:].numpy()).all()
+    assert (census.class_token_depth == halting.depth[:, 0].numpy()).all()
+    assert (census.is_right == (logits.argmax(dim=1) == data.tensors[1]).numpy()).all()
+    assert census.layer_scores == pytest.approx(halting.layer_scores.numpy(), rel=1e-5)
+    assert census.macs == pytest.approx(macs_per_image(model, halting.depth).numpy())
