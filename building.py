@@ -31,7 +31,7 @@ Command = Callable[[argparse.Namespace, torch.device], "int | None"]
 
 
 def run_command(parser: argparse.ArgumentParser, args: argparse.Namespace, run: Command) -> int | None:
-    """Runs it in its process group; returns its status. SystemExit with 2 for what the user can mend, 1 for the rest."""
+    """Runs it in its process group; returns its status. SystemExit with 2 for what the user can mend, else 1."""
     try:
         with utils.process_group(args.device, args.dist_url, args.world_size) as device:
             return run(args, device)

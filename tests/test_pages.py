@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import time
@@ -18,6 +17,7 @@ import pages
 import pictures
 from pictures import Style
 from specimens import Specimen
+from utils import UserError
 
 BLOCKS = 8
 STYLE = Style(BLOCKS, size=32)
@@ -189,12 +189,12 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = gallery(tmp_path, [specimen(0)])
     before = path.read_bytes()
 
-    def full_disk(descriptor):
+    def full_disk(partial, path):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "replace", full_disk)
+        with pytest.raises(UserError, match="No space"):
             gallery(tmp_path, [specimen(1)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
