@@ -26,11 +26,13 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
 pictures: .venv/installed  ## remake example_images/ with the network of the quickstart
-	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth --demo-dir $(OUT)/pictures
-	$(BIN)/python visualize.py example_images/digit.png --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
+	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
+	  --demo-dir $(OUT)/pictures
+	$(BIN)/python visualize.py $(OUT)/pictures/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
 	  --output-dir $(OUT)/pictures
-	cp $(addprefix $(OUT)/pictures/,class4_combined.jpg class8_combined.jpg class9_combined.jpg teaser.png \
-	  digit_panel.png digit.gif) example_images/
+	cp $(addprefix $(OUT)/pictures/,teaser.png class4_combined.jpg class8_combined.jpg class9_combined.jpg) example_images/
+	cp $(OUT)/pictures/class8_ref_panel.png example_images/panel.png
+	cp $(OUT)/pictures/class8_ref.gif example_images/halting.gif
 
 test: .venv/installed-dev  ## the everyday tests
 	$(BIN)/python -m pytest -q

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from specimens import Specimen
 
-PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 205  # HALTED: the grey of a patch that has left
+PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
 FRAME_SECONDS = 0.45
 COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
