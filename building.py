@@ -25,6 +25,7 @@ from engine_act import Trainer
 from utils import LocalError, UserError, log, warn
 
 IMAGENET_CLASSES = 1000
+LARGEST_SIDE = 4096  # pixels; a checkpoint that says more is not believed
 
 
 Command = Callable[[argparse.Namespace, torch.device], "int | None"]
@@ -59,7 +60,7 @@ class StartingPoint:
     def image_size(self) -> tuple[int, int] | None:
         """Height and width that a checkpoint of ours was trained at."""
         size = self.recorded("input_size") if "gate" in self.checkpoint else None
-        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(isinstance(side, int) for side in size)
+        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(_is_side(side) for side in size)
         return (size[0], size[-1]) if is_size else None
 
     def model_name(self) -> str:
@@ -77,8 +78,11 @@ class StartingPoint:
         return checkpoints.weights_of(self.checkpoint, self.location, use_ema)
 
     def class_names(self) -> list[str]:
-        """Of the classes that it tells apart: as it records them, or ImageNet's, or numbers."""
-        count = len(self.weights().get("head.weight", ()))
+        """Of the classes that it knows: as it records them, or ImageNet's, or numbers. UserError without a head."""
+        head = self.weights().get("head.weight")
+        if head is None or head.ndim != 2 or len(head) == 0:
+            raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
+        count = len(head)
         recorded = self.checkpoint.get("classes")
         if isinstance(recorded, list) and len(recorded) == count and all(isinstance(name, str) for name in recorded):
             return recorded
@@ -97,6 +101,10 @@ class StartingPoint:
             if location:
                 return cls(flag, location, checkpoints.load_checkpoint(location))
         return cls()
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and 1 <= value <= LARGEST_SIDE
 
 
 def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint) -> nn.Module:

@@ -18,6 +18,7 @@ from specimens import Specimen
 PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
 FRAME_SECONDS = 0.45
+LONGEST_TEXT = 400  # letters; no picture is wider
 COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
 PAPERS_COLORMAP = "hot"  # from black to white, whiter is deeper
 
@@ -88,7 +89,7 @@ def font(height: int) -> ImageFont.FreeTypeFont:
 def line(text: str, width: int, style: Style, color: str = INK, centred: bool = False) -> Image.Image:
     """One line of text in a picture of this width; cut short where it is too long."""
     letters = font(style.text_height)
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = "".join(c if c.isprintable() else "?" for c in text[:LONGEST_TEXT])
     if letters.getlength(text) > width:
         while text and letters.getlength(text + "…") > width:
             text = text[:-1]

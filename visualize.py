@@ -137,6 +137,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     if args.curves:
         draw_curves([Path(run) for run in args.curves], folder)
         return 0
+    if args.images and utils.world_size() > 1:
+        raise UserError("single images are drawn by one process: start it without torchrun")
     start = StartingPoint.of(args)
     args.model = args.model or start.model_name()
     size = start.image_size() or timm.models.get_pretrained_cfg(args.model).input_size[1:]

@@ -30,6 +30,7 @@ def test_what_our_checkpoints_record(tmp_path):
         {"args": {"model": ["avit_micro_patch4_32"], "input_size": "32"}, "classes": "abc"},
         {"args": 7, "classes": ["a", "b"]},
         {"args": {"model": "resnet50", "input_size": [1, 2, 3]}, "classes": ["a", "b", 3]},
+        {"args": {"input_size": [10**6]}},
     ],
 )
 def test_what_cannot_be_trusted_is_found_out(tmp_path, entries):
@@ -51,3 +52,14 @@ def test_weights_of_no_model_of_ours(tmp_path):
     torch.save({"model": timm.create_model("resnet10t").state_dict()}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="fits none of our models"):
         start_from(tmp_path / "c.pth").model_name()
+
+
+@pytest.mark.parametrize("head", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 48)])
+def test_weights_without_a_head(tmp_path, head):
+    path = save_halting_micro(tmp_path / "c.pth", 3)
+    checkpoint = torch.load(path)
+    del checkpoint["model"]["head.weight"]
+    checkpoint["model"] |= {} if head is None else {"head.weight": head}
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="have no head"):
+        start_from(path).class_names()
