@@ -1,30 +1,61 @@
 """Evaluations side by side: python compare.py OUTPUT_DIR...
 
-Each folder holds the eval.json that `main_act.py --eval --output_dir OUTPUT_DIR` writes.
+Each folder holds what `main_act.py --eval --output_dir OUTPUT_DIR` writes. The last column is the
+difference to the first folder's top-1, with its standard error, paired by the images.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 
-def row(folder: Path) -> tuple[str, ...]:
-    """Name, top-1, mean depth, multiply-adds per image; ValueError or OSError for no evaluation."""
+HEAD = ("", "top-1", "mean depth", "multiply-adds", "difference in points")
+
+
+def row(folder: Path, first: Path) -> tuple[str, ...]:
+    """A cell for each of HEAD; ValueError, OSError or the like for no evaluation."""
     result = json.loads((folder / "eval.json").read_text())
-    return (folder.name, f"{result['acc1']:.2f} %", f"{result['depth_mean']:.2f}", f"{result['gmacs'] * 1e3:.1f} M")
+    cells = (folder.name, f"{result['acc1']:.2f} %", f"{result['depth_mean']:.2f}", f"{result['gmacs'] * 1e3:.1f} M")
+    if folder == first:
+        return (*cells, "")
+    difference, error = paired_difference(*(read_hits(place / "predictions.csv") for place in (first, folder)))
+    return (*cells, f"{difference:+.2f} ± {error:.2f}")
+
+
+def read_hits(path: Path) -> np.ndarray:
+    """Which images were recognised, [N] float, 0 or 1, in the data set's order. OSError or ValueError for none."""
+    try:
+        with path.open(newline="") as file:
+            return np.array([float(row["target"] == row["prediction"]) for row in csv.DictReader(file)])
+    except (KeyError, csv.Error) as error:
+        raise ValueError(f"{path}: no table of predictions: {error}") from error
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Top-1 of the second less that of the first, and its standard error, both in points.
+
+    first, second: [N], how often the same images were recognised, 0 to 1. ValueError for other numbers of images.
+    """
+    if first.shape != second.shape or len(first) < 2:
+        raise ValueError(f"{len(first)} and {len(second)} images cannot be paired")
+    difference = 100 * (second - first)
+    return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
 
 
 def main(argv: list[str]) -> None:
     try:
-        rows = [("", "top-1", "mean depth", "multiply-adds"), *(row(Path(folder)) for folder in argv)]
+        rows = [HEAD, *(row(Path(folder), Path(argv[0])) for folder in argv)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.stderr.write(f"compare.py: error: no evaluation: {error}\n")
         raise SystemExit(2) from error
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip())
 
 
 if __name__ == "__main__":

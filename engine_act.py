@@ -238,10 +238,12 @@ def evaluate(
     amp: str = "none",
     title: str = "Test",
     stop: StopRequest | None = None,
+    note: Callable[[Tensor, Tensor, Halting], None] | None = None,
 ) -> dict:
     """Evaluates on every image of the loader, all processes' together; each image counts once.
 
-    stop: where it is asked for, this process looks at no more images.
+    stop: where it is asked for, this process looks at no more images;
+    note: called with the targets [B], logits [B, K] and halting of each batch.
     Returns means by name: loss, acc1, acc5 (in per cent), those of `halting_figures`, `images`
     (how many), and `images_per_s`, of the forward pass in this process.
     """
@@ -262,6 +264,8 @@ def evaluate(
         logits = logits.float()
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
         averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_figures(model, halting))
+        if note is not None:
+            note(targets, logits, halting)
         if stop is not None and stop.signal:
             break
     images, means = averages.reduced()

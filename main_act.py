@@ -35,6 +35,7 @@ from datasets import class_names, spread_sample
 from engine_act import check_complete, evaluate, report, zipping_speeds
 from interrupts import Interrupted
 from loaders import evaluation_loader, training_loader
+from predictions import Predictions
 from training import TrainingRun, updates_per_epoch
 from utils import UserError, log, warn
 
@@ -77,16 +78,20 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
             html=args.html,
         )
         return
-    result = evaluate(model, loader, device, amp_of(args))
+    predictions = Predictions(loader)
+    result = evaluate(model, loader, device, amp_of(args), note=predictions.note)
     check_complete(result, loader)
     if model.halting and utils.is_main():
         sample, _ = spread_sample(images, min(args.batch_size, loader.num_images or args.batch_size))
         result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
-    if output_dir is not None and utils.is_main():
-        text = json.dumps(result, indent=2) + "\n"
-        with checkpoints.writing(output_dir):
-            checkpoints.write_whole(output_dir / "eval.json", lambda file: file.write(text.encode()))
+    if output_dir is None:
+        return
+    files = {"predictions.csv": predictions.csv(), "eval.json": (json.dumps(result, indent=2) + "\n").encode()}
+    for name, content in files.items():
+        if utils.is_main():
+            with checkpoints.writing(output_dir):
+                checkpoints.write_whole(output_dir / name, lambda file, content=content: file.write(content))
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:

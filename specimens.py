@@ -97,11 +97,16 @@ def examine(
     return Examined([Specimen(*row, static_macs) for row in rows], halting.layer_scores.cpu())
 
 
+def places_of(loader: ImageLoader) -> Iterator[int]:
+    """The places in the data set of the images that a loader yields; of a stream, they are counted as they come."""
+    return itertools.count() if isinstance(loader.dataset, IterableDataset) else iter(loader.sampler)
+
+
 def examine_all(
     model: nn.Module, loader: ImageLoader, device: torch.device, amp: str, title: str
 ) -> Iterator[Examined]:
     """One pass over this process's share of a data set, in any order, batch by batch."""
-    indices = itertools.count() if isinstance(loader.dataset, IterableDataset) else iter(loader.sampler)
+    indices = places_of(loader)
     for images, targets in utils.with_progress(loader, title, dict):
         places = list(itertools.islice(indices, len(images)))
         names = [image_name(plain_images(loader), place) for place in places]

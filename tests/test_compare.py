@@ -1,23 +1,51 @@
 import json
 
+import numpy as np
 import pytest
 
 import compare
 
 
+def write_evaluation(folder, acc1, hits):
+    folder.mkdir()
+    (folder / "eval.json").write_text(json.dumps({"acc1": acc1, "depth_mean": 6.0, "gmacs": 0.0123}))
+    rows = [f"{index},image {index},1,{int(hit)}" for index, hit in enumerate(hits)]
+    (folder / "predictions.csv").write_text("\n".join(["index,image,target,prediction", *rows]))
+
+
 def test_evaluations_side_by_side(tmp_path, capsys):
-    for name, acc1 in {"static": 95.0, "adaptive": 94.5}.items():
-        (tmp_path / name).mkdir()
-        result = {"acc1": acc1, "depth_mean": 6.0, "gmacs": 0.0123}
-        (tmp_path / name / "eval.json").write_text(json.dumps(result))
+    write_evaluation(tmp_path / "static", 75.0, [1, 1, 1, 0])
+    write_evaluation(tmp_path / "adaptive", 50.0, [1, 0, 1, 0])
     compare.main([str(tmp_path / "static"), str(tmp_path / "adaptive")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["static", "95.00", "%", "6.00", "12.3", "M"]
-    assert lines[2].split()[0] == "adaptive"
+    assert lines[1].split() == ["static", "75.00", "%", "6.00", "12.3", "M"]
+    assert lines[2].split() == ["adaptive", "50.00", "%", "6.00", "12.3", "M", "-25.00", "±", "25.00"]
 
 
-def test_a_folder_without_evaluation(tmp_path, capsys):
+@pytest.mark.parametrize("broken", ["no folder", "no table", "another table", "other images"])
+def test_what_cannot_be_compared(tmp_path, capsys, broken):
+    write_evaluation(tmp_path / "static", 75.0, [1, 1, 1, 0])
+    if broken != "no folder":
+        write_evaluation(tmp_path / "adaptive", 50.0, [1, 0, 1, 0])
+    table = tmp_path / "adaptive" / "predictions.csv"
+    if broken == "no table":
+        table.unlink()
+    elif broken == "another table":
+        table.write_text("a,b\n1,2\n")
+    elif broken == "other images":
+        table.write_text(table.read_text() + "\n4,image 4,1,1")
     with pytest.raises(SystemExit) as stopped:
-        compare.main([str(tmp_path)])
+        compare.main([str(tmp_path / "static"), str(tmp_path / "adaptive")])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("compare.py: error: no evaluation")
+
+
+def test_a_paired_difference_is_that_of_the_images():
+    rng = np.random.default_rng(0)
+    first = rng.random(2000) < 0.9
+    second = np.where(rng.random(2000) < 0.02, ~first, first)
+    difference, error = compare.paired_difference(first.astype(float), second.astype(float))
+    assert difference == pytest.approx(100 * (second.mean() - first.mean()))
+    assert error == pytest.approx(100 * np.std(second.astype(float) - first, ddof=1) / 2000**0.5)
+    unpaired = 100 * np.sqrt((first.var() + second.var()) / 2000)
+    assert error < unpaired / 2

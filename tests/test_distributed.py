@@ -49,6 +49,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, 
         out = tmp_path / str(processes)
         launch(processes, "--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out)
         results[processes] = json.loads((out / "eval.json").read_text())
+        assert (out / "predictions.csv").read_bytes() == (tmp_path / "1" / "predictions.csv").read_bytes()
     assert results[1]["depth_mean"] < 12
     for result in results.values():
         assert result["images"] == 13

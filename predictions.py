@@ -1,0 +1,41 @@
+"""What a network said of each image of an evaluation, as a table; compare.py reads it."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from torch import Tensor
+
+import utils
+from datasets import image_name
+from loaders import ImageLoader, plain_images
+from models_act import Halting
+from specimens import places_of
+
+COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
+
+
+class Predictions:
+    """Collects a row for each image of this process's share: see COLUMNS; depth is the mean of all tokens."""
+
+    def __init__(self, loader: ImageLoader):
+        self.images, self.places = plain_images(loader), places_of(loader)
+        self.rows: list[tuple] = []
+
+    def note(self, targets: Tensor, logits: Tensor, halting: Halting) -> None:
+        """targets: [B]; logits: [B, K]"""
+        confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
+        depth = halting.depth.mean(dim=1)
+        for row in zip(*(column.tolist() for column in (targets, prediction, confidence, depth))):
+            place = next(self.places)
+            self.rows.append((place, image_name(self.images, place), *row))
+
+    def csv(self) -> bytes:
+        """Of all processes, in the order of the data set; every process must call it."""
+        rows = sorted(row for own in utils.gather(self.rows) for row in own)
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows((*row[:4], f"{row[4]:.4f}", f"{row[5]:.4f}") for row in rows)
+        return file.getvalue().encode(errors="replace")
