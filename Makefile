@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := results/quickstart
+DATA := data/fashion_mnist
 
 # The digits at 32 x 32 in patches of 4 x 4: small enough for a CPU.
 DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_workers 0
 RECIPE := --batch-size 16 --no-model-ema --no-repeated-aug --drop-path 0 \
           --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0
 
-.PHONY: help quickstart pictures test test-slow lint
+.PHONY: help quickstart evidence pictures test test-slow lint
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -25,14 +26,20 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
-pictures: .venv/installed  ## remake example_images/ with the network of the quickstart
+evidence: .venv/installed  ## measure the paper's claim on Fashion-MNIST (DATA=folder), in up to 100 minutes
+	PYTHON=$(BIN)/python ./evidence.sh $(DATA)
+
+pictures: $(OUT)/adaptive/checkpoint.pth  ## remake example_images/ with the network of the quickstart
 	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
 	  --demo-dir $(OUT)/pictures
 	$(BIN)/python visualize.py $(OUT)/pictures/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
 	  --output-dir $(OUT)/pictures
 	cp $(addprefix $(OUT)/pictures/,teaser.png class4_combined.jpg class8_combined.jpg class9_combined.jpg) example_images/
 	cp $(OUT)/pictures/class8_ref_panel.png example_images/panel.png
-	cp $(OUT)/pictures/class8_ref.gif example_images/halting.gif
+	cp $(OUT)/pictures/class8_ref_halting.gif example_images/halting.gif
+
+$(OUT)/adaptive/checkpoint.pth:
+	$(MAKE) quickstart
 
 test: .venv/installed-dev  ## the everyday tests
 	$(BIN)/python -m pytest -q

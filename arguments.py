@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        _check_together(args)
+        check_together(args)
     except UserError as error:
         parser.error(str(error))
     return args
@@ -327,9 +327,9 @@ def _ignored(parser: Parser) -> None:
     add("--warmup-epoch", type=int, metavar="N", help="the original did not read it; see --warmup-epochs")
 
 
-def _check_together(args: argparse.Namespace) -> None:
+def check_together(args: argparse.Namespace) -> None:
     """UserError for values that do not go together."""
-    if len(args.input_size) > 2:
+    if args.input_size and len(args.input_size) > 2:
         raise UserError("--input-size takes one number, or height and width")
     if args.amp == "fp16" and not args.device.startswith("cuda"):
         raise UserError("--amp fp16 needs CUDA; use --amp bf16")

@@ -25,17 +25,22 @@ from engine_act import Trainer
 from utils import LocalError, UserError, log, warn
 
 IMAGENET_CLASSES = 1000
-LARGEST_SIDE = 4096  # pixels; a checkpoint that says more is not believed
+LARGEST_SIDE, MOST_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
 
 
-Command = Callable[[argparse.Namespace, torch.device], "int | None"]
+def run_command(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, run: Callable[[argparse.Namespace, torch.device], int]
+) -> None:
+    """Runs it in its process group; it returns a status.
 
-
-def run_command(parser: argparse.ArgumentParser, args: argparse.Namespace, run: Command) -> int | None:
-    """Runs it in its process group; returns its status. SystemExit with 2 for what the user can mend, else 1."""
+    SystemExit with that where it is not 0, with 2 for what the user can mend, with 1 where training fails.
+    """
     try:
         with utils.process_group(args.device, args.dist_url, args.world_size) as device:
-            return run(args, device)
+            status = run(args, device)
+        if status:
+            raise SystemExit(status)
+        return
     except UserError as error:
         status, message, everywhere = 2, str(error), isinstance(error, LocalError)
     except FloatingPointError as error:
@@ -77,18 +82,27 @@ class StartingPoint:
         """UserError where it holds none."""
         return checkpoints.weights_of(self.checkpoint, self.location, use_ema)
 
-    def class_names(self) -> list[str]:
-        """Of the classes that it knows: as it records them, or ImageNet's, or numbers. UserError without a head."""
+    def is_static(self) -> bool:
+        """Whether it is a checkpoint of ours that was trained without halting."""
+        return "gate" in self.checkpoint and self.checkpoint["gate"] is None
+
+    def classes(self) -> dict[str, str]:
+        """The classes that it knows, in order, each with a name to show: its own, or ImageNet's, or numbers.
+
+        UserError without a head.
+        """
         head = self.weights().get("head.weight")
-        if head is None or head.ndim != 2 or len(head) == 0:
+        if head is None or head.ndim != 2 or not 1 <= len(head) <= MOST_CLASSES:
             raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
         count = len(head)
         recorded = self.checkpoint.get("classes")
-        if isinstance(recorded, list) and len(recorded) == count and all(isinstance(name, str) for name in recorded):
-            return recorded
+        is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
+        if is_names and len(set(recorded)) == len(recorded) == count:
+            return {name: name for name in recorded}
         if count == IMAGENET_CLASSES:
-            return ImageNetInfo("imagenet-1k").label_descriptions()
-        return [f"class {number}" for number in range(count)]
+            info = ImageNetInfo("imagenet-1k")
+            return dict(zip(info.label_names(), info.label_descriptions()))
+        return {f"class {number}": f"class {number}" for number in range(count)}
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> StartingPoint:

@@ -372,9 +372,12 @@ def _parsed(text: bytes) -> dict | None:
     return line if isinstance(line, dict) and _is_finite(line.get("epoch")) else None
 
 
+LARGEST = 1e30  # matplotlib cannot draw axes from one end of the floats to the other
+
+
 def _is_finite(value: object) -> bool:
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(float(value)) < LARGEST
     except OverflowError:  # an int beyond all floats
         return False
 

@@ -22,7 +22,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from utils import UserError, gather, is_main, log, main_process_first, nearest, warn
+from utils import LocalError, UserError, gather, is_main, log, main_process_first, nearest, warn
 
 
 def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
@@ -41,11 +41,11 @@ def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> P
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """UserError, naming the path, where something cannot be written."""
+    """LocalError, naming the path, where something cannot be written."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise LocalError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def last_checkpoint(output_dir: str) -> str | None:

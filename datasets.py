@@ -8,7 +8,6 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -359,7 +358,7 @@ def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tens
     [B, 3, H, W] float and [B] int64, B at most `count`. UserError if there are none.
     """
     if isinstance(images, Stream):
-        chosen = list(islice(images, count))
+        chosen = images.first_images(count)
     else:
         chosen = [images[index * len(images) // count] for index in range(count if len(images) else 0)]
     if not chosen:

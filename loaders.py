@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -45,19 +46,23 @@ class TrainingImages(Dataset):
 
 
 class EvaluationImages(Dataset):
-    """Takes an index to (image, target, what could not be read), without the first two where it cannot be."""
+    """Takes an index to (image, target, what could not be read), without the first two where it cannot be.
 
-    def __init__(self, images: Dataset):
-        self.images = images
+    numbered: the target comes with the index: (target, index).
+    """
+
+    def __init__(self, images: Dataset, numbered: bool = False):
+        self.images, self.numbered = images, numbered
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int | None, list[str]]:
         try:
-            return *self.images[index], []
+            image, target = self.images[index]
         except UnreadableImage as error:
             return None, None, [str(error)]
+        return image, (target, index) if self.numbered else target, []
 
 
 def collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor | None, list[str]]:
@@ -74,17 +79,18 @@ class ImageLoader(DataLoader):
 
     num_images: of the data set, over all processes, 0 where that is not known;
     bad_images: what could not be read so far, each once; each is named on stderr;
-    max_bad_images: LocalError where there are more than that.
+    max_bad_images: LocalError where there are more than that;
+    may_shrink: a batch of which nothing can be read is left out; else it is a LocalError.
     """
 
-    def __init__(self, images: Dataset, *args, max_bad_images: int = 0, **kwargs):
+    def __init__(self, images: Dataset, *args, max_bad_images: float = 0, may_shrink: bool = False, **kwargs):
         options = {"collate_fn": collate, "worker_init_fn": shield_loader_process, "generator": torch.Generator()}
         super().__init__(images, *args, **options, **kwargs)
         is_stream = isinstance(images, Stream)
         self.num_images = images.num_images if is_stream else len(images)
         self.num_classes = len(images.classes) if is_stream else None  # its labels are seen only when read
         self.bad_images: list[str] = []
-        self.max_bad_images = max_bad_images
+        self.max_bad_images, self.may_shrink = max_bad_images, may_shrink
         self.first_batch = 0
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
@@ -102,6 +108,8 @@ class ImageLoader(DataLoader):
             return
         for number, (images, targets, unreadable) in enumerate(super().__iter__()):
             self._note(unreadable)
+            if images is None and self.may_shrink:
+                continue
             if images is None:
                 raise LocalError(f"a whole batch cannot be read; {unreadable[-1]}")
             if self.num_classes is not None and not ((targets >= 0) & (targets < self.num_classes)).all():
@@ -155,6 +163,18 @@ def evaluation_loader(images: Dataset, batch_size: int, *, num_workers: int, pin
 def plain_images(loader: ImageLoader) -> Dataset:
     """The data set of ([3, H, W] float, class index) that a loader was made for."""
     return loader.dataset if isinstance(loader.dataset, Stream) else loader.dataset.images
+
+
+def viewing_loader(images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool) -> ImageLoader:
+    """For looking at single images: an unreadable one is named and passed over.
+
+    Yields [B, 3, H, W] and a pair, targets [B] and places in the data set [B]; of a stream, targets alone.
+    """
+    if isinstance(images, Stream):
+        return evaluation_loader(images, batch_size, num_workers=num_workers, pin_memory=pin_memory)
+    sampler = ExactDistributedSampler(images, utils.world_size(), utils.rank())
+    options = _workers(_at_most_cores(num_workers), pin_memory) | {"max_bad_images": math.inf, "may_shrink": True}
+    return ImageLoader(EvaluationImages(images, numbered=True), batch_size, sampler=sampler, **options)
 
 
 def _at_most_cores(num_workers: int) -> int:

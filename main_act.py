@@ -34,7 +34,7 @@ from building import (
 from datasets import class_names, spread_sample
 from engine_act import check_complete, evaluate, report, zipping_speeds
 from interrupts import Interrupted
-from loaders import evaluation_loader, training_loader
+from loaders import evaluation_loader, training_loader, viewing_loader
 from predictions import Predictions
 from training import TrainingRun, updates_per_epoch
 from utils import UserError, log, warn
@@ -44,31 +44,31 @@ def main(argv: list[str] | None = None) -> None:
     run_command(arguments.make_parser(), arguments.parse_args(argv), run)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Returns the exit status."""
     for flag in ("act_mode", "warmup_epoch"):
         if getattr(args, flag) is not None:
             log(f"note: --{flag} is accepted and ignored")
     utils.seed_everything(args.seed)
     if args.eval or args.demo:
-        look_at_validation_set(args, device)
-        return
+        return look_at_validation_set(args, device)
     with contextlib.suppress(Interrupted):  # saved, and told, already
         train(args, device)
+    return 0
 
 
-def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> None:
-    """--eval and --demo."""
+def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> int:
+    """--eval and --demo; returns the exit status."""
     images = validation_set(args)
     start = StartingPoint.of(args)
     if start.checkpoint is None and not args.pretrained:
         warn("no weights given (--finetune, --resume or --pretrained): the network is random")
     model = build_model(args, len(images.classes), start).to(device)
-    loader = evaluation_loader(images, args.batch_size, **loader_options(args))
     output_dir = checkpoints.prepare_output_dir(args.output_dir)
     if args.demo:
-        visualize.demo(
+        return visualize.demo(
             model,
-            loader,
+            viewing_loader(images, args.batch_size, **loader_options(args)),
             device,
             amp_of(args),
             Path(args.demo_dir) if args.demo_dir else (output_dir or Path()) / arguments.DEMO_FOLDER,
@@ -77,7 +77,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
             per_class=args.demo_images,
             html=args.html,
         )
-        return
+    loader = evaluation_loader(images, args.batch_size, **loader_options(args))
     predictions = Predictions(loader)
     result = evaluate(model, loader, device, amp_of(args), note=predictions.note)
     check_complete(result, loader)
@@ -86,12 +86,13 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> No
         result |= zipping_speeds(model, sample, device, amp_of(args))
     report(result)
     if output_dir is None:
-        return
+        return 0
     files = {"predictions.csv": predictions.csv(), "eval.json": (json.dumps(result, indent=2) + "\n").encode()}
     for name, content in files.items():
         if utils.is_main():
             with checkpoints.writing(output_dir):
                 checkpoints.write_whole(output_dir / name, lambda file, content=content: file.write(content))
+    return 0
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:

@@ -110,7 +110,7 @@ def legend(height: int, style: Style) -> Image.Image:
     for depth in range(1, blocks + 1):
         top, bottom = round(height - depth * step), round(height - (depth - 1) * step) - 1
         fill = tuple(colors(np.array(depth), style).tolist())
-        draw.rectangle([0, top, swatch - 1, bottom], fill=fill, outline="gray")
+        draw.rectangle([0, top, swatch - 1, max(top, bottom)], fill=fill, outline="gray")
         if (blocks - depth) % every == 0:
             middle = min(max((top + bottom) / 2, style.text_height / 2), height - style.text_height / 2)
             draw.text((swatch + style.gap // 2, middle), str(depth), fill=INK, font=letters, anchor="lm")
@@ -224,6 +224,9 @@ def frames(specimen: Specimen, style: Style) -> list[Image.Image]:
 def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
     """An endless GIF or WebP that rests on its last picture."""
     times = [int(FRAME_SECONDS * 1000)] * (len(pictures) - 1) + [int(FRAME_SECONDS * 4000)]
+    if kind == "gif":  # one palette, of the pictures with the most and the fewest colours, for all
+        palette = below([pictures[0], pictures[-1]]).quantize()
+        pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     first, *others = pictures
     file = BytesIO()
     options = {"lossless": True} if kind == "webp" else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ import utils
 from datasets import image_name
 from loaders import ImageLoader, plain_images
 from models_act import Halting
-from specimens import places_of
+from streams import Stream
 
 COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
 
@@ -20,7 +21,9 @@ class Predictions:
     """Collects a row for each image of this process's share: see COLUMNS; depth is the mean of all tokens."""
 
     def __init__(self, loader: ImageLoader):
-        self.images, self.places = plain_images(loader), places_of(loader)
+        self.images = plain_images(loader)
+        is_stream = isinstance(self.images, Stream)
+        self.places = itertools.count(utils.rank(), utils.world_size()) if is_stream else iter(loader.sampler)
         self.rows: list[tuple] = []
 
     def note(self, targets: Tensor, logits: Tensor, halting: Halting) -> None:

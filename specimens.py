@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 import utils
 from datasets import denormalize, image_name
@@ -45,8 +46,8 @@ class Specimen:
 
     @property
     def mean_depth(self) -> float:
-        """Of all tokens."""
-        return float(np.concatenate([self.prefix_depth, self.depth.ravel()]).mean())
+        """Of the patches."""
+        return float(self.depth.mean())
 
     @property
     def depth_spread(self) -> float:
@@ -97,18 +98,18 @@ def examine(
     return Examined([Specimen(*row, static_macs) for row in rows], halting.layer_scores.cpu())
 
 
-def places_of(loader: ImageLoader) -> Iterator[int]:
-    """The places in the data set of the images that a loader yields; of a stream, they are counted as they come."""
-    return itertools.count() if isinstance(loader.dataset, IterableDataset) else iter(loader.sampler)
-
-
 def examine_all(
     model: nn.Module, loader: ImageLoader, device: torch.device, amp: str, title: str
 ) -> Iterator[Examined]:
-    """One pass over this process's share of a data set, in any order, batch by batch."""
-    indices = places_of(loader)
-    for images, targets in utils.with_progress(loader, title, dict):
-        places = list(itertools.islice(indices, len(images)))
+    """One pass over this process's share of a data set, batch by batch; loader: a `viewing_loader`.
+
+    The images of a stream have no places: they are numbered as they come.
+    """
+    counter = itertools.count(utils.rank(), utils.world_size())
+    for images, labels in utils.with_progress(loader, title, dict):
+        is_stream = isinstance(labels, Tensor)
+        targets, places = (labels, list(itertools.islice(counter, len(images)))) if is_stream else labels
+        places = places if is_stream else places.tolist()
         names = [image_name(plain_images(loader), place) for place in places]
         yield examine(model, images, device, amp, targets=targets.tolist(), names=names, indices=places)
 
@@ -120,7 +121,7 @@ CRITERIA: dict[str, Callable[[Specimen], float | None]] = {
     "std": lambda specimen: specimen.depth_spread,
     "deepest": lambda specimen: specimen.mean_depth,
     "shallowest": lambda specimen: -specimen.mean_depth,
-    "wrong": lambda specimen: specimen.confidence if specimen.is_wrong else None,
+    "wrong": lambda specimen: specimen.confidence if specimen.is_wrong and math.isfinite(specimen.confidence) else None,
     "random": lambda specimen: random.Random(specimen.index).random(),
 }
 
@@ -146,11 +147,25 @@ class Selection:
     def _first(self, specimens: list[Specimen]) -> list[Specimen]:
         return heapq.nsmallest(self.per_class, specimens, key=lambda one: (-self.measure(one), one.index))
 
-    def of_all_processes(self) -> list[list[Specimen]]:
-        """A list for each class that has any, in the order of the classes; every process must call it."""
-        everyone = utils.gather(self.kept)
-        classes = sorted({target for kept in everyone for target in kept})
-        return [self._first([one for kept in everyone for one in kept.get(target, ())]) for target in classes]
+    def own_chosen(self) -> list[tuple[int, Specimen]]:
+        """This process's part of what is chosen, each with its number in its class, from 1.
+
+        Every process must call it. Images stay where they are: only their measures are exchanged.
+        """
+        own = [(one.target, -self.measure(one), one.index, one) for kept in self.kept.values() for one in kept]
+        keys = [(*entry[:3], utils.rank(), place) for place, entry in enumerate(own)]
+        chosen, taken = [], Counter()
+        for target, _, _, rank, place in sorted(key for keys in utils.gather(keys) for key in keys):
+            taken[target] += 1
+            if taken[target] <= self.per_class and rank == utils.rank():
+                chosen.append((taken[target], own[place][3]))
+        return chosen
+
+
+def in_main_process(chosen: list[tuple[int, Specimen]]) -> list[tuple[int, Specimen]]:
+    """What all processes have chosen, class by class, in the main one; nothing in the others. All must call it."""
+    everyone = utils.gather_in_main(chosen)
+    return sorted((entry for own in everyone for entry in own), key=lambda entry: (entry[1].target, entry[0]))
 
 
 # All of them --------------------------------------------------------------------------------------
@@ -203,7 +218,7 @@ class Census:
 
     @property
     def mean_depth(self) -> np.ndarray:
-        """[N], of an image's patches."""
+        """[N], of the patches of each image."""
         return self.depth.mean(axis=1)
 
     @property

@@ -63,6 +63,12 @@ class Stream(IterableDataset):
         self.dataset.reader.ds = None  # the reader's shuffling starts anew ...
         self.dataset.reader.worker_seed = self.seed + epoch  # ... from here, or from the loader process's seed
 
+    def first_images(self, count: int) -> list[tuple]:
+        """Read in this process, at most `count`; loader processes that start later open their own shards."""
+        found = list(islice(self, count))
+        self.dataset.reader.ds = None
+        return found
+
     def __len__(self) -> int:
         """Images in this process (in validation roughly)."""
         return len(self.dataset) if self.train else math.ceil(self.num_images / utils.world_size())

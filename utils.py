@@ -205,6 +205,15 @@ def gather(value: object) -> list:
     return values
 
 
+def gather_in_main(value: object) -> list:
+    """The values of all processes in the main one, in the order of their ranks; [] in the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def log(message: str) -> None:
     """Prints in the main process."""
     if is_main():

@@ -14,6 +14,7 @@ import argparse
 import glob
 import io
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,14 +33,14 @@ import pictures
 import utils
 from building import StartingPoint, amp_of, build_model, image_size, loader_options, run_command, validation_set
 from datasets import IMAGE_SUFFIXES, UnreadableImage, class_names, evaluation_transform, has_image_name, load_image
-from engine_act import check_complete
-from loaders import ImageLoader, evaluation_loader
+from loaders import ImageLoader, viewing_loader
 from losses import DistributionPriorLoss
 from pictures import Style
-from specimens import Census, Selection, Specimen, examine, examine_all
+from specimens import Census, Selection, Specimen, examine, examine_all, in_main_process
 from utils import UserError, log, nearest, warn
 
 GALLERY, SUMMARY = "index.html", "summary.html"
+LONGEST_STEM = 200  # bytes, of 255 that a file's name may have
 
 
 # --demo of main_act.py ---------------------------------------------------------------------------
@@ -56,33 +57,35 @@ def demo(
     criterion: str = "std",
     per_class: int = 1,
     html: bool = False,
-) -> None:
+) -> int:
     """Draws `per_class` images of every class, by one of specimens.CRITERIA; all processes take part.
 
-    names: of the classes. Of an equal measure the first in the data set counts, in any order of the data.
-    UserError where the folder cannot be written.
+    loader: a `viewing_loader`; names: of the classes. Of an equal measure the first in the data set counts, in any
+    order of the data. Returns 1 where images cannot be read, else 0. UserError where the folder cannot be written.
     """
     checkpoints.prepare_output_dir(folder, "--demo-dir")
     selection = Selection(criterion, per_class)
     for batch in examine_all(model, loader, device, amp, "Demo"):
         for specimen in batch.specimens:
             selection.add(specimen)
-    chosen = selection.of_all_processes()
+    chosen = selection.own_chosen()
     style = Style(model.num_blocks, pictures.PAPERS_COLORMAP)
-    for specimens in utils.with_progress(chosen[utils.rank() :: utils.world_size()], "Drawing", dict):
-        for number, specimen in enumerate(specimens, start=1):
-            stem = f"class{specimen.target}" + (f"_{number}" if number > 1 else "")
-            for kind, picture in pictures.demo_pictures(specimen, names, style).items():
-                _save(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
-    if utils.is_main() and chosen:
-        _save(folder / "teaser.png", _png(charts.teaser([first for first, *_ in chosen], style)))
+    for number, specimen in utils.with_progress(chosen, "Drawing", dict):
+        stem = f"class{specimen.target}" + (f"_{number}" if number > 1 else "")
+        for kind, picture in pictures.demo_pictures(specimen, names, style).items():
+            _save(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
+    shared = chosen if html else [entry for entry in chosen if entry[0] == 1]
+    shown = in_main_process(shared)
+    if shown:
+        first = [specimen for number, specimen in shown if number == 1]
+        _save(folder / "teaser.png", _png(charts.teaser(first, style)))
         if html:
-            shown = [specimen for specimens in chosen for specimen in specimens]
-            pages.write_gallery(folder / GALLERY, "Token depths", _facts(shown), shown, names, style)
-    drawn = sum(utils.gather(sum(map(len, chosen[utils.rank() :: utils.world_size()]))))
-    log(f"token depths of {drawn} images drawn in {folder}" + (f"; see {GALLERY}" if html and chosen else ""))
+            _write_gallery(folder, "Token depths", [specimen for _, specimen in shown], names, style)
+    drawn, unreadable = (sum(utils.gather(count)) for count in (len(chosen), len(loader.bad_images)))
     if not drawn:
         warn(f"no image to show by --demo-by {criterion}")
+    log(f"token depths of {drawn} images drawn in {folder}")
+    return int(unreadable > 0)
 
 
 # The command line --------------------------------------------------------------------------------
@@ -91,16 +94,19 @@ def demo(
 def main(argv: list[str] | None = None) -> None:
     """SystemExit with status 1 where images could not be read, 2 for other bad input."""
     parser = make_parser()
-    defaults = arguments.parse_args(["--eval"])  # what the network and the data are made from
-    defaults.model = defaults.input_size = None
-    args = parser.parse_args(argv, defaults)
+    args = arguments.parse_args(["--eval"])  # what network and data are made from, beside the flags of this command
+    for flag in ("model", "input_size", "output_dir"):
+        delattr(args, flag)
+    args = parser.parse_args(argv, args)
     if sum(map(bool, (args.images, args.summary, args.curves))) != 1:
         parser.error("expected images, --summary or --curves, one of them")
     if not args.curves and not args.finetune:
         parser.error("--finetune CHECKPOINT says which network to look into")
-    status = run_command(parser, args, run)
-    if status:
-        raise SystemExit(status)
+    try:
+        arguments.check_together(args)
+    except UserError as error:
+        parser.error(str(error))
+    run_command(parser, args, run)
 
 
 def make_parser() -> arguments.Parser:
@@ -113,7 +119,8 @@ def make_parser() -> arguments.Parser:
     add("--model", type=arguments.model_name, metavar="NAME", help="registered avit model (default: the checkpoint's)")
     kind = {"type": arguments.at_least_one, "nargs": "+", "metavar": "PIXELS"}
     add("--input-size", **kind, help="image size; two numbers: height, width (default: the checkpoint's)")
-    arguments.borrow(parser, "how it runs", ("gate_scale", "gate_center", "use_ema", "device", "amp", "batch_size"))
+    how = ("gate_scale", "gate_center", "halting", "use_ema", "device", "amp", "batch_size")
+    arguments.borrow(parser, "how it runs", how)
     arguments.borrow(parser, "data set", ("data_set", "data_path", "val_split", "num_classes", "inat_category"))
     arguments.borrow(parser, "loading", ("num_workers", "class_index"))
     add = parser.add_argument_group("pictures").add_argument
@@ -134,19 +141,17 @@ def _colormap(name: str) -> str:
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Returns the exit status."""
     folder = checkpoints.prepare_output_dir(args.output_dir)
+    if utils.world_size() > 1 and not args.summary:
+        raise UserError("only --summary is for several processes: start this without torchrun")
     if args.curves:
         draw_curves([Path(run) for run in args.curves], folder)
         return 0
-    if args.images and utils.world_size() > 1:
-        raise UserError("single images are drawn by one process: start it without torchrun")
     start = StartingPoint.of(args)
     args.model = args.model or start.model_name()
     size = start.image_size() or timm.models.get_pretrained_cfg(args.model).input_size[1:]
     args.input_size = args.input_size or list(size)
-    if args.summary:
-        draw_summary(args, start, device, folder)
-        return 0
-    return draw_images(args, start, device, folder)
+    args.halting = args.halting and not start.is_static()
+    return (draw_summary if args.summary else draw_images)(args, start, device, folder)
 
 
 # Single images -----------------------------------------------------------------------------------
@@ -159,34 +164,44 @@ def draw_images(args: argparse.Namespace, start: StartingPoint, device: torch.de
         warn(problem)
     if not files:
         raise UserError(f"no image found: {'; '.join(problems)}")
-    classes = start.class_names()
-    names = class_names(classes, None, args.class_index)
+    classes = start.classes()
+    names = class_names(list(classes), None, args.class_index) if args.class_index else list(classes.values())
+    outputs = [drawn_files(folder / stem, args.animation) for stem in distinct_stems(files)]
+    overwritten = {path.resolve() for paths in outputs for path in paths} & {file.resolve() for file in files}
+    if overwritten:
+        raise UserError(f"{min(overwritten)} would be overwritten: choose another --output-dir")
     model = build_model(args, len(classes), start).to(device)
     style = Style(model.num_blocks, args.cmap, args.size)
-    stems, shown = list(distinct_stems(files)), []
+    drawn, shown = 0, []
     for first in utils.with_progress(range(0, len(files), args.batch_size), "Images", dict):
         batch = range(first, min(first + args.batch_size, len(files)))
-        specimens = _examine_files(files, batch, model, image_size(args), classes, device, amp_of(args))
+        specimens = _examine_files(files, batch, model, image_size(args), list(classes), device, amp_of(args))
         for specimen in specimens:
-            stem = stems[specimen.index]
-            _save(folder / f"{stem}_panel.png", _png(pictures.panel(specimen, names, style)))
-            if args.animation != "none":
-                animation = pictures.animation(pictures.frames(specimen, style), args.animation)
-                _save(folder / f"{stem}.{args.animation}", animation)
-        shown += specimens
-    if not shown:
+            panel, *movie = outputs[specimen.index]
+            _save(panel, _png(pictures.panel(specimen, names, style)))
+            for path in movie:
+                _save(path, pictures.animation(pictures.frames(specimen, style), args.animation))
+        drawn += len(specimens)
+        shown += specimens if args.html else []
+    if not drawn:
         raise UserError("not one image could be read")
     if args.html:
-        pages.write_gallery(folder / GALLERY, "Token depths", _facts(shown), shown, names, style)
-    log(f"{len(shown)} images drawn in {folder}")
-    return int(bool(problems) or len(shown) < len(files))
+        _write_gallery(folder, "Token depths", shown, names, style)
+    log(f"{drawn} images drawn in {folder}")
+    return int(bool(problems) or drawn < len(files))
+
+
+def drawn_files(stem: Path, animation: str) -> list[Path]:
+    """Where the panel goes, and the animation if there is to be one: "gif", "webp" or "none"."""
+    ends = ["panel.png"] + ([f"halting.{animation}"] if animation != "none" else [])
+    return [stem.with_name(f"{stem.name}_{end}") for end in ends]
 
 
 def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Image files named, in folders (at any depth), or matched by globs, each once; and what was not found."""
     files, problems = [], []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             problems.append(f"{pattern}: no such file or folder, and no file matches it")
         for path in map(Path, found):
@@ -200,11 +215,12 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def distinct_stems(files: Iterable[Path]) -> Iterator[str]:
-    """The names of files without their endings, numbered where they would be the same."""
+    """The names of files without their endings, cut where they are long, numbered where they would be the same."""
     taken: set[str] = set()
     for file in files:
-        numbered = (f"{file.stem}_{number}" for number in itertools.count(2))
-        stem = next(stem for stem in itertools.chain([file.stem], numbered) if stem not in taken)
+        own = os.fsdecode(os.fsencode(file.stem)[:LONGEST_STEM])
+        numbered = (f"{own}_{number}" for number in itertools.count(2))
+        stem = next(stem for stem in itertools.chain([own], numbered) if stem not in taken)
         taken.add(stem)
         yield stem
 
@@ -237,12 +253,15 @@ def _examine_files(
 # A data set --------------------------------------------------------------------------------------
 
 
-def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.device, folder: Path) -> None:
-    """Charts of the validation set as PNG files, and a page of them; all processes take part."""
+def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.device, folder: Path) -> int:
+    """Charts of the validation set as PNG files, and a page of them; all processes take part.
+
+    Returns 1 where images cannot be read.
+    """
     images = validation_set(args)
     names = class_names(images.classes, args.data_path, args.class_index)
     model = build_model(args, len(names), start).to(device)
-    loader = evaluation_loader(images, args.batch_size, **loader_options(args))
+    loader = viewing_loader(images, args.batch_size, **loader_options(args))
     style = Style(model.num_blocks, args.cmap, args.size)
     examples, gallery, parts = Selection(), Selection(args.demo_by, args.demo_images), []
     for batch in examine_all(model, loader, device, amp_of(args), "Summary"):
@@ -252,24 +271,25 @@ def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.d
             if args.html:
                 gallery.add(specimen)
     parts = [part for own in utils.gather(parts) for part in own]
-    example_of = {own[0].target: own[0] for own in examples.of_all_processes()}
-    shown = [specimen for own in gallery.of_all_processes() for specimen in own]
-    if not utils.is_main():
-        return
     if not parts:
         raise UserError("not one image could be read")
     census = Census.of(parts)
-    check_complete({"images": len(census.target)}, loader)
+    status = int(len(census.target) < loader.num_images)
+    example_of = {specimen.target: specimen for _, specimen in in_main_process(examples.own_chosen())}
+    shown = [specimen for _, specimen in in_main_process(gallery.own_chosen())]
+    if not utils.is_main():
+        return status
     prior = DistributionPriorLoss(model.num_blocks).target.numpy()
     drawn = []
     for name, chart in charts.summary_charts(census, prior, names, example_of, style).items():
         drawn.append((chart.title, chart.explanation, _png(chart.figure)))
         _save(folder / f"{name}.png", drawn[-1][2])
     if args.html:
-        pages.write_gallery(folder / GALLERY, f"{args.data_set}: token depths", _facts(shown), shown, names, style)
+        _write_gallery(folder, f"{args.data_set}: token depths", shown, names, style)
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_census(census)]
     pages.write_summary(folder / SUMMARY, f"{args.data_set}: summary", facts, drawn, GALLERY if args.html else None)
     log(f"summary of {len(census.target)} images in {folder / SUMMARY}")
+    return status
 
 
 # Training runs -----------------------------------------------------------------------------------
@@ -286,13 +306,17 @@ def draw_curves(folders: Sequence[Path], folder: Path) -> None:
 # Files -------------------------------------------------------------------------------------------
 
 
+def _write_gallery(folder: Path, title: str, specimens: list[Specimen], names: Sequence[str], style: Style) -> None:
+    pages.write_gallery(folder / GALLERY, title, _facts(specimens), specimens, names, style)
+
+
 def _facts(specimens: Sequence[Specimen]) -> list[tuple[str, str]]:
     """Means over the images shown."""
     known = [one for one in specimens if one.target >= 0]
     right = [("top-1", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
     depth = sum(one.mean_depth for one in specimens) / len(specimens)
     saved = 1 - sum(one.macs for one in specimens) / sum(one.static_macs for one in specimens)
-    return [("images", f"{len(specimens):,}"), *right, ("mean depth", f"{depth:.2f}"), ("saved", f"{saved:.1%}")]
+    return [("images", f"{len(specimens):,}"), *right, ("patch depth", f"{depth:.2f}"), ("saved", f"{saved:.1%}")]
 
 
 def _facts_of_census(census: Census) -> list[tuple[str, str]]:

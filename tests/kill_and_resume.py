@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from conftest import make_image_folder  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+import board  # noqa: E402
 import checkpoints  # noqa: E402
 import engine_act  # noqa: E402
 import loaders  # noqa: E402
@@ -46,7 +47,7 @@ PLACES = {
     "flushing a checkpoint": (os, "fsync", 30),
     "renaming it": (Path, "replace", 16),
     "recording an epoch": (training.TrainingRun, "_record", 3),
-    "TensorBoard": (training, "_write_scalars", 3),
+    "TensorBoard": (board.Board, "record", 3),
     "forgetting": (training.TrainingRun, "_forget", 3),
 }
 HALF_WRITTEN = "half a checkpoint"
@@ -107,8 +108,11 @@ def outcome(out: Path) -> dict:
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     timings = {"train_seconds", "test_images_per_s", "saving_seconds"}
     log = [{key: value for key, value in line.items() if key not in timings} for line in log]
-    events = EventAccumulator(str(out)).Reload()
+    events = EventAccumulator(str(out), size_guidance={"images": 0, "histograms": 0}).Reload()
     points = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    points |= {tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)] for tag in events.Tags()["images"]}
+    seen = events.Tags()["histograms"]
+    points |= {tag: [(e.step, list(e.histogram_value.bucket)) for e in events.Histograms(tag)] for tag in seen}
     points.pop("train/seconds")
     files = sorted(p.name for p in out.iterdir() if "events" not in p.name and not p.name.endswith(".partial"))
     best = checkpoints.load_checkpoint(str(out / "best.pth"))["model"]
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         assert in_a_fork(flags(data, Path(folder) / "whole", 0)) == 0, "the undisturbed run failed"
         whole_seconds = time.perf_counter() - start
         expected = outcome(Path(folder) / "whole")
-        kills, survived, loaders_killed, extra = 0, 0, 0, []
+        kills, survived, loaders_killed, failed, extra = 0, 0, 0, 0, []
         for number in range(args.kills):
             workers = args.workers[number % len(args.workers)]
             command = flags(data, Path(folder) / str(number), workers)
@@ -157,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             killed = status == -signal.SIGKILL or (of_loader and status != 0)
             equal = resumed == 0 and same(outcome(Path(folder) / str(number)), expected)
             kills += killed
+            failed += status != 0 and not killed
             survived += equal and killed
             loaders_killed += of_loader
             told = "survived" if equal else f"FAILED (resumed with status {resumed})"
@@ -165,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{survived} of {kills} kills survived, {loaders_killed} of them of a loader process; ", end="")
         print(f"an undisturbed run takes {whole_seconds:.1f} s, ", end="")
         print(f"an interruption costs {sorted(extra)[len(extra) // 2]:.1f} s (median, without imports)")
-    sys.exit(survived != kills)
+    sys.exit(survived != kills or failed > 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_what_our_checkpoints_record(tmp_path):
     start = start_from(save_halting_micro(tmp_path / "c.pth", 3, args=args, classes=["a", "b", "c"]))
     assert start.model_name() == "avit_micro_patch4_32"
     assert start.image_size() == (16, 40)
-    assert start.class_names() == ["a", "b", "c"]
+    assert start.classes() == {"a": "a", "b": "b", "c": "c"}
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,14 @@ def test_what_our_checkpoints_record(tmp_path):
         {"args": {"model": ["avit_micro_patch4_32"], "input_size": "32"}, "classes": "abc"},
         {"args": 7, "classes": ["a", "b"]},
         {"args": {"model": "resnet50", "input_size": [1, 2, 3]}, "classes": ["a", "b", 3]},
-        {"args": {"input_size": [10**6]}},
+        {"args": {"input_size": [10**6]}, "classes": ["a", "b", "a"]},
     ],
 )
 def test_what_cannot_be_trusted_is_found_out(tmp_path, entries):
     start = start_from(save_halting_micro(tmp_path / "c.pth", 3, **entries))
     assert start.model_name() == "avit_micro_patch4_32"
     assert start.image_size() is None
-    assert start.class_names() == ["class 0", "class 1", "class 2"]
+    assert list(start.classes()) == ["class 0", "class 1", "class 2"]
 
 
 def test_the_published_checkpoints_model_and_classes(tmp_path):
@@ -45,7 +45,8 @@ def test_the_published_checkpoints_model_and_classes(tmp_path):
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(model="avit_tiny")}, tmp_path / "t-10-30.pth")
     start = start_from(tmp_path / "t-10-30.pth")
     assert start.model_name() == "avit_tiny_patch16_224"
-    assert start.class_names()[1].startswith("goldfish")
+    assert start.classes()["n01443537"].startswith("goldfish")
+    assert len(start.classes()) == 1000
 
 
 def test_weights_of_no_model_of_ours(tmp_path):
@@ -54,12 +55,18 @@ def test_weights_of_no_model_of_ours(tmp_path):
         start_from(tmp_path / "c.pth").model_name()
 
 
-@pytest.mark.parametrize("head", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 48)])
+@pytest.mark.parametrize(
+    "head", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 48), torch.zeros(1).expand(3 * 10**7, 48)]
+)
 def test_weights_without_a_head(tmp_path, head):
     path = save_halting_micro(tmp_path / "c.pth", 3)
     checkpoint = torch.load(path)
     del checkpoint["model"]["head.weight"]
     checkpoint["model"] |= {} if head is None else {"head.weight": head}
-    torch.save(checkpoint, path)
     with pytest.raises(UserError, match="have no head"):
-        start_from(path).class_names()
+        StartingPoint("finetune", str(path), checkpoint).classes()
+
+
+@pytest.mark.parametrize(("entries", "is_static"), [({}, False), ({"gate": None}, True)])
+def test_static_checkpoints_of_ours(tmp_path, entries, is_static):
+    assert start_from(save_halting_micro(tmp_path / "c.pth", 3, **entries)).is_static() == is_static

@@ -20,6 +20,7 @@ from datasets import (
     spread_sample,
     training_transform,
 )
+from loaders import evaluation_loader
 from utils import UserError
 
 PLAIN = Augmentation(color_jitter=0.0, auto_augment=None, erase_probability=0.0)
@@ -343,3 +344,12 @@ def test_images_have_their_files_names(image_folder):
     data = build_dataset("IMNET", str(image_folder), False, (32, 32))
     assert image_name(data, 4).endswith("class_1/1.png")
     assert image_name(build_dataset("DIGITS", None, False, (32, 32)), 4) == "image 4"
+
+
+def test_a_sample_of_a_stream_does_not_change_what_its_loaders_read(tmp_path):
+    root = make_shards(tmp_path / "wds", val_shards=4)
+    val = build_dataset("wds/any", str(root), False, (32, 32), num_classes=16)
+    loader = evaluation_loader(val, 2, num_workers=2, pin_memory=False)
+    sample, _ = spread_sample(val, 3)
+    assert sample.shape == (3, 3, 32, 32)
+    assert sorted(label for _, targets in loader for label in targets.tolist()) == sorted(i % 16 for i in range(20))

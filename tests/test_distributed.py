@@ -71,11 +71,22 @@ def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path
     data, checkpoint = halting_checkpoint
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        launch(processes, "--data-path", data, "--demo", "--finetune", checkpoint, "--output_dir", out)
+        flags = ("--demo", "--demo-images", 2, "--html", "--finetune", checkpoint, "--output_dir", out)
+        launch(processes, "--data-path", data, *flags)
     one, two = (tmp_path / n / "token_act_visualization" for n in "12")
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
-    for path in one.glob("*.jpg"):
+    for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+def test_a_summary_by_two_processes_is_that_of_one(halting_checkpoint, tmp_path):
+    data, checkpoint = halting_checkpoint
+    flags = ["--summary", "--html", "--num_workers", "0", "--batch-size", "2", "--input-size", "32"]
+    flags += ["--data-path", str(data), "--finetune", str(checkpoint), "--output-dir"]
+    for processes in (1, 2):
+        run_plainly(processes, [*flags, str(tmp_path / str(processes))], script="visualize.py")
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
 # The original's commands, as they stand in people's scripts; but for the data, and for --pretrained in training,
@@ -103,9 +114,9 @@ def test_the_originals_commands(tmp_path, name):
     assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
 
 
-def run_plainly(processes, flags, cwd=None):
+def run_plainly(processes, flags, cwd=None, script="main_act.py"):
     launcher = ["-m", "torch.distributed.launch", f"--nproc_per_node={processes}", f"--master_port={_free_port()}"]
-    command = [sys.executable, *launcher, "--use_env", str(ROOT / "main_act.py"), *flags]
+    command = [sys.executable, *launcher, "--use_env", str(ROOT / script), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done

@@ -5,7 +5,7 @@ from conftest import make_image_folder, make_shards
 from PIL import Image
 
 from datasets import Augmentation, UnreadableImage, build_dataset, load_image
-from loaders import evaluation_loader, training_loader
+from loaders import evaluation_loader, training_loader, viewing_loader
 from utils import LocalError
 
 SIZE = (32, 32)
@@ -185,3 +185,18 @@ def test_decompression_bombs_are_refused(tmp_path, pixels):
     assert path.stat().st_size < 100_000
     with pytest.raises(UnreadableImage, match="decompression bomb"):
         load_image(path)
+
+
+def test_looking_at_images_passes_over_unreadable_ones_and_knows_the_places_of_the_others(image_folder, capsys):
+    for name in ("class_0/0.png", "class_1/1.png", "class_1/2.png"):  # of 9; the last two are a whole batch
+        (image_folder / "val" / name).write_bytes(b"no image")
+    data = build_dataset("IMNET", str(image_folder), False, (32, 32))
+    seen = {}
+    loader = viewing_loader(data, 2, num_workers=0, pin_memory=False)
+    for images, (targets, places) in loader:
+        for image, target, place in zip(images, targets.tolist(), places.tolist()):
+            seen[place] = target
+            assert torch.equal(image, data[place][0])
+    assert seen == {1: 0, 2: 0, 3: 1, 6: 2, 7: 2, 8: 2}
+    assert len(loader.bad_images) == 3
+    assert capsys.readouterr().err.count("it is passed over") == 3

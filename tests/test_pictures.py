@@ -84,7 +84,7 @@ def test_a_caption_names_class_prediction_depth_and_cost(target):
     text = "\n".join(line for line, _ in lines)
     assert ("class: " in text) == (target >= 0)
     assert "predicted: a class, 90.0%" in text
-    assert "mean depth 3.6 of 8" in text
+    assert "mean depth 3.5 of 8" in text
     assert "75% saved" in text
     assert any(color == pictures.WARNING for _, color in lines) == (target == 1)
 
@@ -94,6 +94,10 @@ def test_long_and_strange_names_are_cut_to_the_width():
         assert pictures.line(text, 100, Style(8)).width == 100
     ink = pixels_of(pictures.line("x" * 1000, 100, Style(8)))
     assert ink[:, -2:].min() > 200, "text runs out of the picture"
+
+
+def test_a_legend_lower_than_its_blocks():
+    assert pictures.legend(8, Style(12, size=1)).height == 8
 
 
 @pytest.mark.parametrize("blocks", [2, 5, 12])

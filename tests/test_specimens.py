@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 import specimens
 from datasets import denormalize
-from loaders import evaluation_loader
+from loaders import viewing_loader
 from models_act import macs_per_image
-from specimens import Census, Selection, examine, examine_all
+from specimens import Census, Selection, examine, examine_all, in_main_process
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_a_specimen_tells_what_the_network_did():
         assert (one.index, one.name, one.target) == (10 + i, "abcdef"[i], targets[i])
         assert one.depth.tolist() == halting.depth[i, 1:].view(4, 4).tolist()
         assert one.prefix_depth.tolist() == halting.depth[i, :1].tolist()
-        assert one.mean_depth == pytest.approx(halting.depth[i].mean().item())
+        assert one.mean_depth == pytest.approx(halting.depth[i, 1:].mean().item())
         assert one.depth_spread == pytest.approx(halting.depth[i, 1:].std(correction=0).item())
         assert (one.prediction, one.confidence) == (prediction[i], pytest.approx(confidence[i].item()))
         assert one.macs == pytest.approx(macs[i].item())
@@ -50,9 +50,10 @@ def test_a_selection_does_not_depend_on_order(rows, per_class):
             selection = Selection(criterion, per_class)
             for one in order:
                 selection.add(one)
-            chosen.append([[one.index for one in own] for own in selection.of_all_processes()])
+            chosen.append([(one.target, number, one.index) for number, one in in_main_process(selection.own_chosen())])
         assert chosen[0] == chosen[1]
-        assert all(len(own) <= per_class for own in chosen[0])
+        assert chosen[0] == sorted(chosen[0])
+        assert all(1 <= number <= per_class for _, number, _ in chosen[0])
 
 
 @pytest.mark.parametrize(
@@ -66,29 +67,32 @@ def test_what_a_criterion_chooses(criterion, expected):
     selection = Selection(criterion, 2)
     for one in population:
         selection.add(one)
-    assert [one.index for one in selection.of_all_processes()[0]] == expected
+    assert [one.index for _, one in selection.own_chosen()] == expected
+
+
+def test_a_network_that_has_diverged_is_not_surely_wrong():
+    assert specimens.CRITERIA["wrong"](make_specimen(prediction=1, confidence=float("nan"))) is None
 
 
 def test_random_does_not_mean_the_first():
     selection = Selection("random", 5)
     for index in range(100):
         selection.add(make_specimen(index))
-    (chosen,) = selection.of_all_processes()
-    assert [one.index for one in chosen] != list(range(5))
+    assert [one.index for _, one in selection.own_chosen()] != list(range(5))
 
 
 def test_a_selection_keeps_its_images_alone_not_their_batches():
     batch = np.zeros((50, 4, 4, 3), np.uint8)
     selection = Selection()
     selection.add(dataclasses.replace(make_specimen(), pixels=batch[3]))
-    ((one,),) = selection.of_all_processes()
+    ((_, one),) = selection.own_chosen()
     assert one.pixels.base is None or one.pixels.base.nbytes == one.pixels.nbytes
 
 
 def test_a_census_counts_every_image_once():
     model = halting_model()
     data = TensorDataset(images(11), torch.arange(11) % 7)
-    loader = evaluation_loader(data, 4, num_workers=0, pin_memory=False)
+    loader = viewing_loader(data, 4, num_workers=0, pin_memory=False)
     batches = list(examine_all(model, loader, CPU, "none", "Test"))
     assert [one.index for batch in batches for one in batch.specimens] == list(range(11))
     census = Census.of([Census.of_batch(batch) for batch in batches])

@@ -14,7 +14,7 @@ import main_act
 import pictures
 import visualize
 from datasets import denormalize
-from loaders import evaluation_loader
+from loaders import viewing_loader
 
 CPU = torch.device("cpu")
 KINDS = ("ref", "token_depth", "combined")
@@ -32,7 +32,7 @@ def run_demo(folder, order=range(12), batch_size=5, **options):
     model = halting_model()
     x, targets = images(12), torch.arange(12) % 3
     order = list(order)
-    loader = evaluation_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
+    loader = viewing_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
     visualize.demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
     return model, x, targets
 
@@ -70,7 +70,7 @@ def test_nothing_to_show_is_told(tmp_path, capsys):
     model = halting_model()
     with torch.no_grad():
         targets = model.eval()(images(4)).argmax(dim=1)
-    loader = evaluation_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
+    loader = viewing_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
     visualize.demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
     assert "no image to show by --demo-by wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
             return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index)), index
 
     model = halting_model(img_size=224, patch_size=16, num_classes=1000)
-    loader = evaluation_loader(Many(), 50, num_workers=0, pin_memory=False)
+    loader = viewing_loader(Many(), 50, num_workers=0, pin_memory=False)
     start = time.perf_counter()
     visualize.demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
     seconds = time.perf_counter() - start
@@ -136,9 +136,9 @@ def test_files_folders_and_globs(photos, checkpoint, tmp_path):
     out = tmp_path / "out"
     visualise(photos / "b.jpg", photos, photos / "*.webp", "--finetune", checkpoint, "--output-dir", out, "--html")
     stems = ("a", "a_2", "b", "c", "d e")
-    expected = {f"{stem}{end}" for stem in stems for end in ("_panel.png", ".gif")}
+    expected = {f"{stem}_{end}" for stem in stems for end in ("panel.png", "halting.gif")}
     assert {p.name for p in out.iterdir()} == expected | {"index.html"}
-    assert Image.open(out / "a.gif").n_frames == 12
+    assert Image.open(out / "a_halting.gif").n_frames == 12
     assert "class_1" in (out / "index.html").read_text()
 
 
@@ -148,7 +148,7 @@ def test_options_of_the_pictures(photos, checkpoint, tmp_path):
         out = tmp_path / str(size)
         options = ("--size", size, "--cmap", "hot", "--animation", "webp")
         visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", out, *options)
-        assert {p.name for p in out.iterdir()} == {"a_panel.png", "a.webp"}
+        assert {p.name for p in out.iterdir()} == {"a_panel.png", "a_halting.webp"}
         sizes[size] = Image.open(out / "a_panel.png").width
     assert sizes[128] > 1.7 * sizes[64]
     visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", tmp_path / "none", "--animation", "none")
@@ -189,6 +189,9 @@ def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tm
         ("{photos}/notes.txt --finetune {c}", "not one image could be read"),
         ("--summary --finetune {c}", "--data-path"),
         ("--curves {empty}", "log.txt"),
+        ("{photos} --finetune {c} --input-size 32 32 99", "--input-size takes one number"),
+        ("a.png --finetune {c} --amp fp16", "--amp fp16 needs CUDA"),
+        (f"{'x' * 300}.png --finetune {{c}}", "no such file or folder"),
     ],
 )
 def test_bad_input(argv, message, photos, checkpoint, tmp_path, capsys, monkeypatch):
@@ -202,6 +205,49 @@ def test_bad_input(argv, message, photos, checkpoint, tmp_path, capsys, monkeypa
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("visualize.py: error: ")
     assert message in last
+
+
+def test_without_flags_for_the_output(photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    visualise("photos/a.png", "--finetune", checkpoint)
+    assert (tmp_path / "visualization" / "a_panel.png").exists()
+
+
+def test_an_input_is_not_overwritten(photos, checkpoint, capsys):
+    visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", photos)
+    with pytest.raises(SystemExit) as stopped:
+        visualise(photos / "a.png", photos / "a_panel.png", "--finetune", checkpoint, "--output-dir", photos)
+    assert stopped.value.code == 2
+    assert "a_panel.png would be overwritten" in capsys.readouterr().err
+
+
+def test_long_names(photos, checkpoint, tmp_path):
+    for letter in "xy":
+        (photos / f"{'é' * 120}{letter}.png").write_bytes((photos / "a.png").read_bytes())
+    visualise(photos / "é*", "--finetune", checkpoint, "--output-dir", tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_static_network_is_drawn_as_one(image_folder, tmp_path, capsys):
+    static = save_halting_micro(tmp_path / "c.pth", 3, gate=None)
+    visualise("--summary", "--data-path", image_folder, "--finetune", static, "--output-dir", tmp_path / "out")
+    assert "12.00 of 12" in (tmp_path / "out" / "summary.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["--summary", "--demo"])
+def test_unreadable_images_of_a_data_set(image_folder, checkpoint, tmp_path, capsys, command):
+    (image_folder / "val" / "class_1" / "0.png").write_bytes(b"no image")
+    flags = ("--data-path", image_folder, "--finetune", checkpoint)
+    flags += ("--demo", "--demo-dir") if command == "--demo" else ("--summary", "--output-dir")
+    with pytest.raises(SystemExit) as stopped:
+        (run_main if command == "--demo" else visualise)(*flags, tmp_path / "out")
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert "0.png: cannot be read as an image" in captured.err
+    if command == "--demo":
+        assert len(list((tmp_path / "out").glob("class*_combined.jpg"))) == 3
+    else:
+        assert "summary of 8 images" in captured.out
 
 
 def test_a_foreign_checkpoint_tells_its_model_by_its_weights(photos, tmp_path, capsys):
