@@ -55,6 +55,8 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
     import torch
 
+    from checkpoints import write_whole
+
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
     found["torch"] = torch.__version__
     if (run / "log.txt").exists():
@@ -62,7 +64,8 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     if (run / "eval.json").exists():
         found["eval"] = json.loads((run / "eval.json").read_text())
         found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv"))
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    text = json.dumps(found, indent=1) + "\n"
+    write_whole(file, lambda out: out.write(text.encode()))
 
 
 def _commit() -> str:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The paper's claim, measured on Fashion-MNIST: evidence.sh DATA, the folder with its four *-ubyte.gz files.
 #
-# A stage is a command or two; when it has ended there is results/STAGE.json, and it is not run again. So
-# the chain can be stopped at any time, and goes on with the same command. Checkpoints and logs lie in results/runs.
+# A stage is one command; when it has ended there is results/STAGE.json, and it is not run again. So the chain can be
+# stopped at any time, and goes on with the same command. Checkpoints and logs lie in results/runs, which later stages
+# need; without it, remove results/*.json too, and everything is measured anew.
 set -euo pipefail
 cd "$(dirname "$0")"
 DATA=${1:?folder with the four files of Fashion-MNIST}
@@ -17,7 +18,7 @@ RECIPE="--batch-size 128 --opt muon --warmup-epochs 1 --no-model-ema --no-repeat
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
 FIRST_LR=0.04 TUNING_LR=0.02
 CENTER=10 PONDER=0.005 PRIOR=0.001                 # the chosen setting
-SEARCH="10:0.002 10:0.005 10:0.01 20:0.005 5:0.005"  # gate center : ponder scale
+SEARCH=${SEARCH:-10:0.002 10:0.005 10:0.01 20:0.005 5:0.005}  # gate center : ponder scale
 
 stage() {  # STAGE COMMAND...: runs it, unless it has been
   local name=$1 start=$SECONDS
