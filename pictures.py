@@ -226,7 +226,7 @@ def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
     times = [int(FRAME_SECONDS * 1000)] * (len(pictures) - 1) + [int(FRAME_SECONDS * 4000)]
     if kind == "gif":  # one palette, of the pictures with the most and the fewest colours, for all
         palette = below([pictures[0], pictures[-1]]).quantize()
-        pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+        pictures = [picture.quantize(palette=palette) for picture in pictures]  # dithered
     first, *others = pictures
     file = BytesIO()
     options = {"lossless": True} if kind == "webp" else {}
