@@ -79,6 +79,7 @@ def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path
         assert path.read_bytes() == (two / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_summary_by_two_processes_is_that_of_one(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
     flags = ["--summary", "--html", "--num_workers", "0", "--batch-size", "2", "--input-size", "32"]
@@ -245,6 +246,7 @@ def test_two_processes_see_each_image_of_a_stream_once_per_epoch(tmp_path):
     assert sorted(val[0] + val[1]) == list(range(15))
 
 
+@pytest.mark.slow
 def test_training_on_shards_from_the_command_line(tmp_path):
     root = make_shards(tmp_path / "wds")
     data = ("--data-set", "wds/", "--data-path", root, "--num-classes", 16)
