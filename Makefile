@@ -29,7 +29,7 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 evidence: .venv/installed  ## measure the paper's claim on Fashion-MNIST (DATA=folder), in up to 100 minutes
 	PYTHON=$(BIN)/python ./evidence.sh $(DATA)
 
-pictures: $(OUT)/adaptive/checkpoint.pth  ## remake example_images/ with the network of the quickstart
+pictures: .venv/installed $(OUT)/adaptive/eval.json  ## remake example_images/ with the network of the quickstart
 	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
 	  --demo-dir $(OUT)/pictures
 	$(BIN)/python visualize.py $(OUT)/pictures/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
@@ -38,7 +38,7 @@ pictures: $(OUT)/adaptive/checkpoint.pth  ## remake example_images/ with the net
 	cp $(OUT)/pictures/class8_ref_panel.png example_images/panel.png
 	cp $(OUT)/pictures/class8_ref_halting.gif example_images/halting.gif
 
-$(OUT)/adaptive/checkpoint.pth:
+$(OUT)/adaptive/eval.json:
 	$(MAKE) quickstart
 
 test: .venv/installed-dev  ## the everyday tests

@@ -23,15 +23,20 @@ def row(folder: Path, first: Path) -> tuple[str, ...]:
     cells = (folder.name, f"{result['acc1']:.2f} %", f"{result['depth_mean']:.2f}", f"{result['gmacs'] * 1e3:.1f} M")
     if folder == first:
         return (*cells, "")
-    difference, error = paired_difference(*(read_hits(place / "predictions.csv") for place in (first, folder)))
+    (images, before), (same_images, now) = (read_hits(place / "predictions.csv") for place in (first, folder))
+    if images != same_images:
+        raise ValueError(f"{folder} is of other images than {first}, or in another order")
+    difference, error = paired_difference(before, now)
     return (*cells, f"{difference:+.2f} ± {error:.2f}")
 
 
-def read_hits(path: Path) -> np.ndarray:
-    """Which images were recognised, [N] float, 0 or 1, in the data set's order. OSError or ValueError for none."""
+def read_hits(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Name and class of each image, and which were recognised, [N] float, 0 or 1. OSError or ValueError for none."""
     try:
         with path.open(newline="") as file:
-            return np.array([float(row["target"] == row["prediction"]) for row in csv.DictReader(file)])
+            rows = list(csv.DictReader(file))
+        hits = np.array([float(row["target"] == row["prediction"]) for row in rows])
+        return [(row["image"], row["target"]) for row in rows], hits
     except (KeyError, csv.Error) as error:
         raise ValueError(f"{path}: no table of predictions: {error}") from error
 
@@ -39,7 +44,7 @@ def read_hits(path: Path) -> np.ndarray:
 def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Top-1 of the second less that of the first, and its standard error, both in points.
 
-    first, second: [N], how often the same images were recognised, 0 to 1. ValueError for other numbers of images.
+    first, second: [N], how often each of the same images was recognised, 0 to 1. ValueError for other numbers of them.
     """
     if first.shape != second.shape or len(first) < 2:
         raise ValueError(f"{len(first)} and {len(second)} images cannot be paired")

@@ -137,10 +137,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 @dataclass
 class Epoch:
-    """How far an epoch has come: batches done, and what has been averaged over them."""
+    """How far an epoch has come: batches done, in how many seconds, and what has been averaged over them."""
 
     number: int
     batches: int = 0
+    seconds: float = 0.0
     averages: Averages = field(default_factory=Averages)
 
 
@@ -155,7 +156,7 @@ def train_one_epoch(
     """
     trainer.model.train()
     averages, title = epoch.averages, f"Epoch {epoch.number}"
-    weight_before = averages.weight
+    weight_before, seconds_before = averages.weight, epoch.seconds
 
     def figures() -> dict[str, str]:
         means = averages.local()
@@ -183,10 +184,11 @@ def train_one_epoch(
                 averages.add(len(images), loss=total, **parts, **halting_figures(trainer.bare_model, halting))
         trainer.update(f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}", wrong_part)
         epoch.batches += len(group)
+        epoch.seconds = seconds_before + time.perf_counter() - start
         after_update()
     _, means = averages.reduced()
     skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
-    rate = {"lr": learning_rate(trainer.optimizer), "seconds": time.perf_counter() - start}
+    rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds}
     return {**means, **skipped, **rate}
 
 

@@ -12,6 +12,7 @@ import argparse
 import gzip
 import json
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ import numpy as np
 
 from compare import paired_difference, read_hits
 
-HELD_OUT, SUBSET = 1 / 12, 1 / 3  # of the training images: 5,000 and 20,000 of 60,000
+HELD_OUT_SHARE, SUBSET_SHARE = 1 / 12, 1 / 3  # of the training images: 5,000 and 20,000 of 60,000
 KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
 
 
@@ -37,12 +38,14 @@ def split(data: Path, out: Path) -> None:
     pixels = images.images if hasattr(images, "images") else images.data.numpy()
     arrays = (pixels, np.asarray(images.targets, dtype=np.uint8))
     order = np.random.default_rng(0).permutation(len(pixels))
-    held_out, rest = np.split(order, [round(len(pixels) * HELD_OUT)])
-    for name, training in {"full": rest, "subset": rest[: round(len(pixels) * SUBSET)]}.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
+    held_out, rest = np.split(order, [round(len(pixels) * HELD_OUT_SHARE)])
+    partial = out.with_name(f"{out.name}.partial")  # a part of it would not be told from torchvision's empty folder
+    for name, training in {"full": rest, "subset": rest[: round(len(pixels) * SUBSET_SHARE)]}.items():
+        (partial / name).mkdir(parents=True, exist_ok=True)
         for part, chosen in {"train": training, "t10k": held_out}.items():
             for kind, array in zip(KINDS, arrays):
-                _write_idx(out / name / f"{part}-{kind}", array[chosen])
+                _write_idx(partial / name / f"{part}-{kind}", array[chosen])
+    partial.rename(out)
 
 
 def _write_idx(path: Path, array: np.ndarray) -> None:
@@ -61,9 +64,12 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     found["torch"] = torch.__version__
     if (run / "log.txt").exists():
         found["epochs"] = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+        wanted = int(re.search(r"--epochs (\d+)", command)[1])
+        if len(found["epochs"]) != wanted:
+            raise SystemExit(f"{run}: {len(found['epochs'])} of {wanted} epochs: not done")
     if (run / "eval.json").exists():
         found["eval"] = json.loads((run / "eval.json").read_text())
-        found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv"))
+        found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv")[1])
     text = json.dumps(found, indent=1) + "\n"
     write_whole(file, lambda out: out.write(text.encode()))
 
@@ -86,15 +92,14 @@ def export(checkpoint: Path, file: Path) -> None:
     from checkpoints import load_checkpoint, save_checkpoint
 
     whole = load_checkpoint(str(checkpoint))
-    flags = {name: whole["args"][name] for name in RECIPE_FLAGS}
+    flags = {name: value for name, value in whole["args"].items() if name not in PRIVATE_FLAGS}
     weights = {name: value.half() for name, value in whole["model"].items()}
     save_checkpoint({"model": weights, "gate": whole["gate"], "classes": whole["classes"], "args": flags}, file)
     size = sum(value.numel() * torch.finfo(value.dtype).bits // 8 for value in weights.values())
     print(f"{file}: {size / 1024:.0f} KiB of weights")
 
 
-RECIPE_FLAGS = ("model", "input_size", "data_set", "batch_size", "opt", "lr", "epochs", "warmup_epochs", "seed")
-RECIPE_FLAGS += ("gate_scale", "gate_center", "ponder_token_scale", "distr_prior_alpha")
+PRIVATE_FLAGS = {"output_dir", "data_path", "pretrained_path", "resume", "finetune"}  # of the machine, not the recipe
 
 
 # The tables --------------------------------------------------------------------------------------
@@ -102,7 +107,8 @@ RECIPE_FLAGS += ("gate_scale", "gate_center", "ponder_token_scale", "distr_prior
 
 def report(results: Path, file: Path) -> None:
     stages = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    parts = [_test_table(stages), _speed_table(stages), _search_table(stages), _ablation_table(stages), _origin(stages)]
+    tables = (_test_table, _speed_table, _held_out_table, _search_table, _ablation_table, _origin)
+    parts = [table(stages) for table in tables]
     file.write_text("\n\n".join(["# Fashion-MNIST", *parts]) + "\n")
     print(f"{file} written")
 
@@ -112,39 +118,53 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _mean_and_error(values: list[float], digits: int = 2) -> str:
-    """Over seeds."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+def _mean_and_error(values: list[float], sign: str = "") -> str:
+    """Over seeds; sign: "+" to write it always."""
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
-def _of(stages: dict, prefix: str) -> list[dict]:
-    """Stages of all seeds."""
-    return [stage for name, stage in stages.items() if name.removeprefix(prefix).isdecimal()]
+def _by_seed(stages: dict, prefix: str) -> dict[str, dict]:
+    """Stages by their seed."""
+    named = {name.removeprefix(prefix): stage for name, stage in stages.items() if name.startswith(prefix)}
+    return {seed: stage for seed, stage in sorted(named.items()) if seed.isdecimal()}
 
 
-def _hits(stages: list[dict]) -> np.ndarray:
+def _pairs(stages: dict, prefix: str = "") -> list[tuple[dict, dict]]:
+    """Control and A-ViT of each seed. ValueError where one is missing."""
+    control, adaptive = (_by_seed(stages, f"{prefix}{kind}_") for kind in ("control", "adaptive"))
+    if not control or control.keys() != adaptive.keys():
+        raise ValueError(f"seeds of the control {list(control)}, of A-ViT {list(adaptive)}")
+    return [(control[seed], adaptive[seed]) for seed in control]
+
+
+def _hits(stages: Iterable[dict]) -> np.ndarray:
     """How often each image was recognised, over the seeds: [N], 0 to 1."""
     return np.mean([np.array(list(stage["hits"]), dtype=float) for stage in stages], axis=0)
 
 
 def _test_table(stages: dict) -> str:
-    control, adaptive = _of(stages, "test_control_"), _of(stages, "test_adaptive_")
+    control, adaptive = zip(*_pairs(stages, "test_"))
     rows = []
     for name, runs in {"(a) static": [stages["test_static"]], "(b) control": control, "(c) A-ViT": adaptive}.items():
         evals = [run["eval"] for run in runs]
-        saved = statistics.mean(1 - e["gmacs"] / e["gmacs_static"] for e in evals)
+        saved = statistics.mean(_saved(e) for e in evals)
         macs = f"{1e3 * statistics.mean(e['gmacs'] for e in evals):.2f} M ({saved:.1%} fewer)"
         depth = _mean_and_error([e["depth_mean"] for e in evals])
         rows.append((name, str(len(runs)), _mean_and_error([e["acc1"] for e in evals]), depth, macs))
-    by_seed = [a["eval"]["acc1"] - c["eval"]["acc1"] for a, c in zip(adaptive, control)]
+    by_seed = [a["eval"]["acc1"] - c["eval"]["acc1"] for c, a in zip(control, adaptive)]
     difference, error = paired_difference(_hits(control), _hits(adaptive))
     head = ("network", "seeds", "top-1, %", "mean depth", "multiply-adds per image")
-    text = f"A-ViT less control: {_mean_and_error(by_seed)} points over the seeds;"
-    text += f" {difference:.2f} ± {error:.2f} points paired by the {len(_hits(control)):,} test images."
-    return f"## Test images\n\n{_table(head, rows)}\n\n{text} ± is one standard error."
+    text = f"A-ViT less control: {_mean_and_error(by_seed, '+')} points over the seeds of fine-tuning, which start from one"
+    text += (
+        f" static network; {difference:+.2f} ± {error:.2f} points paired by the {len(_hits(control)):,} test images,"
+    )
+    text += " for these seeds. ± is one standard error."
+    return f"## Test images\n\n{_table(head, rows)}\n\n{text}"
+
+
+def _saved(figures: dict, prefix: str = "") -> float:
+    return 1 - figures[f"{prefix}gmacs"] / figures[f"{prefix}gmacs_static"]
 
 
 def _speed_table(stages: dict) -> str:
@@ -154,44 +174,57 @@ def _speed_table(stages: dict) -> str:
         for row in stages["benchmark"]
     ]
     head = ("form", "images/s", "speed-up", "ratio of multiply-adds", "speed-up / ratio")
-    seconds = {
-        kind: [epoch["train_seconds"] for run in _of(stages, f"{kind}_") for epoch in run["epochs"]]
-        for kind in ("control", "adaptive")
-    }
-    control, adaptive = (statistics.median(seconds[kind]) for kind in ("control", "adaptive"))
-    saved = statistics.mean(epoch["train_macs_saved"] for run in _of(stages, "adaptive_") for epoch in run["epochs"])
-    text = f"A training epoch takes {adaptive:.0f} s instead of the control's {control:.0f} s (medians over all epochs"
-    text += (
-        f" and seeds): {1 - adaptive / control:.1%} shorter, with {saved:.1%} of the multiply-adds saved in training."
+    epochs = [[epoch for run in runs for epoch in run["epochs"]] for runs in zip(*_pairs(stages))]
+    control, adaptive = (statistics.mean(epoch["train_seconds"] for epoch in kind) for kind in epochs)
+    saved = statistics.mean(epoch["train_macs_saved"] for epoch in epochs[1])
+    text = (
+        f"A training epoch takes {adaptive:.1f} s instead of the control's {control:.1f} s (means over all epochs and"
     )
+    text += f" seeds): {1 - adaptive / control:.1%} shorter, with {saved:.1%} of the multiply-adds saved in training."
     batch = stages["benchmark"][0]["batch_size"]
     return f"## Speed\n\nInference, batches of {batch}, in one run:\n\n{_table(head, rows)}\n\n{text}"
 
 
-def _validation_row(stage: dict) -> tuple[str, str, str]:
+HELD_OUT = ("held-out top-1, %", "mean depth", "multiply-adds saved")
+
+
+def _held_out(stage: dict) -> tuple[str, str, str]:
     last = stage["epochs"][-1]
-    saved = 1 - last["test_gmacs"] / last["test_gmacs_static"]
-    return f"{last['test_acc1']:.2f}", f"{last['test_depth_mean']:.2f}", f"{saved:.1%}"
+    return f"{last['test_acc1']:.2f}", f"{last['test_depth_mean']:.2f}", f"{_saved(last, 'test_'):.1%}"
+
+
+def _held_out_table(stages: dict) -> str:
+    rows = [("(a) static", *_held_out(stages["static"]))]
+    for name in ("control", "adaptive"):
+        rows += [(f"{name}, seed {seed}", *_held_out(stage)) for seed, stage in _by_seed(stages, f"{name}_").items()]
+    kept = stages["kept_weights"]["eval"]
+    rows.append(
+        ("A-ViT as kept, in half precision", f"{kept['acc1']:.2f}", f"{kept['depth_mean']:.2f}", f"{_saved(kept):.1%}")
+    )
+    return f"## Held-out images\n\n{_table(('network', *HELD_OUT), rows)}"
 
 
 def _search_table(stages: dict) -> str:
-    rows = [("static", "", *_validation_row(stages["search_static"]))]
-    for name, stage in stages.items():
-        _, center, ponder = name.split("_") if name.count("_") == 2 and name.startswith("search_") else ("", "", "")
-        if center:
-            rows.append((center, ponder, *_validation_row(stage)))
-    head = ("gate center", "ponder scale", "held-out top-1, %", "mean depth", "multiply-adds saved")
+    rows = [("static", "", *_held_out(stages["search_static"]))]
+    settings = [name.split("_")[1:] for name in stages if name.startswith("search_") and name != "search_static"]
+    for center, ponder in sorted(settings, key=lambda setting: tuple(map(float, setting))):
+        rows.append((center, ponder, *_held_out(stages[f"search_{center}_{ponder}"])))
+    head = ("gate center", "ponder scale", *HELD_OUT)
     return f"## Settings, on a third of the training images\n\n{_table(head, rows)}"
 
 
+ABLATIONS = {
+    "ablation_full_recipe": "the full recipe",
+    "ablation_no_prior": "without the prior",
+    "ablation_no_ponder": "without the ponder loss",
+    "static": "all images: static from scratch, (a)",
+    "ablation_from_scratch": "all images: halting on from scratch, as long as (a)",
+}
+
+
 def _ablation_table(stages: dict) -> str:
-    rows = [
-        (name.removeprefix("ablation_").replace("_", " "), *_validation_row(stage))
-        for name, stage in stages.items()
-        if name.startswith("ablation_")
-    ]
-    head = ("ablation", "held-out top-1, %", "mean depth", "multiply-adds saved")
-    return f"## Ablation, on a third of the training images\n\n{_table(head, rows)}"
+    rows = [(name, *_held_out(stages[stage])) for stage, name in ABLATIONS.items()]
+    return f"## Ablation, on a third of the training images where not said\n\n{_table(('', *HELD_OUT), rows)}"
 
 
 def _origin(stages: dict) -> str:

@@ -1,32 +1,48 @@
 #!/usr/bin/env bash
-# The paper's claim, measured on Fashion-MNIST: evidence.sh DATA, the folder with its four *-ubyte.gz files.
+# The paper's claim, measured on Fashion-MNIST: evidence.sh DATA [search]
 #
-# A stage is one command; when it has ended there is results/STAGE.json, and it is not run again. So the chain can be
-# stopped at any time, and goes on with the same command. Checkpoints and logs lie in results/runs, which later stages
-# need; without it, remove results/*.json too, and everything is measured anew.
+# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one); with `search` the chain ends before
+# the test images are touched. A stage is one command; when it has ended there is results/STAGE.json, and it is not run
+# again. So the chain can be stopped at any time, and goes on with the same command. To measure a stage anew, remove its
+# JSON file; results/runs holds checkpoints and logs of stages that are under way or done.
 set -euo pipefail
+trap 'exit 130' INT TERM
 cd "$(dirname "$0")"
 DATA=${1:?folder with the four files of Fashion-MNIST}
+UNTIL=${2:-end}
 PYTHON=${PYTHON:-.venv/bin/python}
-OUT=results RUNS=results/runs
+OUT=results RUNS=results/runs KEPT=checkpoints
+STATIC=$KEPT/avit_micro_fmnist_static.pth ADAPTIVE=$KEPT/avit_micro_fmnist.pth
 
-# The recipe. All of it was chosen on 5,000 held-out training images (folders `full` and `subset` below).
-STATIC_EPOCHS=${STATIC_EPOCHS:-8} TUNING_EPOCHS=${TUNING_EPOCHS:-4} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
+# The recipe. All of it was chosen on 5,000 held-out training images, the test set of the folders `full` and `subset`.
+STATIC_EPOCHS=${STATIC_EPOCHS:-10} TUNING_EPOCHS=${TUNING_EPOCHS:-4} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
 SEEDS=${SEEDS:-0 1 2}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
 RECIPE="--batch-size 128 --opt muon --warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
 FIRST_LR=0.04 TUNING_LR=0.02
-CENTER=10 PONDER=0.005 PRIOR=0.001                 # the chosen setting
-SEARCH=${SEARCH:-10:0.002 10:0.005 10:0.01 20:0.005 5:0.005}  # gate center : ponder scale
+SCALE=10 PRIOR=0.001
+CENTER=10 PONDER=0.0005                                                            # the chosen setting
+SEARCH=${SEARCH:-10:0.0002 10:0.0005 10:0.001 10:0.002 30:0.0005}                  # gate center : ponder scale
 
 stage() {  # STAGE COMMAND...: runs it, unless it has been
-  local name=$1 start=$SECONDS
+  local name=$1 start=$SECONDS command
   shift
-  [ -e "$OUT/$name.json" ] && return
-  echo "== $name: $*"
+  command="${*//$PYTHON/python}"
+  command="${command//$DATA/DATA}"
+  if [ -e "$OUT/$name.json" ]; then
+    grep -qF "\"command\": \"$command\"" "$OUT/$name.json" && return
+    echo "$OUT/$name.json is of another command; remove it, to run: $command" >&2
+    exit 1
+  fi
+  echo "== $name: $command"
+  if [ "$(cat "$RUNS/$name.command" 2> /dev/null)" != "$command" ]; then  # what is there is of another command
+    rm -rf "${RUNS:?}/$name"
+    echo "$command" > "$RUNS/$name.command"
+  fi
+  [ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
   "$@"
-  "$PYTHON" evidence.py keep "$RUNS/$name" "$OUT/$name.json" --seconds $((SECONDS - start)) --command "$*"
+  "$PYTHON" evidence.py keep "$RUNS/$name" "$OUT/$name.json" --seconds $((SECONDS - start)) --command "$command"
 }
 
 train() {  # STAGE full|subset FLAGS...
@@ -39,66 +55,71 @@ train() {  # STAGE full|subset FLAGS...
 tune() {  # STAGE full|subset EPOCHS FLAGS...: on from the static network
   local name=$1 part=$2 epochs=$3
   shift 3
-  train "$name" "$part" --pretrained-path "$RUNS/static/checkpoint.pth" --epochs "$epochs" --lr $TUNING_LR "$@"
+  train "$name" "$part" --pretrained-path $STATIC --epochs "$epochs" --lr $TUNING_LR "$@"
 }
 
 halting() {  # CENTER PONDER PRIOR
-  echo "--gate_scale 10 --gate_center $1 --ponder_token_scale $2 --distr_prior_alpha $3"
+  echo "--gate_scale $SCALE --gate_center $1 --ponder_token_scale $2 --distr_prior_alpha $3"
 }
 
-test_once() {  # RUN FLAGS...: on the 10,000 test images
-  local run=$1
-  shift
-  stage "test_$run" "$PYTHON" main_act.py $NETWORK --data-path "$DATA" --eval --finetune "$RUNS/$run/checkpoint.pth" \
-    --output_dir "$RUNS/test_$run" "$@"
+evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
+  local name=$1 data=$2 checkpoint=$3
+  shift 3
+  stage "$name" "$PYTHON" main_act.py $NETWORK --data-path "$data" --eval --finetune "$checkpoint" \
+    --output_dir "$RUNS/$name" "$@"
 }
 
-mkdir -p "$OUT" "$RUNS"
-[ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
+keep_weights() {  # RUN FILE
+  [ -e "$2" ] || "$PYTHON" evidence.py export "$RUNS/$1/checkpoint.pth" "$2"
+}
 
-# (a) static, from scratch
+mkdir -p $OUT $RUNS $KEPT
+
+# (a) static, from scratch; its weights, in half precision, are what all others start from
 train static full --no-halting --epochs "$STATIC_EPOCHS" --lr $FIRST_LR
+keep_weights static $STATIC
 
-# which setting: on a third of the images
-for setting in $SEARCH; do
-  center=${setting%:*} ponder=${setting#*:}
-  tune "search_${center}_$ponder" subset "$SEARCH_EPOCHS" $(halting "$center" "$ponder" $PRIOR)
-done
+# which setting, and what each part is for: on a third of the images
 tune search_static subset "$SEARCH_EPOCHS" --no-halting
-
-# what each part is for, on the same third
+for setting in $SEARCH; do
+  tune "search_${setting/:/_}" subset "$SEARCH_EPOCHS" $(halting "${setting%:*}" "${setting#*:}" $PRIOR)
+done
+tune ablation_full_recipe subset "$SEARCH_EPOCHS" $(halting $CENTER $PONDER $PRIOR)
 tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting $CENTER $PONDER 0)
 tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting $CENTER 0 $PRIOR)
-train ablation_from_scratch subset --epochs "$STATIC_EPOCHS" --lr $FIRST_LR $(halting $CENTER $PONDER $PRIOR)
+[ "$UNTIL" != search ] || exit 0
 
-# (b) the control, and (c) A-ViT: the same epochs, data and learning rates
+# (b) the control, and (c) A-ViT: the same epochs, data and learning rates; and A-ViT from scratch, as (a)
 for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting $CENTER $PONDER $PRIOR) --seed "$seed"
 done
+train ablation_from_scratch full --epochs "$STATIC_EPOCHS" --lr $FIRST_LR $(halting $CENTER $PONDER $PRIOR)
+keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
+evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
 # the test images, once
-test_once static --no-halting
+evaluate test_static "$DATA" $STATIC --no-halting
 for seed in $SEEDS; do
-  test_once "control_$seed" --no-halting
-  test_once "adaptive_$seed"
+  evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
+  evaluate "test_adaptive_$seed" "$DATA" "$RUNS/adaptive_$seed/checkpoint.pth"
 done
 
-# speed; what is kept of the network; pictures of held-out images; the tables
-once() {  # FILE COMMAND...: makes it, unless it is there
+# speed, pictures, tables: of held-out images
+once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the command writes
   local file=$1
   shift
   [ -e "$file" ] || { echo "== $file"; "$@"; }
 }
-WEIGHTS=checkpoints/avit_micro_fmnist.pth
-HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full --num_workers 0 --finetune $WEIGHTS"
-mkdir -p checkpoints
-once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 --data-set FMNIST \
-  --data-path "$DATA" --batch-size 128 --finetune "$RUNS/adaptive_0/checkpoint.pth" --json $OUT/benchmark.json
-once $WEIGHTS "$PYTHON" evidence.py export "$RUNS/adaptive_0/checkpoint.pth" $WEIGHTS
-once $OUT/curves/curves.png "$PYTHON" visualize.py --curves "$RUNS"/{search_*,control_0,adaptive_0} \
-  --output-dir $OUT/curves
-once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --output-dir $OUT/summary
-once $OUT/depths/teaser.png "$PYTHON" main_act.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
+HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
+once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
+  --batch-size 128 --finetune $ADAPTIVE --json $OUT/benchmark.json
+once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
+  $(for setting in $SEARCH; do echo "$RUNS/search_${setting/:/_}"; done) --output-dir $OUT/search
+once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \
+  $(for seed in $SEEDS; do echo "$RUNS/control_$seed" "$RUNS/adaptive_$seed"; done) --output-dir $OUT/final
+once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_workers 0 --finetune $ADAPTIVE \
+  --output-dir $OUT/summary
+once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
   --demo --demo-by random --demo-dir $OUT/depths
 "$PYTHON" evidence.py report $OUT $OUT/fashion_mnist.md

@@ -222,6 +222,7 @@ class TrainingRun:
             "skipped_steps": [trainer.skipped_steps, trainer.skipped_in_a_row],
             "epoch": self.epoch.number - 1,  # the last that is done
             "batches": self.epoch.batches,  # done of the next
+            "seconds": self.epoch.seconds,
             "averages": self.epoch.averages.state(),
             "bad_images": utils.gather(self.train_loader.bad_images),
             "best_acc1": self.best_acc1,
@@ -262,9 +263,12 @@ class TrainingRun:
             raise UserError(f"--resume {location}: no training state that fits ({error}); try --finetune") from error
 
     def _saved_epoch(self, checkpoint: dict) -> Epoch:
-        epoch = Epoch(int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]))
-        if not (0 <= epoch.number <= MOST_EPOCHS and 0 <= epoch.batches <= MOST_BATCHES):
-            raise ValueError(f"epoch {epoch.number}, batch {epoch.batches}")
+        epoch = Epoch(int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), float(checkpoint["seconds"]))
+        known = (
+            0 <= epoch.number <= MOST_EPOCHS and 0 <= epoch.batches <= MOST_BATCHES and 0 <= epoch.seconds < math.inf
+        )
+        if not known:
+            raise ValueError(f"epoch {epoch.number}, batch {epoch.batches}, {epoch.seconds} s")
         if utils.is_main():
             epoch.averages.restore(checkpoint["averages"])
             if epoch.batches and epoch.averages.sums["loss"].ndim:

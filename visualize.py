@@ -277,9 +277,22 @@ def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.d
     status = int(len(census.target) < loader.num_images)
     example_of = {specimen.target: specimen for _, specimen in in_main_process(examples.own_chosen())}
     shown = [specimen for _, specimen in in_main_process(gallery.own_chosen())]
-    if not utils.is_main():
-        return status
-    prior = DistributionPriorLoss(model.num_blocks).target.numpy()
+    if utils.is_main():
+        _draw_charts(args, census, names, example_of, shown, style, folder)
+    utils.gather(status)  # whoever ends first with a status that is not 0 would end the others
+    return status
+
+
+def _draw_charts(
+    args: argparse.Namespace,
+    census: Census,
+    names: Sequence[str],
+    example_of: dict[int, Specimen],
+    shown: list[Specimen],
+    style: Style,
+    folder: Path,
+) -> None:
+    prior = DistributionPriorLoss(style.num_blocks).target.numpy()
     drawn = []
     for name, chart in charts.summary_charts(census, prior, names, example_of, style).items():
         drawn.append((chart.title, chart.explanation, _png(chart.figure)))
@@ -289,7 +302,6 @@ def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.d
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_census(census)]
     pages.write_summary(folder / SUMMARY, f"{args.data_set}: summary", facts, drawn, GALLERY if args.html else None)
     log(f"summary of {len(census.target)} images in {folder / SUMMARY}")
-    return status
 
 
 # Training runs -----------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def outcome(out: Path) -> dict:
     """Everything that a run leaves, but for what measures time."""
     checkpoint = checkpoints.load_checkpoint(str(out / "checkpoint.pth"))
     checkpoint.pop("args")
+    checkpoint.pop("seconds")
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     timings = {"train_seconds", "test_images_per_s", "saving_seconds"}
     log = [{key: value for key, value in line.items() if key not in timings} for line in log]

@@ -22,7 +22,7 @@ def test_evaluations_side_by_side(tmp_path, capsys):
     assert lines[2].split() == ["adaptive", "50.00", "%", "6.00", "12.3", "M", "-25.00", "±", "25.00"]
 
 
-@pytest.mark.parametrize("broken", ["no folder", "no table", "another table", "other images"])
+@pytest.mark.parametrize("broken", ["no folder", "no table", "another table", "more images", "other images"])
 def test_what_cannot_be_compared(tmp_path, capsys, broken):
     write_evaluation(tmp_path / "static", 75.0, [1, 1, 1, 0])
     if broken != "no folder":
@@ -32,8 +32,10 @@ def test_what_cannot_be_compared(tmp_path, capsys, broken):
         table.unlink()
     elif broken == "another table":
         table.write_text("a,b\n1,2\n")
-    elif broken == "other images":
+    elif broken == "more images":
         table.write_text(table.read_text() + "\n4,image 4,1,1")
+    elif broken == "other images":
+        table.write_text(table.read_text().replace("image 2", "image 9"))
     with pytest.raises(SystemExit) as stopped:
         compare.main([str(tmp_path / "static"), str(tmp_path / "adaptive")])
     assert stopped.value.code == 2

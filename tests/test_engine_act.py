@@ -67,6 +67,11 @@ def test_training_lowers_the_loss_and_reports_its_parts():
     assert first["lr"] == 0.1
 
 
+def test_the_seconds_of_an_epoch_are_those_of_all_attempts():
+    result = train_one_epoch(make_trainer(), loader(), Epoch(0, seconds=1000.0), lambda: None)
+    assert 1000 < result["seconds"] < 1100
+
+
 def test_a_static_network_is_trained_on_classification_alone():
     result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), Epoch(0), lambda: None)
     assert result["loss"] == result["classification_loss"]
