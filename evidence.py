@@ -155,11 +155,9 @@ def _test_table(stages: dict) -> str:
     by_seed = [a["eval"]["acc1"] - c["eval"]["acc1"] for c, a in zip(control, adaptive)]
     difference, error = paired_difference(_hits(control), _hits(adaptive))
     head = ("network", "seeds", "top-1, %", "mean depth", "multiply-adds per image")
-    text = f"A-ViT less control: {_mean_and_error(by_seed, '+')} points over the seeds of fine-tuning, which start from one"
-    text += (
-        f" static network; {difference:+.2f} ± {error:.2f} points paired by the {len(_hits(control)):,} test images,"
-    )
-    text += " for these seeds. ± is one standard error."
+    text = f"""A-ViT less control: {_mean_and_error(by_seed, "+")} points over the seeds of fine-tuning, which all start
+from one static network; {difference:+.2f} ± {error:.2f} points paired by the {len(_hits(control)):,} test images, for
+these seeds. ± is one standard error."""
     return f"## Test images\n\n{_table(head, rows)}\n\n{text}"
 
 
@@ -177,10 +175,8 @@ def _speed_table(stages: dict) -> str:
     epochs = [[epoch for run in runs for epoch in run["epochs"]] for runs in zip(*_pairs(stages))]
     control, adaptive = (statistics.mean(epoch["train_seconds"] for epoch in kind) for kind in epochs)
     saved = statistics.mean(epoch["train_macs_saved"] for epoch in epochs[1])
-    text = (
-        f"A training epoch takes {adaptive:.1f} s instead of the control's {control:.1f} s (means over all epochs and"
-    )
-    text += f" seeds): {1 - adaptive / control:.1%} shorter, with {saved:.1%} of the multiply-adds saved in training."
+    text = f"""A training epoch takes {adaptive:.1f} s instead of the control's {control:.1f} s (means over all epochs
+and seeds): {1 - adaptive / control:.1%} shorter, with {saved:.1%} of the multiply-adds saved in training."""
     batch = stages["benchmark"][0]["batch_size"]
     return f"## Speed\n\nInference, batches of {batch}, in one run:\n\n{_table(head, rows)}\n\n{text}"
 
@@ -197,10 +193,8 @@ def _held_out_table(stages: dict) -> str:
     rows = [("(a) static", *_held_out(stages["static"]))]
     for name in ("control", "adaptive"):
         rows += [(f"{name}, seed {seed}", *_held_out(stage)) for seed, stage in _by_seed(stages, f"{name}_").items()]
-    kept = stages["kept_weights"]["eval"]
-    rows.append(
-        ("A-ViT as kept, in half precision", f"{kept['acc1']:.2f}", f"{kept['depth_mean']:.2f}", f"{_saved(kept):.1%}")
-    )
+    kept = {f"test_{name}": value for name, value in stages["kept_weights"]["eval"].items()}
+    rows.append(("A-ViT as kept, in half precision", *_held_out({"epochs": [kept]})))
     return f"## Held-out images\n\n{_table(('network', *HELD_OUT), rows)}"
 
 
