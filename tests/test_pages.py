@@ -255,6 +255,11 @@ class Browser:
         self.until("shown.length === 0 || (near.size > 0 && [...near.values()].every(Boolean))")
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
+    def screenshot(self, path: Path) -> np.ndarray:
+        """[height, width, 3] uint8; also as a file."""
+        assert self.driver.save_screenshot(str(path))
+        return np.asarray(Image.open(path).convert("RGB"))
+
     def press(self, *keys: str) -> None:
         from selenium.webdriver import ActionChains
 
@@ -671,3 +676,22 @@ def test_a_thousand_images_stay_fluid(browser, tmp_path):
     assert seconds.pop("write") < 60
     assert seconds.pop("load") < 10
     assert max(seconds.values()) < 1, seconds
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (375, 812)])
+def test_screenshots_at_desktop_and_phone_width(browser, page, tmp_path, width, height, scheme):
+    """Kept in pytest's folder for whoever wants to look: gallery, enlarged image, and summary."""
+    browser.open(page, width, height, scheme)
+    browser.drawn()
+    shots = {"gallery": browser.screenshot(tmp_path / "gallery.png")}
+    browser.click("#grid li button")
+    browser.drawn()
+    shots["enlarged"] = browser.screenshot(tmp_path / "enlarged.png")
+    browser.open(summary(tmp_path), width, height, scheme)
+    shots["summary"] = browser.screenshot(tmp_path / "summary.png")
+    for name, shot in shots.items():
+        assert shot.shape[:2] == (height, width)
+        assert shot.reshape(-1, 3).std(axis=0).max() > 5, f"{name} is blank"
+    ground = {name: np.median(shot) for name, shot in shots.items() if name != "enlarged"}
+    assert all(value > 200 if scheme == "light" else value < 60 for value in ground.values()), ground
