@@ -324,6 +324,8 @@ def _write_gallery(folder: Path, title: str, specimens: list[Specimen], names: S
 
 def _facts(specimens: Sequence[Specimen]) -> list[tuple[str, str]]:
     """Means over the images shown."""
+    if not specimens:
+        return [("images", "0")]
     known = [one for one in specimens if one.target >= 0]
     right = [("top-1", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
     depth = sum(one.mean_depth for one in specimens) / len(specimens)

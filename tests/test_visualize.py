@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import main_act
 import pictures
+import specimens
 import visualize
 from datasets import denormalize
 from loaders import viewing_loader
@@ -269,6 +270,13 @@ def test_summary(image_folder, checkpoint, tmp_path):
     page = (out / "summary.html").read_text()
     assert page.count("data:image/png;base64,") >= 6
     assert "avit_micro_patch4_32" in page
+
+
+def test_a_summary_without_wrong_predictions_has_an_empty_gallery(image_folder, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(specimens.CRITERIA, "wrong", lambda specimen: None)
+    flags = ("--data-path", image_folder, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
+    visualise("--summary", "--html", "--demo-by", "wrong", *flags)
+    assert {"index.html", "summary.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
 def test_summary_of_another_class_count(tmp_path, checkpoint, capsys):
