@@ -21,9 +21,9 @@ NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_wo
 RECIPE="--batch-size 128 --opt muon --warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
 FIRST_LR=0.04 TUNING_LR=0.02
-SCALE=2 PRIOR=0.001
-CENTER=20 PONDER=0.005                                                             # the chosen setting
-SEARCH=${SEARCH:-20:0.002 20:0.003 20:0.005 20:0.01 10:0.003}                      # gate center : ponder scale
+SCALE=${SCALE:-2} PRIOR=0.001
+CENTER=${CENTER:-20} PONDER=${PONDER:-0.005}                   # the chosen setting
+SEARCH=${SEARCH:-20:0.002 20:0.003 20:0.005 20:0.01 10:0.003}  # gate center : ponder scale
 
 stage() {  # STAGE COMMAND...: runs it, unless it has been
   local name=$1 start=$SECONDS command

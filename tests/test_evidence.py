@@ -148,7 +148,8 @@ def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "checkpoints"))
     data = make_fashion(tmp_path / "data", train=600)
     short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SEEDS": "0", "SEARCH": "10:0.005"}
-    environment = {**os.environ, **short, "PYTHON": sys.executable}
+    halting = {"SCALE": "10", "CENTER": "10", "PONDER": "0.005"}  # some tokens halt by chance, after so few steps too
+    environment = {**os.environ, **short, **halting, "PYTHON": sys.executable}
 
     def run():
         command = ["bash", str(repository / "evidence.sh"), str(data)]
