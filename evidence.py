@@ -199,11 +199,11 @@ def _held_out_table(stages: dict) -> str:
 
 
 def _search_table(stages: dict) -> str:
-    rows = [("static", "", *_held_out(stages["search_static"]))]
+    rows = [("static", "", "", *_held_out(stages["search_static"]))]
     settings = [name.split("_")[1:] for name in stages if name.startswith("search_") and name != "search_static"]
-    for center, ponder in sorted(settings, key=lambda setting: tuple(map(float, setting))):
-        rows.append((center, ponder, *_held_out(stages[f"search_{center}_{ponder}"])))
-    head = ("gate center", "ponder scale", *HELD_OUT)
+    for setting in sorted(settings, key=lambda setting: tuple(map(float, setting))):
+        rows.append((*setting, *_held_out(stages["_".join(["search", *setting])])))
+    head = ("gate scale", "gate center", "ponder scale", *HELD_OUT)
     return f"## Settings, on a third of the training images\n\n{_table(head, rows)}"
 
 

@@ -20,10 +20,10 @@ SEEDS=${SEEDS:-0 1 2}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
 RECIPE="--batch-size 128 --opt muon --warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
-FIRST_LR=0.04 TUNING_LR=0.02
-SCALE=${SCALE:-2} PRIOR=0.001
-CENTER=${CENTER:-20} PONDER=${PONDER:-0.005}                   # the chosen setting
-SEARCH=${SEARCH:-20:0.002 20:0.003 20:0.005 20:0.01 10:0.003}  # gate center : ponder scale
+FIRST_LR=0.04 TUNING_LR=0.02 PRIOR=0.001
+# gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
+CHOSEN=${CHOSEN:--1:8:0.002}
+SEARCH=${SEARCH:--1:20:0.0005 -1:8:0.0005 -1:8:0.002 -1:8:0.01 1:8:0.002}
 
 stage() {  # STAGE COMMAND...: runs it, unless it has been
   local name=$1 start=$SECONDS command
@@ -58,8 +58,10 @@ tune() {  # STAGE full|subset EPOCHS FLAGS...: on from the static network
   train "$name" "$part" --pretrained-path $STATIC --epochs "$epochs" --lr $TUNING_LR "$@"
 }
 
-halting() {  # CENTER PONDER PRIOR
-  echo "--gate_scale $SCALE --gate_center $1 --ponder_token_scale $2 --distr_prior_alpha $3"
+halting() {  # SCALE:CENTER:PONDER PRIOR
+  local scale center ponder
+  IFS=: read -r scale center ponder <<< "$1"
+  echo "--gate_scale $scale --gate_center $center --ponder_token_scale $ponder --distr_prior_alpha $2"
 }
 
 evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
@@ -82,19 +84,19 @@ keep_weights static $STATIC
 # which setting, and what each part is for: on a third of the images
 tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
-  tune "search_${setting/:/_}" subset "$SEARCH_EPOCHS" $(halting "${setting%:*}" "${setting#*:}" $PRIOR)
+  tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
-tune ablation_full_recipe subset "$SEARCH_EPOCHS" $(halting $CENTER $PONDER $PRIOR)
-tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting $CENTER $PONDER 0)
-tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting $CENTER 0 $PRIOR)
+tune ablation_full_recipe subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" $PRIOR)
+tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0)
+tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
 [ "$UNTIL" != search ] || exit 0
 
 # (b) the control, and (c) A-ViT: the same epochs, data and learning rates; and A-ViT from scratch, as (a)
 for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
-  tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting $CENTER $PONDER $PRIOR) --seed "$seed"
+  tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
-train ablation_from_scratch full --epochs "$STATIC_EPOCHS" --lr $FIRST_LR $(halting $CENTER $PONDER $PRIOR)
+train ablation_from_scratch full --epochs "$STATIC_EPOCHS" --lr $FIRST_LR $(halting "$CHOSEN" $PRIOR)
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
@@ -115,7 +117,7 @@ HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
   --batch-size 128 --finetune $ADAPTIVE --json $OUT/benchmark.json
 once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
-  $(for setting in $SEARCH; do echo "$RUNS/search_${setting/:/_}"; done) --output-dir $OUT/search
+  $(for setting in $SEARCH; do echo "$RUNS/search_${setting//:/_}"; done) --output-dir $OUT/search
 once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \
   $(for seed in $SEEDS; do echo "$RUNS/control_$seed" "$RUNS/adaptive_$seed"; done) --output-dir $OUT/final
 once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_workers 0 --finetune $ADAPTIVE \

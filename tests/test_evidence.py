@@ -89,8 +89,8 @@ STAGES = {
     "test_adaptive_0": evaluation("1100", 0.5, 5.0),
     "test_adaptive_1": evaluation("1110", 0.6, 7.0),
     "search_static": training(89.0, 1.0, 12.0),
-    "search_30_0.0005": training(88.0, 0.9, 11.0),
-    "search_10_0.001": training(85.0, 0.4, 5.0),
+    "search_-1_30_0.0005": training(88.0, 0.9, 11.0),
+    "search_-1_10_0.001": training(85.0, 0.4, 5.0),
     "ablation_full_recipe": training(87.0, 0.5),
     "ablation_no_prior": training(86.0, 0.45),
     "ablation_no_ponder": training(87.5, 0.8),
@@ -109,9 +109,9 @@ LINES = """
 | control, seed 1 | 91.50 | 12.00 | 0.0% |
 | adaptive, seed 0 | 90.70 | 6.00 | 50.0% |
 | A-ViT as kept, in half precision | 75.00 | 6.00 | 45.0% |
-| static |  | 89.00 | 12.00 | 0.0% |
-| 10 | 0.001 | 85.00 | 5.00 | 60.0% |
-| 30 | 0.0005 | 88.00 | 11.00 | 10.0% |
+| static |  |  | 89.00 | 12.00 | 0.0% |
+| -1 | 10 | 0.001 | 85.00 | 5.00 | 60.0% |
+| -1 | 30 | 0.0005 | 88.00 | 11.00 | 10.0% |
 | the full recipe | 87.00 | 6.00 | 50.0% |
 | without the prior | 86.00 | 6.00 | 55.0% |
 | without the ponder loss | 87.50 | 6.00 | 20.0% |
@@ -147,9 +147,9 @@ def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     repository = tmp_path / "repository"
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "checkpoints"))
     data = make_fashion(tmp_path / "data", train=600)
-    short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SEEDS": "0", "SEARCH": "10:0.005"}
-    halting = {"SCALE": "10", "CENTER": "10", "PONDER": "0.005"}  # some tokens halt by chance, after so few steps too
-    environment = {**os.environ, **short, **halting, "PYTHON": sys.executable}
+    short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SEEDS": "0"}
+    setting = "10:10:0.005"  # some tokens halt by chance, after so few steps too
+    environment = {**os.environ, **short, "CHOSEN": setting, "SEARCH": setting, "PYTHON": sys.executable}
 
     def run():
         command = ["bash", str(repository / "evidence.sh"), str(data)]
@@ -168,7 +168,7 @@ def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     shutil.rmtree(results / "runs")  # as in a fresh clone
     assert "==" not in run()
     assert (results / "fashion_mnist.md").read_text() == table
-    (results / "search_10_0.005.json").unlink()  # one stage anew
+    (results / "search_10_10_0.005.json").unlink()  # one stage anew
     assert run().count("== ") == 1
     environment["SEARCH_EPOCHS"] = "2"
     with pytest.raises(AssertionError, match="is of another command"):
