@@ -18,12 +18,12 @@ STATIC=$KEPT/avit_micro_fmnist_static.pth ADAPTIVE=$KEPT/avit_micro_fmnist.pth
 STATIC_EPOCHS=${STATIC_EPOCHS:-10} TUNING_EPOCHS=${TUNING_EPOCHS:-4} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
 SEEDS=${SEEDS:-0 1 2}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
-RECIPE="--batch-size 128 --opt muon --warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
+RECIPE="--batch-size 128 --warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
-FIRST_LR=0.04 TUNING_LR=0.02 PRIOR=0.001
+FROM_SCRATCH="--opt muon --lr 0.04" TUNING="--opt adamw --lr 0.004" PRIOR=0.001
 # gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
-CHOSEN=${CHOSEN:--1:8:0.002}
-SEARCH=${SEARCH:--1:20:0.0005 -1:8:0.0005 -1:8:0.002 -1:8:0.01 1:8:0.002}
+CHOSEN=${CHOSEN:--1:8:0.005}
+SEARCH=${SEARCH:--1:12:0.002 -1:8:0.002 -1:8:0.005 -1:8:0.02 -1:4:0.005 1:8:0.005}  # the chosen one among them
 
 stage() {  # STAGE COMMAND...: runs it, unless it has been
   local name=$1 start=$SECONDS command
@@ -55,7 +55,7 @@ train() {  # STAGE full|subset FLAGS...
 tune() {  # STAGE full|subset EPOCHS FLAGS...: on from the static network
   local name=$1 part=$2 epochs=$3
   shift 3
-  train "$name" "$part" --pretrained-path $STATIC --epochs "$epochs" --lr $TUNING_LR "$@"
+  train "$name" "$part" --pretrained-path $STATIC --epochs "$epochs" $TUNING "$@"
 }
 
 halting() {  # SCALE:CENTER:PONDER PRIOR
@@ -78,7 +78,7 @@ keep_weights() {  # RUN FILE
 mkdir -p $OUT $RUNS $KEPT
 
 # (a) static, from scratch; its weights, in half precision, are what all others start from
-train static full --no-halting --epochs "$STATIC_EPOCHS" --lr $FIRST_LR
+train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 keep_weights static $STATIC
 
 # which setting, and what each part is for: on a third of the images
@@ -86,7 +86,6 @@ tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
-tune ablation_full_recipe subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" $PRIOR)
 tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0)
 tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
 [ "$UNTIL" != search ] || exit 0
@@ -96,7 +95,7 @@ for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
-train ablation_from_scratch full --epochs "$STATIC_EPOCHS" --lr $FIRST_LR $(halting "$CHOSEN" $PRIOR)
+train ablation_from_scratch full --epochs "$STATIC_EPOCHS" $FROM_SCRATCH $(halting "$CHOSEN" $PRIOR)
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
@@ -124,4 +123,4 @@ once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_
   --output-dir $OUT/summary
 once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
   --demo --demo-by random --demo-dir $OUT/depths
-"$PYTHON" evidence.py report $OUT $OUT/fashion_mnist.md
+"$PYTHON" evidence.py report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
