@@ -105,10 +105,14 @@ PRIVATE_FLAGS = {"output_dir", "data_path", "pretrained_path", "resume", "finetu
 # The tables --------------------------------------------------------------------------------------
 
 
-def report(results: Path, file: Path) -> None:
+def report(results: Path, file: Path, chosen: str) -> None:
+    """chosen: gate scale:gate center:ponder scale, one of the search; what seeds and ablations were run with."""
     stages = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    tables = (_test_table, _speed_table, _held_out_table, _search_table, _ablation_table, _origin)
-    parts = [table(stages) for table in tables]
+    name = _search_stage(chosen.split(":"))
+    if name not in stages:
+        raise SystemExit(f"the chosen setting {chosen} is not among those of the search: no {results / name}.json")
+    parts = [table(stages) for table in (_test_table, _speed_table, _held_out_table, _search_table)]
+    parts += [_ablation_table(stages, name), _origin(stages)]
     file.write_text("\n\n".join(["# Fashion-MNIST", *parts]) + "\n")
     print(f"{file} written")
 
@@ -198,17 +202,20 @@ def _held_out_table(stages: dict) -> str:
     return f"## Held-out images\n\n{_table(('network', *HELD_OUT), rows)}"
 
 
+def _search_stage(setting: Iterable[str]) -> str:
+    return "_".join(["search", *setting])
+
+
 def _search_table(stages: dict) -> str:
     rows = [("static", "", "", *_held_out(stages["search_static"]))]
     settings = [name.split("_")[1:] for name in stages if name.startswith("search_") and name != "search_static"]
     for setting in sorted(settings, key=lambda setting: tuple(map(float, setting))):
-        rows.append((*setting, *_held_out(stages["_".join(["search", *setting])])))
+        rows.append((*setting, *_held_out(stages[_search_stage(setting)])))
     head = ("gate scale", "gate center", "ponder scale", *HELD_OUT)
     return f"## Settings, on a third of the training images\n\n{_table(head, rows)}"
 
 
 ABLATIONS = {
-    "ablation_full_recipe": "the full recipe",
     "ablation_no_prior": "without the prior",
     "ablation_no_ponder": "without the ponder loss",
     "static": "all images: static from scratch, (a)",
@@ -216,8 +223,9 @@ ABLATIONS = {
 }
 
 
-def _ablation_table(stages: dict) -> str:
-    rows = [(name, *_held_out(stages[stage])) for stage, name in ABLATIONS.items()]
+def _ablation_table(stages: dict, full_recipe: str) -> str:
+    names = {full_recipe: "the full recipe"} | ABLATIONS
+    rows = [(name, *_held_out(stages[stage])) for stage, name in names.items()]
     return f"## Ablation, on a third of the training images where not said\n\n{_table(('', *HELD_OUT), rows)}"
 
 
@@ -238,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             command.add_argument(name, type=Path)
         command.set_defaults(function=function)
+    commands.choices["report"].add_argument("--chosen", required=True)
     command = commands.add_parser("keep")
     for name in ("run", "file"):
         command.add_argument(name, type=Path)
