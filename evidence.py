@@ -207,12 +207,15 @@ def _search_stage(setting: Iterable[str]) -> str:
 
 
 def _search_table(stages: dict) -> str:
-    rows = [("static", "", "", *_held_out(stages["search_static"]))]
+    rows = [("static", "", "", "", "", *_held_out(stages["search_static"]))]
     settings = [name.split("_")[1:] for name in stages if name.startswith("search_") and name != "search_static"]
     for setting in sorted(settings, key=lambda setting: tuple(map(float, setting))):
-        rows.append((*setting, *_held_out(stages[_search_stage(setting)])))
-    head = ("gate scale", "gate center", "ponder scale", *HELD_OUT)
-    return f"## Settings, on a third of the training images\n\n{_table(head, rows)}"
+        untuned = stages["_".join(["gate", *setting[:2]])]["eval"]
+        before = f"{untuned['acc1']:.2f}", f"{untuned['depth_mean']:.2f}"
+        rows.append((*setting, *before, *_held_out(stages[_search_stage(setting)])))
+    head = ("gate scale", "gate center", "ponder scale", "top-1 untuned", "depth untuned", *HELD_OUT)
+    text = "Untuned: the static network under that gate, before any fine-tuning."
+    return f"## Settings, on a third of the training images\n\n{_table(head, rows)}\n\n{text}"
 
 
 ABLATIONS = {

@@ -81,7 +81,10 @@ mkdir -p $OUT $RUNS $KEPT
 train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 keep_weights static $STATIC
 
-# which setting, and what each part is for: on a third of the images
+# what the static network does under each gate, untuned; which setting, and what each part is for, on a third of the images
+for gate in $(printf '%s\n' $SEARCH | sed 's/:[^:]*$//' | sort -u); do
+  evaluate "gate_${gate/:/_}" "$RUNS/data/full" $STATIC --gate_scale "${gate%:*}" --gate_center "${gate#*:}"
+done
 tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
