@@ -22,8 +22,8 @@ RECIPE="--batch-size 128 --warmup-epochs 1 --no-model-ema --no-repeated-aug --dr
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
 FROM_SCRATCH="--opt muon --lr 0.04" TUNING="--opt adamw --lr 0.004" PRIOR=0.001
 # gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
-CHOSEN=${CHOSEN:--1:8:0.005}
-SEARCH=${SEARCH:--1:12:0.002 -1:8:0.002 -1:8:0.005 -1:8:0.02 -1:4:0.005 1:8:0.005}  # the chosen one among them
+CHOSEN=${CHOSEN:--1:8:0.002}
+SEARCH=${SEARCH:--1:12:0.002 -1:8:0.002 -1:8:0.005 -1:8:0.02 -1:4:0.005 1:8:0.002}  # the chosen one among them
 
 stage() {  # STAGE COMMAND...: runs it, unless it has been
   local name=$1 start=$SECONDS command
@@ -81,7 +81,7 @@ mkdir -p $OUT $RUNS $KEPT
 train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 keep_weights static $STATIC
 
-# what the static network does under each gate, untuned; which setting, and what each part is for, on a third of the images
+# what the static network does under each gate, untuned; and which setting, on a third of the images
 for gate in $(printf '%s\n' $SEARCH | sed 's/:[^:]*$//' | sort -u); do
   evaluate "gate_${gate/:/_}" "$RUNS/data/full" $STATIC --gate_scale "${gate%:*}" --gate_center "${gate#*:}"
 done
@@ -89,18 +89,20 @@ tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
-tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0)
-tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
 [ "$UNTIL" != search ] || exit 0
 
-# (b) the control, and (c) A-ViT: the same epochs, data and learning rates; and A-ViT from scratch, as (a)
+# (b) the control, and (c) A-ViT: the same epochs, data and learning rates
 for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
-train ablation_from_scratch full --epochs "$STATIC_EPOCHS" $FROM_SCRATCH $(halting "$CHOSEN" $PRIOR)
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
+
+# what each part is for: on a third of the images; and A-ViT from scratch, as (a)
+tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0)
+tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
+train ablation_from_scratch full --epochs "$STATIC_EPOCHS" $FROM_SCRATCH $(halting "$CHOSEN" $PRIOR)
 
 # the test images, once
 evaluate test_static "$DATA" $STATIC --no-halting
