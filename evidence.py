@@ -221,15 +221,15 @@ def _search_table(stages: dict) -> str:
 ABLATIONS = {
     "ablation_no_prior": "without the prior",
     "ablation_no_ponder": "without the ponder loss",
-    "static": "all images: static from scratch, (a)",
-    "ablation_from_scratch": "all images: halting on from scratch, as long as (a)",
+    "ablation_scratch_static": "from scratch, static",
+    "ablation_scratch_halting": "from scratch, halting on from the start",
 }
 
 
 def _ablation_table(stages: dict, full_recipe: str) -> str:
     names = {full_recipe: "the full recipe"} | ABLATIONS
     rows = [(name, *_held_out(stages[stage])) for stage, name in names.items()]
-    return f"## Ablation, on a third of the training images where not said\n\n{_table(('', *HELD_OUT), rows)}"
+    return f"## Ablation, on a third of the training images\n\n{_table(('', *HELD_OUT), rows)}"
 
 
 def _origin(stages: dict) -> str:

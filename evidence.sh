@@ -16,11 +16,11 @@ STATIC=$KEPT/avit_micro_fmnist_static.pth ADAPTIVE=$KEPT/avit_micro_fmnist.pth
 
 # The recipe. All of it was chosen on 5,000 held-out training images, the test set of the folders `full` and `subset`.
 STATIC_EPOCHS=${STATIC_EPOCHS:-10} TUNING_EPOCHS=${TUNING_EPOCHS:-4} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
-SEEDS=${SEEDS:-0 1 2}
+SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-6} SEEDS=${SEEDS:-0 1 2}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
-RECIPE="--batch-size 128 --warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
+RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0
   --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0"
-FROM_SCRATCH="--opt muon --lr 0.04" TUNING="--opt adamw --lr 0.004" PRIOR=0.001
+FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt adamw --lr 0.004" PRIOR=0.001
 # gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
 CHOSEN=${CHOSEN:--1:8:0.002}
 SEARCH=${SEARCH:--1:12:0.002 -1:8:0.002 -1:8:0.005 -1:8:0.02 -1:4:0.005 1:8:0.002}  # the chosen one among them
@@ -99,10 +99,11 @@ done
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
-# what each part is for: on a third of the images; and A-ViT from scratch, as (a)
+# what each part is for, on a third of the images
 tune ablation_no_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0)
 tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
-train ablation_from_scratch full --epochs "$STATIC_EPOCHS" $FROM_SCRATCH $(halting "$CHOSEN" $PRIOR)
+train ablation_scratch_static subset --no-halting --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
+train ablation_scratch_halting subset $(halting "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
 
 # the test images, once
 evaluate test_static "$DATA" $STATIC --no-halting
