@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The paper's claim, measured on Fashion-MNIST: evidence.sh DATA [search]
 #
-# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one); with `search` the chain ends before
-# the test images are touched. A stage is one command; when it has ended there is results/STAGE.json, and it is not run
+# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one); with `search` the chain ends when the
+# settings have been searched. A stage is one command; when it has ended there is results/STAGE.json, and it is not run
 # again. So the chain can be stopped at any time, and goes on with the same command. To measure a stage anew, remove its
-# JSON file; results/runs holds checkpoints and logs of stages that are under way or done.
-set -euo pipefail
+# JSON file; results/runs holds checkpoints and logs of stages that are under way or done. Stages that do not need each
+# other run two at a time, a core each: that is faster than one after the other with two threads.
+set -euo pipefail -m
 trap 'exit 130' INT TERM
+trap 'for job in $(jobs -rp); do kill -- -"$job"; done; wait' EXIT
 cd "$(dirname "$0")"
 DATA=${1:?folder with the four files of Fashion-MNIST}
 UNTIL=${2:-end}
@@ -25,8 +27,8 @@ FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --
 CHOSEN=${CHOSEN:--1:8:0.002}
 SEARCH=${SEARCH:--1:12:0.002 -1:8:0.002 -1:8:0.005 -1:8:0.02 -1:4:0.005 1:8:0.002}  # the chosen one among them
 
-stage() {  # STAGE COMMAND...: runs it, unless it has been
-  local name=$1 start=$SECONDS command
+stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
+  local name=$1 command
   shift
   command="${*//$PYTHON/python}"
   command="${command//$DATA/DATA}"
@@ -35,14 +37,32 @@ stage() {  # STAGE COMMAND...: runs it, unless it has been
     echo "$OUT/$name.json is of another command; remove it, to run: $command" >&2
     exit 1
   fi
+  [ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
+  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do sleep 0.2; done
   echo "== $name: $command"
+  run "$name" "$command" "$@" &
+  started+=($!)
+}
+
+run() {  # STAGE TEXT COMMAND...; TEXT is the command as it is recorded
+  local name=$1 command=$2 start=$SECONDS
+  shift 2
   if [ "$(cat "$RUNS/$name.command" 2> /dev/null)" != "$command" ]; then  # what is there is of another command
     rm -rf "${RUNS:?}/$name"
     echo "$command" > "$RUNS/$name.command"
   fi
-  [ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
-  "$@"
+  if ! OMP_NUM_THREADS=${THREADS:-1} "$@" > "$RUNS/$name.log" 2>&1; then
+    tail -n 3 "$RUNS/$name.log" >&2
+    echo "$name has failed: $RUNS/$name.log" >&2
+    exit 1
+  fi
   "$PYTHON" evidence.py keep "$RUNS/$name" "$OUT/$name.json" --seconds $((SECONDS - start)) --command "$command"
+}
+
+finish() {  # waits for all stages; ends the chain where one has failed
+  local job
+  for job in "${started[@]}"; do wait "$job"; done
+  started=()
 }
 
 train() {  # STAGE full|subset FLAGS...
@@ -75,10 +95,12 @@ keep_weights() {  # RUN FILE
   [ -e "$2" ] || "$PYTHON" evidence.py export "$RUNS/$1/checkpoint.pth" "$2"
 }
 
+started=()
 mkdir -p $OUT $RUNS $KEPT
 
 # (a) static, from scratch; its weights, in half precision, are what all others start from
-train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
+THREADS=2 train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
+finish
 keep_weights static $STATIC
 
 # what the static network does under each gate, untuned; and which setting, on a third of the images
@@ -89,6 +111,7 @@ tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
+finish
 [ "$UNTIL" != search ] || exit 0
 
 # (b) the control, and (c) A-ViT: the same epochs, data and learning rates
@@ -96,6 +119,7 @@ for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
+finish
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
@@ -111,6 +135,8 @@ for seed in $SEEDS; do
   evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
   evaluate "test_adaptive_$seed" "$DATA" "$RUNS/adaptive_$seed/checkpoint.pth"
 done
+
+finish
 
 # speed, pictures, tables: of held-out images
 once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the command writes
