@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,40 +152,12 @@ def test_the_chosen_setting_must_have_been_searched(tmp_path):
 
 # What the repository keeps --------------------------------------------------------------------------
 
-KEPT = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
-
-
-def run_script(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
-    assert KEPT.stat().st_size < 2**20
-    run_script("visualize.py", "results/depths/class0_ref.jpg", "--finetune", KEPT, "--output-dir", tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"class0_ref_panel.png", "class0_ref_halting.gif"}
-
-
-def test_the_tables_of_the_results_are_those_of_the_report():
-    rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith("|")]
-    report = (ROOT / "results" / "fashion_mnist.md").read_text().splitlines()
-    published = [row for row in rows if row.startswith(("| A-ViT-", "| model |"))]
-    assert published
-    assert [row for row in rows if row not in report] == published
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-def test_the_kept_network_recognises_what_was_measured(tmp_path):
-    network = ("--model", "avit_micro_patch4_32", "--data-set", "FMNIST", "--input-size", "28", "--num_workers", "0")
-    run_script("main_act.py", *network, "--data-path", FASHION, "--eval", "--finetune", KEPT, "--output_dir", tmp_path)
-    found = json.loads((tmp_path / "eval.json").read_text())
-    measured = json.loads((ROOT / "results" / "test_adaptive_0.json").read_text())["eval"]
-    assert found["images"] == 10_000
-    assert found["acc1"] == pytest.approx(measured["acc1"], abs=0.1)  # half precision, another machine
-    assert found["gmacs"] == pytest.approx(measured["gmacs"], rel=0.01)
+    kept = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
+    assert kept.stat().st_size < 2**20
+    flags = ["results/depths/class7_ref.jpg", "--finetune", str(kept), "--output-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "visualize.py", *flags], cwd=ROOT, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"class7_ref_panel.png", "class7_ref_halting.gif"}
 
 
 @pytest.mark.slow
