@@ -152,6 +152,7 @@ def test_the_chosen_setting_must_have_been_searched(tmp_path):
 
 # What the repository keeps --------------------------------------------------------------------------
 
+
 def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
     kept = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
     assert kept.stat().st_size < 2**20
@@ -160,22 +161,37 @@ def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"class7_ref_panel.png", "class7_ref_halting.gif"}
 
 
-@pytest.mark.slow
-def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
+def chain(tmp_path, train, **settings):
+    """evidence.sh in a copy of the repository, on `train` random images -> that copy, and a function that runs it."""
     repository = tmp_path / "repository"
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "checkpoints"))
-    data = make_fashion(tmp_path / "data", train=600)
-    short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SCRATCH_EPOCHS": "1", "SEEDS": "0"}
+    command = ["bash", str(repository / "evidence.sh"), str(make_fashion(tmp_path / "data", train=train))]
+
+    def run(**more):
+        environment = {**os.environ, **settings, **more, "PYTHON": sys.executable}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+
+    return repository, run
+
+
+def test_a_stage_that_fails_ends_the_chain(tmp_path):
+    repository, run = chain(tmp_path, 120, STATIC_EPOCHS="-1")
+    done = run()
+    assert done.returncode == 1
+    assert "static has failed: results/runs/static.log" in done.stderr
+    assert "--epochs" in done.stderr, "the end of that log"
+    assert done.stdout.count("== ") == 1
+    assert not list((repository / "results").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     setting = "10:10:0.005"  # some tokens halt by chance, after so few steps too
-    environment = {**os.environ, **short, "CHOSEN": setting, "SEARCH": setting, "PYTHON": sys.executable}
-
-    def run():
-        command = ["bash", str(repository / "evidence.sh"), str(data)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert run().count("\n== ") > 10
+    short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SCRATCH_EPOCHS": "1", "SEEDS": "0"}
+    repository, run = chain(tmp_path, 600, **short, CHOSEN=setting, SEARCH=setting)
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("\n== ") > 10
     results = repository / "results"
     table = (results / "fashion_mnist.md").read_text()
     assert "| (c) A-ViT | 1 |" in table
@@ -184,10 +200,8 @@ def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     assert tested["hits"].count("1") / 20 == pytest.approx(tested["eval"]["acc1"] / 100)
     assert tested["eval"]["depth_mean"] < 12
     shutil.rmtree(results / "runs")  # as in a fresh clone
-    assert "==" not in run()
+    assert "==" not in run().stdout
     assert (results / "fashion_mnist.md").read_text() == table
     (results / "search_10_10_0.005.json").unlink()  # one stage anew
-    assert run().count("== ") == 1
-    environment["SEARCH_EPOCHS"] = "2"
-    with pytest.raises(AssertionError, match="is of another command"):
-        run()
+    assert run().stdout.count("== ") == 1
+    assert "is of another command" in run(SEARCH_EPOCHS="2").stderr
