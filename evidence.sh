@@ -91,8 +91,8 @@ evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
     --output_dir "$RUNS/$name" "$@"
 }
 
-keep_weights() {  # RUN FILE
-  [ -e "$2" ] || "$PYTHON" evidence.py export "$RUNS/$1/checkpoint.pth" "$2"
+keep_weights() {  # RUN FILE; anew where the run is newer than what was kept
+  [ "$2" -nt "$RUNS/$1/checkpoint.pth" ] || "$PYTHON" evidence.py export "$RUNS/$1/checkpoint.pth" "$2"
 }
 
 started=()
@@ -135,7 +135,6 @@ for seed in $SEEDS; do
   evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
   evaluate "test_adaptive_$seed" "$DATA" "$RUNS/adaptive_$seed/checkpoint.pth"
 done
-
 finish
 
 # speed, pictures, tables: of held-out images
