@@ -196,6 +196,7 @@ def _schedule(parser: Parser) -> None:
 
 def _augmentation(parser: Parser) -> None:
     add = (group := parser.add_argument_group("augmentation")).add_argument
+    add("--no-aug", action="store_true", help="train on images as in evaluation: none of crop, flip, --aa, --reprob")
     add("--color-jitter", type=_amount, default=0.4, metavar="C", help="colour jitter, where --aa is none")
     add(
         "--aa",

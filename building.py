@@ -174,6 +174,8 @@ def validation_set(args: argparse.Namespace) -> Dataset:
 
 
 def training_set(args: argparse.Namespace) -> Dataset:
+    if args.no_aug:
+        return _data_set(args, train=True, split=args.train_split)
     augmentation = Augmentation(
         color_jitter=args.color_jitter,
         auto_augment=args.aa,

@@ -4,10 +4,22 @@ import pytest
 import timm
 import torch
 from conftest import save_halting_micro
+from PIL import Image
 
-from building import StartingPoint
+from arguments import parse_args
+from building import StartingPoint, training_set
 from checkpoints import load_checkpoint
+from datasets import evaluation_transform
 from utils import UserError
+
+
+def test_no_aug_takes_training_images_as_in_evaluation(image_folder):
+    flags = ["--data-path", str(image_folder), "--input-size", "24", "--reprob", "1", "--aa", "rand-m9"]
+    plain, varied = (training_set(parse_args([*flags, *more])) for more in (["--no-aug"], []))
+    pixels = evaluation_transform((24, 24))(Image.open(plain.samples[3][0]))
+    assert all(torch.equal(plain[3][0], pixels) for _ in range(5))
+    assert len({varied[3][0].sum().item() for _ in range(5)}) > 1
+    assert len(plain) == len(varied) == 15
 
 
 def start_from(path) -> StartingPoint:

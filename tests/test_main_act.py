@@ -291,9 +291,9 @@ model=avit_tiny_patch16_224 input_size=[224] drop=0.0 drop_path=0.1 model_ema=Tr
 model_ema_force_cpu=False use_ema=False grad_checkpointing=False opt=adamw opt_eps=1e-08 opt_betas=None clip_grad=None
 momentum=0.9 weight_decay=0.05 accum_steps=1 epochs=300 batch_size=64 lr=0.0005 sched=cosine lr_noise=None
 lr_noise_pct=0.67 lr_noise_std=1.0 warmup_lr=1e-06 min_lr=1e-05 decay_epochs=30 warmup_epochs=5 cooldown_epochs=10
-patience_epochs=10 decay_rate=0.1 color_jitter=0.4 aa=rand-m9-mstd0.5-inc1 smoothing=0.1 train_interpolation=bicubic
-repeated_aug=True reprob=0.25 remode=pixel recount=1 resplit=False mixup=0.8 cutmix=1.0 cutmix_minmax=None
-mixup_prob=1.0 mixup_switch_prob=0.5 mixup_mode=batch teacher_model=regnety_160 teacher_path=None
+patience_epochs=10 decay_rate=0.1 no_aug=False color_jitter=0.4 aa=rand-m9-mstd0.5-inc1 smoothing=0.1
+train_interpolation=bicubic repeated_aug=True reprob=0.25 remode=pixel recount=1 resplit=False mixup=0.8 cutmix=1.0
+cutmix_minmax=None mixup_prob=1.0 mixup_switch_prob=0.5 mixup_mode=batch teacher_model=regnety_160 teacher_path=None
 distillation_type=none distillation_alpha=0.5 distillation_tau=1.0 data_path=None data_set=IMNET inat_category=name
 num_workers=10 pin_mem=True output_dir=None seed=0 resume=None start_epoch=None eval=False dist_eval=False
 finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrained=False pretrained_path=None
