@@ -175,12 +175,12 @@ def chain(tmp_path, train, **settings):
 
 
 def test_a_stage_that_fails_ends_the_chain(tmp_path):
-    repository, run = chain(tmp_path, 120, STATIC_EPOCHS="-1")
+    repository, run = chain(tmp_path, 120, STATIC_EPOCHS="-1", SCRATCH_EPOCHS="1000")
     done = run()
     assert done.returncode == 1
     assert "static has failed: results/runs/static.log" in done.stderr
     assert "--epochs" in done.stderr, "the end of that log"
-    assert done.stdout.count("== ") == 1
+    assert "== gate" not in done.stdout, "what needs that stage"
     assert not list((repository / "results").glob("*.json"))
 
 
