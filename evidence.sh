@@ -145,7 +145,7 @@ once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the 
 }
 HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
-  --batch-size 128 --finetune $ADAPTIVE --json $OUT/benchmark.json
+  --batch-size 256 --finetune $ADAPTIVE --json $OUT/benchmark.json
 once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
   $(for setting in $SEARCH; do echo "$RUNS/search_${setting//:/_}"; done) --output-dir $OUT/search
 once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \

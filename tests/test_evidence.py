@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import evidence
 from checkpoints import load_checkpoint
 from datasets import build_dataset
 
+KEPT = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 FLAGS = {"model": "avit_micro_patch4_32", "lr": 0.04, "output_dir": "private"}
 
 
@@ -134,7 +137,7 @@ def test_every_figure_of_the_report(tmp_path):
     assert "-25.00 ± 14.43 points paired by the 4 test images" in words  # differences 0, 0, -1/2, -1/2
     assert "takes 76.0 s instead of the control's 101.0 s" in words
     assert "24.8% shorter, with 45.0% of the multiply-adds saved" in words
-    assert "in 20 minutes, on 2 x CPU, at abc" in words
+    assert "20 minutes of a core, two at a time, on 2 x CPU, at abc" in words
 
 
 def test_seeds_must_pair(tmp_path):
@@ -154,11 +157,30 @@ def test_the_chosen_setting_must_have_been_searched(tmp_path):
 
 
 def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
-    kept = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
-    assert kept.stat().st_size < 2**20
-    flags = ["results/depths/class7_ref.jpg", "--finetune", str(kept), "--output-dir", str(tmp_path)]
+    assert KEPT.stat().st_size < 2**20
+    flags = ["results/depths/class7_ref.jpg", "--finetune", KEPT, "--output-dir", tmp_path]
     subprocess.run([sys.executable, "visualize.py", *flags], cwd=ROOT, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"class7_ref_panel.png", "class7_ref_halting.gif"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_the_kept_network_recognises_what_was_measured(tmp_path):
+    network = ["--model", "avit_micro_patch4_32", "--data-set", "FMNIST", "--input-size", "28", "--num_workers", "0"]
+    flags = [*network, "--data-path", FASHION, "--eval", "--finetune", KEPT, "--output_dir", tmp_path]
+    subprocess.run([sys.executable, "main_act.py", *flags], cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    measured = json.loads((ROOT / "results" / "test_adaptive_0.json").read_text())["eval"]
+    assert found["images"] == 10_000
+    assert found["acc1"] == pytest.approx(measured["acc1"], abs=0.1)  # half precision, another machine
+    assert found["gmacs"] == pytest.approx(measured["gmacs"], rel=0.01)
+
+
+def test_the_tables_of_the_results_are_those_of_the_report():
+    rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith("|")]
+    report = (ROOT / "results" / "fashion_mnist.md").read_text().splitlines()
+    assert rows
+    assert [row for row in rows if row not in report] == []
 
 
 def chain(tmp_path, train, **settings):
