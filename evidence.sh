@@ -8,6 +8,7 @@
 # other run two at a time, a core each: that is faster than one after the other with two threads.
 set -euo pipefail -m
 trap 'exit 130' INT TERM
+trap 'exit 1' USR1  # a stage has failed
 trap 'for job in $(jobs -rp); do kill -- -"$job"; done; wait' EXIT
 cd "$(dirname "$0")"
 DATA=${1:?folder with the four files of Fashion-MNIST}
@@ -37,10 +38,9 @@ stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
     exit 1
   fi
   [ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
-  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do sleep 0.2; done
+  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n || true; done
   echo "== $name: $command"
   run "$name" "$command" "$@" &
-  started+=($!)
 }
 
 run() {  # STAGE TEXT COMMAND...; TEXT is the command as it is recorded
@@ -50,18 +50,14 @@ run() {  # STAGE TEXT COMMAND...; TEXT is the command as it is recorded
     rm -rf "${RUNS:?}/$name"
     echo "$command" > "$RUNS/$name.command"
   fi
-  if ! OMP_NUM_THREADS=1 "$@" > "$RUNS/$name.log" 2>&1; then
+  if ! {
+    OMP_NUM_THREADS=1 "$@" && "$PYTHON" evidence.py keep "$RUNS/$name" "$OUT/$name.json" \
+      --seconds $((SECONDS - start)) --command "$command"
+  } > "$RUNS/$name.log" 2>&1; then
     tail -n 3 "$RUNS/$name.log" >&2
     echo "$name has failed: $RUNS/$name.log" >&2
-    exit 1
+    kill -USR1 $$
   fi
-  "$PYTHON" evidence.py keep "$RUNS/$name" "$OUT/$name.json" --seconds $((SECONDS - start)) --command "$command"
-}
-
-finish() {  # waits for all stages; ends the chain where one has failed
-  local job
-  for job in "${started[@]}"; do wait "$job"; done
-  started=()
 }
 
 train() {  # STAGE full|subset FLAGS...
@@ -94,7 +90,6 @@ keep_weights() {  # RUN FILE; anew where the run is newer than what was kept
   [ "$2" -nt "$RUNS/$1/checkpoint.pth" ] || "$PYTHON" evidence.py export "$RUNS/$1/checkpoint.pth" "$2"
 }
 
-started=()
 mkdir -p $OUT $RUNS $KEPT
 
 # (a) static, from scratch; its weights, in half precision, are what all others start from. Beside it an ablation: halting
@@ -102,7 +97,7 @@ mkdir -p $OUT $RUNS $KEPT
 train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_static subset --no-halting --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_halting subset $(halting "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
-finish
+wait
 keep_weights static $STATIC
 
 # what the static network does under each gate, untuned; and which setting, on a third of the images
@@ -113,7 +108,7 @@ tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
-finish
+wait
 [ "$UNTIL" != search ] || exit 0
 
 # (b) the control, and (c) A-ViT: the same epochs, data and learning rates
@@ -121,7 +116,7 @@ for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
-finish
+wait
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
@@ -135,7 +130,7 @@ for seed in $SEEDS; do
   evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
   evaluate "test_adaptive_$seed" "$DATA" "$RUNS/adaptive_$seed/checkpoint.pth"
 done
-finish
+wait
 
 # speed, pictures, tables: of held-out images
 once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the command writes
