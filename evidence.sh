@@ -38,9 +38,13 @@ stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
     exit 1
   fi
   [ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
-  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n || true; done
+  until_fewer_than 2
   echo "== $name: $command"
   run "$name" "$command" "$@" &
+}
+
+until_fewer_than() {  # N stages run
+  while [ "$(jobs -rp | wc -l)" -ge "$1" ]; do sleep 0.5; done
 }
 
 run() {  # STAGE TEXT COMMAND...; TEXT is the command as it is recorded
@@ -97,7 +101,7 @@ mkdir -p $OUT $RUNS $KEPT
 train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_static subset --no-halting --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_halting subset $(halting "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
-wait
+until_fewer_than 1
 keep_weights static $STATIC
 
 # what the static network does under each gate, untuned; and which setting, on a third of the images
@@ -108,7 +112,7 @@ tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
-wait
+until_fewer_than 1
 [ "$UNTIL" != search ] || exit 0
 
 # (b) the control, and (c) A-ViT: the same epochs, data and learning rates
@@ -116,7 +120,7 @@ for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
-wait
+until_fewer_than 1
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
@@ -130,7 +134,7 @@ for seed in $SEEDS; do
   evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
   evaluate "test_adaptive_$seed" "$DATA" "$RUNS/adaptive_$seed/checkpoint.pth"
 done
-wait
+until_fewer_than 1
 
 # speed, pictures, tables: of held-out images
 once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the command writes
