@@ -31,7 +31,8 @@ MAIN, MARK, GREY, LIGHT = "#0072b2", "#c04c00", "#595959", "#e4e4e4"
 # Okabe and Ito's colours, told apart by colour-blind eyes too, with a grey for their yellow, which is pale on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#8f8f8f")
 SMALL = 9  # points; other text has 10
-PLATE = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # behind text
+PLATE_PAD = 0.15  # of the size of the font
+PLATE = {"boxstyle": f"square,pad={PLATE_PAD}", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # behind text
 MISSING = "□"  # in place of a letter that the font lacks
 
 
@@ -527,7 +528,7 @@ def _label_ends(axes: Axes, ends: list[End]) -> None:
         place = {"xy": (end.macs, end.accuracy), "xytext": (0, 0), "textcoords": "offset points", "va": "center"}
         label = axes.annotate(_drawable(end.name, 28), **place, **font)
         label.set_in_layout(False)
-        size = label.get_window_extent().size
+        size = label.get_window_extent().size + 2 * PLATE_PAD * SMALL * DPI / 72
         boxes = [_label_box(point, size, *place) for place in LABEL_PLACES]
         costs = [sum(map(box.overlaps, taken)) + 2 * _sticks_out(box, axes.bbox) for box in boxes]
         best = costs.index(min(costs))

@@ -378,13 +378,22 @@ def test_accuracy_against_multiply_adds():
     assert_drawn_well(figure)
 
 
-def test_labels_of_near_points_do_not_overlap():
-    runs = [Run(f"run ${n}$ of several", epochs(3, gmacs=0.01 + 1e-5 * n, acc1=90 + 0.01 * n)) for n in range(6)]
-    figure = accuracy_against_macs(runs)
+NEAR = {
+    "in a row": [(f"run ${n}$ of several", 0.01 + 1e-5 * n, 90 + 0.01 * n) for n in range(6)],
+    "plate beside plate": [
+        *(("control_0", 0.01958, 91.4), ("adaptive_0", 0.008626, 90.9), ("control_1", 0.01958, 91.34)),
+        *(("adaptive_1", 0.008336, 90.7), ("control_2", 0.01958, 91.58), ("adaptive_2", 0.008967, 90.84)),
+    ],
+}
+
+
+@pytest.mark.parametrize("points", NEAR.values(), ids=NEAR.keys())
+def test_labels_of_near_points_do_not_overlap(points):
+    figure = accuracy_against_macs([Run(name, epochs(6, gmacs=gmacs, acc1=acc1)) for name, gmacs, acc1 in points])
     FigureCanvasAgg(figure).draw()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert len(boxes) == 6
-    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    plates = [text.get_bbox_patch().get_window_extent() for text in figure.axes[0].texts]
+    assert len(plates) == len(points)
+    assert not any(a.overlaps(b) for n, a in enumerate(plates) for b in plates[:n])
 
 
 def test_no_run_has_multiply_adds():
