@@ -4,7 +4,7 @@
 # DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one); with `search` the chain ends when the
 # settings have been searched. A stage is one command; when it has ended there is results/STAGE.json, and it is not run
 # again. So the chain can be stopped at any time, and goes on with the same command. To measure a stage anew, remove its
-# JSON file; results/runs holds checkpoints and logs of stages that are under way or done. Stages that do not need each
+# JSON file and its folder in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not need each
 # other run two at a time, a core each: that is faster than one after the other with two threads.
 set -euo pipefail -m
 trap 'exit 130' INT TERM
@@ -22,7 +22,7 @@ STATIC_EPOCHS=${STATIC_EPOCHS:-4} TUNING_EPOCHS=${TUNING_EPOCHS:-6} SEARCH_EPOCH
 SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-3} SEEDS=${SEEDS:-0 1 2}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
 RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug"
-FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0.001
+FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0.01
 # gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
 CHOSEN=${CHOSEN:--1:8:0.00045}
 SEARCH=${SEARCH:--1:12:0.0005 -1:8:0.00045 -1:8:0.004 -1:4:0.01 1:8:0.00045}  # the chosen one among them
@@ -37,7 +37,6 @@ stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
     echo "$OUT/$name.json is of another command; remove it, to run: $command" >&2
     exit 1
   fi
-  [ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
   until_fewer_than 2
   echo "== $name: $command"
   run "$name" "$command" "$@" &
@@ -95,6 +94,8 @@ keep_weights() {  # RUN FILE; anew where the run is newer than what was kept
 }
 
 mkdir -p $OUT $RUNS $KEPT
+[ -d "$RUNS/data" ] || "$PYTHON" evidence.py split "$DATA" "$RUNS/data"
+"$PYTHON" evidence.py logs $OUT $RUNS  # for the curves, of stages that another machine has run
 
 # (a) static, from scratch; its weights, in half precision, are what all others start from. Beside it an ablation: halting
 # from the start instead of fine-tuning, on a third of the images
@@ -122,6 +123,11 @@ for seed in $SEEDS; do
 done
 until_fewer_than 1
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
+
+# an epoch more of each, side by side: what was trained on several days has no times to compare
+train epoch_control full --pretrained-path $STATIC --no-halting --epochs 1 $TUNING
+train epoch_adaptive full --pretrained-path $ADAPTIVE $(halting "$CHOSEN" $PRIOR) --epochs 1 $TUNING
+until_fewer_than 1
 evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
 
 # what each part is for, on a third of the images
@@ -154,3 +160,4 @@ once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_
 once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
   --demo --demo-by random --demo-dir $OUT/depths
 "$PYTHON" evidence.py report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
+echo "the chain has taken $((SECONDS / 60)) minutes"
