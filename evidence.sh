@@ -4,8 +4,8 @@
 # DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one); with `search` the chain ends when the
 # settings have been searched. A stage is one command; when it has ended there is results/STAGE.json, and it is not run
 # again. So the chain can be stopped at any time, and goes on with the same command. To measure a stage anew, remove its
-# JSON file and its folder in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not need each
-# other run two at a time, a core each: that is faster than one after the other with two threads.
+# JSON file and its folder in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not
+# need each other run two at a time, a core each: that is faster than one after the other with two threads.
 set -euo pipefail -m
 trap 'exit 130' INT TERM
 trap 'exit 1' USR1  # a stage has failed
