@@ -25,7 +25,7 @@ RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup
 FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0.01
 # gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
 CHOSEN=${CHOSEN:--1:8:0.0018}
-SEARCH=${SEARCH:--1:12:0.0018 -1:8:0.0018 -1:8:0.004 -1:4:0.01 1:8:0.0018}  # the chosen one among them
+SEARCH=${SEARCH:--1:12:0.0018 -1:8:0.0018 -1:8:0.0025 -1:8:0.003 -1:8:0.004 -1:4:0.01 1:8:0.0018}  # the chosen one among them
 
 stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
   local name=$1 command
