@@ -124,7 +124,7 @@ def report(results: Path, file: Path, chosen: str) -> None:
     if name not in stages:
         raise SystemExit(f"the chosen setting {chosen} is not among those of the search: no {results / name}.json")
     parts = [table(stages) for table in (_test_table, _speed_table, _held_out_table, _search_table)]
-    parts += [_ablation_table(stages, name), _origin(stages)]
+    parts += [_trial_table(stages), _ablation_table(stages, name), _origin(stages)]
     file.write_text("\n\n".join(["# Fashion-MNIST", *parts]) + "\n")
     print(f"{file} written")
 
@@ -184,17 +184,16 @@ def _saved(figures: dict, prefix: str = "") -> float:
 def _speed_table(stages: dict) -> str:
     figures = ("speed_up", "ideal", "speed_up_of_ideal")
     rows = [
-        (row["form"], f"{row['images_per_s']:.0f}", *(f"{row[name]:.2f}" for name in figures))
+        (str(row["batch_size"]), row["form"], f"{row['images_per_s']:.0f}", *(f"{row[name]:.2f}" for name in figures))
         for row in stages["benchmark"]
     ]
-    head = ("form", "images/s", "speed-up", "ratio of multiply-adds", "speed-up / ratio")
+    head = ("batch", "form", "images/s", "speed-up", "ratio of multiply-adds", "speed-up / ratio")
     control, adaptive = (stages[f"epoch_{kind}"]["epochs"][-1] for kind in ("control", "adaptive"))
     shorter = 1 - adaptive["train_seconds"] / control["train_seconds"]
     text = f"""Training, an epoch of each at the same time, a core each, from their starting and their final weights:
 {adaptive["train_seconds"]:.1f} s instead of the control's {control["train_seconds"]:.1f} s, {shorter:.1%} shorter, with
 {adaptive["train_macs_saved"]:.1%} of the multiply-adds saved."""
-    batch = stages["benchmark"][0]["batch_size"]
-    return f"## Speed\n\nInference, batches of {batch}, in one run:\n\n{_table(head, rows)}\n\n{text}"
+    return f"## Speed\n\nInference, all in one run, each form in turn, medians:\n\n{_table(head, rows)}\n\n{text}"
 
 
 HELD_OUT = ("held-out top-1, %", "mean depth", "multiply-adds saved")
@@ -230,6 +229,24 @@ def _search_table(stages: dict) -> str:
     return f"## Settings, on a third of the training images\n\n{_table(head, rows)}\n\n{text}"
 
 
+def _trial_table(stages: dict) -> str:
+    """The chosen setting among those that were tried as it was."""
+    control, chosen = _pairs(stages)[0]
+    trials = [chosen, *(stage for name, stage in stages.items() if name.startswith(TRIAL))]
+    rows = [(*_setting(stage), *_held_out(stage)) for stage in trials]
+    rows = [("control", "", "", "", *_held_out(control)), *sorted(rows, key=lambda row: [*map(float, row[:4])])]
+    head = ("prior", "gate scale", "gate center", "ponder scale", *HELD_OUT)
+    return f"## Settings, on all training images, one seed\n\n{_table(head, rows)}"
+
+
+def _setting(stage: dict) -> list[str]:
+    flags = ("distr_prior_alpha", "gate_scale", "gate_center", "ponder_token_scale")
+    return [re.search(rf"--{flag} (\S+)", stage["command"])[1] for flag in flags]
+
+
+TRIAL = "trial_"
+
+
 ABLATIONS = {
     "ablation_no_prior": "without the prior",
     "ablation_no_ponder": "without the ponder loss",
@@ -245,7 +262,7 @@ def _ablation_table(stages: dict, full_recipe: str) -> str:
 
 
 def _origin(stages: dict) -> str:
-    timed = [stage for stage in stages.values() if isinstance(stage, dict)]
+    timed = [stage for name, stage in stages.items() if isinstance(stage, dict) and not name.startswith(TRIAL)]
     minutes = sum(stage["seconds"] for stage in timed) / 60
     machines = ", ".join(sorted({stage["machine"] for stage in timed}))
     commits = ", ".join(sorted({stage["commit"] for stage in timed}))

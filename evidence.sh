@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# The paper's claim, measured on Fashion-MNIST: evidence.sh DATA [search]
+# The paper's claim, measured on Fashion-MNIST: evidence.sh DATA [search|trials]
 #
-# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one); with `search` the chain ends when the
-# settings have been searched. A stage is one command; when it has ended there is results/STAGE.json, and it is not run
-# again. So the chain can be stopped at any time, and goes on with the same command. To measure a stage anew, remove its
-# JSON file and its folder in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not
-# need each other run two at a time, a core each: that is faster than one after the other with two threads.
+# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one). With `search` the chain ends
+# when the settings have been searched; with `trials` it also tries some on all images, for about 50 minutes more. A
+# stage is one command; when it has ended there is results/STAGE.json, and it is not run again. So the chain can be
+# stopped at any time, and goes on with the same command. To measure a stage anew, remove its JSON file and its folder
+# in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not need each other run
+# two at a time, a core each: that is faster than one after the other with two threads.
 set -euo pipefail -m
 trap 'exit 130' INT TERM
 trap 'exit 1' USR1  # a stage has failed
 trap 'for job in $(jobs -rp); do kill -- -"$job"; done; wait' EXIT
 cd "$(dirname "$0")"
 DATA=${1:?folder with the four files of Fashion-MNIST}
-UNTIL=${2:-end}
+PART=${2:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=results RUNS=results/runs KEPT=checkpoints
 STATIC=$KEPT/avit_micro_fmnist_static.pth ADAPTIVE=$KEPT/avit_micro_fmnist.pth
@@ -25,7 +26,10 @@ RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup
 FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0.01
 # gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
 CHOSEN=${CHOSEN:--1:8:0.0018}
-SEARCH=${SEARCH:--1:12:0.0018 -1:8:0.0018 -1:8:0.0025 -1:8:0.003 -1:8:0.004 -1:4:0.01 1:8:0.0018}  # the chosen one among them
+SEARCH=${SEARCH:--1:12:0.0018 -1:8:0.0018 -1:8:0.0025 -1:8:0.003 -1:8:0.004 -1:4:0.01 1:8:0.0018}  # with the chosen one
+# prior : gate scale : gate center : ponder scale
+TRIALS=${TRIALS:-0.001:-1:8:0.0003 0.001:-1:8:0.00045 0.003:-1:8:0.00045 0.01:-1:8:0.001 0.01:-1:8:0.0013 \
+  0.01:-1:8:0.0016 0.01:-1:8:0.002 0.01:-1:8:0.003}
 
 stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
   local name=$1 command
@@ -114,7 +118,7 @@ for setting in $SEARCH; do
   tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
 done
 until_fewer_than 1
-[ "$UNTIL" != search ] || exit 0
+[ "$PART" != search ] || exit 0
 
 # (b) the control, and (c) A-ViT: the same epochs, data and learning rates
 for seed in $SEEDS; do
@@ -123,6 +127,14 @@ for seed in $SEEDS; do
 done
 until_fewer_than 1
 keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
+
+# what another prior and ponder scale would give, on all images
+if [ "$PART" = trials ]; then
+  for trial in $TRIALS; do
+    tune "trial_${trial//:/_}" full "$TUNING_EPOCHS" $(halting "${trial#*:}" "${trial%%:*}")
+  done
+  until_fewer_than 1
+fi
 
 # an epoch more of each, side by side: what was trained on several days has no times to compare
 train epoch_control full --pretrained-path $STATIC --no-halting --epochs 1 $TUNING
@@ -150,7 +162,7 @@ once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the 
 }
 HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
-  --batch-size 256 --finetune $ADAPTIVE --json $OUT/benchmark.json
+  --batch-size 64 256 1024 --runs 31 --finetune $ADAPTIVE --json $OUT/benchmark.json
 once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
   $(for setting in $SEARCH; do echo "$RUNS/search_${setting//:/_}"; done) --output-dir $OUT/search
 once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \

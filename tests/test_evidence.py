@@ -67,10 +67,12 @@ def test_means_over_seeds():
     assert evidence._mean_and_error([1.0, 2.0, 3.0], "+") == "+2.00 ± 0.58"
 
 
-def training(acc1, macs_share, depth=6.0, seconds=100.0):
+def training(acc1, macs_share, depth=6.0, seconds=100.0, **flags):
     figures = {"test_acc1": acc1, "test_depth_mean": depth, "test_gmacs": 0.02 * macs_share, "test_gmacs_static": 0.02}
     figures |= {"train_seconds": seconds, "train_macs_saved": 1 - macs_share}
-    return {**ORIGIN, "epochs": [figures | {"test_acc1": 1.0, "train_seconds": seconds + 2}, figures]}
+    command = "c" + "".join(f" --{name} {value}" for name, value in flags.items())
+    first = figures | {"test_acc1": 1.0, "train_seconds": seconds + 2}
+    return {**ORIGIN, "command": command, "epochs": [first, figures]}
 
 
 def evaluation(hits, macs_share, depth=6.0):
@@ -78,13 +80,19 @@ def evaluation(hits, macs_share, depth=6.0):
     return {**ORIGIN, "eval": figures | {"gmacs_static": 0.02}, "hits": hits}
 
 
+def gated(prior, ponder):
+    return {"distr_prior_alpha": prior, "gate_scale": -1, "gate_center": 10, "ponder_token_scale": ponder}
+
+
 ORIGIN = {"command": "c", "seconds": 60, "commit": "abc", "machine": "2 x CPU", "torch": "2"}
 STAGES = {
     "static": training(90.0, 1.0, 12.0),
     "control_0": training(91.0, 1.0, 12.0),
     "control_1": training(91.5, 1.0, 12.0),
-    "adaptive_0": training(90.7, 0.5, seconds=70.0),
+    "adaptive_0": training(90.7, 0.5, seconds=70.0, **gated(0.1, 0.001)),
     "adaptive_1": training(90.9, 0.6, seconds=80.0),
+    "trial_0.1_-1_10_0.0005": training(91.1, 0.8, 10.0, **gated(0.1, 0.0005)),
+    "trial_0.02_-1_10_0.0005": training(91.2, 0.9, 11.0, **gated(0.02, 0.0005)),
     "epoch_control": training(91.2, 1.0, 12.0),
     "epoch_adaptive": training(90.6, 0.55, seconds=70.0),
     "kept_weights": evaluation("1110", 0.55),
@@ -111,7 +119,7 @@ LINES = """
 | (a) static | 1 | 50.00 | 12.00 | 20.00 M (0.0% fewer) |
 | (b) control | 2 | 87.50 ± 12.50 | 12.00 ± 0.00 | 20.00 M (0.0% fewer) |
 | (c) A-ViT | 2 | 62.50 ± 12.50 | 6.00 ± 1.00 | 11.00 M (45.0% fewer) |
-| zipped | 1500 | 1.70 | 1.80 | 0.94 |
+| 128 | zipped | 1500 | 1.70 | 1.80 | 0.94 |
 | (a) static | 90.00 | 12.00 | 0.0% |
 | control, seed 1 | 91.50 | 12.00 | 0.0% |
 | adaptive, seed 0 | 90.70 | 6.00 | 50.0% |
@@ -119,6 +127,10 @@ LINES = """
 | static |  |  |  |  | 89.00 | 12.00 | 0.0% |
 | -1 | 10 | 0.001 | 50.00 | 9.00 | 85.00 | 5.00 | 60.0% |
 | -1 | 30 | 0.0005 | 25.00 | 11.50 | 88.00 | 11.00 | 10.0% |
+| control |  |  |  | 91.00 | 12.00 | 0.0% |
+| 0.02 | -1 | 10 | 0.0005 | 91.20 | 11.00 | 10.0% |
+| 0.1 | -1 | 10 | 0.0005 | 91.10 | 10.00 | 20.0% |
+| 0.1 | -1 | 10 | 0.001 | 90.70 | 6.00 | 50.0% |
 | the full recipe | 85.00 | 5.00 | 60.0% |
 | without the prior | 86.00 | 6.00 | 55.0% |
 | without the ponder loss | 87.50 | 6.00 | 20.0% |
