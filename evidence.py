@@ -248,7 +248,7 @@ TRIAL = "trial_"
 
 
 ABLATIONS = {
-    "ablation_no_prior": "without the prior",
+    "ablation_prior": "with the prior, 0.001",
     "ablation_no_ponder": "without the ponder loss",
     "ablation_scratch_static": "from scratch, static",
     "ablation_scratch_halting": "from scratch, halting on from the start",

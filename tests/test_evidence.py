@@ -106,7 +106,7 @@ STAGES = {
     "search_-1_10_0.001": training(85.0, 0.4, 5.0),
     "gate_-1_30": evaluation("1000", 0.9, 11.5),
     "gate_-1_10": evaluation("1100", 0.7, 9.0),
-    "ablation_no_prior": training(86.0, 0.45),
+    "ablation_prior": training(86.0, 0.45),
     "ablation_no_ponder": training(87.5, 0.8),
     "ablation_scratch_static": training(84.0, 1.0, 12.0),
     "ablation_scratch_halting": training(80.0, 0.3),
@@ -132,7 +132,7 @@ LINES = """
 | 0.1 | -1 | 10 | 0.0005 | 91.10 | 10.00 | 20.0% |
 | 0.1 | -1 | 10 | 0.001 | 90.70 | 6.00 | 50.0% |
 | the full recipe | 85.00 | 5.00 | 60.0% |
-| without the prior | 86.00 | 6.00 | 55.0% |
+| with the prior, 0.001 | 86.00 | 6.00 | 55.0% |
 | without the ponder loss | 87.50 | 6.00 | 20.0% |
 | from scratch, static | 84.00 | 12.00 | 0.0% |
 | from scratch, halting on from the start | 80.00 | 6.00 | 70.0% |
