@@ -124,7 +124,7 @@ def make_parser() -> arguments.Parser:
     arguments.borrow(parser, "data set", ("data_set", "data_path", "val_split", "num_classes", "inat_category"))
     arguments.borrow(parser, "loading", ("num_workers", "class_index"))
     add = parser.add_argument_group("pictures").add_argument
-    add("--output-dir", default="visualization", metavar="DIR", help="where to")
+    add("--output-dir", default=arguments.DEMO_FOLDER, metavar="DIR", help="where to")
     add("--cmap", type=_colormap, default=pictures.COLORMAP, metavar="NAME", help="colour map; the paper's is hot")
     add("--size", type=arguments.at_least_one, default=224, metavar="PIXELS", help="smallest side of each image shown")
     add("--animation", choices=("gif", "webp", "none"), default="gif", help="of the halting, block by block")
