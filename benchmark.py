@@ -24,11 +24,11 @@ import torch
 from timm.models import VisionTransformer, VisionTransformerDistilled
 from torch import Tensor, nn
 
-import checkpoints
 import utils
-from arguments import Parser, at_least_one, data_set, model_name
 from datasets import DATA_SETS, build_dataset, spread_sample
 from models_act import impose_depths, macs_per_image
+from training import checkpoints
+from training.arguments import Parser, at_least_one, data_set, model_name
 from utils import AMP_DTYPES, autocast
 
 SHORTEST = 0.2  # seconds that one timing takes at least, by repetition

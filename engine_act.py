@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from interrupts import StopRequest, any_process
-from loaders import ImageLoader
 from losses import AdaptiveLoss
 from models_act import Halting, macs_per_image
+from training.loaders import ImageLoader
+from training.signals import StopRequest, any_process
 from utils import Averages, UserError, autocast
 
 MOST_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14

@@ -59,7 +59,7 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
     import torch
 
-    from checkpoints import write_whole
+    from training.checkpoints import write_whole
 
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
     found["torch"] = torch.__version__
@@ -101,7 +101,7 @@ def export(checkpoint: Path, file: Path) -> None:
     """Small enough to be kept in a repository; loads like any checkpoint of ours."""
     import torch
 
-    from checkpoints import load_checkpoint, save_checkpoint
+    from training.checkpoints import load_checkpoint, save_checkpoint
 
     whole = load_checkpoint(str(checkpoint))
     flags = {name: value for name, value in whole["args"].items() if name not in PRIVATE_FLAGS}

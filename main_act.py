@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-import arguments
-import checkpoints
 import utils
 import visualize
-from building import (
+from datasets import class_names, spread_sample
+from engine_act import check_complete, evaluate, report, zipping_speeds
+from training import arguments, checkpoints
+from training.build import (
     StartingPoint,
     amp_of,
     build_model,
@@ -31,12 +32,10 @@ from building import (
     training_set,
     validation_set,
 )
-from datasets import class_names, spread_sample
-from engine_act import check_complete, evaluate, report, zipping_speeds
-from interrupts import Interrupted
-from loaders import evaluation_loader, training_loader, viewing_loader
-from predictions import Predictions
-from training import TrainingRun, updates_per_epoch
+from training.evaluation import Predictions
+from training.loaders import evaluation_loader, training_loader, viewing_loader
+from training.loop import TrainingRun, updates_per_epoch
+from training.signals import Interrupted
 from utils import UserError, log, warn
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import utils
 from datasets import denormalize, image_name
-from loaders import ImageLoader, plain_images
 from models_act import macs_per_image
+from training.loaders import ImageLoader, plain_images
 from utils import autocast
 
 

@@ -25,18 +25,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-import arguments
 import charts
-import checkpoints
 import pages
 import pictures
 import utils
-from building import StartingPoint, amp_of, build_model, image_size, loader_options, run_command, validation_set
 from datasets import IMAGE_SUFFIXES, UnreadableImage, class_names, evaluation_transform, has_image_name, load_image
-from loaders import ImageLoader, viewing_loader
 from losses import DistributionPriorLoss
 from pictures import Style
 from specimens import Census, Selection, Specimen, examine, examine_all, in_main_process
+from training import arguments, checkpoints
+from training.build import StartingPoint, amp_of, build_model, image_size, loader_options, run_command, validation_set
+from training.loaders import ImageLoader, viewing_loader
 from utils import UserError, log, nearest, warn
 
 GALLERY, SUMMARY = "index.html", "summary.html"

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from conftest import halting_model  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
-import checkpoints  # noqa: E402
+from training import checkpoints  # noqa: E402
 from utils import UserError  # noqa: E402
 
 

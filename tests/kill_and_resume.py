@@ -27,12 +27,9 @@ import torch  # noqa: E402
 from conftest import make_image_folder  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-import board  # noqa: E402
-import checkpoints  # noqa: E402
 import engine_act  # noqa: E402
-import loaders  # noqa: E402
 import main_act  # noqa: E402
-import training  # noqa: E402
+from training import checkpoints, loaders, loop, tensorboard  # noqa: E402
 
 # Place in the code: the object and the name of what is called there, and how often a whole run calls it.
 PLACES = {
@@ -41,14 +38,14 @@ PLACES = {
     "in the loader": (loaders, "collate", 6),  # with loader processes: one of them
     "forward": (engine_act.Trainer, "micro_batch", 18),
     "update": (engine_act.Trainer, "update", 18),
-    "after an update": (training.TrainingRun, "_after_update", 18),
+    "after an update": (loop.TrainingRun, "_after_update", 18),
     "evaluation": (engine_act, "accuracy", 12),
-    "state before writing": (training.TrainingRun, "_state", 17),
+    "state before writing": (loop.TrainingRun, "_state", 17),
     "flushing a checkpoint": (os, "fsync", 30),
     "renaming it": (Path, "replace", 16),
-    "recording an epoch": (training.TrainingRun, "_record", 3),
-    "TensorBoard": (board.Board, "record", 3),
-    "forgetting": (training.TrainingRun, "_forget", 3),
+    "recording an epoch": (loop.TrainingRun, "_record", 3),
+    "TensorBoard": (tensorboard.Board, "record", 3),
+    "forgetting": (loop.TrainingRun, "_forget", 3),
 }
 HALF_WRITTEN = "half a checkpoint"
 

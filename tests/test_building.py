@@ -6,10 +6,10 @@ import torch
 from conftest import save_halting_micro
 from PIL import Image
 
-from arguments import parse_args
-from building import StartingPoint, training_set
-from checkpoints import load_checkpoint
 from datasets import evaluation_transform
+from training.arguments import parse_args
+from training.build import StartingPoint, training_set
+from training.checkpoints import load_checkpoint
 from utils import UserError
 
 

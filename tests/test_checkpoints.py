@@ -10,7 +10,7 @@ import torch
 from conftest import halting_model
 from safetensors.torch import save_file
 
-import checkpoints
+from training import checkpoints
 from utils import UserError
 
 

@@ -20,7 +20,7 @@ from datasets import (
     spread_sample,
     training_transform,
 )
-from loaders import evaluation_loader
+from training.loaders import evaluation_loader
 from utils import UserError
 
 PLAIN = Augmentation(color_jitter=0.0, auto_augment=None, erase_probability=0.0)

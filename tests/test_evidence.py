@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, save_halting_micro
 
 import evidence
-from checkpoints import load_checkpoint
 from datasets import build_dataset
+from training.checkpoints import load_checkpoint
 
 KEPT = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist

@@ -13,7 +13,7 @@ from conftest import ROOT, halting_model, images, make_image_folder
 from test_distributed import in_processes
 
 from engine_act import evaluate
-from interrupts import StopRequest, any_process
+from training.signals import StopRequest, any_process
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--batch-size", "4", "--epochs", "400"]
 
@@ -55,7 +55,7 @@ def test_a_signal_saves_and_ends_well(data, tmp_path, name):
 ENDLESS = """
 import sys, time
 sys.path.insert(0, {root!r})
-from interrupts import StopRequest
+from training.signals import StopRequest
 with StopRequest().listening():
     print("listening", flush=True)
     while True:

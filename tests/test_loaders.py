@@ -5,7 +5,7 @@ from conftest import make_image_folder, make_shards
 from PIL import Image
 
 from datasets import Augmentation, UnreadableImage, build_dataset, load_image
-from loaders import evaluation_loader, training_loader, viewing_loader
+from training.loaders import evaluation_loader, training_loader, viewing_loader
 from utils import LocalError
 
 SIZE = (32, 32)

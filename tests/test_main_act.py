@@ -9,10 +9,9 @@ import torch
 from conftest import halting_model, make_image_folder
 from PIL import Image
 
-import arguments
-import building
 import main_act
-from checkpoints import load_checkpoint
+from training import arguments, build
+from training.checkpoints import load_checkpoint
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4"]
 
@@ -276,7 +275,7 @@ def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
     def diverge(*args, **kwargs):
         raise FloatingPointError("Epoch 0: the loss is not finite")
 
-    monkeypatch.setattr("training.train_one_epoch", diverge)
+    monkeypatch.setattr("training.loop.train_one_epoch", diverge)
     with pytest.raises(SystemExit) as exit_:
         run("--data-path", image_folder)
     assert exit_.value.code == 1
@@ -326,5 +325,5 @@ def test_help_names_every_flag(capsys):
 
 def test_learning_rate_scales_with_the_joint_batch():
     args = arguments.parse_args(["--batch-size", "128", "--accum-steps", "2", "--lr", "0.001"])
-    optimizer = building.build_optimizer(args, torch.nn.Linear(2, 2))
+    optimizer = build.build_optimizer(args, torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001 * 128 * 2 / 512)

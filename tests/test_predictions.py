@@ -7,8 +7,8 @@ from conftest import halting_model, images
 from torch.utils.data import TensorDataset
 
 from engine_act import evaluate
-from loaders import evaluation_loader
-from predictions import COLUMNS, Predictions
+from training.evaluation import COLUMNS, Predictions
+from training.loaders import evaluation_loader
 
 
 def test_a_row_for_each_image_in_order():

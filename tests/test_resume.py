@@ -16,8 +16,8 @@ from kill_and_resume import flags, outcome, same
 from test_training import make_run
 
 import main_act
-from checkpoints import load_checkpoint
-from interrupts import Interrupted
+from training.checkpoints import load_checkpoint
+from training.signals import Interrupted
 from utils import UserError
 
 
@@ -73,7 +73,7 @@ def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr("interrupts.StopRequest.agreed", interrupt)
+        patch.setattr("training.loop.loop.signals.StopRequest.agreed", interrupt)
         run(image_folder, tmp_path / "again", *options)
     assert load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))["epoch"] < 3
     run(image_folder, tmp_path / "again", *options)

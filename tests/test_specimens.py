@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 import specimens
 from datasets import denormalize
-from loaders import viewing_loader
 from models_act import macs_per_image
 from specimens import Census, Selection, examine, examine_all, in_main_process
+from training.loaders import viewing_loader
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import losses
-import training
-from checkpoints import load_checkpoint
 from engine_act import Trainer
-from loaders import evaluation_loader, training_loader
-from training import TrainingRun
+from training import loop
+from training.checkpoints import load_checkpoint
+from training.loaders import evaluation_loader, training_loader
+from training.loop import TrainingRun
 from utils import UserError
 
 
@@ -23,7 +23,7 @@ def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs)
     loading = {"num_workers": 0, "pin_memory": False}
     loader = training_loader(data, 4, seed=0, repeated_aug=False, max_bad_images=0, **loading)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    updates = training.updates_per_epoch(loader, accum_steps)
+    updates = loop.updates_per_epoch(loader, accum_steps)
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched,

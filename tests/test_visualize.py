@@ -15,7 +15,7 @@ import pictures
 import specimens
 import visualize
 from datasets import denormalize
-from loaders import viewing_loader
+from training.loaders import viewing_loader
 
 CPU = torch.device("cpu")
 KINDS = ("ref", "token_depth", "combined")

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 import utils
 from datasets import UnreadableImage
-from interrupts import shield_loader_process
 from samplers import EPOCH_STRIDE, ExactDistributedSampler, PlacedSampler, training_sampler
 from streams import Stream
+from training.signals import shield_loader_process
 from utils import LocalError
 
 TRIES = 20  # images in a row that may be unreadable

@@ -13,11 +13,18 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 import utils
-from board import Board
-from checkpoints import prepare_output_dir, restore_optimizer, restore_plain, save_checkpoint, write_whole, writing
 from engine_act import Epoch, Trainer, check_complete, evaluate, report, train_one_epoch
-from interrupts import Interrupted, StopRequest
-from loaders import ImageLoader
+from training.checkpoints import (
+    prepare_output_dir,
+    restore_optimizer,
+    restore_plain,
+    save_checkpoint,
+    write_whole,
+    writing,
+)
+from training.loaders import ImageLoader
+from training.signals import Interrupted, StopRequest
+from training.tensorboard import Board
 from utils import UserError, log, warn
 
 WATCHED = ("acc1", "depth_mean")  # from one test to the next

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import utils
 from datasets import image_name
-from loaders import ImageLoader, plain_images
 from models_act import Halting
 from streams import Stream
+from training.loaders import ImageLoader, plain_images
 
 COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
 

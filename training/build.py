@@ -17,11 +17,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import checkpoints
 import losses
 import utils
 from datasets import Augmentation, build_dataset
 from engine_act import Trainer
+from training import checkpoints
 from utils import LocalError, UserError, log, warn
 
 IMAGENET_CLASSES = 1000
