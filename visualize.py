@@ -25,18 +25,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-import charts
-import pages
-import pictures
 import utils
 from datasets import IMAGE_SUFFIXES, UnreadableImage, class_names, evaluation_transform, has_image_name, load_image
 from losses import DistributionPriorLoss
-from pictures import Style
-from specimens import Census, Selection, Specimen, examine, examine_all, in_main_process
 from training import arguments, checkpoints
 from training.build import StartingPoint, amp_of, build_model, image_size, loader_options, run_command, validation_set
 from training.loaders import ImageLoader, viewing_loader
 from utils import UserError, log, nearest, warn
+from visualization import charts, heatmaps, html_pages
+from visualization.heatmaps import Style
+from visualization.records import Census, Selection, Specimen, examine, examine_all, in_main_process
 
 GALLERY, SUMMARY = "index.html", "summary.html"
 LONGEST_STEM = 200  # bytes, of 255 that a file's name may have
@@ -68,10 +66,10 @@ def demo(
         for specimen in batch.specimens:
             selection.add(specimen)
     chosen = selection.own_chosen()
-    style = Style(model.num_blocks, pictures.PAPERS_COLORMAP)
+    style = Style(model.num_blocks, heatmaps.PAPERS_COLORMAP)
     for number, specimen in utils.with_progress(chosen, "Drawing", dict):
         stem = f"class{specimen.target}" + (f"_{number}" if number > 1 else "")
-        for kind, picture in pictures.demo_pictures(specimen, names, style).items():
+        for kind, picture in heatmaps.demo_pictures(specimen, names, style).items():
             _save(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
     shared = chosen if html else [entry for entry in chosen if entry[0] == 1]
     shown = in_main_process(shared)
@@ -124,7 +122,7 @@ def make_parser() -> arguments.Parser:
     arguments.borrow(parser, "loading", ("num_workers", "class_index"))
     add = parser.add_argument_group("pictures").add_argument
     add("--output-dir", default=arguments.DEMO_FOLDER, metavar="DIR", help="where to")
-    add("--cmap", type=_colormap, default=pictures.COLORMAP, metavar="NAME", help="colour map; the paper's is hot")
+    add("--cmap", type=_colormap, default=heatmaps.COLORMAP, metavar="NAME", help="colour map; the paper's is hot")
     add("--size", type=arguments.at_least_one, default=224, metavar="PIXELS", help="smallest side of each image shown")
     add("--animation", choices=("gif", "webp", "none"), default="gif", help="of the halting, block by block")
     arguments.borrow(parser, "gallery", ("html", "demo_images", "demo_by"))
@@ -177,9 +175,9 @@ def draw_images(args: argparse.Namespace, start: StartingPoint, device: torch.de
         specimens = _examine_files(files, batch, model, image_size(args), list(classes), device, amp_of(args))
         for specimen in specimens:
             panel, *movie = outputs[specimen.index]
-            _save(panel, _png(pictures.panel(specimen, names, style)))
+            _save(panel, _png(heatmaps.panel(specimen, names, style)))
             for path in movie:
-                _save(path, pictures.animation(pictures.frames(specimen, style), args.animation))
+                _save(path, heatmaps.animation(heatmaps.frames(specimen, style), args.animation))
         drawn += len(specimens)
         shown += specimens if args.html else []
     if not drawn:
@@ -299,7 +297,9 @@ def _draw_charts(
     if args.html:
         _write_gallery(folder, f"{args.data_set}: token depths", shown, names, style)
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_census(census)]
-    pages.write_summary(folder / SUMMARY, f"{args.data_set}: summary", facts, drawn, GALLERY if args.html else None)
+    html_pages.write_summary(
+        folder / SUMMARY, f"{args.data_set}: summary", facts, drawn, GALLERY if args.html else None
+    )
     log(f"summary of {len(census.target)} images in {folder / SUMMARY}")
 
 
@@ -318,7 +318,7 @@ def draw_curves(folders: Sequence[Path], folder: Path) -> None:
 
 
 def _write_gallery(folder: Path, title: str, specimens: list[Specimen], names: Sequence[str], style: Style) -> None:
-    pages.write_gallery(folder / GALLERY, title, _facts(specimens), specimens, names, style)
+    html_pages.write_gallery(folder / GALLERY, title, _facts(specimens), specimens, names, style)
 
 
 def _facts(specimens: Sequence[Specimen]) -> list[tuple[str, str]]:
@@ -339,7 +339,7 @@ def _facts_of_census(census: Census) -> list[tuple[str, str]]:
         ("top-1", f"{census.is_right.mean():.2%}"),
         ("patch depth", f"{census.depth.mean():.2f} of {census.num_blocks}"),
         ("class token depth", f"{census.class_token_depth.mean():.2f}"),
-        ("multiply-adds", f"{pictures.macs_text(macs)} of {pictures.macs_text(static_macs)}"),
+        ("multiply-adds", f"{heatmaps.macs_text(macs)} of {heatmaps.macs_text(static_macs)}"),
         ("saved", f"{1 - macs / static_macs:.1%}"),
     ]
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import models_act  # noqa: E402
-from specimens import Specimen  # noqa: E402
+from visualization.records import Specimen  # noqa: E402
 
 settings.register_profile("repository", deadline=None, max_examples=40)  # timings are noisy
 settings.load_profile("repository")

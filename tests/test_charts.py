@@ -9,12 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import charts
-from charts import Run, accuracy_against_macs, curves, read_run, read_runs, summary_charts, teaser, wilson_interval
 from losses import DistributionPriorLoss
-from pictures import Style, colors
-from specimens import Census, Specimen
 from utils import UserError
+from visualization import charts
+from visualization.charts import (
+    Run,
+    accuracy_against_macs,
+    curves,
+    read_run,
+    read_runs,
+    summary_charts,
+    teaser,
+    wilson_interval,
+)
+from visualization.heatmaps import Style, colors
+from visualization.records import Census, Specimen
 
 NAMES = ["depth_histogram", "live_tokens", "class_token_depth", "class_depths"]
 NAMES += ["accuracy_against_depth", "halting_scores"]

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pages
-import pictures
-from pictures import Style
-from specimens import Specimen
 from utils import UserError
+from visualization import heatmaps, html_pages
+from visualization.heatmaps import Style
+from visualization.records import Specimen
 
 BLOCKS = 8
 STYLE = Style(BLOCKS, size=32)
@@ -62,7 +61,7 @@ def gallery(
     facts: list[tuple[str, str]] = FACTS,
 ) -> Path:
     path = folder / "index.html"
-    pages.write_gallery(path, title, facts, specimens, classes, STYLE)
+    html_pages.write_gallery(path, title, facts, specimens, classes, STYLE)
     return path
 
 
@@ -74,7 +73,7 @@ def png(color: str) -> bytes:
 
 def summary(folder: Path, title: str = "A summary", charts: list | None = None, gallery: str | None = None) -> Path:
     path = folder / "summary.html"
-    pages.write_summary(path, title, FACTS, charts or [("Depths", "Half are 3.", png("red"))], gallery)
+    html_pages.write_summary(path, title, FACTS, charts or [("Depths", "Half are 3.", png("red"))], gallery)
     return path
 
 
@@ -112,7 +111,7 @@ def test_gallery_holds_what_was_measured(tmp_path):
     one, other = specimen(3), specimen(4, size=128, target=-1, pixels=np.full((96, 128, 3), 77, np.uint8))
     data = data_of(gallery(tmp_path, [one, other]))
     assert data["colors"] == [
-        "#" + bytes(color).hex() for color in pictures.colors(np.arange(BLOCKS + 1), STYLE).tolist()
+        "#" + bytes(color).hex() for color in heatmaps.colors(np.arange(BLOCKS + 1), STYLE).tolist()
     ]
     first, second = data["images"]
     assert first["depth"] == one.depth.ravel().tolist()
@@ -396,13 +395,13 @@ def test_canvases_show_what_pillow_draws(browser, page, some):
     for block in (1, 3, BLOCKS):
         browser.choose("#blocks input", block)
         drawn = browser.pixels(card)
-        assert np.abs(drawn - np.asarray(pictures.in_block(one, block, STYLE))).max() <= 2
+        assert np.abs(drawn - np.asarray(heatmaps.in_block(one, block, STYLE))).max() <= 2
         live = np.kron(one.depth >= block, np.ones((8, 8), bool))
         assert np.array_equal(drawn[live], one.pixels[live])
         assert np.ptp(drawn[~live], axis=1).max(initial=0) <= 1, "a halted patch is not grey"
     expected = {
-        "depth": pictures.heat_map(one.depth, size, STYLE),
-        "both": pictures.overlay(one, STYLE),
+        "depth": heatmaps.heat_map(one.depth, size, STYLE),
+        "both": heatmaps.overlay(one, STYLE),
         "image": Image.fromarray(one.pixels),
     }
     for view, picture in expected.items():
@@ -414,7 +413,7 @@ def test_halted_patches_fade_into_a_dark_page(browser, page, some):
     browser.open(page, scheme="dark")
     halted = np.kron(some[1].depth < 4, np.ones((8, 8), bool))
     drawn = browser.pixels("#grid li:nth-child(2) canvas")
-    assert drawn[halted].max() < 100 < pictures.HALTED
+    assert drawn[halted].max() < 100 < heatmaps.HALTED
     assert np.array_equal(drawn[~halted], some[1].pixels[~halted])
 
 
@@ -444,7 +443,7 @@ def test_thumb_stands_over_its_tick(browser, page):
 
 
 def test_play_runs_through_the_blocks(browser, tmp_path, some, monkeypatch):
-    monkeypatch.setattr(pages, "FRAME_SECONDS", 0.01)
+    monkeypatch.setattr(html_pages, "FRAME_SECONDS", 0.01)
     browser.open(gallery(tmp_path, some[:3]))
     assert browser.run("return block") == 4, "nothing moves by itself"
     browser.click("#blocks .play")
@@ -467,7 +466,7 @@ def test_enlarge_and_look_through(browser, page, some):
     browser.press(Keys.ENTER)
     browser.until("document.querySelector('#one').open")
     one = some[shown[1]]
-    depth_map = np.asarray(pictures.heat_map(one.depth, (32, 32), STYLE))
+    depth_map = np.asarray(heatmaps.heat_map(one.depth, (32, 32), STYLE))
     assert np.array_equal(browser.pixels("#one canvas[data-view=depth]"), depth_map)
     assert np.array_equal(browser.pixels("#one canvas[data-view=image]"), one.pixels)
     figures = browser.run("return [...document.querySelectorAll('#one-figures dd')].map((e) => e.textContent)")
@@ -482,9 +481,9 @@ def test_enlarge_and_look_through(browser, page, some):
         one.name,
     ]
     browser.press(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_DOWN)
-    assert browser.text("#one output") == f"block 5: {pictures.live_share(one, 5):.0%} live"
+    assert browser.text("#one output") == f"block 5: {heatmaps.live_share(one, 5):.0%} live"
     drawn = browser.pixels("#one canvas[data-view=live]")
-    assert np.abs(drawn - np.asarray(pictures.in_block(one, 5, STYLE))).max() <= 2
+    assert np.abs(drawn - np.asarray(heatmaps.in_block(one, 5, STYLE))).max() <= 2
     browser.press(Keys.ARROW_RIGHT)
     assert browser.text("#one-place") == f"3 of {len(shown)}"
     assert np.array_equal(browser.pixels("#one canvas[data-view=image]"), some[shown[2]].pixels)

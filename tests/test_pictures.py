@@ -5,8 +5,8 @@ import pytest
 from conftest import make_specimen
 from PIL import Image
 
-import pictures
-from pictures import Style
+from visualization import heatmaps
+from visualization.heatmaps import Style
 
 NAMES = ["a class", "b" * 300]
 
@@ -24,16 +24,16 @@ def pixels_of(picture: Image.Image) -> np.ndarray:
 
 
 def test_whiter_is_deeper_in_the_papers_map_and_full_depth_is_white():
-    shades = pictures.colors(np.arange(1, 13), Style(12, "hot")).astype(int).sum(axis=1)
+    shades = heatmaps.colors(np.arange(1, 13), Style(12, "hot")).astype(int).sum(axis=1)
     assert (np.diff(shades) > 0).all()
     for blocks in (12, 24):
-        assert (pictures.colors(np.array([blocks]), Style(blocks, "hot")) == 255).all()
+        assert (heatmaps.colors(np.array([blocks]), Style(blocks, "hot")) == 255).all()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (224, 224), (40, 300)])
 def test_enlarging_is_exact(size):
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
-    picture = np.asarray(pictures.enlarge(pixels, Style(8)))
+    picture = np.asarray(heatmaps.enlarge(pixels, Style(8)))
     factor = picture.shape[0] // size[0]
     assert min(picture.shape[:2]) >= 224
     assert (picture[::factor, ::factor] == pixels).all()
@@ -43,10 +43,10 @@ def test_enlarging_is_exact(size):
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
 def test_the_heat_map_has_the_images_size_and_flat_patches(grid):
     specimen, style = graded(*grid), Style(8)
-    drawn = pictures.demo_pictures(specimen, NAMES, style)
+    drawn = heatmaps.demo_pictures(specimen, NAMES, style)
     reference = pixels_of(drawn["ref"])
     side = reference.shape[0] // grid[0]
-    expected = pictures.colors(specimen.depth, style).repeat(side, axis=0).repeat(side, axis=1)
+    expected = heatmaps.colors(specimen.depth, style).repeat(side, axis=0).repeat(side, axis=1)
     shown = pixels_of(drawn["token_depth"])
     assert shown.shape[0] == reference.shape[0]
     assert (shown[:, : reference.shape[1]] == expected).all()
@@ -59,8 +59,8 @@ def test_the_heat_map_has_the_images_size_and_flat_patches(grid):
 @pytest.mark.parametrize("blocks", [4, 12, 24])
 def test_the_legend_has_every_depth(blocks):
     style = Style(blocks)
-    scale = pixels_of(pictures.legend(224, style))
-    colors = [tuple(c) for c in pictures.colors(np.arange(1, blocks + 1), style).tolist()]
+    scale = pixels_of(heatmaps.legend(224, style))
+    colors = [tuple(c) for c in heatmaps.colors(np.arange(1, blocks + 1), style).tolist()]
     column = [tuple(p) for p in scale[:, 6].tolist()]
     order = [color for color in dict.fromkeys(column) if color in colors]
     assert order == colors[::-1]
@@ -68,52 +68,52 @@ def test_the_legend_has_every_depth(blocks):
 
 def test_halted_patches_are_grey_and_live_ones_untouched():
     specimen, style = graded(2, 4), Style(8, size=8)
-    image = pixels_of(pictures.enlarge(specimen.pixels, style))
+    image = pixels_of(heatmaps.enlarge(specimen.pixels, style))
     for block in range(1, 9):
-        shown = pixels_of(pictures.in_block(specimen, block, style))
+        shown = pixels_of(heatmaps.in_block(specimen, block, style))
         live = (specimen.depth >= block).repeat(4, axis=0).repeat(4, axis=1)
         assert (shown[live] == image[live]).all()
         assert (shown[~live].max(axis=1) == shown[~live].min(axis=1)).all()
-        assert (shown[~live] >= pictures.HALTED).all()
-        assert pictures.live_share(specimen, block) == live.mean() == (9 - block) / 8
+        assert (shown[~live] >= heatmaps.HALTED).all()
+        assert heatmaps.live_share(specimen, block) == live.mean() == (9 - block) / 8
 
 
 @pytest.mark.parametrize("target", [-1, 0, 1])
 def test_a_caption_names_class_prediction_depth_and_cost(target):
-    lines = pictures.caption(make_specimen(target=target, prediction=0), NAMES, Style(8))
+    lines = heatmaps.caption(make_specimen(target=target, prediction=0), NAMES, Style(8))
     text = "\n".join(line for line, _ in lines)
     assert ("class: " in text) == (target >= 0)
     assert "predicted: a class, 90.0%" in text
     assert "mean depth 3.5 of 8" in text
     assert "75% saved" in text
-    assert any(color == pictures.WARNING for _, color in lines) == (target == 1)
+    assert any(color == heatmaps.WARNING for _, color in lines) == (target == 1)
 
 
 def test_long_and_strange_names_are_cut_to_the_width():
     for text in ("x" * 1000, "\x1b[31m\n\t", "", "名前 имя"):
-        assert pictures.line(text, 100, Style(8)).width == 100
-    ink = pixels_of(pictures.line("x" * 1000, 100, Style(8)))
+        assert heatmaps.line(text, 100, Style(8)).width == 100
+    ink = pixels_of(heatmaps.line("x" * 1000, 100, Style(8)))
     assert ink[:, -2:].min() > 200, "text runs out of the picture"
 
 
 def test_a_legend_lower_than_its_blocks():
-    assert pictures.legend(8, Style(12, size=1)).height == 8
+    assert heatmaps.legend(8, Style(12, size=1)).height == 8
 
 
 @pytest.mark.parametrize("blocks", [2, 5, 12])
 def test_a_panel_shows_all_its_parts(blocks):
     style = Style(blocks, size=64)
-    panel = pictures.panel(graded(4, 4, blocks), NAMES, style)
+    panel = heatmaps.panel(graded(4, 4, blocks), NAMES, style)
     assert panel.width > 7 * 64
     last = pixels_of(panel)[:, -style.gap - 64 : -style.gap]
-    expected = pixels_of(pictures.in_block(graded(4, 4, blocks), blocks, style))
+    expected = pixels_of(heatmaps.in_block(graded(4, 4, blocks), blocks, style))
     assert any((last[top : top + 64] == expected).all() for top in range(last.shape[0] - 63))
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
 def test_an_animation_has_a_picture_for_each_block(kind):
-    drawn = pictures.frames(graded(4, 4), Style(8, size=64))
-    movie = Image.open(io.BytesIO(pictures.animation(drawn, kind)))
+    drawn = heatmaps.frames(graded(4, 4), Style(8, size=64))
+    movie = Image.open(io.BytesIO(heatmaps.animation(drawn, kind)))
     assert movie.n_frames == 8
     for number, frame in enumerate(drawn):
         movie.seek(number)
@@ -122,5 +122,5 @@ def test_an_animation_has_a_picture_for_each_block(kind):
 
 def test_a_sheet_has_a_column_for_each_image():
     style = Style(8, size=32)
-    one, two = (pictures.sheet([graded(2, 2, target=-1)] * count, NAMES, style) for count in (1, 2))
+    one, two = (heatmaps.sheet([graded(2, 2, target=-1)] * count, NAMES, style) for count in (1, 2))
     assert two.width - one.width == 32 + style.gap

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-import specimens
 from datasets import denormalize
 from models_act import macs_per_image
-from specimens import Census, Selection, examine, examine_all, in_main_process
 from training.loaders import viewing_loader
+from visualization import records
+from visualization.records import Census, Selection, examine, examine_all, in_main_process
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_a_specimen_tells_what_the_network_did():
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8), st.booleans()), max_size=30), st.integers(1, 3))
 def test_a_selection_does_not_depend_on_order(rows, per_class):
     population = [make_specimen(i, ((1, d), (1, 1)), t, t + wrong) for i, (t, d, wrong) in enumerate(rows)]
-    for criterion in specimens.CRITERIA:
+    for criterion in records.CRITERIA:
         chosen = []
         for order in (population, random.Random(0).sample(population, len(population))):
             selection = Selection(criterion, per_class)
@@ -71,7 +71,7 @@ def test_what_a_criterion_chooses(criterion, expected):
 
 
 def test_a_network_that_has_diverged_is_not_surely_wrong():
-    assert specimens.CRITERIA["wrong"](make_specimen(prediction=1, confidence=float("nan"))) is None
+    assert records.CRITERIA["wrong"](make_specimen(prediction=1, confidence=float("nan"))) is None
 
 
 def test_random_does_not_mean_the_first():

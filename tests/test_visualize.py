@@ -11,11 +11,10 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 import main_act
-import pictures
-import specimens
 import visualize
 from datasets import denormalize
 from training.loaders import viewing_loader
+from visualization import heatmaps, records
 
 CPU = torch.device("cpu")
 KINDS = ("ref", "token_depth", "combined")
@@ -50,7 +49,7 @@ def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
         shown = members[depth[members].std(dim=1, correction=0).argmax()]
         picture = np.asarray(Image.open(tmp_path / f"class{c}_ref.jpg")).astype(float)
         pixels = denormalize(x[shown]).permute(1, 2, 0).numpy()
-        expected = np.asarray(pictures.enlarge(pixels, pictures.Style(8))).astype(float)
+        expected = np.asarray(heatmaps.enlarge(pixels, heatmaps.Style(8))).astype(float)
         assert np.abs(picture - expected).mean() < 10  # JPEG
 
 
@@ -273,7 +272,7 @@ def test_summary(image_folder, checkpoint, tmp_path):
 
 
 def test_a_summary_without_wrong_predictions_has_an_empty_gallery(image_folder, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(specimens.CRITERIA, "wrong", lambda specimen: None)
+    monkeypatch.setitem(records.CRITERIA, "wrong", lambda specimen: None)
     flags = ("--data-path", image_folder, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
     visualise("--summary", "--html", "--demo-by", "wrong", *flags)
     assert {"index.html", "summary.html"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -12,10 +12,10 @@ import torch
 
 import models_act  # noqa: F401 - registers the models
 from datasets import CLASS_INDEX_FILES, DATA_SETS
-from specimens import CRITERIA
 from streams import READERS, check_reader
 from training.checkpoints import GATE_DEFAULTS
 from utils import UserError, local_rank, nearest
+from visualization.records import CRITERIA
 
 DEMO_FOLDER = "token_act_visualization"
 

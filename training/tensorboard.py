@@ -8,9 +8,9 @@ import numpy as np
 
 from datasets import spread_sample
 from engine_act import Trainer
-from pictures import Style, sheet
-from specimens import examine
 from training.loaders import ImageLoader, plain_images
+from visualization.heatmaps import Style, sheet
+from visualization.records import examine
 
 ORIGINAL_NAMES = {"depth_mean": "cnt_token_mean", "depth_max": "cnt_token_max", "depth_min": "cnt_token_min"}
 PER_BLOCK = ("live_share", "layer_scores")

@@ -12,9 +12,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pictures import FRAME_SECONDS, HALTED, OVERLAY, Style, colors
-from specimens import Specimen
 from training import checkpoints
+from visualization.heatmaps import FRAME_SECONDS, HALTED, OVERLAY, Style, colors
+from visualization.records import Specimen
 
 SMALL = 64  # pixels; an image with no longer side is embedded as PNG
 JPEG_QUALITY = 88

@@ -20,9 +20,9 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from pictures import Style, colors
-from specimens import Census, Specimen
 from utils import UserError, warn
+from visualization.heatmaps import Style, colors
+from visualization.records import Census, Specimen
 
 # The look of all charts ---------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
-from specimens import Specimen
+from visualization.records import Specimen
 
 PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
