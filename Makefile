@@ -27,7 +27,7 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
 evidence: .venv/installed  ## measure the paper's claim on Fashion-MNIST (DATA=folder), in up to 100 minutes
-	PYTHON=$(BIN)/python ./evidence.sh $(DATA)
+	PYTHON=$(BIN)/python experiments/fashion_mnist/run.sh $(DATA)
 
 pictures: .venv/installed $(OUT)/adaptive/eval.json  ## remake example_images/ with the network of the quickstart
 	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \

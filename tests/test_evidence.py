@@ -1,4 +1,4 @@
-"""The chain of evidence.sh on a few images, and the parts of evidence.py."""
+"""The chain of experiments/fashion_mnist/run.sh on a few images, and the parts of its stages.py."""
 
 import json
 import os
@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import ROOT, save_halting_micro
 
-import evidence
 from datasets import build_dataset
+from experiments.fashion_mnist import stages
 from training.checkpoints import load_checkpoint
 
-KEPT = ROOT / "checkpoints" / "avit_micro_fmnist.pth"
+HERE = ROOT / "experiments" / "fashion_mnist"
+KEPT = HERE / "avit_micro_fmnist.pth"
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 FLAGS = {"model": "avit_micro_patch4_32", "lr": 0.04, "output_dir": "private"}
 
@@ -27,8 +28,8 @@ def make_fashion(folder, train=120, test=20):
     folder.mkdir()
     for part, count in {"train": train, "t10k": test}.items():
         arrays = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
-        for kind, array in zip(evidence.KINDS, arrays):
-            evidence._write_idx(folder / f"{part}-{kind}", array)
+        for kind, array in zip(stages.KINDS, arrays):
+            stages._write_idx(folder / f"{part}-{kind}", array)
     return folder
 
 
@@ -39,7 +40,7 @@ def images_of(folder, train):
 
 def test_held_out_images_are_training_images_that_no_training_sees(tmp_path):
     data = make_fashion(tmp_path / "data")
-    evidence.split(data, tmp_path / "out")
+    stages.split(data, tmp_path / "out")
     full, subset = (images_of(tmp_path / "out" / part, True) for part in ("full", "subset"))
     held_out = images_of(tmp_path / "out" / "full", False)
     assert (len(full), len(subset), len(held_out)) == (110, 40, 10)
@@ -52,7 +53,7 @@ def test_held_out_images_are_training_images_that_no_training_sees(tmp_path):
 
 def test_what_is_kept_of_a_checkpoint(tmp_path):
     checkpoint = save_halting_micro(tmp_path / "c.pth", 3, classes=["a", "b", "c"], args=FLAGS, optimizer={"lr": 1})
-    evidence.export(checkpoint, tmp_path / "kept.pth")
+    stages.export(checkpoint, tmp_path / "kept.pth")
     kept, whole = (load_checkpoint(str(path)) for path in (tmp_path / "kept.pth", checkpoint))
     assert kept.keys() == {"model", "gate", "classes", "args"}
     assert kept["args"] == {"model": "avit_micro_patch4_32", "lr": 0.04}
@@ -63,8 +64,8 @@ def test_what_is_kept_of_a_checkpoint(tmp_path):
 
 
 def test_means_over_seeds():
-    assert evidence._mean_and_error([1.0]) == "1.00"
-    assert evidence._mean_and_error([1.0, 2.0, 3.0], "+") == "+2.00 ± 0.58"
+    assert stages._mean_and_error([1.0]) == "1.00"
+    assert stages._mean_and_error([1.0, 2.0, 3.0], "+") == "+2.00 ± 0.58"
 
 
 def training(acc1, macs_share, depth=6.0, seconds=100.0, **flags):
@@ -142,7 +143,7 @@ LINES = """
 def test_every_figure_of_the_report(tmp_path):
     for name, stage in STAGES.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(stage))
-    evidence.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
+    stages.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
     text = (tmp_path / "report.md").read_text()
     missing = [line for line in LINES.strip().splitlines() if line not in text.splitlines()]
     assert not missing, text
@@ -158,12 +159,12 @@ def test_seeds_must_pair(tmp_path):
         if name != "test_adaptive_1":
             (tmp_path / f"{name}.json").write_text(json.dumps(stage))
     with pytest.raises(ValueError, match="seeds of the control"):
-        evidence.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
+        stages.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
 
 
 def test_the_chosen_setting_must_have_been_searched(tmp_path):
     with pytest.raises(SystemExit, match=r"10:10:0\.1 is not among those of the search"):
-        evidence.report(tmp_path, tmp_path / "report.md", "10:10:0.1")
+        stages.report(tmp_path, tmp_path / "report.md", "10:10:0.1")
 
 
 # What the repository keeps --------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_the_chosen_setting_must_have_been_searched(tmp_path):
 
 def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
     assert KEPT.stat().st_size < 2**20
-    flags = ["results/depths/class7_ref.jpg", "--finetune", KEPT, "--output-dir", tmp_path]
+    flags = [HERE / "results/depths/class7_ref.jpg", "--finetune", KEPT, "--output-dir", tmp_path]
     subprocess.run([sys.executable, "visualize.py", *flags], cwd=ROOT, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"class7_ref_panel.png", "class7_ref_halting.gif"}
 
@@ -183,24 +184,28 @@ def test_the_kept_network_recognises_what_was_measured(tmp_path):
     flags = [*network, "--data-path", FASHION, "--eval", "--finetune", KEPT, "--output_dir", tmp_path]
     subprocess.run([sys.executable, "main_act.py", *flags], cwd=ROOT, check=True)
     found = json.loads((tmp_path / "eval.json").read_text())
-    measured = json.loads((ROOT / "results" / "test_adaptive_0.json").read_text())["eval"]
+    measured = json.loads((HERE / "results" / "test_adaptive_0.json").read_text())["eval"]
     assert found["images"] == 10_000
     assert found["acc1"] == pytest.approx(measured["acc1"], abs=0.1)  # half precision, another machine
     assert found["gmacs"] == pytest.approx(measured["gmacs"], rel=0.01)
 
 
 def test_the_tables_of_the_results_are_those_of_the_report():
-    rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith("|")]
-    report = (ROOT / "results" / "fashion_mnist.md").read_text().splitlines()
+    rows = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith("|")]
+    report = (HERE / "results" / "fashion_mnist.md").read_text().splitlines()
     assert rows
     assert [row for row in rows if row not in report] == []
 
 
 def chain(tmp_path, train, **settings):
-    """evidence.sh in a copy of the repository, on `train` random images -> that copy, and a function that runs it."""
+    """run.sh in a copy of the repository, on `train` random images -> that copy, and a function that runs it."""
     repository = tmp_path / "repository"
-    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "checkpoints"))
-    command = ["bash", str(repository / "evidence.sh"), str(make_fashion(tmp_path / "data", train=train))]
+    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "*.pth"))
+    command = [
+        "bash",
+        str(repository / HERE.relative_to(ROOT) / "run.sh"),
+        str(make_fashion(tmp_path / "data", train=train)),
+    ]
 
     def run(**more):
         environment = {**os.environ, **settings, **more, "PYTHON": sys.executable}
@@ -213,10 +218,10 @@ def test_a_stage_that_fails_ends_the_chain(tmp_path):
     repository, run = chain(tmp_path, 120, STATIC_EPOCHS="-1", SCRATCH_EPOCHS="1000")
     done = run()
     assert done.returncode == 1
-    assert "static has failed: results/runs/static.log" in done.stderr
+    assert "static has failed: experiments/fashion_mnist/results/runs/static.log" in done.stderr
     assert "--epochs" in done.stderr, "the end of that log"
     assert "== gate" not in done.stdout, "what needs that stage"
-    assert not list((repository / "results").glob("*.json"))
+    assert not list((repository / HERE.relative_to(ROOT) / "results").glob("*.json"))
 
 
 @pytest.mark.slow
@@ -227,7 +232,7 @@ def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     first = run()
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("\n== ") > 10
-    results = repository / "results"
+    results = repository / HERE.relative_to(ROOT) / "results"
     table = (results / "fashion_mnist.md").read_text()
     assert "| (c) A-ViT | 1 |" in table
     tested = json.loads((results / "test_adaptive_0.json").read_text())

@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# The paper's claim, measured on Fashion-MNIST: experiments/fashion_mnist/run.sh DATA [search|trials]
+#
+# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one). With `search` the chain ends
+# when the settings have been searched; with `trials` it also tries some on all images, for about an hour more. A
+# stage is one command; when it has ended there is results/STAGE.json, and it is not run again. So the chain can be
+# stopped at any time, and goes on with the same command. To measure a stage anew, remove its JSON file and its folder
+# in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not need each other run
+# two at a time, a core each: that is faster than one after the other with two threads.
+set -euo pipefail -m
+trap 'exit 130' INT TERM
+trap 'exit 1' USR1  # a stage has failed
+trap 'for job in $(jobs -rp); do kill -- -"$job"; done; wait' EXIT
+cd "$(dirname "$0")/../.."
+DATA=${1:?folder with the four files of Fashion-MNIST}
+PART=${2:-}
+PYTHON=${PYTHON:-.venv/bin/python}
+HERE=experiments/fashion_mnist
+OUT=$HERE/results RUNS=$HERE/results/runs
+STATIC=$HERE/avit_micro_fmnist_static.pth ADAPTIVE=$HERE/avit_micro_fmnist.pth
+
+# The recipe. All of it was chosen on 5,000 held-out training images, the test set of the folders `full` and `subset`.
+STATIC_EPOCHS=${STATIC_EPOCHS:-4} TUNING_EPOCHS=${TUNING_EPOCHS:-6} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
+SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-3} SEEDS=${SEEDS:-0 1 2}
+NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
+RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug"
+FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0
+# gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
+CHOSEN=${CHOSEN:--1:8:0.00035}
+SEARCH=${SEARCH:--1:12:0.00035 -1:8:0.00035 -1:8:0.0018 -1:8:0.005 -1:4:0.01 1:8:0.00035}  # with the chosen one
+# prior : gate scale : gate center : ponder scale
+TRIALS=${TRIALS:-0:-1:8:0.0005 0.0001:-1:8:0.00035 0.001:-1:8:0.0003 0.001:-1:8:0.00045 0.003:-1:8:0.00045 \
+  0.01:-1:8:0.001 0.01:-1:8:0.0013 0.01:-1:8:0.0016 0.01:-1:8:0.0018 0.01:-1:8:0.002 0.01:-1:8:0.003}
+
+stages() {  # COMMAND...: what stages.py does
+  "$PYTHON" -m experiments.fashion_mnist.stages "$@"
+}
+
+stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
+  local name=$1 command
+  shift
+  command="${*//$PYTHON/python}"
+  command="${command//$DATA/DATA}"
+  if [ -e "$OUT/$name.json" ]; then
+    grep -qF "\"command\": \"$command\"" "$OUT/$name.json" && return
+    echo "$OUT/$name.json is of another command; remove it, to run: $command" >&2
+    exit 1
+  fi
+  until_fewer_than 2
+  echo "== $name: $command"
+  run "$name" "$command" "$@" &
+}
+
+until_fewer_than() {  # N stages run
+  while [ "$(jobs -rp | wc -l)" -ge "$1" ]; do sleep 0.5; done
+}
+
+run() {  # STAGE TEXT COMMAND...; TEXT is the command as it is recorded
+  local name=$1 command=$2 start=$SECONDS
+  shift 2
+  if [ "$(cat "$RUNS/$name.command" 2> /dev/null)" != "$command" ]; then  # what is there is of another command
+    rm -rf "${RUNS:?}/$name"
+    echo "$command" > "$RUNS/$name.command"
+  fi
+  if ! {
+    OMP_NUM_THREADS=1 "$@" && stages keep "$RUNS/$name" "$OUT/$name.json" \
+      --seconds $((SECONDS - start)) --command "$command"
+  } > "$RUNS/$name.log" 2>&1; then
+    tail -n 3 "$RUNS/$name.log" >&2
+    echo "$name has failed: $RUNS/$name.log" >&2
+    kill -USR1 $$
+  fi
+}
+
+train() {  # STAGE full|subset FLAGS...
+  local name=$1 part=$2
+  shift 2
+  stage "$name" "$PYTHON" main_act.py $NETWORK $RECIPE --data-path "$RUNS/data/$part" --output_dir "$RUNS/$name" \
+    --resume auto "$@"
+}
+
+tune() {  # STAGE full|subset EPOCHS FLAGS...: on from the static network
+  local name=$1 part=$2 epochs=$3
+  shift 3
+  train "$name" "$part" --pretrained-path $STATIC --epochs "$epochs" $TUNING "$@"
+}
+
+halting() {  # SCALE:CENTER:PONDER PRIOR
+  local scale center ponder
+  IFS=: read -r scale center ponder <<< "$1"
+  echo "--gate_scale $scale --gate_center $center --ponder_token_scale $ponder --distr_prior_alpha $2"
+}
+
+evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
+  local name=$1 data=$2 checkpoint=$3
+  shift 3
+  stage "$name" "$PYTHON" main_act.py $NETWORK --data-path "$data" --eval --finetune "$checkpoint" \
+    --output_dir "$RUNS/$name" "$@"
+}
+
+keep_weights() {  # RUN FILE; anew where the run is newer than what was kept
+  [ "$2" -nt "$RUNS/$1/checkpoint.pth" ] || stages export "$RUNS/$1/checkpoint.pth" "$2"
+}
+
+mkdir -p $OUT $RUNS
+[ -d "$RUNS/data" ] || stages split "$DATA" "$RUNS/data"
+stages logs $OUT $RUNS  # for the curves, of stages that another machine has run
+
+# (a) static, from scratch; its weights, in half precision, are what all others start from. Beside it an ablation: halting
+# from the start instead of fine-tuning, on a third of the images
+train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
+train ablation_scratch_static subset --no-halting --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
+train ablation_scratch_halting subset $(halting "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
+until_fewer_than 1
+keep_weights static $STATIC
+
+# what the static network does under each gate, untuned; and which setting, on a third of the images
+for gate in $(printf '%s\n' $SEARCH | sed 's/:[^:]*$//' | sort -u); do
+  evaluate "gate_${gate/:/_}" "$RUNS/data/full" $STATIC --gate_scale "${gate%:*}" --gate_center "${gate#*:}"
+done
+tune search_static subset "$SEARCH_EPOCHS" --no-halting
+for setting in $SEARCH; do
+  tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
+done
+until_fewer_than 1
+[ "$PART" != search ] || exit 0
+
+# (b) the control, and (c) A-ViT: the same epochs, data and learning rates
+for seed in $SEEDS; do
+  tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
+  tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
+done
+until_fewer_than 1
+keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
+
+# what another prior and ponder scale would give, on all images
+if [ "$PART" = trials ]; then
+  for trial in $TRIALS; do
+    tune "trial_${trial//:/_}" full "$TUNING_EPOCHS" $(halting "${trial#*:}" "${trial%%:*}")
+  done
+  until_fewer_than 1
+fi
+
+# an epoch more of each, side by side: what was trained on several days has no times to compare
+train epoch_control full --pretrained-path $STATIC --no-halting --epochs 1 $TUNING
+train epoch_adaptive full --pretrained-path $ADAPTIVE $(halting "$CHOSEN" $PRIOR) --epochs 1 $TUNING
+until_fewer_than 1
+evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
+
+# what each part is for, on a third of the images
+tune ablation_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0.001)
+tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
+
+# the test images, once
+evaluate test_static "$DATA" $STATIC --no-halting
+for seed in $SEEDS; do
+  evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
+  evaluate "test_adaptive_$seed" "$DATA" "$RUNS/adaptive_$seed/checkpoint.pth"
+done
+until_fewer_than 1
+
+# speed, pictures, tables: of held-out images
+once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the command writes
+  local file=$1
+  shift
+  [ -e "$file" ] || { echo "== $file"; "$@"; }
+}
+HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
+once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
+  --batch-size 64 256 1024 --runs 31 --finetune $ADAPTIVE --json $OUT/benchmark.json
+once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
+  $(for setting in $SEARCH; do echo "$RUNS/search_${setting//:/_}"; done) --output-dir $OUT/search
+once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \
+  $(for seed in $SEEDS; do echo "$RUNS/control_$seed" "$RUNS/adaptive_$seed"; done) --output-dir $OUT/final
+once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_workers 0 --finetune $ADAPTIVE \
+  --output-dir $OUT/summary
+once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
+  --demo --demo-by random --demo-dir $OUT/depths
+stages report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
+echo "the chain has taken $((SECONDS / 60)) minutes"
