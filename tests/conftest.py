@@ -1,8 +1,7 @@
-"""What the tests share: the repository on the path, parity cases, models that really halt."""
+"""What the tests share: parity cases, models that really halt."""
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,11 +12,10 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import models_act
+from visualization.records import Specimen
 
-import models_act  # noqa: E402
-from visualization.records import Specimen  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 settings.register_profile("repository", deadline=None, max_examples=40)  # timings are noisy
 settings.load_profile("repository")

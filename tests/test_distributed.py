@@ -165,7 +165,7 @@ def test_two_nodes(tmp_path):
     data = make_image_folder(tmp_path / "data", classes=3, train=8, val=3)
     flags = ["--data-path", data, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5]
     launch(2, *flags, "--output_dir", tmp_path / "one")
-    command = [ROOT / "tests" / "two_nodes.sh", *SMALL, *flags, "--output_dir", tmp_path / "two"]
+    command = [ROOT / "tests" / "tools" / "two_nodes.sh", *SMALL, *flags, "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, env=environment, timeout=200, check=False

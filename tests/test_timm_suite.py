@@ -42,7 +42,7 @@ def timm_tests(tmp_path_factory) -> Path:
 def test_timms_own_tests_pass(zip_tokens, timm_tests):
     environment = os.environ | {
         "ZIP_TOKENS": json.dumps(zip_tokens),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "tools")]),
     }
     options = ["-q", "-p", "timm_suite_plugin", "-p", "no:cacheprovider", "-W", "ignore"]
     command = [sys.executable, "-m", "pytest", *(f"test_models.py::{name}" for name in WANTED), *options]

@@ -1,6 +1,6 @@
 """Kills training runs at chosen and at random moments, resumes each, and compares its end with an undisturbed run's.
 
-    python tests/kill_and_resume.py --kills 60
+    python tests/tools/kill_and_resume.py --kills 60
 
 A killed run is `main_act.py` with its process ended by SIGKILL: at the n-th arrival at a place in the code, or after
 a random time. It is resumed with the same command and `--resume auto`. What must be equal, bit by bit: the weights,
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path[:0] = map(str, Path(__file__).parents[1:3])
 os.environ["OMP_NUM_THREADS"] = "1"  # so that no threads are lost in forking
 
 import torch  # noqa: E402

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs main_act.py on two "nodes" that see each other only through a network: two namespaces of this machine.
 #
-#   sudo tests/two_nodes.sh --data-set DIGITS --model avit_micro_patch4_32 --input-size 32 --output_dir OUT
+#   sudo tests/tools/two_nodes.sh --data-set DIGITS --model avit_micro_patch4_32 --input-size 32 --output_dir OUT
 #
 # The two torchrun commands are those of two real machines, but for --rdzv_conf, --local-addr and GLOO_SOCKET_IFNAME,
 # which real machines find out by themselves. Needs root and iproute2. PYTHON names the interpreter.
@@ -31,7 +31,7 @@ on_node() {
   shift
   GLOO_SOCKET_IFNAME=node0 ip netns exec "${names[node]}" "${PYTHON:-python3}" -m torch.distributed.run \
     --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_id="$$" --rdzv_endpoint="$network.1:29500" \
-    --rdzv_conf="is_host=$((1 - node))" --local-addr="$network.$((node + 1))" "$here/../main_act.py" "$@"
+    --rdzv_conf="is_host=$((1 - node))" --local-addr="$network.$((node + 1))" "$here/../../main_act.py" "$@"
 }
 
 on_node 1 "$@" &

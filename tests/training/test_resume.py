@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, make_image_folder
 from kill_and_resume import flags, outcome, same
-from test_training import make_run
+from test_loop import make_run
 
 import main_act
 from training.checkpoints import load_checkpoint
@@ -85,7 +85,7 @@ def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name
 @pytest.mark.slow
 def test_kills_at_every_place():
     """See kill_and_resume.py, which can do more of them."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "15"]
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "kill_and_resume.py"), "--kills", "15"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 of 15 kills survived" in done.stdout or "14 of 14 kills survived" in done.stdout

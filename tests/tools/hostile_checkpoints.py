@@ -1,6 +1,6 @@
 """Broken and hostile checkpoint files of many kinds, all of which must be refused in one line, executing nothing.
 
-python tests/hostile_checkpoints.py --files 600
+python tests/tools/hostile_checkpoints.py --files 600
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path[:0] = map(str, Path(__file__).parents[1:3])
 
 import torch  # noqa: E402
 from conftest import halting_model  # noqa: E402
