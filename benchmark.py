@@ -31,8 +31,8 @@ from training import checkpoints
 from training.arguments import Parser, at_least_one, data_set, model_name
 from utils import AMP_DTYPES, autocast
 
-SHORTEST = 0.2  # seconds that one timing takes at least, by repetition
-FEWEST = 32  # images that one timing sees at least, in batches: single images differ in depth
+MIN_SECONDS = 0.2  # seconds that one timing takes at least, by repetition
+MIN_IMAGES = 32  # images that one timing sees at least, in batches: single images differ in depth
 
 
 class Case(NamedTuple):
@@ -99,7 +99,7 @@ def run(args, device: torch.device) -> list[dict]:
 def cases(args, device: torch.device) -> Iterator[Case]:
     """Imposed depths on normal noise, or a checkpoint's on real images."""
     for batch_size in args.batch_size:
-        count = batch_size * math.ceil(FEWEST / batch_size)
+        count = batch_size * math.ceil(MIN_IMAGES / batch_size)
         if args.finetune:
             yield _case(batch_size, *_real(args, count, device))
             continue
@@ -112,12 +112,12 @@ def cases(args, device: torch.device) -> Iterator[Case]:
 
 def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     checkpoint = checkpoints.load_checkpoint(args.finetune)
-    weights = checkpoints.weights_of(checkpoint, args.finetune)
-    gate = checkpoints.choose_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, args.finetune)
+    weights = checkpoints.state_dict_of(checkpoint, args.finetune)
+    gate = checkpoints.resolve_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, args.finetune)
     size = {"img_size": args.input_size} if args.input_size else {}
     num_classes = len(weights.get("head.weight", ()))
     model = timm.create_model(args.model, num_classes=num_classes, **size, **gate)
-    checkpoints.fit_weights(model, weights, args.finetune, replace_head=False)
+    checkpoints.load_weights(model, weights, args.finetune, replace_head=False)
     known = {"num_classes": num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
     return model.to(device), spread_sample(data, count)[0].to(device)
@@ -213,7 +213,7 @@ def _interleaved(calls: dict[str, Callable[[], None]], device: torch.device, rou
     for call in calls.values():
         call()  # warm up
     slowest = max(_seconds(call, device, 1) for call in calls.values())
-    repeats = max(math.ceil(SHORTEST / slowest), 1)
+    repeats = max(math.ceil(MIN_SECONDS / slowest), 1)
     seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

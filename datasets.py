@@ -24,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from streams import Stream, read_by_timm
 from utils import LocalError, UserError, main_process_first
 
-SMALL = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
+MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
 EVALUATION_CROP = 224 / 256  # of the shorter side, whatever the model's crop_pct says
 
 
@@ -58,7 +58,7 @@ def training_transform(size: tuple[int, int], augmentation: Augmentation, placed
     )
     if placed:
         crop_and_flip = transforms.Resize(size)
-    elif max(size) <= SMALL:
+    elif max(size) <= MAX_UNCROPPED_SIDE:
         crop = transforms.RandomCrop(size, padding=4)
         crop_and_flip = transforms.Compose([transforms.Resize(size), crop, transforms.RandomHorizontalFlip()])
     return transforms.Compose([transforms.Lambda(_to_rgb), crop_and_flip, augment, to_tensor])
@@ -66,7 +66,7 @@ def training_transform(size: tuple[int, int], augmentation: Augmentation, placed
 
 def evaluation_transform(size: tuple[int, int]):
     """PIL image -> [3, H, W] float, normalised with ImageNet's mean and std."""
-    if max(size) <= SMALL:
+    if max(size) <= MAX_UNCROPPED_SIDE:
         normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
     else:
@@ -83,7 +83,7 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
 
 # Images ------------------------------------------------------------------------------------------
 
-WIDEST = 20  # a longer side than so many times the shorter one is cut to it, around the centre
+MAX_ASPECT_RATIO = 20  # a longer side than so many times the shorter one is cut to it, around the centre
 
 
 class UnreadableImage(LocalError):
@@ -109,7 +109,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     image = image.convert("RGB")
     shortest = min(image.size)
-    width, height = (min(side, WIDEST * shortest) for side in image.size)
+    width, height = (min(side, MAX_ASPECT_RATIO * shortest) for side in image.size)
     if (width, height) == image.size:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -21,10 +21,10 @@ import utils
 from losses import AdaptiveLoss
 from models_act import Halting, macs_per_image
 from training.loaders import ImageLoader
-from training.signals import StopRequest, any_process
-from utils import Averages, UserError, autocast
+from training.signals import StopRequest, any_rank
+from utils import MetricAverages, UserError, autocast
 
-MOST_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14
+MAX_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
 
     @property
-    def bare_model(self) -> nn.Module:
+    def model_without_ddp(self) -> nn.Module:
         """The model without its DistributedDataParallel."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
@@ -61,7 +61,7 @@ class Trainer:
         with autocast(self.device, self.amp):
             teacher_logits = None if self.teacher is None else self.teacher(images)
             halting = None
-            if self.bare_model.halting:
+            if self.model_without_ddp.halting:
                 logits, halting = self.model(images, return_halting=True)
                 halting = halting._replace(layer_scores=mean_over_processes(halting.layer_scores))
             else:
@@ -77,31 +77,31 @@ class Trainer:
         With gradient scaling such a step is skipped; it is an error after too many in a row.
         """
         self.scaler.unscale_(self.optimizer)
-        gradients = {name: p.grad for name, p in self.bare_model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self.model_without_ddp.named_parameters() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values())
-        wrong = any_process(wrong_part is not None or not torch.isfinite(norm).item(), self.device)
+        wrong = any_rank(wrong_part is not None or not torch.isfinite(norm).item(), self.device)
         if wrong:
             self._refuse_or_skip(step, wrong_part, gradients)
             self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
             self.optimizer.zero_grad()
             return
         if self.clip_grad:
-            nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.clip_grad, norm)
+            nn.utils.clip_grads_with_norm_(self.model_without_ddp.parameters(), self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.skipped_in_a_row = 0
         if self.ema is not None:
-            self.ema.update(self.bare_model)
+            self.ema.update(self.model_without_ddp)
 
     def _refuse_or_skip(self, step: str, wrong_part: str | None, gradients: dict[str, Tensor]) -> None:
         """A step whose numbers are not finite: skipped by gradient scaling, else FloatingPointError."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.scaler.is_enabled() and self.skipped_in_a_row <= MOST_SKIPPED:
+        if self.scaler.is_enabled() and self.skipped_in_a_row <= MAX_SKIPPED:
             return
         parameter = next((name for name, grad in gradients.items() if not torch.isfinite(grad).all()), None)
-        parts = next((part for part in utils.gather(wrong_part) if part), "the loss is finite")
+        parts = next((part for part in utils.all_gather_objects(wrong_part) if part), "the loss is finite")
         gradient = f"the gradient of {parameter} is not finite" if parameter else "the gradients' norm overflows"
         skipped = f"; {self.skipped_in_a_row} steps in a row were skipped" if self.scaler.is_enabled() else ""
         raise FloatingPointError(f"{step}: {parts}, {gradient}{skipped}; the last checkpoint is from before")
@@ -142,7 +142,7 @@ class Epoch:
     number: int
     batches: int = 0
     seconds: float = 0.0
-    averages: Averages = field(default_factory=Averages)
+    averages: MetricAverages = field(default_factory=MetricAverages)
 
 
 def train_one_epoch(
@@ -181,7 +181,7 @@ def train_one_epoch(
                 trainer.scaler.scale(total / len(group)).backward()
             wrong_part = wrong_part or _not_finite({**parts, "loss": total})
             if wrong_part is None:  # else the step is skipped, or the run stops
-                averages.add(len(images), loss=total, **parts, **halting_figures(trainer.bare_model, halting))
+                averages.add(len(images), loss=total, **parts, **halting_metrics(trainer.model_without_ddp, halting))
         trainer.update(f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}", wrong_part)
         epoch.batches += len(group)
         epoch.seconds = seconds_before + time.perf_counter() - start
@@ -210,7 +210,7 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def halting_figures(model: nn.Module, halting: Halting | None) -> dict[str, Tensor]:
+def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tensor]:
     """What is reported of one batch's halting, as means over the batch; nothing for a static model."""
     if halting is None:
         return {}
@@ -240,17 +240,17 @@ def evaluate(
     amp: str = "none",
     title: str = "Test",
     stop: StopRequest | None = None,
-    note: Callable[[Tensor, Tensor, Halting], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor, Halting], None] | None = None,
 ) -> dict:
     """Evaluates on every image of the loader, all processes' together; each image counts once.
 
     stop: where it is asked for, this process looks at no more images;
-    note: called with the targets [B], logits [B, K] and halting of each batch.
-    Returns means by name: loss, acc1, acc5 (in per cent), those of `halting_figures`, `images`
+    on_batch: called with the targets [B], logits [B, K] and halting of each batch.
+    Returns means by name: loss, acc1, acc5 (in per cent), those of `halting_metrics`, `images`
     (how many), and `images_per_s`, of the forward pass in this process.
     """
     model.eval()
-    averages, seconds = Averages(), 0.0
+    averages, seconds = MetricAverages(), 0.0
     loss = nn.CrossEntropyLoss()
 
     def figures() -> dict[str, str]:
@@ -265,9 +265,9 @@ def evaluate(
         seconds += _now(device) - start
         logits = logits.float()
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
-        averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_figures(model, halting))
-        if note is not None:
-            note(targets, logits, halting)
+        averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
+        if on_batch is not None:
+            on_batch(targets, logits, halting)
         if stop is not None and stop.signal:
             break
     images, means = averages.reduced()

@@ -23,24 +23,24 @@ from engine_act import check_complete, evaluate, report, zipping_speeds
 from training import arguments, checkpoints
 from training.build import (
     StartingPoint,
-    amp_of,
+    amp_dtype_name,
     build_model,
     build_schedule,
     build_trainer,
     loader_options,
-    run_command,
+    run_cli,
     training_set,
     validation_set,
 )
 from training.evaluation import Predictions
-from training.loaders import evaluation_loader, training_loader, viewing_loader
+from training.loaders import demo_loader, evaluation_loader, training_loader
 from training.loop import TrainingRun, updates_per_epoch
 from training.signals import Interrupted
 from utils import UserError, log, warn
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(arguments.make_parser(), arguments.parse_args(argv), run)
+    run_cli(arguments.make_parser(), arguments.parse_args(argv), run)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
@@ -67,9 +67,9 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> in
     if args.demo:
         return visualize.demo(
             model,
-            viewing_loader(images, args.batch_size, **loader_options(args)),
+            demo_loader(images, args.batch_size, **loader_options(args)),
             device,
-            amp_of(args),
+            amp_dtype_name(args),
             Path(args.demo_dir) if args.demo_dir else (output_dir or Path()) / arguments.DEMO_FOLDER,
             class_names(images.classes, args.data_path, args.class_index),
             criterion=args.demo_by,
@@ -78,11 +78,11 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> in
         )
     loader = evaluation_loader(images, args.batch_size, **loader_options(args))
     predictions = Predictions(loader)
-    result = evaluate(model, loader, device, amp_of(args), note=predictions.note)
+    result = evaluate(model, loader, device, amp_dtype_name(args), on_batch=predictions.note)
     check_complete(result, loader)
     if model.halting and utils.is_main():
         sample, _ = spread_sample(images, min(args.batch_size, loader.num_images or args.batch_size))
-        result |= zipping_speeds(model, sample, device, amp_of(args))
+        result |= zipping_speeds(model, sample, device, amp_dtype_name(args))
     report(result)
     if output_dir is None:
         return 0
@@ -90,7 +90,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> in
     for name, content in files.items():
         if utils.is_main():
             with checkpoints.writing(output_dir):
-                checkpoints.write_whole(output_dir / name, lambda file, content=content: file.write(content))
+                checkpoints.atomic_write(output_dir / name, lambda file, content=content: file.write(content))
     return 0
 
 

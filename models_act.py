@@ -65,7 +65,7 @@ class HaltingStep(NamedTuple):
     score: Tensor
     probability: Tensor
     cumulative: Tensor
-    goes_on: Tensor
+    continues: Tensor
 
 
 def halting_step(
@@ -75,13 +75,13 @@ def halting_step(
 
     x: [..., C], the block's output; cumulative: [...] float32, the sum of the token's earlier
     scores. Returns, each [...]: `score`, h_l in float32; `probability`, p_l; `cumulative`, with
-    this block's score (1 in the last block); `goes_on`, bool, False where that reaches
+    this block's score (1 in the last block); `continues`, bool, False where that reaches
     1 - halt_eps: the token halts.
     """
     score = torch.sigmoid(gate_scale * x[..., 0].float() - gate_center)
     now = cumulative + (torch.ones_like(score) if last else score)
-    goes_on = now < 1 - halt_eps
-    return HaltingStep(score, torch.where(goes_on, score, 1 - cumulative), now, goes_on)
+    continues = now < 1 - halt_eps
+    return HaltingStep(score, torch.where(continues, score, 1 - cumulative), now, continues)
 
 
 class _HaltingTrace:
@@ -91,19 +91,19 @@ class _HaltingTrace:
         self.num_prefix_tokens = num_prefix_tokens
         self.num_blocks = num_blocks
         self.depth = torch.zeros(tokens.live.shape, device=tokens.live.device)
-        self.spent = torch.zeros_like(self.depth)  # h_1 + ... + h_{depth-1}
+        self.score_before_halting = torch.zeros_like(self.depth)  # h_1 + ... + h_{depth-1}
         self.layer_scores: list[Tensor] = []
 
     def add(self, tokens: MaskedTokens | ZippedTokens, step: HaltingStep) -> None:
         self.depth = self.depth + tokens.live
-        score, spent = tokens.unpack(step.score, step.score * step.goes_on)
-        self.spent = self.spent + spent
+        score, score_before_halting = tokens.unpack(step.score, step.score * step.continues)
+        self.score_before_halting = self.score_before_halting + score_before_halting
         self.layer_scores.append(score[:, self.num_prefix_tokens :].mean())
 
     def halting(self) -> Halting:
         unreached = self.num_blocks - len(self.layer_scores)
-        layer_scores = torch.stack(self.layer_scores + [self.spent.new_zeros(())] * unreached)
-        return Halting(self.depth, self.depth + (1 - self.spent), layer_scores)
+        layer_scores = torch.stack(self.layer_scores + [self.score_before_halting.new_zeros(())] * unreached)
+        return Halting(self.depth, self.depth + (1 - self.score_before_halting), layer_scores)
 
 
 class AdaptiveTokens:
@@ -275,11 +275,11 @@ class AdaptiveTokens:
                 (states[number - 1],) = tokens.unpack(rows)
             if number == self.num_blocks:
                 break
-            staying = step.goes_on
+            keep_mask = step.continues
             if early_exit and zipped:
-                prefix_stays = tokens.unpack(staying, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
-                staying = staying & tokens.spread(prefix_stays)
-            tokens, (rows, cumulative) = tokens.keep(staying, rows, step.cumulative)
+                prefix_stays = tokens.unpack(keep_mask, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
+                keep_mask = keep_mask & tokens.spread(prefix_stays)
+            tokens, (rows, cumulative) = tokens.keep(keep_mask, rows, step.cumulative)
             if rows.shape[0] == 0 and not (self.training or torch.is_grad_enabled()):
                 break  # else the blocks to come draw their random numbers, and get zero gradients
         return output.to(x.dtype), trace.halting() if return_halting else None

@@ -25,7 +25,7 @@ class RepeatedAugmentationSampler(RepeatAugSampler):
         super().set_epoch(self.seed * EPOCH_STRIDE + epoch)
 
 
-class ExactDistributedSampler(Sampler):
+class UnpaddedDistributedSampler(Sampler):
     """Every index once over all processes: no padding, so processes may differ by one image."""
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int):
@@ -38,7 +38,7 @@ class ExactDistributedSampler(Sampler):
         return len(self.indices)
 
 
-class PlacedSampler(Sampler):
+class ResumableSampler(Sampler):
     """Yields (index, seeds) from any place of an epoch on.
 
     The seeds of an image follow from its place in training, so that nothing has to be remembered to

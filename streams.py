@@ -50,7 +50,7 @@ class Stream(IterableDataset):
 
         UserError if there are fewer shards than processes to train.
         """
-        workers = wanted = min(utils.gather(wanted))  # machines may differ
+        workers = wanted = min(utils.all_gather_objects(wanted))  # machines may differ
         if self.train and _has_shards(self.dataset):
             workers = _fitting_workers(len(self.dataset.reader.split_info.filenames), wanted)
         self.dataset.set_loader_cfg(workers)

@@ -149,7 +149,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 # Numbers and progress ----------------------------------------------------------------------------
 
 
-class Averages:
+class MetricAverages:
     """Weighted means by name, over all batches and processes; scalars or vectors.
 
     Sums stay on the device until they are asked for, so that adding never waits for it.
@@ -190,13 +190,13 @@ class Averages:
         return total, {name: (s / total).tolist() for name, s in sums.items()}
 
     def _joint(self) -> tuple[float, dict[str, Tensor]]:
-        everyone = gather((self.weight, {name: s.cpu() for name, s in self.sums.items()}))
+        everyone = all_gather_objects((self.weight, {name: s.cpu() for name, s in self.sums.items()}))
         names = {name: None for _, sums in everyone for name in sums}
         sums = {name: torch.stack([own[name] for _, own in everyone if name in own]).sum(dim=0) for name in names}
         return sum(weight for weight, _ in everyone), sums
 
 
-def gather(value: object) -> list:
+def all_gather_objects(value: object) -> list:
     """The values of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return [value]
@@ -205,7 +205,7 @@ def gather(value: object) -> list:
     return values
 
 
-def gather_in_main(value: object) -> list:
+def gather_objects_to_main(value: object) -> list:
     """The values of all processes in the main one, in the order of their ranks; [] in the others."""
     if not dist.is_initialized():
         return [value]

@@ -29,15 +29,30 @@ import utils
 from datasets import IMAGE_SUFFIXES, UnreadableImage, class_names, evaluation_transform, has_image_name, load_image
 from losses import DistributionPriorLoss
 from training import arguments, checkpoints
-from training.build import StartingPoint, amp_of, build_model, image_size, loader_options, run_command, validation_set
-from training.loaders import ImageLoader, viewing_loader
+from training.build import (
+    StartingPoint,
+    amp_dtype_name,
+    build_model,
+    image_size,
+    loader_options,
+    run_cli,
+    validation_set,
+)
+from training.loaders import ImageLoader, demo_loader
 from utils import UserError, log, nearest, warn
 from visualization import charts, heatmaps, html_pages
 from visualization.heatmaps import Style
-from visualization.records import Census, Selection, Specimen, examine, examine_all, in_main_process
+from visualization.records import (
+    DatasetStatistics,
+    ImageRecord,
+    Selection,
+    gather_to_main,
+    record_batch,
+    record_dataset,
+)
 
 GALLERY, SUMMARY = "index.html", "summary.html"
-LONGEST_STEM = 200  # bytes, of 255 that a file's name may have
+MAX_STEM_BYTES = 200  # bytes, of 255 that a file's name may have
 
 
 # --demo of main_act.py ---------------------------------------------------------------------------
@@ -55,30 +70,30 @@ def demo(
     per_class: int = 1,
     html: bool = False,
 ) -> int:
-    """Draws `per_class` images of every class, by one of specimens.CRITERIA; all processes take part.
+    """Draws `per_class` images of every class, by one of records.CRITERIA; all processes take part.
 
-    loader: a `viewing_loader`; names: of the classes. Of an equal measure the first in the data set counts, in any
+    loader: a `demo_loader`; names: of the classes. Of an equal measure the first in the data set counts, in any
     order of the data. Returns 1 where images cannot be read, else 0. UserError where the folder cannot be written.
     """
     checkpoints.prepare_output_dir(folder, "--demo-dir")
     selection = Selection(criterion, per_class)
-    for batch in examine_all(model, loader, device, amp, "Demo"):
-        for specimen in batch.specimens:
-            selection.add(specimen)
+    for batch in record_dataset(model, loader, device, amp, "Demo"):
+        for record in batch.records:
+            selection.add(record)
     chosen = selection.own_chosen()
     style = Style(model.num_blocks, heatmaps.PAPERS_COLORMAP)
-    for number, specimen in utils.with_progress(chosen, "Drawing", dict):
-        stem = f"class{specimen.target}" + (f"_{number}" if number > 1 else "")
-        for kind, picture in heatmaps.demo_pictures(specimen, names, style).items():
+    for number, record in utils.with_progress(chosen, "Drawing", dict):
+        stem = f"class{record.target}" + (f"_{number}" if number > 1 else "")
+        for kind, picture in heatmaps.demo_pictures(record, names, style).items():
             _save(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
     shared = chosen if html else [entry for entry in chosen if entry[0] == 1]
-    shown = in_main_process(shared)
+    shown = gather_to_main(shared)
     if shown:
-        first = [specimen for number, specimen in shown if number == 1]
+        first = [record for number, record in shown if number == 1]
         _save(folder / "teaser.png", _png(charts.teaser(first, style)))
         if html:
-            _write_gallery(folder, "Token depths", [specimen for _, specimen in shown], names, style)
-    drawn, unreadable = (sum(utils.gather(count)) for count in (len(chosen), len(loader.bad_images)))
+            _write_gallery(folder, "Token depths", [record for _, record in shown], names, style)
+    drawn, unreadable = (sum(utils.all_gather_objects(count)) for count in (len(chosen), len(loader.bad_images)))
     if not drawn:
         warn(f"no image to show by --demo-by {criterion}")
     log(f"token depths of {drawn} images drawn in {folder}")
@@ -103,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.check_together(args)
     except UserError as error:
         parser.error(str(error))
-    run_command(parser, args, run)
+    run_cli(parser, args, run)
 
 
 def make_parser() -> arguments.Parser:
@@ -172,14 +187,14 @@ def draw_images(args: argparse.Namespace, start: StartingPoint, device: torch.de
     drawn, shown = 0, []
     for first in utils.with_progress(range(0, len(files), args.batch_size), "Images", dict):
         batch = range(first, min(first + args.batch_size, len(files)))
-        specimens = _examine_files(files, batch, model, image_size(args), list(classes), device, amp_of(args))
-        for specimen in specimens:
-            panel, *movie = outputs[specimen.index]
-            _save(panel, _png(heatmaps.panel(specimen, names, style)))
+        records = _examine_files(files, batch, model, image_size(args), list(classes), device, amp_dtype_name(args))
+        for record in records:
+            panel, *movie = outputs[record.index]
+            _save(panel, _png(heatmaps.panel(record, names, style)))
             for path in movie:
-                _save(path, heatmaps.animation(heatmaps.frames(specimen, style), args.animation))
-        drawn += len(specimens)
-        shown += specimens if args.html else []
+                _save(path, heatmaps.animation(heatmaps.frames(record, style), args.animation))
+        drawn += len(records)
+        shown += records if args.html else []
     if not drawn:
         raise UserError("not one image could be read")
     if args.html:
@@ -215,7 +230,7 @@ def distinct_stems(files: Iterable[Path]) -> Iterator[str]:
     """The names of files without their endings, cut where they are long, numbered where they would be the same."""
     taken: set[str] = set()
     for file in files:
-        own = os.fsdecode(os.fsencode(file.stem)[:LONGEST_STEM])
+        own = os.fsdecode(os.fsencode(file.stem)[:MAX_STEM_BYTES])
         numbered = (f"{own}_{number}" for number in itertools.count(2))
         stem = next(stem for stem in itertools.chain([own], numbered) if stem not in taken)
         taken.add(stem)
@@ -230,7 +245,7 @@ def _examine_files(
     classes: list[str],
     device: torch.device,
     amp: str,
-) -> list[Specimen]:
+) -> list[ImageRecord]:
     """The files at these places that can be read; the others are named. A folder with a class's name is a label."""
     transform, images = evaluation_transform(size), {}
     for place in places:
@@ -244,7 +259,7 @@ def _examine_files(
     targets = [numbers.get(files[place].parent.name, -1) for place in images]
     names = [str(files[place]) for place in images]
     batch = torch.stack(list(images.values()))
-    return examine(model, batch, device, amp, targets=targets, names=names, indices=list(images)).specimens
+    return record_batch(model, batch, device, amp, targets=targets, names=names, indices=list(images)).records
 
 
 # A data set --------------------------------------------------------------------------------------
@@ -258,49 +273,49 @@ def draw_summary(args: argparse.Namespace, start: StartingPoint, device: torch.d
     images = validation_set(args)
     names = class_names(images.classes, args.data_path, args.class_index)
     model = build_model(args, len(names), start).to(device)
-    loader = viewing_loader(images, args.batch_size, **loader_options(args))
+    loader = demo_loader(images, args.batch_size, **loader_options(args))
     style = Style(model.num_blocks, args.cmap, args.size)
     examples, gallery, parts = Selection(), Selection(args.demo_by, args.demo_images), []
-    for batch in examine_all(model, loader, device, amp_of(args), "Summary"):
-        parts.append(Census.of_batch(batch))
-        for specimen in batch.specimens:
-            examples.add(specimen)
+    for batch in record_dataset(model, loader, device, amp_dtype_name(args), "Summary"):
+        parts.append(DatasetStatistics.of_batch(batch))
+        for record in batch.records:
+            examples.add(record)
             if args.html:
-                gallery.add(specimen)
-    parts = [part for own in utils.gather(parts) for part in own]
+                gallery.add(record)
+    parts = [part for own in utils.all_gather_objects(parts) for part in own]
     if not parts:
         raise UserError("not one image could be read")
-    census = Census.of(parts)
-    status = int(len(census.target) < loader.num_images)
-    example_of = {specimen.target: specimen for _, specimen in in_main_process(examples.own_chosen())}
-    shown = [specimen for _, specimen in in_main_process(gallery.own_chosen())]
+    statistics = DatasetStatistics.of(parts)
+    status = int(len(statistics.target) < loader.num_images)
+    example_of = {record.target: record for _, record in gather_to_main(examples.own_chosen())}
+    shown = [record for _, record in gather_to_main(gallery.own_chosen())]
     if utils.is_main():
-        _draw_charts(args, census, names, example_of, shown, style, folder)
-    utils.gather(status)  # whoever ends first with a status that is not 0 would end the others
+        _draw_charts(args, statistics, names, example_of, shown, style, folder)
+    utils.all_gather_objects(status)  # whoever ends first with a status that is not 0 would end the others
     return status
 
 
 def _draw_charts(
     args: argparse.Namespace,
-    census: Census,
+    statistics: DatasetStatistics,
     names: Sequence[str],
-    example_of: dict[int, Specimen],
-    shown: list[Specimen],
+    example_of: dict[int, ImageRecord],
+    shown: list[ImageRecord],
     style: Style,
     folder: Path,
 ) -> None:
     prior = DistributionPriorLoss(style.num_blocks).target.numpy()
     drawn = []
-    for name, chart in charts.summary_charts(census, prior, names, example_of, style).items():
+    for name, chart in charts.summary_charts(statistics, prior, names, example_of, style).items():
         drawn.append((chart.title, chart.explanation, _png(chart.figure)))
         _save(folder / f"{name}.png", drawn[-1][2])
     if args.html:
         _write_gallery(folder, f"{args.data_set}: token depths", shown, names, style)
-    facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_census(census)]
+    facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_statistics(statistics)]
     html_pages.write_summary(
         folder / SUMMARY, f"{args.data_set}: summary", facts, drawn, GALLERY if args.html else None
     )
-    log(f"summary of {len(census.target)} images in {folder / SUMMARY}")
+    log(f"summary of {len(statistics.target)} images in {folder / SUMMARY}")
 
 
 # Training runs -----------------------------------------------------------------------------------
@@ -317,28 +332,28 @@ def draw_curves(folders: Sequence[Path], folder: Path) -> None:
 # Files -------------------------------------------------------------------------------------------
 
 
-def _write_gallery(folder: Path, title: str, specimens: list[Specimen], names: Sequence[str], style: Style) -> None:
-    html_pages.write_gallery(folder / GALLERY, title, _facts(specimens), specimens, names, style)
+def _write_gallery(folder: Path, title: str, records: list[ImageRecord], names: Sequence[str], style: Style) -> None:
+    html_pages.write_gallery(folder / GALLERY, title, _facts(records), records, names, style)
 
 
-def _facts(specimens: Sequence[Specimen]) -> list[tuple[str, str]]:
+def _facts(records: Sequence[ImageRecord]) -> list[tuple[str, str]]:
     """Means over the images shown."""
-    if not specimens:
+    if not records:
         return [("images", "0")]
-    known = [one for one in specimens if one.target >= 0]
+    known = [one for one in records if one.target >= 0]
     right = [("top-1", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
-    depth = sum(one.mean_depth for one in specimens) / len(specimens)
-    saved = 1 - sum(one.macs for one in specimens) / sum(one.static_macs for one in specimens)
-    return [("images", f"{len(specimens):,}"), *right, ("patch depth", f"{depth:.2f}"), ("saved", f"{saved:.1%}")]
+    depth = sum(one.mean_depth for one in records) / len(records)
+    saved = 1 - sum(one.macs for one in records) / sum(one.static_macs for one in records)
+    return [("images", f"{len(records):,}"), *right, ("patch depth", f"{depth:.2f}"), ("saved", f"{saved:.1%}")]
 
 
-def _facts_of_census(census: Census) -> list[tuple[str, str]]:
-    macs, static_macs = census.macs.mean(), census.static_macs
+def _facts_of_statistics(statistics: DatasetStatistics) -> list[tuple[str, str]]:
+    macs, static_macs = statistics.macs.mean(), statistics.static_macs
     return [
-        ("images", f"{len(census.target):,}"),
-        ("top-1", f"{census.is_right.mean():.2%}"),
-        ("patch depth", f"{census.depth.mean():.2f} of {census.num_blocks}"),
-        ("class token depth", f"{census.class_token_depth.mean():.2f}"),
+        ("images", f"{len(statistics.target):,}"),
+        ("top-1", f"{statistics.is_right.mean():.2%}"),
+        ("patch depth", f"{statistics.depth.mean():.2f} of {statistics.num_blocks}"),
+        ("class token depth", f"{statistics.class_token_depth.mean():.2f}"),
         ("multiply-adds", f"{heatmaps.macs_text(macs)} of {heatmaps.macs_text(static_macs)}"),
         ("saved", f"{1 - macs / static_macs:.1%}"),
     ]
@@ -359,7 +374,7 @@ def _jpeg(picture: Image.Image) -> bytes:
 
 def _save(path: Path, content: bytes) -> None:
     with checkpoints.writing(path):
-        checkpoints.write_whole(path, lambda file: file.write(content), durable=False)
+        checkpoints.atomic_write(path, lambda file: file.write(content), durable=False)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ returns a new store. Nothing here knows why a token leaves, or what a row means.
 
     tokens, rows = ZippedTokens.pack(x)                  # x: [B, N, C] -> rows: [T, C]
     rows = rows + tokens.attend(qkv)                     # qkv: [T, 3, H, D], within each image
-    tokens, (rows, state) = tokens.keep(staying, rows, state)
+    tokens, (rows, state) = tokens.keep(keep_mask, rows, state)
     (y,) = tokens.unpack(rows)                           # [B, N, C], zero where a token has left
 """
 
@@ -44,9 +44,9 @@ class MaskedTokens(NamedTuple):
         live = self.live[:, :first]
         return tuple(v[:, :first].masked_fill(~_trailing(live, v.ndim), 0) for v in values)
 
-    def keep(self, staying: Tensor, *values: Tensor) -> tuple[MaskedTokens, tuple[Tensor, ...]]:
-        """staying: [B, N] bool; tokens that have left do not come back. The values stay as they are."""
-        return MaskedTokens(self.live & staying), values
+    def keep(self, keep_mask: Tensor, *values: Tensor) -> tuple[MaskedTokens, tuple[Tensor, ...]]:
+        """keep_mask: [B, N] bool; tokens that have left do not come back. The values stay as they are."""
+        return MaskedTokens(self.live & keep_mask), values
 
 
 class ZippedTokens(NamedTuple):
@@ -95,21 +95,21 @@ class ZippedTokens(NamedTuple):
         """per_image: [B, ...] -> [T, ...], each row with its image's value."""
         return per_image.index_select(0, self.image)
 
-    def keep(self, staying: Tensor, *values: Tensor) -> tuple[ZippedTokens, tuple[Tensor, ...]]:
-        """staying: [T] bool; values: [T, ...] each -> the remaining rows.
+    def keep(self, keep_mask: Tensor, *values: Tensor) -> tuple[ZippedTokens, tuple[Tensor, ...]]:
+        """keep_mask: [T] bool; values: [T, ...] each -> the remaining rows.
 
         Waits for the device once: the shapes to come are read from it.
         """
-        counts = self.image.new_zeros(len(self.images)).index_add_(0, self.image, staying.long())  # [B]
+        counts = self.image.new_zeros(len(self.images)).index_add_(0, self.image, keep_mask.long())  # [B]
         count_of = counts.tolist()
         lengths, total = [count_of[image] for image in self.images], sum(count_of)
-        if total == len(staying):
+        if total == len(keep_mask):
             return self, values
         if lengths == sorted(lengths):
-            images, kept = self.images, torch.nonzero_static(staying, size=total).squeeze(1)
+            images, kept = self.images, torch.nonzero_static(keep_mask, size=total).squeeze(1)
         else:
             images, lengths = sorted(range(len(count_of)), key=count_of.__getitem__), sorted(lengths)
-            kept = self._kept(staying, counts.sort(stable=True).indices, total)
+            kept = self._kept(keep_mask, counts.sort(stable=True).indices, total)
         token = self.token.index_select(0, kept)
         row = torch.zeros_like(self.row).flatten().index_copy_(0, token, torch.arange(total, device=token.device))
         live = torch.zeros_like(self.live).flatten().index_fill_(0, token, True)
@@ -117,9 +117,9 @@ class ZippedTokens(NamedTuple):
         tokens = ZippedTokens(images, lengths, image, token, row.view_as(self.row), live.view_as(self.live))
         return tokens, tuple(v.index_select(0, kept) for v in values)
 
-    def _kept(self, staying: Tensor, order: Tensor, total: int) -> Tensor:
-        """staying: [T] bool, order: [B] images -> [total], the rows that stay, in that order of images."""
-        remains = self.unpack(staying)[0].index_select(0, order)  # [B, N] bool
+    def _kept(self, keep_mask: Tensor, order: Tensor, total: int) -> Tensor:
+        """keep_mask: [T] bool, order: [B] images -> [total], the rows that stay, in that order of images."""
+        remains = self.unpack(keep_mask)[0].index_select(0, order)  # [B, N] bool
         rows = self.row.index_select(0, order).flatten()
         return rows.index_select(0, torch.nonzero_static(remains.flatten(), size=total).squeeze(1))
 

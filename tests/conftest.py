@@ -13,7 +13,7 @@ from hypothesis import settings
 from PIL import Image
 
 import models_act
-from visualization.records import Specimen
+from visualization.records import ImageRecord
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ def images(batch: int = 6, size: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def make_specimen(index=0, depth=((1, 2), (3, 8)), target=0, prediction=0, confidence=0.9, **kwargs) -> Specimen:
+def make_record(index=0, depth=((1, 2), (3, 8)), target=0, prediction=0, confidence=0.9, **kwargs) -> ImageRecord:
     values = {"name": f"image {index}", "pixels": np.full((4, 4, 3), index % 256, np.uint8), "macs": 2.0}
     values |= {
         "depth": np.array(depth, np.uint8),
@@ -91,7 +91,7 @@ def make_specimen(index=0, depth=((1, 2), (3, 8)), target=0, prediction=0, confi
         "static_macs": 8.0,
         **kwargs,
     }
-    return Specimen(index=index, target=target, prediction=prediction, confidence=confidence, **values)
+    return ImageRecord(index=index, target=target, prediction=prediction, confidence=confidence, **values)
 
 
 def assert_halting(halting: models_act.Halting, num_blocks: int = 8) -> None:

@@ -11,8 +11,8 @@ from models_act import impose_depths
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(benchmark, "FEWEST", 2)
-    monkeypatch.setattr(benchmark, "SHORTEST", 0.0)
+    monkeypatch.setattr(benchmark, "MIN_IMAGES", 2)
+    monkeypatch.setattr(benchmark, "MIN_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -200,7 +200,7 @@ def one_step(model, batch):
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.1, 0.1)
     trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu"))
     train_one_epoch(trainer, [batch], Epoch(0), lambda: None)
-    return trainer.bare_model.state_dict()
+    return trainer.model_without_ddp.state_dict()
 
 
 def _step_of_a_share(rank, path):

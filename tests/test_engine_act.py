@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-from engine_act import Epoch, Trainer, check_complete, evaluate, halting_figures, train_one_epoch, zipping_speeds
+from engine_act import Epoch, Trainer, check_complete, evaluate, halting_metrics, train_one_epoch, zipping_speeds
 from models_act import macs_per_image
 from utils import UserError
 
@@ -240,10 +240,10 @@ def test_distillation_step():
 def test_figures_are_means_over_the_batch():
     model = halting_model()
     halting = model(images(), return_halting=True)[1]
-    figures = halting_figures(model, halting)
+    figures = halting_metrics(model, halting)
     assert figures["depth_max"] == halting.depth.amax(1).mean()
     assert figures["depth_min"] == halting.depth.amin(1).mean()
-    assert halting_figures(model, None) == {}
+    assert halting_metrics(model, None) == {}
 
 
 def test_speeds_are_measured_in_both_forms_and_leave_the_model_alone():

@@ -79,7 +79,7 @@ def test_halting_probabilities_sum_to_one(channel):
         x = torch.tensor([[value, 0.0]])
         step = halting_step(x, cumulative, gate_scale=1.0, gate_center=0.0, halt_eps=0.01, last=number == len(channel))
         total = total + step.probability * live
-        live, cumulative = live & step.goes_on, step.cumulative
+        live, cumulative = live & step.continues, step.cumulative
     assert not live.any()
     assert_close(total, torch.ones(1))
 

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers import ExactDistributedSampler, RepeatedAugmentationSampler, training_sampler
+from samplers import RepeatedAugmentationSampler, UnpaddedDistributedSampler, training_sampler
 
 
 @given(st.integers(0, 50), st.integers(1, 7))
 def test_evaluation_sees_every_image_once(length, processes):
-    seen = [i for rank in range(processes) for i in ExactDistributedSampler(range(length), processes, rank)]
+    seen = [i for rank in range(processes) for i in UnpaddedDistributedSampler(range(length), processes, rank)]
     assert sorted(seen) == list(range(length))
 
 

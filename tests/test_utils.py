@@ -10,7 +10,7 @@ import utils
 
 
 def test_averages_weigh_batches_by_their_size():
-    averages = utils.Averages()
+    averages = utils.MetricAverages()
     averages.add(3, loss=torch.tensor(1.0), share=torch.tensor([0.0, 1.0]))
     averages.add(1, loss=torch.tensor(5.0), share=torch.tensor([1.0, 1.0]))
     assert averages.local() == {"loss": 2.0}
@@ -19,11 +19,11 @@ def test_averages_weigh_batches_by_their_size():
 
 def test_averages_of_nothing():
     with pytest.raises(utils.UserError, match="not one image"):
-        utils.Averages().reduced()
+        utils.MetricAverages().reduced()
 
 
 def test_averages_go_on_from_their_state():
-    whole, first, second = utils.Averages(), utils.Averages(), utils.Averages()
+    whole, first, second = utils.MetricAverages(), utils.MetricAverages(), utils.MetricAverages()
     for weight, value in ((3, 0.1), (4, 0.2)):
         whole.add(weight, loss=torch.tensor(value), share=torch.tensor([value, 1.0]))
     first.add(3, loss=torch.tensor(0.1), share=torch.tensor([0.1, 1.0]))
@@ -104,5 +104,5 @@ def test_nearest_names():
 
 
 def test_one_process_gathers_itself():
-    assert utils.gather({"a": 1}) == [{"a": 1}]
+    assert utils.all_gather_objects({"a": 1}) == [{"a": 1}]
     assert utils.world_size() == 1

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import main_act
 import visualize
 from datasets import denormalize
-from training.loaders import viewing_loader
+from training.loaders import demo_loader
 from visualization import heatmaps, records
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def run_demo(folder, order=range(12), batch_size=5, **options):
     model = halting_model()
     x, targets = images(12), torch.arange(12) % 3
     order = list(order)
-    loader = viewing_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
+    loader = demo_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
     visualize.demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
     return model, x, targets
 
@@ -70,7 +70,7 @@ def test_nothing_to_show_is_told(tmp_path, capsys):
     model = halting_model()
     with torch.no_grad():
         targets = model.eval()(images(4)).argmax(dim=1)
-    loader = viewing_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
+    loader = demo_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
     visualize.demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
     assert "no image to show by --demo-by wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
             return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index)), index
 
     model = halting_model(img_size=224, patch_size=16, num_classes=1000)
-    loader = viewing_loader(Many(), 50, num_workers=0, pin_memory=False)
+    loader = demo_loader(Many(), 50, num_workers=0, pin_memory=False)
     start = time.perf_counter()
     visualize.demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
     seconds = time.perf_counter() - start
@@ -272,7 +272,7 @@ def test_summary(image_folder, checkpoint, tmp_path):
 
 
 def test_a_summary_without_wrong_predictions_has_an_empty_gallery(image_folder, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(records.CRITERIA, "wrong", lambda specimen: None)
+    monkeypatch.setitem(records.CRITERIA, "wrong", lambda record: None)
     flags = ("--data-path", image_folder, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
     visualise("--summary", "--html", "--demo-by", "wrong", *flags)
     assert {"index.html", "summary.html"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -15,8 +15,8 @@ def rounds_of_staying(draw):
     batch, length, rounds = draw(st.integers(1, 5)), draw(st.integers(1, 7)), draw(st.integers(1, 4))
     share, seed = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])), draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
-    staying = torch.rand(rounds, batch, length, generator=generator) >= share
-    return torch.randn(batch, length, 3, generator=generator), staying
+    keep_mask = torch.rand(rounds, batch, length, generator=generator) >= share
+    return torch.randn(batch, length, 3, generator=generator), keep_mask
 
 
 @given(rounds_of_staying())
@@ -24,10 +24,10 @@ def test_both_stores_keep_the_same_tokens(case):
     x, rounds = case
     masked, dense = MaskedTokens.pack(x)
     zipped, rows = ZippedTokens.pack(x)
-    for staying in rounds:
-        masked, _ = masked.keep(staying, dense)
+    for keep_mask in rounds:
+        masked, _ = masked.keep(keep_mask, dense)
         on_rows = torch.empty(len(rows), dtype=torch.bool)
-        on_rows[zipped.row[zipped.live]] = staying[zipped.live]
+        on_rows[zipped.row[zipped.live]] = keep_mask[zipped.live]
         zipped, (rows,) = zipped.keep(on_rows, rows)
         assert torch.equal(zipped.live, masked.live)
         assert torch.equal(rows[zipped.row[zipped.live]], x[masked.live])

@@ -25,10 +25,10 @@ from training import checkpoints
 from utils import LocalError, UserError, log, warn
 
 IMAGENET_CLASSES = 1000
-LARGEST_SIDE, MOST_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
+MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
 
 
-def run_command(
+def run_cli(
     parser: argparse.ArgumentParser, args: argparse.Namespace, run: Callable[[argparse.Namespace, torch.device], int]
 ) -> None:
     """Runs it in its process group; it returns a status.
@@ -80,7 +80,7 @@ class StartingPoint:
 
     def weights(self, use_ema: bool = False) -> dict[str, Tensor]:
         """UserError where it holds none."""
-        return checkpoints.weights_of(self.checkpoint, self.location, use_ema)
+        return checkpoints.state_dict_of(self.checkpoint, self.location, use_ema)
 
     def is_static(self) -> bool:
         """Whether it is a checkpoint of ours that was trained without halting."""
@@ -92,7 +92,7 @@ class StartingPoint:
         UserError without a head.
         """
         head = self.weights().get("head.weight")
-        if head is None or head.ndim != 2 or not 1 <= len(head) <= MOST_CLASSES:
+        if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
             raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
         count = len(head)
         recorded = self.checkpoint.get("classes")
@@ -110,7 +110,7 @@ class StartingPoint:
         for flag in ("resume", "finetune", "pretrained_path"):
             location = getattr(args, flag)
             if flag == "resume" and location == "auto":
-                location = checkpoints.last_checkpoint(args.output_dir)
+                location = checkpoints.find_latest_checkpoint(args.output_dir)
                 log(f"going on from {location}" if location else f"{args.output_dir} holds no checkpoint: a new run")
             if location:
                 return cls(flag, location, checkpoints.load_checkpoint(location))
@@ -118,7 +118,7 @@ class StartingPoint:
 
 
 def _is_side(value: object) -> bool:
-    return isinstance(value, int) and 1 <= value <= LARGEST_SIDE
+    return isinstance(value, int) and 1 <= value <= MAX_SIDE
 
 
 def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint) -> nn.Module:
@@ -139,7 +139,7 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
             halting=args.halting,
             zip_tokens=args.zip_tokens,
             early_exit=args.early_exit,
-            **checkpoints.choose_gate(gate_flags, start.checkpoint, start.location),
+            **checkpoints.resolve_gate(gate_flags, start.checkpoint, start.location),
         )
     except RuntimeError as error:  # no pretrained weights, or out of reach
         raise UserError(str(error)) from error
@@ -155,7 +155,7 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
         training = not (args.eval or args.demo)
         is_new_task = training and start.flag != "resume"
         use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
-        checkpoints.fit_weights(model, start.weights(use_ema), start.location, is_new_task, start.image_size())
+        checkpoints.load_weights(model, start.weights(use_ema), start.location, is_new_task, start.image_size())
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -165,7 +165,7 @@ def image_size(args: argparse.Namespace) -> tuple[int, int]:
     return args.input_size[0], args.input_size[-1]
 
 
-def amp_of(args: argparse.Namespace) -> str:
+def amp_dtype_name(args: argparse.Namespace) -> str:
     return args.amp or ("fp16" if args.device.startswith("cuda") else "none")
 
 
@@ -240,8 +240,8 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     except (OSError, RuntimeError) as error:
         raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
     if args.teacher_path:
-        weights = checkpoints.weights_of(checkpoints.load_checkpoint(args.teacher_path), args.teacher_path)
-        checkpoints.fit_teacher(classifier, weights, args.teacher_path)
+        weights = checkpoints.state_dict_of(checkpoints.load_checkpoint(args.teacher_path), args.teacher_path)
+        checkpoints.load_teacher_weights(classifier, weights, args.teacher_path)
     elif classifier.num_classes != num_classes:
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
     teacher = losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])
@@ -261,7 +261,7 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, 
         criterion=build_criterion(args, model, mixup is not None).to(device),
         optimizer=build_optimizer(args, model),
         device=device,
-        amp=amp_of(args),
+        amp=amp_dtype_name(args),
         clip_grad=args.clip_grad,
         accum_steps=args.accum_steps,
         mixup=mixup,

@@ -22,7 +22,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from utils import LocalError, UserError, gather, is_main, log, main_process_first, nearest, warn
+from utils import LocalError, UserError, all_gather_objects, is_main, log, main_process_first, nearest, warn
 
 
 def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
@@ -48,17 +48,17 @@ def writing(path: Path) -> Iterator[None]:
         raise LocalError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def last_checkpoint(output_dir: str) -> str | None:
+def find_latest_checkpoint(output_dir: str) -> str | None:
     """checkpoint.pth in the folder, if it is there. UserError where processes see different folders."""
     path = Path(output_dir) / "checkpoint.pth"
-    found = gather(path.exists())
+    found = all_gather_objects(path.exists())
     if len(set(found)) > 1:
         raise UserError(f"{path}: some processes see it, others do not: --output_dir must be on a shared disk")
     return str(path) if found[0] else None
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Whole at any moment: see `write_whole`. OSError if it cannot be written."""
+    """Whole at any moment: see `atomic_write`. OSError if it cannot be written."""
 
     def write(file: BinaryIO) -> None:
         try:
@@ -66,10 +66,10 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
         except RuntimeError as error:  # torch's writer hides the reason
             raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
 
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
     """Writes a file beside its place, flushes it to the disk if it is to be durable, then renames it.
 
     At every instant the old file is there or the new one. OSError leaves the old one.
@@ -148,7 +148,7 @@ def _nearby(path: Path) -> str:
     return nearest(path.name, (p.name for p in alike))
 
 
-def weights_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[str, Tensor]:
+def state_dict_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[str, Tensor]:
     """The weights in a checkpoint: `model` (with `use_ema`, `model_ema`), or the whole dictionary.
 
     UserError if they are not named tensors.
@@ -166,7 +166,7 @@ def _is_weight(value: object) -> bool:
     return is_plain and value.device.type == "cpu" and not value.is_complex()
 
 
-def fit_weights(
+def load_weights(
     model: nn.Module,
     weights: dict[str, Tensor],
     location: str,
@@ -248,7 +248,7 @@ def restore_plain(scheduler: object, saved: dict) -> None:
     scheduler.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
 
 
-def fit_teacher(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
+def load_teacher_weights(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
     """Loads weights into any network. UserError, naming the weights, if names or shapes do not fit."""
     wrong = _misfits(model.state_dict(), weights, resizable=lambda name: False)
     if wrong:
@@ -309,7 +309,7 @@ GATE_DEFAULTS = {"gate_scale": 10.0, "gate_center": 30.0}
 PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
 
 
-def choose_gate(flags: dict[str, float | None], checkpoint: dict | None, location: str) -> dict[str, float]:
+def resolve_gate(flags: dict[str, float | None], checkpoint: dict | None, location: str) -> dict[str, float]:
     """Gate scale and center, from the first source that knows them; says which, warns of conflicts.
 
     In this order: flags, what a checkpoint of ours records, its file name (NAME-SCALE-CENTER.pth),

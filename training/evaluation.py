@@ -36,7 +36,7 @@ class Predictions:
 
     def csv(self) -> bytes:
         """Of all processes, in the order of the data set; every process must call it."""
-        rows = sorted(row for own in utils.gather(self.rows) for row in own)
+        rows = sorted(row for own in utils.all_gather_objects(self.rows) for row in own)
         file = io.StringIO(newline="")
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

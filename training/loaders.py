@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 import utils
 from datasets import UnreadableImage
-from samplers import EPOCH_STRIDE, ExactDistributedSampler, PlacedSampler, training_sampler
+from samplers import EPOCH_STRIDE, ResumableSampler, UnpaddedDistributedSampler, training_sampler
 from streams import Stream
-from training.signals import shield_loader_process
+from training.signals import ignore_signals_in_worker
 from utils import LocalError
 
 TRIES = 20  # images in a row that may be unreadable
@@ -84,7 +84,7 @@ class ImageLoader(DataLoader):
     """
 
     def __init__(self, images: Dataset, *args, max_bad_images: float = 0, may_shrink: bool = False, **kwargs):
-        options = {"collate_fn": collate, "worker_init_fn": shield_loader_process, "generator": torch.Generator()}
+        options = {"collate_fn": collate, "worker_init_fn": ignore_signals_in_worker, "generator": torch.Generator()}
         super().__init__(images, *args, **options, **kwargs)
         is_stream = isinstance(images, Stream)
         self.num_images = images.num_images if is_stream else len(images)
@@ -143,7 +143,7 @@ def training_loader(
         options = _workers(images.prepare_workers(_at_most_cores(num_workers)), pin_memory, persistent=False)
         return ImageLoader(images, batch_size, drop_last=True, **options)
     sampler = training_sampler(images, utils.world_size(), utils.rank(), seed, repeated_aug)
-    sampler = PlacedSampler(sampler, seed, utils.rank())
+    sampler = ResumableSampler(sampler, seed, utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory) | {"max_bad_images": max_bad_images}
     return ImageLoader(
         TrainingImages(images), batch_size, sampler=sampler, drop_last=len(sampler) >= batch_size, **options
@@ -155,7 +155,7 @@ def evaluation_loader(images: Dataset, batch_size: int, *, num_workers: int, pin
     if isinstance(images, Stream):
         options = _workers(images.prepare_workers(_at_most_cores(num_workers)), pin_memory)
         return ImageLoader(images, batch_size, **options)
-    sampler = ExactDistributedSampler(images, utils.world_size(), utils.rank())
+    sampler = UnpaddedDistributedSampler(images, utils.world_size(), utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory)
     return ImageLoader(EvaluationImages(images), batch_size, sampler=sampler, **options)
 
@@ -165,14 +165,14 @@ def plain_images(loader: ImageLoader) -> Dataset:
     return loader.dataset if isinstance(loader.dataset, Stream) else loader.dataset.images
 
 
-def viewing_loader(images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool) -> ImageLoader:
+def demo_loader(images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool) -> ImageLoader:
     """For looking at single images: an unreadable one is named and passed over.
 
     Yields [B, 3, H, W] and a pair, targets [B] and places in the data set [B]; of a stream, targets alone.
     """
     if isinstance(images, Stream):
         return evaluation_loader(images, batch_size, num_workers=num_workers, pin_memory=pin_memory)
-    sampler = ExactDistributedSampler(images, utils.world_size(), utils.rank())
+    sampler = UnpaddedDistributedSampler(images, utils.world_size(), utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory) | {"max_bad_images": math.inf, "may_shrink": True}
     return ImageLoader(EvaluationImages(images, numbered=True), batch_size, sampler=sampler, **options)
 

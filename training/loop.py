@@ -15,16 +15,16 @@ from torch import nn
 import utils
 from engine_act import Epoch, Trainer, check_complete, evaluate, report, train_one_epoch
 from training.checkpoints import (
+    atomic_write,
     prepare_output_dir,
     restore_optimizer,
     restore_plain,
     save_checkpoint,
-    write_whole,
     writing,
 )
 from training.loaders import ImageLoader
 from training.signals import Interrupted, StopRequest
-from training.tensorboard import Board
+from training.tensorboard import TensorBoardLogger
 from utils import UserError, log, warn
 
 WATCHED = ("acc1", "depth_mean")  # from one test to the next
@@ -66,7 +66,7 @@ class TrainingRun:
         self.checkpoint_steps, self.keep = checkpoint_steps, keep
         self.updates_per_epoch = updates_per_epoch(train_loader, trainer.accum_steps)
         self.stop = StopRequest()
-        self.board: Board | None = None
+        self.board: TensorBoardLogger | None = None
         self.epoch = Epoch(0)  # the one that is being trained
         self.resumed = False
         self.best_acc1 = -math.inf
@@ -99,23 +99,23 @@ class TrainingRun:
             if lines and not self.resumed:
                 warn(f"{self.output_dir} holds another run, which only --resume continues; log.txt goes on below it")
             elif kept != lines:
-                write_whole(path, lambda file: file.write("".join(kept).encode()))
+                atomic_write(path, lambda file: file.write("".join(kept).encode()))
             if self.tensorboard:
                 first_epoch = self.epoch.number if self.resumed else None
-                self.board = Board(self.output_dir, first_epoch, self.test_loader, self.classes)
+                self.board = TensorBoardLogger(self.output_dir, first_epoch, self.test_loader, self.classes)
 
     def _train_epoch(self) -> None:
         epoch = self.epoch
         self.train_loader.start_at(epoch.number, epoch.batches)
         self.schedule.step_update(self._updates())
         training = train_one_epoch(self.trainer, self.train_loader, epoch, self._after_update)
-        training["bad_images"] = sum(utils.gather(len(self.train_loader.bad_images)))
+        training["bad_images"] = sum(utils.all_gather_objects(len(self.train_loader.bad_images)))
         self._save("checkpoint.pth")  # so that nothing is lost but the evaluation, if that is interrupted
         test = self._test()
         if self.schedule.t_in_epochs:  # plateau follows the accuracy; the others are stepped by updates
             self.schedule.step(epoch.number + 1, test["acc1"])
         self._warn_of_collapse(test)
-        self._record(training, test)
+        self.log_epoch(training, test)
 
     def _updates(self) -> int:
         """Done so far, over all epochs."""
@@ -130,7 +130,7 @@ class TrainingRun:
             self._save("checkpoint.pth")
 
     def _interrupt(self, place: str) -> None:
-        asked = next(filter(None, utils.gather(self.stop.signal)))
+        asked = next(filter(None, utils.all_gather_objects(self.stop.signal)))
         saved = "to go on: the same command with --resume auto" if self.output_dir else "nothing was to be saved"
         log(f"stopped by {asked} {place}; {saved}")
         raise Interrupted
@@ -138,7 +138,7 @@ class TrainingRun:
     def _test(self) -> dict:
         """Of the raw weights; where an average is kept, its accuracy beside them."""
         trainer = self.trainer
-        test = self._evaluate(trainer.bare_model)
+        test = self._evaluate(trainer.model_without_ddp)
         if trainer.ema is not None:
             averaged = copy.deepcopy(trainer.ema.module).to(trainer.device)  # it may be kept on the CPU
             test["ema_acc1"] = self._evaluate(averaged, title="Test EMA")["acc1"]
@@ -154,7 +154,7 @@ class TrainingRun:
         return test
 
     def _warn_of_collapse(self, test: dict) -> None:
-        if not self.trainer.bare_model.halting:
+        if not self.trainer.model_without_ddp.halting:
             return
         if test["depth_mean"] < COLLAPSED_DEPTH:
             mend = "a smaller --ponder_token_scale or another --gate_center keeps them going"
@@ -165,7 +165,7 @@ class TrainingRun:
             warn(f"accuracy falls while depth does: {accuracy}, {before['depth_mean']:.2f} to {test['depth_mean']:.2f}")
         self.previous_test = {name: test[name] for name in WATCHED}
 
-    def _record(self, training: dict, test: dict) -> None:
+    def log_epoch(self, training: dict, test: dict) -> None:
         """best.pth where it is the best so far, a line in log.txt, TensorBoard's points, checkpoint.pth.
 
         The checkpoint comes last: until it is there, the epoch is not done, and is done again.
@@ -177,7 +177,7 @@ class TrainingRun:
         if is_best:
             self._save("best.pth")
         if utils.is_main() and self.output_dir is not None:
-            parameters = sum(p.numel() for p in self.trainer.bare_model.parameters())
+            parameters = sum(p.numel() for p in self.trainer.model_without_ddp.parameters())
             named = {f"train_{k}": v for k, v in training.items()} | {f"test_{k}": v for k, v in test.items()}
             line = {"epoch": number, "n_parameters": parameters, **named, "saving_seconds": self.saving_seconds}
             with writing(self.output_dir):
@@ -190,10 +190,10 @@ class TrainingRun:
         self.saving_seconds = 0.0
         if self.keep:
             self._save(f"checkpoint-{number}.pth")
-            self._forget(number - self.keep)
+            self.delete_old_checkpoints(number - self.keep)
         self._save("checkpoint.pth")
 
-    def _forget(self, last: int) -> None:
+    def delete_old_checkpoints(self, last: int) -> None:
         """Removes the numbered checkpoints up to this one."""
         if not utils.is_main() or self.output_dir is None:
             return
@@ -217,7 +217,7 @@ class TrainingRun:
     def _state(self) -> dict:
         """Tensors and plain types only; every process must call it. A static network records no gate."""
         trainer = self.trainer
-        model = trainer.bare_model
+        model = trainer.model_without_ddp
         gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center, "halt_eps": model.halt_eps}
         plateau = getattr(self.schedule, "lr_scheduler", None)  # timm leaves it out of the schedule's state
         return {
@@ -231,7 +231,7 @@ class TrainingRun:
             "batches": self.epoch.batches,  # done of the next
             "seconds": self.epoch.seconds,
             "averages": self.epoch.averages.state(),
-            "bad_images": utils.gather(self.train_loader.bad_images),
+            "bad_images": utils.all_gather_objects(self.train_loader.bad_images),
             "best_acc1": self.best_acc1,
             "previous_test": self.previous_test,
             "processes": utils.world_size(),
@@ -265,15 +265,13 @@ class TrainingRun:
             test = checkpoint["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
             self.resumed = True
-            self._tell_changes(checkpoint["args"], int(checkpoint["processes"]))
+            self.warn_changed_flags(checkpoint["args"], int(checkpoint["processes"]))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(f"--resume {location}: no training state that fits ({error}); try --finetune") from error
 
     def _saved_epoch(self, checkpoint: dict) -> Epoch:
         epoch = Epoch(int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), float(checkpoint["seconds"]))
-        known = (
-            0 <= epoch.number <= MOST_EPOCHS and 0 <= epoch.batches <= MOST_BATCHES and 0 <= epoch.seconds < math.inf
-        )
+        known = 0 <= epoch.number <= MAX_EPOCHS and 0 <= epoch.batches <= MAX_BATCHES and 0 <= epoch.seconds < math.inf
         if not known:
             raise ValueError(f"epoch {epoch.number}, batch {epoch.batches}, {epoch.seconds} s")
         if utils.is_main():
@@ -282,7 +280,7 @@ class TrainingRun:
                 raise ValueError("the averaged loss is no number")
         return epoch
 
-    def _tell_changes(self, flags: dict, processes: int) -> None:
+    def warn_changed_flags(self, flags: dict, processes: int) -> None:
         changes = [f"{processes} processes are now {utils.world_size()}"] if processes != utils.world_size() else []
         for name in self.flags.keys() - HARMLESS_FLAGS:
             if name in flags and flags[name] != self.flags[name]:
@@ -292,7 +290,7 @@ class TrainingRun:
             warn(f"the resumed run changes: {'; '.join(sorted(changes))}")
 
 
-MOST_EPOCHS, MOST_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
+MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
 
 # Flags that may differ without another outcome.
 HARMLESS_FLAGS = {

@@ -53,10 +53,10 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was asked. All must call it at the same place."""
-        return any_process(self.signal is not None, device)
+        return any_rank(self.signal is not None, device)
 
 
-def any_process(condition: bool, device: torch.device) -> bool:
+def any_rank(condition: bool, device: torch.device) -> bool:
     """Whether the condition holds in any process. All must call it at the same place."""
     if not dist.is_initialized():
         return condition
@@ -65,7 +65,7 @@ def any_process(condition: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def shield_loader_process(_: int) -> None:
+def ignore_signals_in_worker(_: int) -> None:
     """For a loader process: it gets the signals of its group too, but is needed until the step is done.
 
     SIGTERM without the main process having been asked comes from that, which wants no more batches.

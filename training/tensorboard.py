@@ -10,7 +10,7 @@ from datasets import spread_sample
 from engine_act import Trainer
 from training.loaders import ImageLoader, plain_images
 from visualization.heatmaps import Style, sheet
-from visualization.records import examine
+from visualization.records import record_batch
 
 ORIGINAL_NAMES = {"depth_mean": "cnt_token_mean", "depth_max": "cnt_token_max", "depth_min": "cnt_token_min"}
 PER_BLOCK = ("live_share", "layer_scores")
@@ -18,7 +18,7 @@ SHOWN_IMAGES = 8
 SHOWN_SIZE = 128  # pixels
 
 
-class Board:
+class TensorBoardLogger:
     """Writes to a folder; points of earlier writers from `first_epoch` on no longer count, where it is given.
 
     loader: of the validation images; some from all over are shown each epoch, the same ones in every run.
@@ -36,7 +36,7 @@ class Board:
         """training, test: means by name, of `train_one_epoch` and `evaluate`."""
         for name, value in _scalars(training, test).items():
             self.writer.add_scalar(name, value, epoch)
-        if trainer.bare_model.halting:
+        if trainer.model_without_ddp.halting:
             self._show_depths(epoch, test["live_share"], trainer)
         self.writer.flush()
 
@@ -44,9 +44,9 @@ class Board:
         """live_share: of the tokens, by block; what a block's share loses to the next halts in it."""
         names = [f"image {number}" for number in range(len(self.shown))]
         options = {"targets": self.targets.tolist(), "names": names, "indices": range(len(names))}
-        specimens = examine(trainer.bare_model, self.shown, trainer.device, trainer.amp, **options).specimens
+        records = record_batch(trainer.model_without_ddp, self.shown, trainer.device, trainer.amp, **options).records
         style = Style(len(live_share), size=SHOWN_SIZE)
-        picture = sheet(specimens, self.class_names, style)
+        picture = sheet(records, self.class_names, style)
         self.writer.add_image("test/token_depth", np.asarray(picture), epoch, dataformats="HWC")
         blocks = np.arange(1, len(live_share) + 1)
         counts = -np.diff(live_share, append=0)

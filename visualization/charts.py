@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 
 from utils import UserError, warn
 from visualization.heatmaps import Style, colors
-from visualization.records import Census, Specimen
+from visualization.records import DatasetStatistics, ImageRecord
 
 # The look of all charts ---------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ DPI, WIDTH = 120, 6.0  # pixels per inch; inches
 MAIN, MARK, GREY, LIGHT = "#0072b2", "#c04c00", "#595959", "#e4e4e4"
 # Okabe and Ito's colours, told apart by colour-blind eyes too, with a grey for their yellow, which is pale on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#8f8f8f")
-SMALL = 9  # points; other text has 10
+SMALL_TEXT = 9  # points; other text has 10
 PLATE_PAD = 0.15  # of the size of the font
 PLATE = {"boxstyle": f"square,pad={PLATE_PAD}", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # behind text
 MISSING = "□"  # in place of a letter that the font lacks
@@ -46,7 +46,7 @@ def _dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
     """Labels, a light grid, and no frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("#999999")
-    axes.tick_params(labelsize=SMALL, color="#999999")
+    axes.tick_params(labelsize=SMALL_TEXT, color="#999999")
     axes.grid(axis=grid, color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel(x)
@@ -58,7 +58,13 @@ def _legend_above(axes: Axes, entries: dict[str, Artist]) -> None:
     """In one row over the axes, where no data is."""
     options = {"ncols": len(entries), "columnspacing": 1.4, "handlelength": 1.6, "borderaxespad": 0.2}
     axes.legend(
-        entries.values(), entries, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=SMALL, **options
+        entries.values(),
+        entries,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        frameon=False,
+        fontsize=SMALL_TEXT,
+        **options,
     )
 
 
@@ -124,35 +130,39 @@ class Chart(NamedTuple):
 
 
 def summary_charts(
-    census: Census, prior: np.ndarray, class_names: Sequence[str], examples: Mapping[int, Specimen], style: Style
+    statistics: DatasetStatistics,
+    prior: np.ndarray,
+    class_names: Sequence[str],
+    examples: Mapping[int, ImageRecord],
+    style: Style,
 ) -> dict[str, Chart]:
     """What the network does with a data set: charts by name.
 
     prior: [L], DistributionPriorLoss's target; examples: an image by class index, where there is one.
     """
     return {
-        "depth_histogram": _depth_histogram(census, style),
-        "live_tokens": _live_tokens(census),
-        "class_token_depth": _class_token_depth(census, style),
-        "class_depths": _class_depths(census, class_names, examples, style),
-        "accuracy_against_depth": _accuracy_against_depth(census),
-        "halting_scores": _halting_scores(census.layer_scores, prior),
+        "depth_histogram": _depth_histogram(statistics, style),
+        "live_tokens": _live_tokens(statistics),
+        "class_token_depth": _class_token_depth(statistics, style),
+        "class_depths": _class_depths(statistics, class_names, examples, style),
+        "accuracy_against_depth": _accuracy_against_depth(statistics),
+        "halting_scores": _halting_scores(statistics.layer_scores, prior),
     }
 
 
-def _depth_histogram(census: Census, style: Style) -> Chart:
+def _depth_histogram(statistics: DatasetStatistics, style: Style) -> Chart:
     figure = _figure(3.4)
     axes = _dress(figure.subplots(), "blocks that processed the patch", "share of patches")
-    shares, mean = _depth_bars(axes, census.depth, style)
-    full = f"{_percent(shares[-1])} of them by all {census.num_blocks}"
+    shares, mean = _depth_bars(axes, statistics.depth, style)
+    full = f"{_percent(shares[-1])} of them by all {statistics.num_blocks}"
     return Chart("How deep patches go", f"Patches are processed by {mean:.2f} blocks on average, {full}.", figure)
 
 
-def _class_token_depth(census: Census, style: Style) -> Chart:
+def _class_token_depth(statistics: DatasetStatistics, style: Style) -> Chart:
     figure = _figure(3.4)
     axes = _dress(figure.subplots(), "blocks that processed the class token", "share of images")
-    shares, mean = _depth_bars(axes, census.class_token_depth, style)
-    full = f"in {_percent(shares[-1])} of the images by all {census.num_blocks}"
+    shares, mean = _depth_bars(axes, statistics.class_token_depth, style)
+    full = f"in {_percent(shares[-1])} of the images by all {statistics.num_blocks}"
     explanation = f"The class token is processed by {mean:.2f} blocks on average, {full}."
     return Chart("How deep the class token goes", explanation, figure)
 
@@ -176,10 +186,10 @@ def live_shares(depth: np.ndarray, num_blocks: int) -> np.ndarray:
     return np.stack(live, axis=1) / depth.shape[1]
 
 
-def _live_tokens(census: Census) -> Chart:
+def _live_tokens(statistics: DatasetStatistics) -> Chart:
     figure = _figure(3.6)
     axes = _dress(figure.subplots(), "block", "live patches of an image")
-    blocks, live = np.arange(1, census.num_blocks + 1), live_shares(census.depth, census.num_blocks)
+    blocks, live = np.arange(1, statistics.num_blocks + 1), live_shares(statistics.depth, statistics.num_blocks)
     lowest, low, high, highest = np.percentile(live, [10, 25, 75, 90], axis=0)
     mean = live.mean(axis=0)
     static = axes.axhline(1, color=GREY, linewidth=1.2, linestyle="--")
@@ -188,23 +198,25 @@ def _live_tokens(census: Census) -> Chart:
     (average,) = axes.plot(blocks, mean, color=MAIN, marker="o", markersize=4)
     bands = {"middle 50 %": inner, "middle 80 %": outer}
     _legend_above(axes, {"mean": average, **bands, "static network": static})
-    macs = float(census.macs.mean())
-    saved = f"{_percent(1 - macs / census.static_macs)} of the multiply-adds"
-    text = {"s": f"saved: {_percent(1 - macs / census.static_macs)}\nof multiply-adds", "linespacing": 1.4}
+    macs = float(statistics.macs.mean())
+    saved = f"{_percent(1 - macs / statistics.static_macs)} of the multiply-adds"
+    text = {"s": f"saved: {_percent(1 - macs / statistics.static_macs)}\nof multiply-adds", "linespacing": 1.4}
     is_free = highest[len(blocks) * 6 // 10 - 1] < 0.75  # above the curve
     place = {"x": 0.98, "y": 0.78, "ha": "right"} if is_free else {"x": 0.02, "y": 0.05, "ha": "left"}
     axes.text(**text, **place, transform=axes.transAxes, weight="bold", bbox=PLATE)
     axes.set_ylim(0, 1.03)
-    _block_ticks(axes, census.num_blocks)
+    _block_ticks(axes, statistics.num_blocks)
     _in_percent(axes)
     left = f"the last block processes {_percent(mean[-1])} of the patches"
-    explanation = f"On average {left}; {saved} are saved ({_macs(macs, census.static_macs)} per image)."
+    explanation = f"On average {left}; {saved} are saved ({_macs(macs, statistics.static_macs)} per image)."
     return Chart("How many patches are left", explanation, figure)
 
 
-def _class_depths(census: Census, class_names: Sequence[str], examples: Mapping[int, Specimen], style: Style) -> Chart:
-    classes, members = np.unique(census.target, return_inverse=True)
-    means = np.bincount(members, weights=census.mean_depth) / np.bincount(members)
+def _class_depths(
+    statistics: DatasetStatistics, class_names: Sequence[str], examples: Mapping[int, ImageRecord], style: Style
+) -> Chart:
+    classes, members = np.unique(statistics.target, return_inverse=True)
+    means = np.bincount(members, weights=statistics.mean_depth) / np.bincount(members)
     order = np.argsort(means, kind="stable")
     classes, means = classes[order], means[order]
     names = [class_names[index] for index in classes]
@@ -214,7 +226,7 @@ def _class_depths(census: Census, class_names: Sequence[str], examples: Mapping[
     return Chart("Easy and hard classes", explanation, figure)
 
 
-def _class_figure(means: np.ndarray, names: list[str], examples: list[Specimen | None], style: Style) -> Figure:
+def _class_figure(means: np.ndarray, names: list[str], examples: list[ImageRecord | None], style: Style) -> Figure:
     """A bar for each class, shallowest on top; of many classes, for those at both ends, and a histogram of all."""
     count = len(means)
     if count <= ALL_CLASSES:
@@ -228,13 +240,15 @@ def _class_figure(means: np.ndarray, names: list[str], examples: list[Specimen |
         rows |= {AT_EACH_END + 1 + row: count - AT_EACH_END + row for row in range(AT_EACH_END)}
         _class_histogram(last, means)
         between = f"{count - 2 * AT_EACH_END:,} more classes"
-        bars.text(style.num_blocks / 80, AT_EACH_END, between, va="center", color=GREY, fontsize=SMALL, style="italic")
+        bars.text(
+            style.num_blocks / 80, AT_EACH_END, between, va="center", color=GREY, fontsize=SMALL_TEXT, style="italic"
+        )
     chosen = list(rows.values())
     _class_bars(_dress(bars, grid="x"), list(rows), means[chosen], style)
     bars.set_yticks(list(rows), [_drawable(names[index], 24) for index in chosen], parse_math=False)
     shown = {row: examples[index] for row, index in rows.items() if examples[index] is not None}
-    for row, specimen in shown.items():
-        _beside_the_axis(bars, row, specimen.pixels)
+    for row, record in shown.items():
+        _beside_the_axis(bars, row, record.pixels)
     bars.tick_params(axis="y", length=0, pad=PICTURE + 8 if shown else 4)
     last.set_xlabel("mean depth of the patches")
     return figure
@@ -243,7 +257,7 @@ def _class_figure(means: np.ndarray, names: list[str], examples: list[Specimen |
 def _class_bars(axes: Axes, rows: list[int], means: np.ndarray, style: Style) -> None:
     fill = colors(means, style) / 255
     bars = axes.barh(rows, means, height=0.74, color=fill, edgecolor="#444444", linewidth=0.6)
-    axes.bar_label(bars, [f"{mean:.2f}" for mean in means], padding=3, fontsize=SMALL)
+    axes.bar_label(bars, [f"{mean:.2f}" for mean in means], padding=3, fontsize=SMALL_TEXT)
     axes.set_xlim(0, style.num_blocks * 1.08)
     axes.set_xticks(range(0, style.num_blocks + 1, max(style.num_blocks // 6, 1)))
     axes.set_ylim(max(rows) + 0.6, -0.6)
@@ -261,10 +275,10 @@ def _beside_the_axis(axes: Axes, row: float, pixels: np.ndarray) -> None:
     axes.add_artist(AnnotationBbox(image, (0, row), **place, frameon=False, pad=0, annotation_clip=False))
 
 
-def _accuracy_against_depth(census: Census) -> Chart:
+def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     figure = _figure(4.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[2.6, 1], sharex=True)
-    depth, right = census.mean_depth, census.is_right
+    depth, right = statistics.mean_depth, statistics.is_right
     edges, groups = _equal_bins(depth)
     mean_depth = np.array([depth[group].mean() for group in groups.values()])
     accuracy = np.array([right[group].mean() for group in groups.values()])
@@ -373,12 +387,12 @@ def _parsed(text: bytes) -> dict | None:
     return line if isinstance(line, dict) and _is_finite(line.get("epoch")) else None
 
 
-LARGEST = 1e30  # matplotlib cannot draw axes from one end of the floats to the other
+MAX_DRAWN = 1e30  # matplotlib cannot draw axes from one end of the floats to the other
 
 
 def _is_finite(value: object) -> bool:
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(float(value)) < LARGEST
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(float(value)) < MAX_DRAWN
     except OverflowError:  # an int beyond all floats
         return False
 
@@ -524,11 +538,11 @@ def _label_ends(axes: Axes, ends: list[End]) -> None:
     points = [axes.transData.transform((end.macs, end.accuracy)) for end in ends]
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in points]
     for end, point in zip(ends, points):
-        font = {"color": "#222222", "fontsize": SMALL, "weight": "bold", "bbox": PLATE, "parse_math": False}
+        font = {"color": "#222222", "fontsize": SMALL_TEXT, "weight": "bold", "bbox": PLATE, "parse_math": False}
         place = {"xy": (end.macs, end.accuracy), "xytext": (0, 0), "textcoords": "offset points", "va": "center"}
         label = axes.annotate(_drawable(end.name, 28), **place, **font)
         label.set_in_layout(False)
-        size = label.get_window_extent().size + 2 * PLATE_PAD * SMALL * DPI / 72
+        size = label.get_window_extent().size + 2 * PLATE_PAD * SMALL_TEXT * DPI / 72
         boxes = [_label_box(point, size, *place) for place in LABEL_PLACES]
         costs = [sum(map(box.overlaps, taken)) + 2 * _sticks_out(box, axes.bbox) for box in boxes]
         best = costs.index(min(costs))
@@ -549,35 +563,35 @@ def _sticks_out(box: Bbox, of: Bbox) -> bool:
 
 # Of shrinking rows --------------------------------------------------------------------------------
 
-MOST_IMAGES = 8
+MAX_IMAGES = 8
 BESIDE_UP_TO = 3  # images: of so few, the bars stand beside them, else below
-TALLEST = 1.7  # inches, of an image
+MAX_INCHES = 1.7  # inches, of an image
 
 
-def teaser(specimens: list[Specimen], style: Style) -> Figure:
+def teaser(records: list[ImageRecord], style: Style) -> Figure:
     """Inputs, depth maps, and how many patches each block processes, of the first 8 images, one colour each."""
-    specimens = specimens[:MOST_IMAGES]
-    widths = [one.pixels.shape[1] / one.pixels.shape[0] for one in specimens]
-    if len(specimens) <= BESIDE_UP_TO:
-        tall = min(TALLEST, 3.9 / sum(widths))
+    records = records[:MAX_IMAGES]
+    widths = [one.pixels.shape[1] / one.pixels.shape[0] for one in records]
+    if len(records) <= BESIDE_UP_TO:
+        tall = min(MAX_INCHES, 3.9 / sum(widths))
         left = tall * sum(widths) + 1.3
         figure = _figure(max(2 * tall + 0.4, 3.0), width=left + 4.2)
         pictures, bars = figure.subfigures(1, 2, width_ratios=[left, 4.2])
     else:
-        tall = min(TALLEST, 7.0 / sum(widths))
+        tall = min(MAX_INCHES, 7.0 / sum(widths))
         upper = 2 * max(tall, 0.45) + 0.3  # at least as high as the letters beside it
         figure = _figure(upper + 2.7, width=8.2)
         pictures, bars = figure.subfigures(2, 1, height_ratios=[upper, 2.7])
-    _teaser_pictures(pictures, specimens, widths, tall, style)
-    _teaser_bars(_dress(bars.subplots(), "block", "live patches"), specimens, style.num_blocks)
+    _teaser_pictures(pictures, records, widths, tall, style)
+    _teaser_bars(_dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
     return figure
 
 
 def _teaser_pictures(
-    figure: SubFigure, specimens: list[Specimen], widths: list[float], tall: float, style: Style
+    figure: SubFigure, records: list[ImageRecord], widths: list[float], tall: float, style: Style
 ) -> None:
-    grid = figure.add_gridspec(2, len(specimens) + 1, width_ratios=[*widths, 0.14])
-    for column, (one, color) in enumerate(zip(specimens, PALETTE)):
+    grid = figure.add_gridspec(2, len(records) + 1, width_ratios=[*widths, 0.14])
+    for column, (one, color) in enumerate(zip(records, PALETTE)):
         height, width = one.pixels.shape[:2]
         for row, pixels in enumerate((one.pixels, colors(one.depth, style))):
             axes = figure.add_subplot(grid[row, column], xticks=[], yticks=[])
@@ -601,22 +615,22 @@ def _depth_legend(axes: Axes, style: Style, most: int) -> None:
     axes.set_yticks(blocks[:: style.num_blocks // -most])  # full depth has a label in any case
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set(color="#666666", linewidth=0.6)
-    axes.set_ylabel("blocks that\nprocessed\nthe patch", fontsize=SMALL)
+    axes.set_ylabel("blocks that\nprocessed\nthe patch", fontsize=SMALL_TEXT)
 
 
-def _teaser_bars(axes: Axes, specimens: list[Specimen], num_blocks: int) -> None:
+def _teaser_bars(axes: Axes, records: list[ImageRecord], num_blocks: int) -> None:
     """What the static network would do besides is a grey area over the bars."""
     blocks = np.arange(1, num_blocks + 1)
     top = np.zeros(num_blocks)
-    for one, color in zip(specimens, PALETTE):
+    for one, color in zip(records, PALETTE):
         live = (one.depth.reshape(-1, 1) >= blocks).sum(axis=0)
         axes.bar(blocks, live, bottom=top, width=0.86, color=color, edgecolor="white", linewidth=0.5)
         top += live
-    total = sum(one.depth.size for one in specimens)
+    total = sum(one.depth.size for one in records)
     axes.bar(blocks, total - top, bottom=top, width=0.86, color="#f0f0f0")
     axes.axhline(total, color=GREY, linewidth=1.2, linestyle="--")
-    axes.text(0.6, total * 1.02, "static network", color=GREY, fontsize=SMALL)
-    saved = 1 - sum(one.macs for one in specimens) / sum(one.static_macs for one in specimens)
+    axes.text(0.6, total * 1.02, "static network", color=GREY, fontsize=SMALL_TEXT)
+    saved = 1 - sum(one.macs for one in records) / sum(one.static_macs for one in records)
     free = total - top[num_blocks * 6 // 10 - 1]  # over the blocks that the text may cover
     text = {"s": f"saved: {100 * saved:.0f} %\nof multiply-adds", "y": total - free / 2, "va": "center"}
     if free < 0.25 * total:  # then above the line

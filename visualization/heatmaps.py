@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
-from visualization.records import Specimen
+from visualization.records import ImageRecord
 
 PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
 FRAME_SECONDS = 0.45
-LONGEST_TEXT = 400  # letters; no picture is wider
+MAX_LETTERS = 400  # letters; no picture is wider
 COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
 PAPERS_COLORMAP = "hot"  # from black to white, whiter is deeper
 
@@ -62,23 +62,23 @@ def heat_map(depth: np.ndarray, size: tuple[int, int], style: Style) -> Image.Im
     return Image.fromarray(colors(depth, style)).resize(size, Image.Resampling.NEAREST)
 
 
-def overlay(specimen: Specimen, style: Style) -> Image.Image:
+def overlay(record: ImageRecord, style: Style) -> Image.Image:
     """The depth map laid over the image in grey."""
-    image = enlarge(specimen.pixels, style)
-    return Image.blend(image.convert("L").convert("RGB"), heat_map(specimen.depth, image.size, style), OVERLAY)
+    image = enlarge(record.pixels, style)
+    return Image.blend(image.convert("L").convert("RGB"), heat_map(record.depth, image.size, style), OVERLAY)
 
 
-def in_block(specimen: Specimen, block: int, style: Style) -> Image.Image:
+def in_block(record: ImageRecord, block: int, style: Style) -> Image.Image:
     """The patches that this block processes (1 is the first); those that halted before are greyed out."""
-    image = enlarge(specimen.pixels, style)
+    image = enlarge(record.pixels, style)
     grey = image.convert("L").point(lambda value: HALTED + value // 8)
-    halted = Image.fromarray(((specimen.depth < block) * 255).astype(np.uint8))
+    halted = Image.fromarray(((record.depth < block) * 255).astype(np.uint8))
     return Image.composite(grey.convert("RGB"), image, halted.resize(image.size, Image.Resampling.NEAREST))
 
 
-def live_share(specimen: Specimen, block: int) -> float:
+def live_share(record: ImageRecord, block: int) -> float:
     """Of the patches: those that this block processes."""
-    return float((specimen.depth >= block).mean())
+    return float((record.depth >= block).mean())
 
 
 @cache
@@ -89,7 +89,7 @@ def font(height: int) -> ImageFont.FreeTypeFont:
 def line(text: str, width: int, style: Style, color: str = INK, centred: bool = False) -> Image.Image:
     """One line of text in a picture of this width; cut short where it is too long."""
     letters = font(style.text_height)
-    text = "".join(c if c.isprintable() else "?" for c in text[:LONGEST_TEXT])
+    text = "".join(c if c.isprintable() else "?" for c in text[:MAX_LETTERS])
     if letters.getlength(text) > width:
         while text and letters.getlength(text + "…") > width:
             text = text[:-1]
@@ -149,14 +149,14 @@ def framed(picture: Image.Image, margin: int) -> Image.Image:
 # Whole pictures -----------------------------------------------------------------------------------
 
 
-def caption(specimen: Specimen, class_names: Sequence[str], style: Style) -> list[tuple[str, str]]:
+def caption(record: ImageRecord, class_names: Sequence[str], style: Style) -> list[tuple[str, str]]:
     """Lines of text about an image, each with its colour: class, prediction, depth."""
-    predicted = f"{class_names[specimen.prediction]}, {specimen.confidence:.1%}"
-    lines = [(f"predicted: {predicted}", WARNING if specimen.is_wrong else INK)]
-    if specimen.target >= 0:
-        lines.insert(0, (f"class: {class_names[specimen.target]}", INK))
-    cost = f"{macs_text(specimen.macs)} multiply-adds, {specimen.saved:.0%} saved"
-    return [*lines, (f"mean depth {specimen.mean_depth:.1f} of {style.num_blocks}; {cost}", INK)]
+    predicted = f"{class_names[record.prediction]}, {record.confidence:.1%}"
+    lines = [(f"predicted: {predicted}", WARNING if record.is_wrong else INK)]
+    if record.target >= 0:
+        lines.insert(0, (f"class: {class_names[record.target]}", INK))
+    cost = f"{macs_text(record.macs)} multiply-adds, {record.saved:.0%} saved"
+    return [*lines, (f"mean depth {record.mean_depth:.1f} of {style.num_blocks}; {cost}", INK)]
 
 
 def macs_text(macs: float) -> str:
@@ -170,39 +170,39 @@ def captioned(picture: Image.Image, lines: list[tuple[str, str]], style: Style) 
     return below([picture, *texts], gap=style.gap // 4)
 
 
-def demo_pictures(specimen: Specimen, class_names: Sequence[str], style: Style) -> dict[str, Image.Image]:
+def demo_pictures(record: ImageRecord, class_names: Sequence[str], style: Style) -> dict[str, Image.Image]:
     """The image, its depth map with a legend, and the two side by side with a caption, by name."""
-    reference = enlarge(specimen.pixels, style)
-    depth_map = heat_map(specimen.depth, reference.size, style)
+    reference = enlarge(record.pixels, style)
+    depth_map = heat_map(record.depth, reference.size, style)
     depth_map = beside([depth_map, legend(reference.height, style)], style.gap)
     combined = beside([reference, depth_map], style.gap)
-    combined = framed(captioned(combined, caption(specimen, class_names, style), style), style.gap)
+    combined = framed(captioned(combined, caption(record, class_names, style), style), style.gap)
     left, top = style.gap + reference.width + style.gap, style.gap
     outline = (left - 1, top - 1, left + reference.width, top + reference.height)  # white patches end somewhere
     ImageDraw.Draw(combined).rectangle(outline, outline="gray")
     return {"ref": reference, "token_depth": depth_map, "combined": combined}
 
 
-def panel(specimen: Specimen, class_names: Sequence[str], style: Style) -> Image.Image:
+def panel(record: ImageRecord, class_names: Sequence[str], style: Style) -> Image.Image:
     """An image, its depth map, the two laid over each other, and what is left in four of the blocks."""
-    image = enlarge(specimen.pixels, style)
-    depth_map = heat_map(specimen.depth, image.size, style)
+    image = enlarge(record.pixels, style)
+    depth_map = heat_map(record.depth, image.size, style)
     scale = legend(image.height, style)
-    columns = [("input", image), ("depth", beside([depth_map, scale], style.gap)), ("both", overlay(specimen, style))]
+    columns = [("input", image), ("depth", beside([depth_map, scale], style.gap)), ("both", overlay(record, style))]
     for quarter in range(1, 5):
         block = max(style.num_blocks * quarter // 4, 1)
-        title = f"in block {block}: {live_share(specimen, block):.0%}"
-        columns.append((title, in_block(specimen, block, style)))
+        title = f"in block {block}: {live_share(record, block):.0%}"
+        columns.append((title, in_block(record, block, style)))
     titled = [below([line(title, picture.width, style), picture]) for title, picture in columns]
     row = beside(titled, style.gap)
-    name = line(Path(specimen.name).name, row.width, style)
-    return framed(captioned(below([name, row]), caption(specimen, class_names, style), style), style.gap)
+    name = line(Path(record.name).name, row.width, style)
+    return framed(captioned(below([name, row]), caption(record, class_names, style), style), style.gap)
 
 
-def sheet(specimens: Sequence[Specimen], class_names: Sequence[str], style: Style) -> Image.Image:
+def sheet(records: Sequence[ImageRecord], class_names: Sequence[str], style: Style) -> Image.Image:
     """Several images in a row, their depth maps under them, with predictions and mean depths."""
     columns = []
-    for one in specimens:
+    for one in records:
         image = enlarge(one.pixels, style)
         texts = [(class_names[one.prediction], WARNING if one.is_wrong else INK)]
         texts.append((f"depth {one.mean_depth:.1f}", INK))
@@ -211,12 +211,12 @@ def sheet(specimens: Sequence[Specimen], class_names: Sequence[str], style: Styl
     return framed(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap)
 
 
-def frames(specimen: Specimen, style: Style) -> list[Image.Image]:
+def frames(record: ImageRecord, style: Style) -> list[Image.Image]:
     """One picture per block: the patches that it processes, and how many of them there are."""
     pictures = []
     for block in range(1, style.num_blocks + 1):
-        picture = in_block(specimen, block, style)
-        text = f"block {block}: {live_share(specimen, block):.0%} live"
+        picture = in_block(record, block, style)
+        text = f"block {block}: {live_share(record, block):.0%} live"
         pictures.append(framed(below([picture, line(text, picture.width, style)], style.gap // 2), style.gap))
     return pictures
 

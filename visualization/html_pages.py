@@ -14,9 +14,9 @@ from PIL import Image
 
 from training import checkpoints
 from visualization.heatmaps import FRAME_SECONDS, HALTED, OVERLAY, Style, colors
-from visualization.records import Specimen
+from visualization.records import ImageRecord
 
-SMALL = 64  # pixels; an image with no longer side is embedded as PNG
+MAX_PNG_SIDE = 64  # pixels; an image with no longer side is embedded as PNG
 JPEG_QUALITY = 88
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -31,7 +31,7 @@ def write_gallery(
     path: Path,
     title: str,
     facts: list[tuple[str, str]],
-    specimens: list[Specimen],
+    records: list[ImageRecord],
     class_names: Sequence[str],
     style: Style,
 ) -> None:
@@ -39,7 +39,7 @@ def write_gallery(
 
     facts: names and values, shown at the top; class_names: by class index. UserError if it cannot be written.
     """
-    _write(path, "gallery.html", title=title, facts=facts, data=gallery_data(specimens, class_names, style))
+    _write(path, "gallery.html", title=title, facts=facts, data=gallery_data(records, class_names, style))
 
 
 def write_summary(
@@ -57,7 +57,7 @@ def write_summary(
     _write(path, "summary.html", title=title, facts=facts, charts=figures, gallery=gallery)
 
 
-def gallery_data(specimens: list[Specimen], class_names: Sequence[str], style: Style) -> dict:
+def gallery_data(records: list[ImageRecord], class_names: Sequence[str], style: Style) -> dict:
     """What the gallery's script reads, in JSON's types; colors: of the depths 0..L."""
     palette = colors(np.arange(style.num_blocks + 1), style).tolist()
     return {
@@ -65,34 +65,34 @@ def gallery_data(specimens: list[Specimen], class_names: Sequence[str], style: S
         "halted": HALTED,
         "overlay": OVERLAY,
         "frame_seconds": FRAME_SECONDS,
-        "images": [_entry(specimen, class_names) for specimen in specimens],
+        "images": [_entry(record, class_names) for record in records],
     }
 
 
-def _entry(specimen: Specimen, class_names: Sequence[str]) -> dict:
-    height, width = specimen.pixels.shape[:2]
+def _entry(record: ImageRecord, class_names: Sequence[str]) -> dict:
+    height, width = record.pixels.shape[:2]
     return {
-        "index": specimen.index,
-        "name": specimen.name,
-        "image": embedded(specimen.pixels),
+        "index": record.index,
+        "name": record.name,
+        "image": embedded(record.pixels),
         "width": width,
         "height": height,
-        "columns": specimen.depth.shape[1],
-        "depth": specimen.depth.ravel().tolist(),
-        "class": class_names[specimen.target] if specimen.target >= 0 else None,
-        "prediction": class_names[specimen.prediction],
-        "wrong": specimen.is_wrong,
-        "confidence": _number(specimen.confidence),
-        "mean_depth": _number(specimen.mean_depth),
-        "spread": _number(specimen.depth_spread),
-        "macs": _number(specimen.macs),
-        "saved": _number(specimen.saved),
+        "columns": record.depth.shape[1],
+        "depth": record.depth.ravel().tolist(),
+        "class": class_names[record.target] if record.target >= 0 else None,
+        "prediction": class_names[record.prediction],
+        "wrong": record.is_wrong,
+        "confidence": _number(record.confidence),
+        "mean_depth": _number(record.mean_depth),
+        "spread": _number(record.depth_spread),
+        "macs": _number(record.macs),
+        "saved": _number(record.saved),
     }
 
 
 def embedded(pixels: np.ndarray) -> str:
     """pixels: [H, W, 3] uint8 -> a data URI, of a PNG where the image is small, else of a JPEG."""
-    file, kind = BytesIO(), "png" if max(pixels.shape[:2]) <= SMALL else "jpeg"
+    file, kind = BytesIO(), "png" if max(pixels.shape[:2]) <= MAX_PNG_SIDE else "jpeg"
     Image.fromarray(pixels).save(file, kind, **({"quality": JPEG_QUALITY} if kind == "jpeg" else {}))
     return _data_uri(kind, file.getvalue())
 
@@ -110,4 +110,4 @@ def _write(path: Path, template: str, **values: object) -> None:
     page = TEMPLATES.get_template(template).render(**values)
     content = page.encode(errors="replace")  # names of files may hold bytes that are no text
     with checkpoints.writing(path):
-        checkpoints.write_whole(path, lambda file: file.write(content), durable=False)
+        checkpoints.atomic_write(path, lambda file: file.write(content), durable=False)

@@ -23,7 +23,7 @@ from utils import autocast
 
 
 @dataclass(frozen=True)
-class Specimen:
+class ImageRecord:
     """An image, and what the network did with it.
 
     index: its place in the data set; name: of its file, or that number;
@@ -64,15 +64,15 @@ class Specimen:
         return self.target not in (-1, self.prediction)
 
 
-class Examined(NamedTuple):
+class BatchRecords(NamedTuple):
     """A batch: its images one by one, and the mean halting score of its patches after each block, [L]."""
 
-    specimens: list[Specimen]
+    records: list[ImageRecord]
     layer_scores: Tensor
 
 
 @torch.no_grad()
-def examine(
+def record_batch(
     model: nn.Module,
     images: Tensor,
     device: torch.device,
@@ -81,7 +81,7 @@ def examine(
     targets: list[int],
     names: list[str],
     indices: list[int],
-) -> Examined:
+) -> BatchRecords:
     """images: [B, 3, H, W], normalised, with B targets (-1: unknown), names and places in the data set."""
     model.eval()
     with autocast(device, amp):
@@ -95,13 +95,13 @@ def examine(
     pixels = denormalize(images).permute(0, 2, 3, 1)
     arrays = (pixels.numpy(), grids.numpy(), prefix.numpy())
     rows = zip(indices, names, *arrays, prediction.tolist(), confidence.tolist(), targets, macs)
-    return Examined([Specimen(*row, static_macs) for row in rows], halting.layer_scores.cpu())
+    return BatchRecords([ImageRecord(*row, static_macs) for row in rows], halting.layer_scores.cpu())
 
 
-def examine_all(
+def record_dataset(
     model: nn.Module, loader: ImageLoader, device: torch.device, amp: str, title: str
-) -> Iterator[Examined]:
-    """One pass over this process's share of a data set, batch by batch; loader: a `viewing_loader`.
+) -> Iterator[BatchRecords]:
+    """One pass over this process's share of a data set, batch by batch; loader: a `demo_loader`.
 
     The images of a stream have no places: they are numbered as they come.
     """
@@ -111,18 +111,18 @@ def examine_all(
         targets, places = (labels, list(itertools.islice(counter, len(images)))) if is_stream else labels
         places = places if is_stream else places.tolist()
         names = [image_name(plain_images(loader), place) for place in places]
-        yield examine(model, images, device, amp, targets=targets.tolist(), names=names, indices=places)
+        yield record_batch(model, images, device, amp, targets=targets.tolist(), names=names, indices=places)
 
 
 # Which to show ------------------------------------------------------------------------------------
 
 # By which number the images of a class are chosen, largest first; None: never.
-CRITERIA: dict[str, Callable[[Specimen], float | None]] = {
-    "std": lambda specimen: specimen.depth_spread,
-    "deepest": lambda specimen: specimen.mean_depth,
-    "shallowest": lambda specimen: -specimen.mean_depth,
-    "wrong": lambda specimen: specimen.confidence if specimen.is_wrong and math.isfinite(specimen.confidence) else None,
-    "random": lambda specimen: random.Random(specimen.index).random(),
+CRITERIA: dict[str, Callable[[ImageRecord], float | None]] = {
+    "std": lambda record: record.depth_spread,
+    "deepest": lambda record: record.mean_depth,
+    "shallowest": lambda record: -record.mean_depth,
+    "wrong": lambda record: record.confidence if record.is_wrong and math.isfinite(record.confidence) else None,
+    "random": lambda record: random.Random(record.index).random(),
 }
 
 
@@ -134,20 +134,20 @@ class Selection:
 
     def __init__(self, criterion: str = "std", per_class: int = 1):
         self.measure, self.per_class = CRITERIA[criterion], per_class
-        self.kept: dict[int, list[Specimen]] = {}
+        self.kept: dict[int, list[ImageRecord]] = {}
 
-    def add(self, specimen: Specimen) -> None:
-        if self.measure(specimen) is None:
+    def add(self, record: ImageRecord) -> None:
+        if self.measure(record) is None:
             return
-        first = self._first([*self.kept.get(specimen.target, ()), specimen])
-        if any(one is specimen for one in first):
-            own = replace(specimen, pixels=specimen.pixels.copy())  # not the whole batch's
-            self.kept[specimen.target] = [own if one is specimen else one for one in first]
+        first = self._first([*self.kept.get(record.target, ()), record])
+        if any(one is record for one in first):
+            own = replace(record, pixels=record.pixels.copy())  # not the whole batch's
+            self.kept[record.target] = [own if one is record else one for one in first]
 
-    def _first(self, specimens: list[Specimen]) -> list[Specimen]:
-        return heapq.nsmallest(self.per_class, specimens, key=lambda one: (-self.measure(one), one.index))
+    def _first(self, records: list[ImageRecord]) -> list[ImageRecord]:
+        return heapq.nsmallest(self.per_class, records, key=lambda one: (-self.measure(one), one.index))
 
-    def own_chosen(self) -> list[tuple[int, Specimen]]:
+    def own_chosen(self) -> list[tuple[int, ImageRecord]]:
         """This process's part of what is chosen, each with its number in its class, from 1.
 
         Every process must call it. Images stay where they are: only their measures are exchanged.
@@ -155,16 +155,16 @@ class Selection:
         own = [(one.target, -self.measure(one), one.index, one) for kept in self.kept.values() for one in kept]
         keys = [(*entry[:3], utils.rank(), place) for place, entry in enumerate(own)]
         chosen, taken = [], Counter()
-        for target, _, _, rank, place in sorted(key for keys in utils.gather(keys) for key in keys):
+        for target, _, _, rank, place in sorted(key for keys in utils.all_gather_objects(keys) for key in keys):
             taken[target] += 1
             if taken[target] <= self.per_class and rank == utils.rank():
                 chosen.append((taken[target], own[place][3]))
         return chosen
 
 
-def in_main_process(chosen: list[tuple[int, Specimen]]) -> list[tuple[int, Specimen]]:
+def gather_to_main(chosen: list[tuple[int, ImageRecord]]) -> list[tuple[int, ImageRecord]]:
     """What all processes have chosen, class by class, in the main one; nothing in the others. All must call it."""
-    everyone = utils.gather_in_main(chosen)
+    everyone = utils.gather_objects_to_main(chosen)
     return sorted((entry for own in everyone for entry in own), key=lambda entry: (entry[1].target, entry[0]))
 
 
@@ -172,7 +172,7 @@ def in_main_process(chosen: list[tuple[int, Specimen]]) -> list[tuple[int, Speci
 
 
 @dataclass(frozen=True)
-class Census:
+class DatasetStatistics:
     """What the network did with N images of n patches each, in no certain order.
 
     depth: [N, n] uint8, of the patches; class_token_depth: [N] uint8; target, prediction: [N] class indices;
@@ -189,7 +189,7 @@ class Census:
     layer_scores: np.ndarray
 
     @classmethod
-    def of(cls, batches: list[Census]) -> Census:
+    def of(cls, batches: list[DatasetStatistics]) -> DatasetStatistics:
         """All batches as one."""
         arrays = {
             name: np.concatenate([getattr(batch, name) for batch in batches])
@@ -200,15 +200,15 @@ class Census:
         return cls(**arrays, static_macs=batches[0].static_macs, layer_scores=scores)
 
     @classmethod
-    def of_batch(cls, batch: Examined) -> Census:
-        specimens, scores = batch
+    def of_batch(cls, batch: BatchRecords) -> DatasetStatistics:
+        records, scores = batch
         return cls(
-            depth=np.stack([one.depth.ravel() for one in specimens]),
-            class_token_depth=np.array([one.prefix_depth[0] for one in specimens]),
-            target=np.array([one.target for one in specimens]),
-            prediction=np.array([one.prediction for one in specimens]),
-            macs=np.array([one.macs for one in specimens]),
-            static_macs=specimens[0].static_macs,
+            depth=np.stack([one.depth.ravel() for one in records]),
+            class_token_depth=np.array([one.prefix_depth[0] for one in records]),
+            target=np.array([one.target for one in records]),
+            prediction=np.array([one.prediction for one in records]),
+            macs=np.array([one.macs for one in records]),
+            static_macs=records[0].static_macs,
             layer_scores=scores.numpy(),
         )
 

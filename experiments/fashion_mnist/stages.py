@@ -59,7 +59,7 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
     import torch
 
-    from training.checkpoints import write_whole
+    from training.checkpoints import atomic_write
 
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
     found["torch"] = torch.__version__
@@ -74,7 +74,7 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
         found["eval"] = json.loads((run / "eval.json").read_text())
         found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv")[1])
     text = json.dumps(found, indent=1) + "\n"
-    write_whole(file, lambda out: out.write(text.encode()))
+    atomic_write(file, lambda out: out.write(text.encode()))
 
 
 def logs(results: Path, runs: Path) -> None:

@@ -197,9 +197,9 @@ def try_file(path: Path) -> str:
     try:
         checkpoint = checkpoints.load_checkpoint(str(path))
         with contextlib.redirect_stdout(io.StringIO()):
-            checkpoints.choose_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, str(path))
-        weights = checkpoints.weights_of(checkpoint, str(path))
-        checkpoints.fit_weights(halting_model(), weights, str(path), replace_head=False)
+            checkpoints.resolve_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, str(path))
+        weights = checkpoints.state_dict_of(checkpoint, str(path))
+        checkpoints.load_weights(halting_model(), weights, str(path), replace_head=False)
     except UserError as error:
         return "refused" if len(str(error)) < 5000 else "refused at length"
     except BaseException as error:

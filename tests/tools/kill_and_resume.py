@@ -43,9 +43,9 @@ PLACES = {
     "state before writing": (loop.TrainingRun, "_state", 17),
     "flushing a checkpoint": (os, "fsync", 30),
     "renaming it": (Path, "replace", 16),
-    "recording an epoch": (loop.TrainingRun, "_record", 3),
-    "TensorBoard": (tensorboard.Board, "record", 3),
-    "forgetting": (loop.TrainingRun, "_forget", 3),
+    "recording an epoch": (loop.TrainingRun, "log_epoch", 3),
+    "TensorBoard": (tensorboard.TensorBoardLogger, "record", 3),
+    "forgetting": (loop.TrainingRun, "delete_old_checkpoints", 3),
 }
 HALF_WRITTEN = "half a checkpoint"
 

@@ -31,7 +31,7 @@ def test_a_foreign_checkpoint_with_a_namespace_loads(tmp_path):
     weights = halting_model().state_dict()
     location = save(tmp_path, {"model": weights, "args": argparse.Namespace(gate_scale=5.0, gate_center=50)})
     checkpoint = checkpoints.load_checkpoint(location)
-    assert checkpoints.weights_of(checkpoint, location).keys() == weights.keys()
+    assert checkpoints.state_dict_of(checkpoint, location).keys() == weights.keys()
     assert checkpoint["args"].gate_center == 50
 
 
@@ -68,7 +68,7 @@ def test_a_truncated_checkpoint(tmp_path):
 def test_files_without_weights(tmp_path, content):
     location = save(tmp_path, content)
     with pytest.raises(UserError, match=r"not a checkpoint|holds no weights"):
-        checkpoints.weights_of(checkpoints.load_checkpoint(location), location)
+        checkpoints.state_dict_of(checkpoints.load_checkpoint(location), location)
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
@@ -94,16 +94,16 @@ def test_model_is_preferred_to_its_average():
     with torch.no_grad():
         average.head.bias += 1
     checkpoint = {"model": model.state_dict(), "model_ema": average.state_dict()}
-    assert torch.equal(checkpoints.weights_of(checkpoint, "c")["head.bias"], model.head.bias)
-    assert torch.equal(checkpoints.weights_of(checkpoint, "c", use_ema=True)["head.bias"], average.head.bias)
+    assert torch.equal(checkpoints.state_dict_of(checkpoint, "c")["head.bias"], model.head.bias)
+    assert torch.equal(checkpoints.state_dict_of(checkpoint, "c", use_ema=True)["head.bias"], average.head.bias)
     with pytest.raises(UserError, match="no model_ema"):
-        checkpoints.weights_of({"model": model.state_dict()}, "c", use_ema=True)
+        checkpoints.state_dict_of({"model": model.state_dict()}, "c", use_ema=True)
 
 
 def test_weights_fit_strictly():
     weights = {f"module.{name}": value for name, value in halting_model().state_dict().items()}
     model = halting_model(mean=2.0)
-    checkpoints.fit_weights(model, checkpoints.weights_of({"model": weights}, "c"), "c", replace_head=False)
+    checkpoints.load_weights(model, checkpoints.state_dict_of({"model": weights}, "c"), "c", replace_head=False)
     assert torch.equal(model.pos_embed, halting_model().pos_embed)
 
 
@@ -114,9 +114,9 @@ def test_another_class_count(replace_head, capsys):
     weights = halting_model().state_dict()
     if not replace_head:
         with pytest.raises(UserError, match="its head has 7 classes, the data has 5"):
-            checkpoints.fit_weights(model, weights, "c", replace_head=False)
+            checkpoints.load_weights(model, weights, "c", replace_head=False)
         return
-    checkpoints.fit_weights(model, weights, "c", replace_head=True)
+    checkpoints.load_weights(model, weights, "c", replace_head=True)
     assert "7 classes is replaced by a new one of 5" in capsys.readouterr().err
     assert torch.equal(model.head.weight, own_head)
     assert torch.equal(model.cls_token, weights["cls_token"])
@@ -124,7 +124,7 @@ def test_another_class_count(replace_head, capsys):
 
 def test_position_embeddings_are_resampled():
     model = halting_model(img_size=24)
-    checkpoints.fit_weights(model, halting_model().state_dict(), "c", replace_head=False)
+    checkpoints.load_weights(model, halting_model().state_dict(), "c", replace_head=False)
     assert model.pos_embed.shape == (1, 37, 24)
     assert torch.equal(model.pos_embed[:, 0], halting_model().pos_embed[:, 0])
 
@@ -132,13 +132,13 @@ def test_position_embeddings_are_resampled():
 def test_position_embeddings_of_a_rectangle(tmp_path):
     wide = halting_model(img_size=(8, 32)).state_dict()  # 2 x 8 patches, as many as 4 x 4
     model = halting_model()
-    checkpoints.fit_weights(model, wide, "c", replace_head=False, trained_size=(8, 32))
+    checkpoints.load_weights(model, wide, "c", replace_head=False, trained_size=(8, 32))
     assert not torch.equal(model.pos_embed, wide["pos_embed"])
     same = halting_model(img_size=(8, 32))
-    checkpoints.fit_weights(same, wide, "c", replace_head=False)
+    checkpoints.load_weights(same, wide, "c", replace_head=False)
     assert torch.equal(same.pos_embed, wide["pos_embed"])
     with pytest.raises(UserError, match="pos_embed is of 8 patches"):
-        checkpoints.fit_weights(model, halting_model(img_size=(8, 16)).state_dict(), "c", replace_head=False)
+        checkpoints.load_weights(model, halting_model(img_size=(8, 16)).state_dict(), "c", replace_head=False)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_weights_of_another_shape_are_named(change, message):
     model = halting_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=message):
-        checkpoints.fit_weights(model, weights, "c", replace_head=True)
+        checkpoints.load_weights(model, weights, "c", replace_head=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_deits_weights_fit():
     model = timm.create_model("avit_tiny_patch16_224")
     deit = timm.create_model("deit_tiny_patch16_224").state_dict()
-    checkpoints.fit_weights(model, deit, "c", replace_head=False)
+    checkpoints.load_weights(model, deit, "c", replace_head=False)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_weights_of_another_member_of_the_family(name, options, hint):
     model = timm.create_model("avit_tiny_patch16_224", depth=12)
     weights = timm.create_model(name, device="meta", **options).state_dict()
     with pytest.raises(UserError, match="does not fit the model: .*" + hint):
-        checkpoints.fit_weights(model, weights, "c", replace_head=True)
+        checkpoints.load_weights(model, weights, "c", replace_head=True)
 
 
 def test_safetensors(tmp_path):
@@ -191,7 +191,7 @@ def test_safetensors(tmp_path):
     save_file(weights, str(tmp_path / "w.safetensors"))
     checkpoint = checkpoints.load_checkpoint(str(tmp_path / "w.safetensors"))
     model = halting_model(mean=2.0)
-    checkpoints.fit_weights(model, checkpoints.weights_of(checkpoint, "w"), "w", replace_head=False)
+    checkpoints.load_weights(model, checkpoints.state_dict_of(checkpoint, "w"), "w", replace_head=False)
     assert torch.equal(model.pos_embed, weights["pos_embed"])
     (tmp_path / "broken.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated"):
@@ -256,13 +256,13 @@ NAMESPACE = argparse.Namespace(gate_scale=100, gate_center=3)
     ],
 )
 def test_where_the_gate_comes_from(flags, checkpoint, location, expected, source, capsys):
-    gate = checkpoints.choose_gate(flags, checkpoint, location)
+    gate = checkpoints.resolve_gate(flags, checkpoint, location)
     assert (gate["gate_scale"], gate["gate_center"]) == expected
     assert capsys.readouterr().out.count(f"from {source}") == 2
 
 
 def test_sources_that_disagree_are_told(capsys):
-    checkpoints.choose_gate({"gate_scale": 5.0, "gate_center": None}, {"args": NAMESPACE}, "tiny-10-30.pth")
+    checkpoints.resolve_gate({"gate_scale": 5.0, "gate_center": None}, {"args": NAMESPACE}, "tiny-10-30.pth")
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 4 - 1
     assert "gate_scale: the command line says 5, the file name says 10; the command line counts" in warnings[0]

@@ -16,7 +16,7 @@ def test_a_row_for_each_image_in_order():
     data = TensorDataset(images(7), torch.arange(7))
     loader = evaluation_loader(data, 3, num_workers=0, pin_memory=False)
     predictions = Predictions(loader)
-    result = evaluate(model, loader, torch.device("cpu"), note=predictions.note)
+    result = evaluate(model, loader, torch.device("cpu"), on_batch=predictions.note)
     rows = list(csv.DictReader(io.StringIO(predictions.csv().decode())))
     assert tuple(rows[0]) == COLUMNS
     assert [row["index"] for row in rows] == [str(i) for i in range(7)]

@@ -5,7 +5,7 @@ from conftest import make_image_folder, make_shards
 from PIL import Image
 
 from datasets import Augmentation, UnreadableImage, build_dataset, load_image
-from training.loaders import evaluation_loader, training_loader, viewing_loader
+from training.loaders import demo_loader, evaluation_loader, training_loader
 from utils import LocalError
 
 SIZE = (32, 32)
@@ -192,7 +192,7 @@ def test_looking_at_images_passes_over_unreadable_ones_and_knows_the_places_of_t
         (image_folder / "val" / name).write_bytes(b"no image")
     data = build_dataset("IMNET", str(image_folder), False, (32, 32))
     seen = {}
-    loader = viewing_loader(data, 2, num_workers=0, pin_memory=False)
+    loader = demo_loader(data, 2, num_workers=0, pin_memory=False)
     for images, (targets, places) in loader:
         for image, target, place in zip(images, targets.tolist(), places.tolist()):
             seen[place] = target

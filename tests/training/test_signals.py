@@ -13,7 +13,7 @@ from conftest import ROOT, halting_model, images, make_image_folder
 from test_distributed import in_processes
 
 from engine_act import evaluate
-from training.signals import StopRequest, any_process
+from training.signals import StopRequest, any_rank
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--batch-size", "4", "--epochs", "400"]
 
@@ -106,8 +106,8 @@ def test_the_second_signal_is_the_systems(monkeypatch):
 
 
 def test_without_other_processes_the_condition_is_ones_own():
-    assert any_process(True, torch.device("cpu"))
-    assert not any_process(False, torch.device("cpu"))
+    assert any_rank(True, torch.device("cpu"))
+    assert not any_rank(False, torch.device("cpu"))
 
 
 def test_processes_stop_together(data, tmp_path):

@@ -23,17 +23,17 @@ from visualization.charts import (
     wilson_interval,
 )
 from visualization.heatmaps import Style, colors
-from visualization.records import Census, Specimen
+from visualization.records import DatasetStatistics, ImageRecord
 
 NAMES = ["depth_histogram", "live_tokens", "class_token_depth", "class_depths"]
 NAMES += ["accuracy_against_depth", "halting_scores"]
 
 
-def make_census(images=40, blocks=8, classes=5, patches=9, seed=0, depth=None) -> Census:
+def make_statistics(images=40, blocks=8, classes=5, patches=9, seed=0, depth=None) -> DatasetStatistics:
     rng = np.random.default_rng(seed)
     depths = rng.integers(1, blocks + 1, (images, patches)) if depth is None else np.full((images, patches), depth)
     target = rng.integers(0, classes, images)
-    return Census(
+    return DatasetStatistics(
         depth=depths.astype(np.uint8),
         class_token_depth=rng.integers(1, blocks + 1, images).astype(np.uint8),
         target=target,
@@ -44,19 +44,19 @@ def make_census(images=40, blocks=8, classes=5, patches=9, seed=0, depth=None) -
     )
 
 
-def make_specimen(index=0, depth=None, size=(12, 12)) -> Specimen:
+def make_record(index=0, depth=None, size=(12, 12)) -> ImageRecord:
     rng = np.random.default_rng(index)
     depth = rng.integers(1, 9, (3, 3)) if depth is None else np.array(depth)
     pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
     rest = (np.array([8]), 0, 0.9, 0, 1e6 * depth.mean(), 8e6)
-    return Specimen(index, f"{index}.png", pixels, depth.astype(np.uint8), *rest)
+    return ImageRecord(index, f"{index}.png", pixels, depth.astype(np.uint8), *rest)
 
 
-def summary(census, class_names=None, examples=None, style=None):
-    blocks = census.num_blocks
+def summary(statistics, class_names=None, examples=None, style=None):
+    blocks = statistics.num_blocks
     prior = DistributionPriorLoss(blocks).target.numpy()
-    names = class_names or [f"class {c}" for c in range(census.target.max() + 2)]
-    return summary_charts(census, prior, names, examples or {}, style or Style(blocks))
+    names = class_names or [f"class {c}" for c in range(statistics.target.max() + 2)]
+    return summary_charts(statistics, prior, names, examples or {}, style or Style(blocks))
 
 
 def heights(axes) -> np.ndarray:
@@ -96,18 +96,18 @@ def _keys(axes):
 
 
 @pytest.mark.parametrize(
-    "census",
+    "statistics",
     [
-        make_census(),
-        make_census(images=1, classes=2),
-        make_census(images=9, blocks=4, depth=4),
-        make_census(images=60, blocks=24, classes=1000, depth=1),
+        make_statistics(),
+        make_statistics(images=1, classes=2),
+        make_statistics(images=9, blocks=4, depth=4),
+        make_statistics(images=60, blocks=24, classes=1000, depth=1),
     ],
     ids=["usual", "one image", "full depth", "shallow, many classes"],
 )
-def test_every_chart_can_be_drawn(census):
-    examples = {int(c): make_specimen(size=(20, 12)) for c in census.target[::2]}
-    found = summary(census, [f"$class_{c} of a very, very long name" for c in range(1000)], examples)
+def test_every_chart_can_be_drawn(statistics):
+    examples = {int(c): make_record(size=(20, 12)) for c in statistics.target[::2]}
+    found = summary(statistics, [f"$class_{c} of a very, very long name" for c in range(1000)], examples)
     assert list(found) == NAMES
     for chart in found.values():
         assert chart.title
@@ -119,9 +119,9 @@ def test_every_chart_can_be_drawn(census):
 
 @pytest.mark.parametrize(("name", "field"), [("depth_histogram", "depth"), ("class_token_depth", "class_token_depth")])
 def test_shares_by_depth(name, field):
-    census, style = make_census(), Style(8, "hot")
-    (axes,) = summary(census, style=style)[name].figure.axes
-    depth = getattr(census, field)
+    statistics, style = make_statistics(), Style(8, "hot")
+    (axes,) = summary(statistics, style=style)[name].figure.axes
+    depth = getattr(statistics, field)
     assert heights(axes) == pytest.approx([(depth == d).mean() for d in range(1, 9)])
     fills = np.array([bar.get_facecolor()[:3] for bar in axes.patches]) * 255
     assert fills.round() == pytest.approx(colors(np.arange(1, 9), style))
@@ -131,11 +131,11 @@ def test_shares_by_depth(name, field):
 
 @given(st.integers(1, 6), st.integers(4, 24), st.integers(1, 5), st.integers(0, 999))
 def test_shares_are_of_the_whole_and_live_patches_never_return(images, blocks, patches, seed):
-    census = make_census(images, blocks, patches=patches, seed=seed)
+    statistics = make_statistics(images, blocks, patches=patches, seed=seed)
     figure = charts._figure(3)
-    shares, mean = charts._depth_bars(figure.subplots(), census.depth, Style(blocks))
+    shares, mean = charts._depth_bars(figure.subplots(), statistics.depth, Style(blocks))
     assert shares.sum() == pytest.approx(1)
-    live = charts.live_shares(census.depth, blocks)
+    live = charts.live_shares(statistics.depth, blocks)
     assert live.shape == (images, blocks)
     assert (live[:, 0] == 1).all()
     assert (np.diff(live, axis=1) <= 0).all()
@@ -143,10 +143,10 @@ def test_shares_are_of_the_whole_and_live_patches_never_return(images, blocks, p
 
 
 def test_live_patches_per_block():
-    census = make_census()
-    chart = summary(census)["live_tokens"]
+    statistics = make_statistics()
+    chart = summary(statistics)["live_tokens"]
     (axes,) = chart.figure.axes
-    live = np.array([[(image >= b).mean() for b in range(1, 9)] for image in census.depth])
+    live = np.array([[(image >= b).mean() for b in range(1, 9)] for image in statistics.depth])
     mean = next(line for line in axes.lines if line.get_marker() == "o")
     assert mean.get_xdata() == pytest.approx(np.arange(1, 9))
     assert mean.get_ydata() == pytest.approx(live.mean(axis=0))
@@ -154,17 +154,17 @@ def test_live_patches_per_block():
     for block in range(1, 9):
         band = outer[outer[:, 0] == block, 1]
         assert (band.min(), band.max()) == pytest.approx(tuple(np.percentile(live[:, block - 1], [10, 90])))
-    saved = f"{100 * (1 - census.macs.mean() / 8e6):.1f} %"
+    saved = f"{100 * (1 - statistics.macs.mean() / 8e6):.1f} %"
     assert f"saved: {saved}\nof multiply-adds" in texts(chart.figure)
     assert f"{saved} of the multiply-adds are saved" in chart.explanation
 
 
 def test_all_of_a_few_classes_from_shallow_to_deep():
-    census = make_census()
+    statistics = make_statistics()
     names = ["$a$", "_b_", "line\nbreak", "日本", "x" * 99, "never seen"]
-    chart = summary(census, names, {0: make_specimen()})["class_depths"]
+    chart = summary(statistics, names, {0: make_record()})["class_depths"]
     (axes,) = chart.figure.axes
-    means = [census.depth[census.target == c].mean() for c in range(5)]
+    means = [statistics.depth[statistics.target == c].mean() for c in range(5)]
     order = np.argsort(means)
     assert [bar.get_width() for bar in axes.patches] == pytest.approx(np.sort(means))
     shown = ["$a$", "_b_", "line break", "□□", "x" * 23 + "…"]
@@ -179,10 +179,10 @@ def test_all_of_a_few_classes_from_shallow_to_deep():
 
 
 def test_the_ends_of_many_classes_and_all_in_a_histogram():
-    census = make_census(images=400, classes=30)
-    chart = summary(census)["class_depths"]
+    statistics = make_statistics(images=400, classes=30)
+    chart = summary(statistics)["class_depths"]
     bars, strip = chart.figure.axes
-    means = np.array([census.depth[census.target == c].mean() for c in range(30)])
+    means = np.array([statistics.depth[statistics.target == c].mean() for c in range(30)])
     order = np.argsort(means)
     chosen = [*order[:5], *order[-5:]]
     assert [label.get_text() for label in bars.get_yticklabels()] == [f"class {c}" for c in chosen]
@@ -194,28 +194,28 @@ def test_the_ends_of_many_classes_and_all_in_a_histogram():
 
 
 def test_accuracy_of_images_of_like_depth():
-    census = make_census(images=300)
-    chart = summary(census)["accuracy_against_depth"]
+    statistics = make_statistics(images=300)
+    chart = summary(statistics)["accuracy_against_depth"]
     top, bottom = chart.figure.axes
     counts = heights(bottom)
     assert counts.sum() == 300
     assert 8 <= len(counts) <= 10
     points = next(line for line in top.lines if line.get_marker() == "o")
     depth, accuracy = points.get_data()
-    assert (counts * accuracy).sum() == pytest.approx(census.is_right.sum())
-    assert (counts * depth).sum() == pytest.approx(census.mean_depth.sum())
+    assert (counts * accuracy).sum() == pytest.approx(statistics.is_right.sum())
+    assert (counts * depth).sum() == pytest.approx(statistics.mean_depth.sum())
     (errors,) = top.collections
     ends = np.array([segment[:, 1] for segment in errors.get_segments()])
     assert ends == pytest.approx(wilson_interval(accuracy, counts).T)
 
 
 def test_accuracy_of_shallow_and_deep_images():
-    census = make_census()
-    census.depth[:30], census.depth[30:] = 2, 6
-    census.prediction[:] = census.target
-    census.prediction[:10] += 1
-    census.prediction[30:35] += 1
-    chart = summary(census)["accuracy_against_depth"]
+    statistics = make_statistics()
+    statistics.depth[:30], statistics.depth[30:] = 2, 6
+    statistics.prediction[:] = statistics.target
+    statistics.prediction[:10] += 1
+    statistics.prediction[30:35] += 1
+    chart = summary(statistics)["accuracy_against_depth"]
     top, bottom = chart.figure.axes
     assert top.lines[1].get_data() == (pytest.approx([2, 6]), pytest.approx([2 / 3, 1 / 2]))
     bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in bottom.patches]
@@ -228,10 +228,10 @@ def test_accuracy_of_shallow_and_deep_images():
 
 
 def test_accuracy_where_all_images_are_equally_deep():
-    census = make_census(depth=8)
-    top, bottom = summary(census)["accuracy_against_depth"].figure.axes
+    statistics = make_statistics(depth=8)
+    top, bottom = summary(statistics)["accuracy_against_depth"].figure.axes
     assert heights(bottom).tolist() == [40]
-    assert top.lines[1].get_data() == (pytest.approx([8]), pytest.approx([census.is_right.mean()]))
+    assert top.lines[1].get_data() == (pytest.approx([8]), pytest.approx([statistics.is_right.mean()]))
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1))
@@ -246,10 +246,10 @@ def test_wilson_interval(count, share):
 
 
 def test_halting_scores_against_the_prior():
-    census = make_census(blocks=12)
+    statistics = make_statistics(blocks=12)
     prior = DistributionPriorLoss(12).target.numpy()
-    (axes,) = summary(census)["halting_scores"].figure.axes
-    assert heights(axes) == pytest.approx(census.layer_scores / census.layer_scores.sum())
+    (axes,) = summary(statistics)["halting_scores"].figure.axes
+    assert heights(axes) == pytest.approx(statistics.layer_scores / statistics.layer_scores.sum())
     assert axes.lines[0].get_ydata() == pytest.approx(prior / prior.sum())
 
 
@@ -418,9 +418,9 @@ def test_no_run_has_multiply_adds():
     ("count", "size"), [(1, (12, 12)), (3, (8, 24)), (4, (12, 12)), (8, (8, 24)), (10, (12, 12)), (6, (24, 8))]
 )
 def test_teaser(count, size):
-    specimens = [make_specimen(n, size=size) for n in range(count)]
-    style, first = Style(8), specimens[:8]
-    figure = teaser(specimens, style)
+    records = [make_record(n, size=size) for n in range(count)]
+    style, first = Style(8), records[:8]
+    figure = teaser(records, style)
     bars = figure.findobj(charts.Axes)[-1]
     live = np.array([[(one.depth >= b).sum() for b in range(1, 9)] for one in first])
     drawn = heights(bars).reshape(len(first) + 1, 8)
@@ -445,7 +445,7 @@ def test_teaser(count, size):
 
 
 def test_teaser_of_a_static_network():
-    figure = teaser([make_specimen(depth=np.full((3, 3), 8))], Style(8))
+    figure = teaser([make_record(depth=np.full((3, 3), 8))], Style(8))
     label = next(text for text in figure.findobj(charts.Axes)[-1].texts if "saved" in text.get_text())
     assert label.get_text() == "saved: 0 % of multiply-adds"
     assert label.get_position()[1] > 9  # over the bars

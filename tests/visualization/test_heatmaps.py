@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import make_specimen
+from conftest import make_record
 from PIL import Image
 
 from visualization import heatmaps
@@ -12,11 +12,11 @@ NAMES = ["a class", "b" * 300]
 
 
 def graded(height: int, width: int, num_blocks: int = 8, side: int = 4, **kwargs):
-    """A specimen of height x width patches of depths 1..num_blocks, on a coloured image."""
+    """A record of height x width patches of depths 1..num_blocks, on a coloured image."""
     depth = (np.arange(height * width) % num_blocks + 1).reshape(height, width)
     shape = (height * side, width * side, 3)
     pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    return make_specimen(depth=depth, pixels=pixels, **kwargs)
+    return make_record(depth=depth, pixels=pixels, **kwargs)
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
@@ -42,11 +42,11 @@ def test_enlarging_is_exact(size):
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
 def test_the_heat_map_has_the_images_size_and_flat_patches(grid):
-    specimen, style = graded(*grid), Style(8)
-    drawn = heatmaps.demo_pictures(specimen, NAMES, style)
+    record, style = graded(*grid), Style(8)
+    drawn = heatmaps.demo_pictures(record, NAMES, style)
     reference = pixels_of(drawn["ref"])
     side = reference.shape[0] // grid[0]
-    expected = heatmaps.colors(specimen.depth, style).repeat(side, axis=0).repeat(side, axis=1)
+    expected = heatmaps.colors(record.depth, style).repeat(side, axis=0).repeat(side, axis=1)
     shown = pixels_of(drawn["token_depth"])
     assert shown.shape[0] == reference.shape[0]
     assert (shown[:, : reference.shape[1]] == expected).all()
@@ -67,20 +67,20 @@ def test_the_legend_has_every_depth(blocks):
 
 
 def test_halted_patches_are_grey_and_live_ones_untouched():
-    specimen, style = graded(2, 4), Style(8, size=8)
-    image = pixels_of(heatmaps.enlarge(specimen.pixels, style))
+    record, style = graded(2, 4), Style(8, size=8)
+    image = pixels_of(heatmaps.enlarge(record.pixels, style))
     for block in range(1, 9):
-        shown = pixels_of(heatmaps.in_block(specimen, block, style))
-        live = (specimen.depth >= block).repeat(4, axis=0).repeat(4, axis=1)
+        shown = pixels_of(heatmaps.in_block(record, block, style))
+        live = (record.depth >= block).repeat(4, axis=0).repeat(4, axis=1)
         assert (shown[live] == image[live]).all()
         assert (shown[~live].max(axis=1) == shown[~live].min(axis=1)).all()
         assert (shown[~live] >= heatmaps.HALTED).all()
-        assert heatmaps.live_share(specimen, block) == live.mean() == (9 - block) / 8
+        assert heatmaps.live_share(record, block) == live.mean() == (9 - block) / 8
 
 
 @pytest.mark.parametrize("target", [-1, 0, 1])
 def test_a_caption_names_class_prediction_depth_and_cost(target):
-    lines = heatmaps.caption(make_specimen(target=target, prediction=0), NAMES, Style(8))
+    lines = heatmaps.caption(make_record(target=target, prediction=0), NAMES, Style(8))
     text = "\n".join(line for line, _ in lines)
     assert ("class: " in text) == (target >= 0)
     assert "predicted: a class, 90.0%" in text

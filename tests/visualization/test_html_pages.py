@@ -16,7 +16,7 @@ from PIL import Image
 from utils import UserError
 from visualization import heatmaps, html_pages
 from visualization.heatmaps import Style
-from visualization.records import Specimen
+from visualization.records import ImageRecord
 
 BLOCKS = 8
 STYLE = Style(BLOCKS, size=32)
@@ -34,7 +34,7 @@ HOSTILE = [
 FACTS = [("images", "10,000"), ("top-1", "91.2 %")]
 
 
-def specimen(index: int, size: int = 32, grid: int = 4, **changes) -> Specimen:
+def record(index: int, size: int = 32, grid: int = 4, **changes) -> ImageRecord:
     """An image that no other index has, its patches of all depths; every third prediction wrong."""
     rng = np.random.default_rng(index)
     coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -50,18 +50,18 @@ def specimen(index: int, size: int = 32, grid: int = 4, **changes) -> Specimen:
         "macs": float(rng.uniform(2e8, 9e8)),
         "static_macs": 1e9,
     }
-    return Specimen(**values | changes)
+    return ImageRecord(**values | changes)
 
 
 def gallery(
     folder: Path,
-    specimens: list[Specimen],
+    records: list[ImageRecord],
     classes: list[str] = CLASSES,
     title: str = "A gallery",
     facts: list[tuple[str, str]] = FACTS,
 ) -> Path:
     path = folder / "index.html"
-    html_pages.write_gallery(path, title, facts, specimens, classes, STYLE)
+    html_pages.write_gallery(path, title, facts, records, classes, STYLE)
     return path
 
 
@@ -108,7 +108,7 @@ def picture_of(uri: str) -> Image.Image:
 
 
 def test_gallery_holds_what_was_measured(tmp_path):
-    one, other = specimen(3), specimen(4, size=128, target=-1, pixels=np.full((96, 128, 3), 77, np.uint8))
+    one, other = record(3), record(4, size=128, target=-1, pixels=np.full((96, 128, 3), 77, np.uint8))
     data = data_of(gallery(tmp_path, [one, other]))
     assert data["colors"] == [
         "#" + bytes(color).hex() for color in heatmaps.colors(np.arange(BLOCKS + 1), STYLE).tolist()
@@ -127,7 +127,7 @@ def test_gallery_holds_what_was_measured(tmp_path):
 
 
 def test_gallery_of_a_diverged_network_is_valid_json(tmp_path):
-    entry = data_of(gallery(tmp_path, [specimen(0, confidence=float("nan"))]))["images"][0]
+    entry = data_of(gallery(tmp_path, [record(0, confidence=float("nan"))]))["images"][0]
     assert entry["confidence"] is None
 
 
@@ -139,7 +139,7 @@ def test_gallery_without_images_says_so(tmp_path):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_gallery_offers_classes_only_where_some_are_known(tmp_path, known):
-    text = gallery(tmp_path, [specimen(0, target=-1), specimen(1, target=1 if known else -1)]).read_text()
+    text = gallery(tmp_path, [record(0, target=-1), record(1, target=1 if known else -1)]).read_text()
     assert ('id="wrong"' in text) is known
     assert ('value="class_rank"' in text) is known
 
@@ -159,8 +159,8 @@ def test_summary_holds_facts_and_charts(tmp_path):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_names(tmp_path, name):
-    plain = Tags(gallery(tmp_path, [specimen(0)], facts=FACTS[:1]))
-    path = gallery(tmp_path, [specimen(0, name=name)], classes=[name] * 5, title=name, facts=[(name, name)])
+    plain = Tags(gallery(tmp_path, [record(0)], facts=FACTS[:1]))
+    path = gallery(tmp_path, [record(0, name=name)], classes=[name] * 5, title=name, facts=[(name, name)])
     page = Tags(path)
     assert [tag for tag, _ in page.found] == [tag for tag, _ in plain.found]
     entry = data_of(path)["images"][0]
@@ -176,7 +176,7 @@ def test_hostile_words_in_a_summary_stay_words(tmp_path, name):
 
 
 def test_pages_need_no_other_file(tmp_path):
-    for path in (gallery(tmp_path, [specimen(0)]), summary(tmp_path)):
+    for path in (gallery(tmp_path, [record(0)]), summary(tmp_path)):
         addresses = Tags(path).values("src", "href", "srcset", "action", "poster", "data", "xlink:href")
         assert addresses
         assert all(address.startswith("data:image/") for address in addresses)
@@ -185,7 +185,7 @@ def test_pages_need_no_other_file(tmp_path):
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = gallery(tmp_path, [specimen(0)])
+    path = gallery(tmp_path, [record(0)])
     before = path.read_bytes()
 
     def full_disk(partial, path):
@@ -194,10 +194,10 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full_disk)
         with pytest.raises(UserError, match="No space"):
-            gallery(tmp_path, [specimen(1)])
+            gallery(tmp_path, [record(1)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    gallery(tmp_path, [specimen(1)])
+    gallery(tmp_path, [record(1)])
     assert path.read_bytes() != before
 
 
@@ -318,8 +318,8 @@ def browser(chromium):
 
 
 @pytest.fixture(scope="module")
-def some() -> list[Specimen]:
-    return [specimen(index) for index in range(20)]
+def some() -> list[ImageRecord]:
+    return [record(index) for index in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +368,7 @@ def test_sort(browser, tmp_path, some):
 
 def test_unknown_values_come_last(browser, tmp_path):
     nan = float("nan")
-    some = [specimen(0, confidence=nan, target=-1), specimen(1, confidence=0.5), specimen(2, confidence=0.9)]
+    some = [record(0, confidence=nan, target=-1), record(1, confidence=0.5), record(2, confidence=0.9)]
     browser.open(gallery(tmp_path, some))
     browser.choose("#sort", "confidence", "change")
     assert browser.order() == [1, 2, 0]
@@ -589,7 +589,7 @@ def test_theme_follows_the_system_until_switched(browser, page, tmp_path):
 @pytest.mark.parametrize("width", [1280, 375, 320])
 def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
     long = "Kakatoe_galerita" * 12
-    path = gallery(tmp_path, [specimen(i, name=long) for i in range(6)], classes=[long] * 5, title=long)
+    path = gallery(tmp_path, [record(i, name=long) for i in range(6)], classes=[long] * 5, title=long)
     browser.open(path, width=width)
     assert browser.overflow() <= 0
     columns = browser.run("return getComputedStyle(grid).gridTemplateColumns.split(' ').length")
@@ -607,7 +607,7 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
 
 def test_hostile_names_do_nothing_in_a_browser(browser, tmp_path):
     names = [*HOSTILE[:-1], "plain"]
-    some = [specimen(i, name=name, target=i, prediction=i) for i, name in enumerate(names)]
+    some = [record(i, name=name, target=i, prediction=i) for i, name in enumerate(names)]
     browser.open(gallery(tmp_path, some, classes=names))
     assert browser.run("return [...document.querySelectorAll('#grid .name')].map((e) => e.textContent)") == names
     for place, name in enumerate(names):
@@ -622,7 +622,7 @@ def test_hostile_names_do_nothing_in_a_browser(browser, tmp_path):
 
 
 def test_only_canvases_near_the_viewport_are_drawn(browser, tmp_path):
-    browser.open(gallery(tmp_path, [specimen(i) for i in range(200)]), width=800)
+    browser.open(gallery(tmp_path, [record(i) for i in range(200)]), width=800)
     browser.drawn()
     drawn = "return [...document.querySelectorAll('#grid canvas')].map((e) => e.width > 0)"
     at_first = browser.run(drawn)
@@ -644,9 +644,9 @@ def test_a_thousand_images_stay_fluid(browser, tmp_path):
     rng = np.random.default_rng(0)
     some = []
     for index in range(1000):
-        one = specimen(index, size=224, grid=14)
+        one = record(index, size=224, grid=14)
         noise = rng.integers(0, 24, one.pixels.shape, dtype=np.uint8)
-        some.append(specimen(index, size=224, grid=14, pixels=one.pixels // 2 + noise))
+        some.append(record(index, size=224, grid=14, pixels=one.pixels // 2 + noise))
     begun = time.perf_counter()
     path = gallery(tmp_path, some)
     seconds = {"write": time.perf_counter() - begun}

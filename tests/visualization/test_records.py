@@ -4,31 +4,31 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import assert_halting, halting_model, images, make_specimen
+from conftest import assert_halting, halting_model, images, make_record
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from datasets import denormalize
 from models_act import macs_per_image
-from training.loaders import viewing_loader
+from training.loaders import demo_loader
 from visualization import records
-from visualization.records import Census, Selection, examine, examine_all, in_main_process
+from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch, record_dataset
 
 CPU = torch.device("cpu")
 
 
-def test_a_specimen_tells_what_the_network_did():
+def test_a_record_tells_what_the_network_did():
     model, x = halting_model(), images(6)
     targets = [0, 1, 2, 3, 4, -1]
-    found = examine(model, x, CPU, "none", targets=targets, names=list("abcdef"), indices=range(10, 16))
+    found = record_batch(model, x, CPU, "none", targets=targets, names=list("abcdef"), indices=range(10, 16))
     with torch.no_grad():
         logits, halting = model(x, return_halting=True)
     assert_halting(halting)
     torch.testing.assert_close(found.layer_scores, halting.layer_scores)
     confidence, prediction = logits.softmax(dim=1).max(dim=1)
     macs = macs_per_image(model, halting.depth)
-    for i, one in enumerate(found.specimens):
+    for i, one in enumerate(found.records):
         assert (one.index, one.name, one.target) == (10 + i, "abcdef"[i], targets[i])
         assert one.depth.tolist() == halting.depth[i, 1:].view(4, 4).tolist()
         assert one.prefix_depth.tolist() == halting.depth[i, :1].tolist()
@@ -43,14 +43,14 @@ def test_a_specimen_tells_what_the_network_did():
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8), st.booleans()), max_size=30), st.integers(1, 3))
 def test_a_selection_does_not_depend_on_order(rows, per_class):
-    population = [make_specimen(i, ((1, d), (1, 1)), t, t + wrong) for i, (t, d, wrong) in enumerate(rows)]
+    population = [make_record(i, ((1, d), (1, 1)), t, t + wrong) for i, (t, d, wrong) in enumerate(rows)]
     for criterion in records.CRITERIA:
         chosen = []
         for order in (population, random.Random(0).sample(population, len(population))):
             selection = Selection(criterion, per_class)
             for one in order:
                 selection.add(one)
-            chosen.append([(one.target, number, one.index) for number, one in in_main_process(selection.own_chosen())])
+            chosen.append([(one.target, number, one.index) for number, one in gather_to_main(selection.own_chosen())])
         assert chosen[0] == chosen[1]
         assert chosen[0] == sorted(chosen[0])
         assert all(1 <= number <= per_class for _, number, _ in chosen[0])
@@ -61,7 +61,7 @@ def test_a_selection_does_not_depend_on_order(rows, per_class):
 )
 def test_what_a_criterion_chooses(criterion, expected):
     depths = [((1, 1), (1, 1)), ((1, 1), (1, 8)), ((5, 5), (5, 5)), ((8, 8), (8, 2))]
-    population = [make_specimen(i, depth) for i, depth in enumerate(depths)]
+    population = [make_record(i, depth) for i, depth in enumerate(depths)]
     population[0] = dataclasses.replace(population[0], prediction=1, confidence=0.5)
     population[2] = dataclasses.replace(population[2], prediction=1, confidence=0.8)
     selection = Selection(criterion, 2)
@@ -71,35 +71,35 @@ def test_what_a_criterion_chooses(criterion, expected):
 
 
 def test_a_network_that_has_diverged_is_not_surely_wrong():
-    assert records.CRITERIA["wrong"](make_specimen(prediction=1, confidence=float("nan"))) is None
+    assert records.CRITERIA["wrong"](make_record(prediction=1, confidence=float("nan"))) is None
 
 
 def test_random_does_not_mean_the_first():
     selection = Selection("random", 5)
     for index in range(100):
-        selection.add(make_specimen(index))
+        selection.add(make_record(index))
     assert [one.index for _, one in selection.own_chosen()] != list(range(5))
 
 
 def test_a_selection_keeps_its_images_alone_not_their_batches():
     batch = np.zeros((50, 4, 4, 3), np.uint8)
     selection = Selection()
-    selection.add(dataclasses.replace(make_specimen(), pixels=batch[3]))
+    selection.add(dataclasses.replace(make_record(), pixels=batch[3]))
     ((_, one),) = selection.own_chosen()
     assert one.pixels.base is None or one.pixels.base.nbytes == one.pixels.nbytes
 
 
-def test_a_census_counts_every_image_once():
+def test_dataset_statistics_counts_every_image_once():
     model = halting_model()
     data = TensorDataset(images(11), torch.arange(11) % 7)
-    loader = viewing_loader(data, 4, num_workers=0, pin_memory=False)
-    batches = list(examine_all(model, loader, CPU, "none", "Test"))
-    assert [one.index for batch in batches for one in batch.specimens] == list(range(11))
-    census = Census.of([Census.of_batch(batch) for batch in batches])
+    loader = demo_loader(data, 4, num_workers=0, pin_memory=False)
+    batches = list(record_dataset(model, loader, CPU, "none", "Test"))
+    assert [one.index for batch in batches for one in batch.records] == list(range(11))
+    statistics = DatasetStatistics.of([DatasetStatistics.of_batch(batch) for batch in batches])
     with torch.no_grad():
         logits, halting = model(data.tensors[0], return_halting=True)
-    assert (census.depth == halting.depth[:, 1:].numpy()).all()
-    assert (census.class_token_depth == halting.depth[:, 0].numpy()).all()
-    assert (census.is_right == (logits.argmax(dim=1) == data.tensors[1]).numpy()).all()
-    assert census.layer_scores == pytest.approx(halting.layer_scores.numpy(), rel=1e-5)
-    assert census.macs == pytest.approx(macs_per_image(model, halting.depth).numpy())
+    assert (statistics.depth == halting.depth[:, 1:].numpy()).all()
+    assert (statistics.class_token_depth == halting.depth[:, 0].numpy()).all()
+    assert (statistics.is_right == (logits.argmax(dim=1) == data.tensors[1]).numpy()).all()
+    assert statistics.layer_scores == pytest.approx(halting.layer_scores.numpy(), rel=1e-5)
+    assert statistics.macs == pytest.approx(macs_per_image(model, halting.depth).numpy())
