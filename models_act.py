@@ -30,7 +30,6 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from imposing import impose_depths
 from zipping import MaskedTokens, ZippedTokens
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "Halting",
     "HaltingStep",
     "halting_step",
-    "impose_depths",
     "macs_per_image",
 ]
 

@@ -13,6 +13,7 @@ from hypothesis import settings
 from PIL import Image
 
 import models_act
+from benchmark import set_synthetic_depths
 from visualization.records import ImageRecord
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = Fals
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    models_act.impose_depths(model, mean, spread)
+    set_synthetic_depths(model, mean, spread)
     with torch.no_grad():  # and let halting depend on everything a little, so that gradients flow through it
         for block in model.blocks:
             for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
@@ -73,7 +74,7 @@ def save_halting_micro(path: Path, num_classes: int, **entries) -> Path:
     """A checkpoint of avit_micro_patch4_32 whose tokens halt around block 6, with its gate and other entries."""
     torch.manual_seed(0)
     model = timm.create_model("avit_micro_patch4_32", num_classes=num_classes)
-    models_act.impose_depths(model, 6, 2)
+    set_synthetic_depths(model, 6, 2)
     gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center}
     torch.save({"model": model.state_dict(), "gate": gate, **entries}, path)
     return path

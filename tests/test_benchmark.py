@@ -6,7 +6,7 @@ import torch
 from conftest import halting_model, make_image_folder
 
 import benchmark
-from models_act import impose_depths
+from benchmark import set_synthetic_depths
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
 def test_depths_of_real_images(tmp_path):
     data = make_image_folder(tmp_path / "data")
     model = timm.create_model("avit_micro_patch4_32", num_classes=3)
-    impose_depths(model, 5, 2)
+    set_synthetic_depths(model, 5, 2)
     gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center}
     torch.save({"model": model.state_dict(), "gate": gate}, tmp_path / "c.pth")
     flags = ["--model", "avit_micro_patch4_32", "--finetune", str(tmp_path / "c.pth"), "--data-path", str(data)]

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch.testing import assert_close
 
 import models_act
-from models_act import impose_depths
+from benchmark import set_synthetic_depths
 
 REGISTERED = timm.list_models("avit*")
 SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64, "num_classes": 5}
@@ -24,7 +24,7 @@ BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked",
 def small(name: str, **options) -> torch.nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, **SMALL, **options)
-    impose_depths(model, 4.5, 1.5)
+    set_synthetic_depths(model, 4.5, 1.5)
     return model
 
 
@@ -235,7 +235,7 @@ def test_a_new_backbone_costs_a_few_lines():
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 8, "num_heads": 3}
     model = AdaptiveReversed(**sizes, gate_scale=4.0, gate_center=12.0).eval()
-    impose_depths(model, 4.5, 1.5)
+    set_synthetic_depths(model, 4.5, 1.5)
     with torch.no_grad():
         logits, halting = model(images(), return_halting=True)
         model.zip_tokens = False

@@ -13,11 +13,11 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_act
+from benchmark import set_synthetic_depths
 from models_act import (
     AdaptiveVisionTransformer,
     AdaptiveVisionTransformerDistilled,
     halting_step,
-    impose_depths,
     macs_per_image,
 )
 
@@ -463,9 +463,9 @@ def test_imposed_depths_have_mean_and_spread(gate, options):
         assert len(depth[:, token].unique()) >= 2, "prefix tokens must halt differently from image to image"
 
 
-def test_imposing_depths_needs_biases():
+def test_synthetic_depths_need_biases():
     with pytest.raises(ValueError, match="proj_bias"):
-        impose_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
+        set_synthetic_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
 
 
 # Registration ------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_weights_have_timms_names_and_load_strictly(name):
 def test_every_registered_model_in_both_forms(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, gate_scale=4.0, gate_center=12.0, **FAMILY).train()
-    impose_depths(model, 4.5, 1.5)
+    set_synthetic_depths(model, 4.5, 1.5)
     assert_halting(assert_same(*forms(model), images(size=64)))
 
 
