@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
+import importlib.util
 import json
+import math
+import tempfile
 import warnings
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import Dataset, default_collate
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import extract_archive
 
-from streams import Stream, read_by_timm
+import utils
 from utils import LocalError, UserError, main_process_first
 
 MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
@@ -31,31 +33,13 @@ EVALUATION_CROP = 224 / 256  # of the shorter side, whatever the model's crop_pc
 # Transforms --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What training does to an image, beside cropping; the values are timm's."""
+def training_transform(size: tuple[int, int], augmentation: dict, placed: bool = False):
+    """PIL image -> [3, H, W] float.
 
-    color_jitter: float = 0.4
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    interpolation: str = "bicubic"
-    erase_probability: float = 0.25
-    erase_mode: str = "pixel"
-    erase_count: int = 1
-
-
-def training_transform(size: tuple[int, int], augmentation: Augmentation, placed: bool = False):
-    """PIL image -> [3, H, W] float. `placed`: the data set places its object itself: no crop, no flip."""
-    crop_and_flip, augment, to_tensor = create_transform(
-        size,
-        is_training=True,
-        color_jitter=augmentation.color_jitter,
-        auto_augment=augmentation.auto_augment,
-        interpolation=augmentation.interpolation,
-        re_prob=augmentation.erase_probability,
-        re_mode=augmentation.erase_mode,
-        re_count=augmentation.erase_count,
-        separate=True,
-    )
+    augmentation: keywords of timm.data.create_transform: auto_augment, color_jitter, re_prob and so on;
+    placed: the data set places its object itself: no crop, no flip.
+    """
+    crop_and_flip, augment, to_tensor = create_transform(size, is_training=True, separate=True, **augmentation)
     if placed:
         crop_and_flip = transforms.Resize(size)
     elif max(size) <= MAX_UNCROPPED_SIDE:
@@ -129,6 +113,9 @@ class Digits(Dataset):
     CANVAS, SIZE = 32, 28
 
     def __init__(self, folder: None, train: bool, transform):
+        from sklearn.datasets import load_digits  # slow to import
+        from sklearn.model_selection import train_test_split
+
         images, labels = load_digits(return_X_y=True)
         split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
         pixels, labels = (split[0], split[2]) if train else (split[1], split[3])
@@ -147,35 +134,6 @@ class Digits(Dataset):
         canvas = Image.new("RGB", (self.CANVAS, self.CANVAS))
         canvas.paste(digit.convert("RGB"), divmod(place, places))
         return self.transform(canvas), self.targets[index]
-
-
-class FashionMNISTFiles(Dataset):
-    """Fashion-MNIST from a folder that directly holds its four `*-ubyte.gz` files."""
-
-    def __init__(self, folder: Path, train: bool, transform):
-        prefix = "train" if train else "t10k"
-        self.images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", ndim=3)
-        self.targets = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", ndim=1).tolist()
-        self.classes = FashionMNIST.classes
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index])), self.targets[index]
-
-
-def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An IDX file of bytes (yann.lecun.com/exdb/mnist): big-endian magic, sizes, values."""
-    try:
-        data = gzip.decompress(path.read_bytes())
-        magic, *shape = np.frombuffer(data, ">i4", count=1 + ndim).tolist()
-        if magic != 0x800 + ndim:
-            raise ValueError("wrong magic number")
-        return np.frombuffer(data, np.uint8, offset=4 * (1 + ndim)).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: not a Fashion-MNIST file: {error}") from error
 
 
 class INaturalist(Dataset):
@@ -243,10 +201,20 @@ def has_image_name(path: str | Path) -> bool:
     return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
-def _fashion_mnist(folder: Path, train: bool, transform) -> Dataset:
-    if (folder / "t10k-images-idx3-ubyte.gz").exists():
-        return FashionMNISTFiles(folder, train, transform)
-    return _downloaded(FashionMNIST, folder, train, transform)
+def _fashion_mnist(folder: Path, train: bool, transform) -> FashionMNIST:
+    """Of the four *-ubyte.gz files in the folder itself, or as torchvision lays them out there."""
+    files = sorted(folder.glob("*-ubyte.gz"))
+    if not files:
+        return _downloaded(FashionMNIST, folder, train, transform)
+    with tempfile.TemporaryDirectory() as root:  # torchvision reads everything at once
+        raw = Path(root, "FashionMNIST", "raw")
+        raw.mkdir(parents=True)
+        try:
+            for file in files:
+                extract_archive(str(file), str(raw))
+            return FashionMNIST(root, train, transform)
+        except (OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError, zlib.error) as error:
+            raise UserError(f"--data-path {folder}: no whole Fashion-MNIST in its *-ubyte.gz files: {error}") from error
 
 
 def _downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
@@ -257,6 +225,145 @@ def _downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
         raise UserError(
             f"--data-path {folder}: holds no {kind.__name__}, and it cannot be downloaded: {error}"
         ) from error
+
+
+# What timm reads -----------------------------------------------------------------------------------
+
+READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # and the package of each
+
+
+class Stream(IterableDataset):
+    """What timm reads in order: WebDataset (`wds/`) and TensorFlow Datasets (`tfds/`).
+
+    In training timm's reader shuffles the shards and deals them to the loaders of all processes. In
+    validation every image counts once, for any number of shards and processes: shards are dealt to
+    the processes; where there are none, each process reads everything and keeps its share.
+    """
+
+    def __init__(self, dataset: IterableDataset, classes: list[str], train: bool, transform, seed: int = 0):
+        self.dataset, self.classes, self.train, self.transform = dataset, classes, train, transform
+        self.seed, self.epoch = seed, 0
+        self.first, self.step = 0, 1
+        if not train:
+            self._take_share()
+
+    def _take_share(self) -> None:
+        reader = self.dataset.reader
+        reader.dist_rank, reader.dist_num_replicas = 0, 1  # it would fill shares up to equal lengths
+        if _has_shards(self.dataset):
+            reader.split_info.filenames = reader.split_info.filenames[utils.rank() :: utils.world_size()]
+        else:
+            self.first, self.step = utils.rank(), utils.world_size()
+
+    @property
+    def num_images(self) -> int:
+        """Over all processes, as the data set says; 0 where it does not."""
+        return self.dataset.reader.num_samples
+
+    def prepare_workers(self, wanted: int) -> int:
+        """How many loader processes to use: at most `wanted`, so that shards divide evenly if they can.
+
+        UserError if there are fewer shards than processes to train.
+        """
+        workers = wanted = min(utils.all_gather_objects(wanted))  # machines may differ
+        if self.train and _has_shards(self.dataset):
+            workers = _fitting_workers(len(self.dataset.reader.split_info.filenames), wanted)
+        self.dataset.set_loader_cfg(workers)
+        return workers
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of the next iteration, which follows from it alone."""
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+        self.dataset.reader.ds = None  # the reader's shuffling starts anew ...
+        self.dataset.reader.worker_seed = self.seed + epoch  # ... from here, or from the loader process's seed
+
+    def first_images(self, count: int) -> list[tuple]:
+        """Read in this process, at most `count`; loader processes that start later open their own shards."""
+        found = list(islice(self, count))
+        self.dataset.reader.ds = None
+        return found
+
+    def __len__(self) -> int:
+        """Images in this process (in validation roughly)."""
+        return len(self.dataset) if self.train else math.ceil(self.num_images / utils.world_size())
+
+    def __iter__(self) -> Iterator:
+        if _has_shards(self.dataset) and not self.dataset.reader.split_info.filenames:
+            return  # fewer shards than processes
+        worker = get_worker_info()
+        place = (self.seed, utils.rank(), self.epoch, 0 if worker is None else worker.id)
+        for number, (image, target) in enumerate(islice(self.dataset, self.first, None, self.step)):
+            if self.train:
+                utils.seed_everything(*place, number, utils.RANDOM_OF_IMAGES)
+            yield self.transform(image), target
+
+
+def _fitting_workers(shards: int, wanted: int) -> int:
+    here = shards // utils.world_size()
+    if here == 0:
+        raise UserError(f"{shards} training shards are too few for {utils.world_size()} processes")
+    even = [n for n in range(1, wanted + 1) if shards % (n * utils.world_size()) == 0]
+    workers = max(even) if even else min(wanted, here)
+    if workers < wanted:
+        utils.log(f"{workers} loader processes instead of {wanted}, to suit {shards} training shards")
+    if shards % (max(workers, 1) * utils.world_size()):
+        utils.warn(f"{shards} training shards do not divide evenly: an epoch repeats or misses some images")
+    return workers
+
+
+def _read_by_timm(
+    name: str,
+    root: str,
+    train: bool,
+    transform,
+    split: str,
+    num_classes: int | None,
+    batch_size: int,
+    seed: int,
+) -> Dataset:
+    """A data set by its name in `timm.data.create_dataset`. UserError for whatever cannot be read."""
+    options = {"split": split, "is_training": train, "batch_size": batch_size, "seed": seed, "download": True}
+    if name.lower().startswith("torch/"):
+        options["transform"] = transform
+    if name.lower() == "torch/image_folder":
+        options["loader"] = load_image
+    try:
+        with main_process_first():
+            dataset = create_dataset(name, root, **options)
+    except ImportError as error:
+        raise UserError(f"--data-set {name} needs the package {error.name}: pip install {error.name}") from error
+    except Exception as error:  # the readers raise what they like
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--data-set {name}, --data-path {root}, split {split}: {reason}") from error
+    if _has_shards(dataset):
+        _check_shards(dataset.reader.split_info.filenames, Path(root))
+    classes = _declared_classes(dataset, name, num_classes)
+    if isinstance(dataset, IterableDataset):
+        return Stream(dataset, classes, train, transform, seed)
+    dataset.classes = classes
+    return dataset
+
+
+def _has_shards(dataset: Dataset) -> bool:
+    return type(getattr(dataset, "reader", None)).__name__ == "ReaderWds"
+
+
+def _check_shards(files: list[str], root: Path) -> None:
+    """webdataset would pass over a missing file in silence."""
+    missing = [file for file in files if not (root / file).is_file()] if root.is_dir() else []
+    if missing:
+        raise UserError(f"{root}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}")
+
+
+def _declared_classes(dataset: Dataset, name: str, num_classes: int | None) -> list[str]:
+    index_of = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    names = list(getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get))
+    if not names and num_classes is None:
+        raise UserError(f"--data-set {name} does not say how many classes it has: give --num-classes")
+    if names and num_classes not in (None, len(names)):
+        raise UserError(f"--num-classes {num_classes}: {name} has {len(names)} classes")
+    return names or [str(number) for number in range(num_classes)]
 
 
 # By name ------------------------------------------------------------------------------------------
@@ -274,12 +381,32 @@ PLACED = {"DIGITS"}  # these place their object in the image themselves
 WITH_LIBRARY = {"DIGITS"}  # these need no folder
 
 
+def _check_name(name: str) -> None:
+    """UserError for an unknown data set, or where the package that reads it is missing."""
+    if "/" in name:
+        return _check_reader(name)
+    if name not in DATA_SETS:
+        hint = utils.nearest(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
+        raise UserError(f"--data-set: unknown data set {name!r}{hint}")
+
+
+def _check_reader(name: str) -> None:
+    """UserError where a name like `wds/...` has no reader, or its package is missing."""
+    prefix = name.partition("/")[0].lower()
+    if prefix in ("hfds", "hfids"):
+        raise UserError(f"{name}: not available: the package it needs, datasets, has the name of our datasets.py")
+    if prefix not in READERS:
+        raise UserError(f"{name}: no reader of that name; known are {', '.join(f'{known}/' for known in READERS)}")
+    if importlib.util.find_spec(READERS[prefix]) is None:
+        raise UserError(f"{name} needs the package {READERS[prefix]}: pip install {READERS[prefix]}")
+
+
 def build_dataset(
     name: str,
     data_path: str | None,
     train: bool,
     size: tuple[int, int],
-    augmentation: Augmentation | None = None,
+    augmentation: dict | None = None,
     *,
     inat_category: str = "name",
     split: str | None = None,
@@ -289,18 +416,19 @@ def build_dataset(
 ) -> Dataset:
     """A data set of ([3, H, W] float, class index) with its class names under `.classes`.
 
-    name: one of DATA_SETS, or one that timm.data.create_dataset knows, with its prefix;
-    augmentation: how training images are varied; None takes them as in evaluation;
+    name: one of DATA_SETS, or one that timm.data.create_dataset knows, with its prefix (see READERS);
+    augmentation: how training images are varied, see `training_transform`; None takes them as in evaluation;
     split, num_classes, batch_size, seed: for timm's readers; the split is "train" or "validation"
     by default.
     UserError for a missing or empty folder, or another layout.
     """
+    _check_name(name)
     transform = evaluation_transform(size)
     if train and augmentation is not None:
         try:
             transform = training_transform(size, augmentation, placed=name in PLACED)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--aa {augmentation.auto_augment}: not a policy of timm's: {error}") from error
+            raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy of timm's: {error}") from error
     if "/" not in name and (split is not None or num_classes is not None):
         raise UserError(f"--train-split, --val-split and --num-classes are for timm's data sets, {name} is none")
     if name in WITH_LIBRARY:
@@ -312,7 +440,7 @@ def build_dataset(
         raise UserError(f"--data-path {data_path}: no such folder")
     if "/" in name:
         split = split or ("train" if train else "validation")
-        return read_by_timm(name, data_path, train, transform, load_image, split, num_classes, batch_size, seed)
+        return _read_by_timm(name, data_path, train, transform, split, num_classes, batch_size, seed)
     options = {"category": inat_category} if name.startswith("INAT") else {}
     return DATA_SETS[name](folder, train, transform, **options)
 

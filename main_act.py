@@ -20,7 +20,7 @@ import utils
 import visualize
 from datasets import class_names, spread_sample
 from engine_act import check_complete, evaluate, report, zipping_speeds
-from training import arguments, checkpoints
+from training import arguments
 from training.build import (
     StartingPoint,
     amp_dtype_name,
@@ -63,7 +63,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> in
     if start.checkpoint is None and not args.pretrained:
         warn("no weights given (--finetune, --resume or --pretrained): the network is random")
     model = build_model(args, len(images.classes), start).to(device)
-    output_dir = checkpoints.prepare_output_dir(args.output_dir)
+    output_dir = utils.prepare_output_dir(args.output_dir)
     if args.demo:
         return visualize.demo(
             model,
@@ -89,8 +89,7 @@ def look_at_validation_set(args: argparse.Namespace, device: torch.device) -> in
     files = {"predictions.csv": predictions.csv(), "eval.json": (json.dumps(result, indent=2) + "\n").encode()}
     for name, content in files.items():
         if utils.is_main():
-            with checkpoints.writing(output_dir):
-                checkpoints.atomic_write(output_dir / name, lambda file, content=content: file.write(content))
+            utils.write_bytes(output_dir / name, content)
     return 0
 
 

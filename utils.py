@@ -6,10 +6,13 @@ import difflib
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -126,6 +129,15 @@ def seed_everything(*key: int) -> None:
         torch.cuda.manual_seed(torch_seed)
 
 
+def any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether the condition holds in any process. All must call it at the same place."""
+    if not dist.is_initialized():
+        return condition
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """The body runs in each machine's first process before the others: for downloads."""
@@ -144,6 +156,63 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Mixed precision by its name on the command line."""
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "none")
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
+    """Makes the folder, if one is named, and writes to it once. UserError if that fails."""
+    if not path:
+        return None
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot write there: {error.strerror}") from error
+    return folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """LocalError, naming the path, where something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise LocalError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
+    """Writes a file beside its place, flushes it to the disk if it is to be durable, then renames it.
+
+    At every instant the old file is there or the new one. OSError leaves the old one.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if not durable:
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming too
+    finally:
+        os.close(folder)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all. LocalError, naming the path, where it cannot be written."""
+    with writing(path):
+        atomic_write(path, lambda file: file.write(content), durable=False)
 
 
 # Numbers and progress ----------------------------------------------------------------------------

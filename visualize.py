@@ -28,7 +28,7 @@ from torch import nn
 import utils
 from datasets import IMAGE_SUFFIXES, UnreadableImage, class_names, evaluation_transform, has_image_name, load_image
 from losses import DistributionPriorLoss
-from training import arguments, checkpoints
+from training import arguments
 from training.build import (
     StartingPoint,
     amp_dtype_name,
@@ -75,7 +75,7 @@ def demo(
     loader: a `demo_loader`; names: of the classes. Of an equal measure the first in the data set counts, in any
     order of the data. Returns 1 where images cannot be read, else 0. UserError where the folder cannot be written.
     """
-    checkpoints.prepare_output_dir(folder, "--demo-dir")
+    utils.prepare_output_dir(folder, "--demo-dir")
     selection = Selection(criterion, per_class)
     for batch in record_dataset(model, loader, device, amp, "Demo"):
         for record in batch.records:
@@ -85,12 +85,12 @@ def demo(
     for number, record in utils.with_progress(chosen, "Drawing", dict):
         stem = f"class{record.target}" + (f"_{number}" if number > 1 else "")
         for kind, picture in heatmaps.demo_pictures(record, names, style).items():
-            _save(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
+            utils.write_bytes(folder / f"{stem}_{kind}.jpg", _jpeg(picture))
     shared = chosen if html else [entry for entry in chosen if entry[0] == 1]
     shown = gather_to_main(shared)
     if shown:
         first = [record for number, record in shown if number == 1]
-        _save(folder / "teaser.png", _png(charts.teaser(first, style)))
+        utils.write_bytes(folder / "teaser.png", _png(charts.teaser(first, style)))
         if html:
             _write_gallery(folder, "Token depths", [record for _, record in shown], names, style)
     drawn, unreadable = (sum(utils.all_gather_objects(count)) for count in (len(chosen), len(loader.bad_images)))
@@ -152,7 +152,7 @@ def _colormap(name: str) -> str:
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Returns the exit status."""
-    folder = checkpoints.prepare_output_dir(args.output_dir)
+    folder = utils.prepare_output_dir(args.output_dir)
     if utils.world_size() > 1 and not args.summary:
         raise UserError("only --summary is for several processes: start this without torchrun")
     if args.curves:
@@ -190,9 +190,9 @@ def draw_images(args: argparse.Namespace, start: StartingPoint, device: torch.de
         records = _examine_files(files, batch, model, image_size(args), list(classes), device, amp_dtype_name(args))
         for record in records:
             panel, *movie = outputs[record.index]
-            _save(panel, _png(heatmaps.panel(record, names, style)))
+            utils.write_bytes(panel, _png(heatmaps.panel(record, names, style)))
             for path in movie:
-                _save(path, heatmaps.animation(heatmaps.frames(record, style), args.animation))
+                utils.write_bytes(path, heatmaps.animation(heatmaps.frames(record, style), args.animation))
         drawn += len(records)
         shown += records if args.html else []
     if not drawn:
@@ -308,7 +308,7 @@ def _draw_charts(
     drawn = []
     for name, chart in charts.summary_charts(statistics, prior, names, example_of, style).items():
         drawn.append((chart.title, chart.explanation, _png(chart.figure)))
-        _save(folder / f"{name}.png", drawn[-1][2])
+        utils.write_bytes(folder / f"{name}.png", drawn[-1][2])
     if args.html:
         _write_gallery(folder, f"{args.data_set}: token depths", shown, names, style)
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name), *_facts_of_statistics(statistics)]
@@ -324,8 +324,8 @@ def _draw_charts(
 def draw_curves(folders: Sequence[Path], folder: Path) -> None:
     """Accuracy, losses, depth and multiply-adds over the epochs of runs, and accuracy against multiply-adds."""
     runs = charts.read_runs(folders)
-    _save(folder / "curves.png", _png(charts.curves(runs)))
-    _save(folder / "accuracy_macs.png", _png(charts.accuracy_against_macs(runs)))
+    utils.write_bytes(folder / "curves.png", _png(charts.curves(runs)))
+    utils.write_bytes(folder / "accuracy_macs.png", _png(charts.accuracy_against_macs(runs)))
     log(f"curves of {len(runs)} run(s) in {folder}")
 
 
@@ -370,11 +370,6 @@ def _jpeg(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
-
-
-def _save(path: Path, content: bytes) -> None:
-    with checkpoints.writing(path):
-        checkpoints.atomic_write(path, lambda file: file.write(content), durable=False)
 
 
 if __name__ == "__main__":

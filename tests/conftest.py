@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 settings.register_profile("repository", deadline=None, max_examples=40)  # timings are noisy
 settings.load_profile("repository")
+AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}
 PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 

@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_shards
+from conftest import AUGMENTATION, make_shards
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import (
     DATA_SETS,
-    Augmentation,
     build_dataset,
     class_names,
     denormalize,
@@ -23,7 +22,7 @@ from datasets import (
 from training.loaders import evaluation_loader
 from utils import UserError
 
-PLAIN = Augmentation(color_jitter=0.0, auto_augment=None, erase_probability=0.0)
+PLAIN = {"color_jitter": 0.0, "auto_augment": None, "re_prob": 0.0}
 
 
 def test_evaluation_crops_from_a_larger_image():
@@ -70,7 +69,7 @@ def test_digits_are_split_once_and_placed():
 
 
 def test_image_folder(image_folder):
-    train, val = (build_dataset("IMNET", str(image_folder), part, (32, 32), Augmentation()) for part in (True, False))
+    train, val = (build_dataset("IMNET", str(image_folder), part, (32, 32), AUGMENTATION) for part in (True, False))
     assert (len(train), len(val)) == (15, 9)
     assert train.classes == ["class_0", "class_1", "class_2"]
     assert train[0][0].shape == (3, 32, 32)
@@ -95,14 +94,14 @@ def test_fashion_mnist_from_its_four_files(fashion_files):
     assert (len(train), len(val), len(val.classes)) == (6, 4, 10)
     image, target = val[1]
     assert image.shape == (3, 28, 28)
-    assert torch.equal(denormalize(image)[0], torch.from_numpy(val.images[1].copy()))
+    assert torch.equal(denormalize(image)[0], val.data[1])
     assert target == val.targets[1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))])
 def test_broken_fashion_mnist_file(fashion_files, content):
     (fashion_files / "t10k-images-idx3-ubyte.gz").write_bytes(content)
-    with pytest.raises(UserError, match="not a Fashion-MNIST file"):
+    with pytest.raises(UserError, match="no whole Fashion-MNIST"):
         build_dataset("FMNIST", str(fashion_files), False, (28, 28))
 
 
@@ -302,8 +301,8 @@ def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
     def create(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
-    monkeypatch.setattr("streams.create_dataset", create)
-    monkeypatch.setattr("streams.check_reader", lambda name: None)
+    monkeypatch.setattr("datasets.create_dataset", create)
+    monkeypatch.setattr("datasets._check_reader", lambda name: None)
     with pytest.raises(UserError, match="needs the package tensorflow: pip install tensorflow"):
         build_dataset("tfds/mnist", str(tmp_path), True, (32, 32), PLAIN)
 

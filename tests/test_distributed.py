@@ -9,13 +9,13 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import ROOT, halting_model, images, make_image_folder, make_shards, save_halting_micro
+from conftest import AUGMENTATION, ROOT, halting_model, images, make_image_folder, make_shards, save_halting_micro
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import losses
-from datasets import Augmentation, build_dataset
+from datasets import build_dataset
 from engine_act import Epoch, Trainer, train_one_epoch
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "2"]
@@ -221,7 +221,7 @@ def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
 
 def _labels_of_a_share(rank, root, path):
     train, val = (
-        build_dataset("wds/", str(root), part, (32, 32), Augmentation(), num_classes=16, batch_size=2)
+        build_dataset("wds/", str(root), part, (32, 32), AUGMENTATION, num_classes=16, batch_size=2)
         for part in (True, False)
     )
     found = []

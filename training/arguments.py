@@ -11,8 +11,7 @@ import timm
 import torch
 
 import models_act  # noqa: F401 - registers the models
-from datasets import CLASS_INDEX_FILES, DATA_SETS
-from streams import READERS, check_reader
+from datasets import CLASS_INDEX_FILES, DATA_SETS, READERS, _check_name
 from training.checkpoints import GATE_DEFAULTS
 from utils import UserError, local_rank, nearest
 from visualization.records import CRITERIA
@@ -98,14 +97,10 @@ def model_name(name: str) -> str:
 
 
 def data_set(name: str) -> str:
-    if "/" in name:
-        try:
-            check_reader(name)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-    elif name not in DATA_SETS:
-        hint = nearest(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
-        raise argparse.ArgumentTypeError(f"unknown data set {name!r}{hint}")
+    try:
+        _check_name(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return name
 
 

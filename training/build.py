@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 import losses
 import utils
-from datasets import Augmentation, build_dataset
+from datasets import build_dataset
 from engine_act import Trainer
 from training import checkpoints
 from utils import LocalError, UserError, log, warn
@@ -174,17 +174,15 @@ def validation_set(args: argparse.Namespace) -> Dataset:
 
 
 def training_set(args: argparse.Namespace) -> Dataset:
-    if args.no_aug:
-        return _data_set(args, train=True, split=args.train_split)
-    augmentation = Augmentation(
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
-        erase_probability=args.reprob,
-        erase_mode=args.remode,
-        erase_count=args.recount,
-    )
-    return _data_set(args, train=True, split=args.train_split, augmentation=augmentation)
+    augmentation = {  # in the words of timm.data.create_transform
+        "color_jitter": args.color_jitter,
+        "auto_augment": args.aa,
+        "interpolation": args.train_interpolation,
+        "re_prob": args.reprob,
+        "re_mode": args.remode,
+        "re_count": args.recount,
+    }
+    return _data_set(args, train=True, split=args.train_split, augmentation=None if args.no_aug else augmentation)
 
 
 def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import http.client
 import math
-import os
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,30 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from utils import LocalError, UserError, all_gather_objects, is_main, log, main_process_first, nearest, warn
-
-
-def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
-    """Makes the folder, if one is named, and writes to it once. UserError if that fails."""
-    if not path:
-        return None
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot write there: {error.strerror}") from error
-    return folder
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """LocalError, naming the path, where something cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise LocalError(f"{path}: cannot be written: {error.strerror or error}") from error
+from utils import UserError, all_gather_objects, atomic_write, is_main, log, main_process_first, nearest, warn
 
 
 def find_latest_checkpoint(output_dir: str) -> str | None:
@@ -67,31 +41,6 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
             raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
 
     atomic_write(path, write)
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
-    """Writes a file beside its place, flushes it to the disk if it is to be durable, then renames it.
-
-    At every instant the old file is there or the new one. OSError leaves the old one.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if not durable:
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming too
-    finally:
-        os.close(folder)
 
 
 def load_checkpoint(location: str) -> dict:

@@ -9,9 +9,8 @@ import itertools
 from torch import Tensor
 
 import utils
-from datasets import image_name
+from datasets import Stream, image_name
 from models_act import Halting
-from streams import Stream
 from training.loaders import ImageLoader, plain_images
 
 COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")

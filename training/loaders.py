@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import utils
-from datasets import UnreadableImage
+from datasets import Stream, UnreadableImage
 from samplers import EPOCH_STRIDE, ResumableSampler, UnpaddedDistributedSampler, training_sampler
-from streams import Stream
 from training.signals import ignore_signals_in_worker
 from utils import LocalError
 

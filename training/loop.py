@@ -15,12 +15,9 @@ from torch import nn
 import utils
 from engine_act import Epoch, Trainer, check_complete, evaluate, report, train_one_epoch
 from training.checkpoints import (
-    atomic_write,
-    prepare_output_dir,
     restore_optimizer,
     restore_plain,
     save_checkpoint,
-    writing,
 )
 from training.loaders import ImageLoader
 from training.signals import Interrupted, StopRequest
@@ -75,7 +72,7 @@ class TrainingRun:
 
     def train(self) -> None:
         """UserError if the output folder cannot be written; Interrupted where a signal asked to stop."""
-        prepare_output_dir(self.output_dir)
+        utils.prepare_output_dir(self.output_dir)
         if utils.is_main() and self.output_dir is not None:
             self._prepare_logs()
         with self.stop.listening():
@@ -92,14 +89,14 @@ class TrainingRun:
 
     def _prepare_logs(self) -> None:
         """Takes back what was logged after the checkpoint that the run goes on from."""
-        with writing(self.output_dir):
+        with utils.writing(self.output_dir):
             path = self.output_dir / "log.txt"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if _epoch_of(line) < self.epoch.number]
             if lines and not self.resumed:
                 warn(f"{self.output_dir} holds another run, which only --resume continues; log.txt goes on below it")
             elif kept != lines:
-                atomic_write(path, lambda file: file.write("".join(kept).encode()))
+                utils.atomic_write(path, lambda file: file.write("".join(kept).encode()))
             if self.tensorboard:
                 first_epoch = self.epoch.number if self.resumed else None
                 self.board = TensorBoardLogger(self.output_dir, first_epoch, self.test_loader, self.classes)
@@ -180,7 +177,7 @@ class TrainingRun:
             parameters = sum(p.numel() for p in self.trainer.model_without_ddp.parameters())
             named = {f"train_{k}": v for k, v in training.items()} | {f"test_{k}": v for k, v in test.items()}
             line = {"epoch": number, "n_parameters": parameters, **named, "saving_seconds": self.saving_seconds}
-            with writing(self.output_dir):
+            with utils.writing(self.output_dir):
                 with (self.output_dir / "log.txt").open("a") as file:
                     file.write(json.dumps(line) + "\n")
                     file.flush()
@@ -200,7 +197,7 @@ class TrainingRun:
         for path in self.output_dir.glob("checkpoint-*.pth"):
             number = path.stem.removeprefix("checkpoint-")
             if number.isdecimal() and int(number) <= last:
-                with writing(path):
+                with utils.writing(path):
                     path.unlink()
 
     def _save(self, name: str) -> None:
@@ -210,7 +207,7 @@ class TrainingRun:
         start = time.perf_counter()
         state = self._state()
         if utils.is_main():
-            with writing(self.output_dir / name):
+            with utils.writing(self.output_dir / name):
                 save_checkpoint(state, self.output_dir / name)
         self.saving_seconds += time.perf_counter() - start
 

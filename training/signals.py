@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 
 import torch
-import torch.distributed as dist
+
+from utils import any_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
 _asked = RawValue("b", 0)  # shared with the loader processes: whether a signal has asked this process to stop
@@ -54,15 +55,6 @@ class StopRequest:
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was asked. All must call it at the same place."""
         return any_rank(self.signal is not None, device)
-
-
-def any_rank(condition: bool, device: torch.device) -> bool:
-    """Whether the condition holds in any process. All must call it at the same place."""
-    if not dist.is_initialized():
-        return condition
-    flag = torch.tensor(float(condition), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def ignore_signals_in_worker(_: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from training import checkpoints
+import utils
 from visualization.heatmaps import FRAME_SECONDS, HALTED, OVERLAY, Style, colors
 from visualization.records import ImageRecord
 
@@ -109,5 +109,4 @@ def _number(value: float) -> float | None:
 def _write(path: Path, template: str, **values: object) -> None:
     page = TEMPLATES.get_template(template).render(**values)
     content = page.encode(errors="replace")  # names of files may hold bytes that are no text
-    with checkpoints.writing(path):
-        checkpoints.atomic_write(path, lambda file: file.write(content), durable=False)
+    utils.write_bytes(path, content)

@@ -35,9 +35,9 @@ def split(data: Path, out: Path) -> None:
     from datasets import build_dataset
 
     data.mkdir(parents=True, exist_ok=True)
-    images = build_dataset("FMNIST", str(data), True, (28, 28))  # our files, or torchvision's, downloaded
-    pixels = images.images if hasattr(images, "images") else images.data.numpy()
-    arrays = (pixels, np.asarray(images.targets, dtype=np.uint8))
+    images = build_dataset("FMNIST", str(data), True, (28, 28))  # downloaded, where the folder is empty
+    pixels = images.data.numpy()
+    arrays = (pixels, images.targets.numpy().astype(np.uint8))
     order = np.random.default_rng(0).permutation(len(pixels))
     held_out, rest = np.split(order, [round(len(pixels) * HELD_OUT_SHARE)])
     partial = out.with_name(f"{out.name}.partial")  # a part of it would not be told from torchvision's empty folder
@@ -59,7 +59,7 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
     import torch
 
-    from training.checkpoints import atomic_write
+    from utils import atomic_write
 
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
     found["torch"] = torch.__version__

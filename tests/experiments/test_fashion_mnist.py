@@ -35,7 +35,7 @@ def make_fashion(folder, train=120, test=20):
 
 def images_of(folder, train):
     data = build_dataset("FMNIST", str(folder), train, (28, 28))
-    return {(image.tobytes(), target) for image, target in zip(data.images, data.targets)}
+    return {(image.numpy().tobytes(), int(target)) for image, target in zip(data.data, data.targets)}
 
 
 def test_held_out_images_are_training_images_that_no_training_sees(tmp_path):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder, make_shards
+from conftest import AUGMENTATION, make_image_folder, make_shards
 from PIL import Image
 
-from datasets import Augmentation, UnreadableImage, build_dataset, load_image
+from datasets import UnreadableImage, build_dataset, load_image
 from training.loaders import demo_loader, evaluation_loader, training_loader
 from utils import LocalError
 
@@ -12,7 +12,7 @@ SIZE = (32, 32)
 
 
 def training_batches(folder, workers=0, epoch=0, batch=0, limit=100, seed=0, batch_size=4, repeated_aug=False):
-    images = build_dataset("IMNET", str(folder), True, SIZE, Augmentation())
+    images = build_dataset("IMNET", str(folder), True, SIZE, AUGMENTATION)
     options = {"num_workers": workers, "pin_memory": False, "max_bad_images": limit}
     loader = training_loader(images, batch_size, seed=seed, repeated_aug=repeated_aug, **options)
     loader.start_at(epoch, batch)
@@ -41,7 +41,7 @@ def test_batches_follow_from_their_place_alone(image_folder, repeated_aug):
 
 def test_a_view_of_an_image_differs_from_the_next(tmp_path):
     root = make_image_folder(tmp_path / "data", classes=1, train=1, val=1)
-    images = build_dataset("IMNET", str(root), True, SIZE, Augmentation())
+    images = build_dataset("IMNET", str(root), True, SIZE, AUGMENTATION)
     options = {"num_workers": 0, "pin_memory": False, "max_bad_images": 0}
     loader = training_loader(images, 1, seed=0, repeated_aug=False, **options)
     views = []
@@ -57,7 +57,7 @@ def test_streams_follow_from_their_place_too(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
 
     def batches(epoch, batch=0):
-        images = build_dataset("wds/", str(root), True, SIZE, Augmentation(), num_classes=16, batch_size=2)
+        images = build_dataset("wds/", str(root), True, SIZE, AUGMENTATION, num_classes=16, batch_size=2)
         options = {"num_workers": workers, "pin_memory": False, "max_bad_images": 0}
         loader = training_loader(images, 2, seed=0, repeated_aug=True, **options)
         loader.start_at(epoch, batch)
@@ -165,7 +165,7 @@ def test_unusual_images_work(tmp_path, name):
         UNUSUAL[name](folder / name)
     for train in (True, False):
         for size in (SIZE, (224, 224)):
-            images = build_dataset("IMNET", str(tmp_path), train, size, Augmentation())
+            images = build_dataset("IMNET", str(tmp_path), train, size, AUGMENTATION)
             assert images[0][0].shape == (3, *size)
             assert torch.isfinite(images[0][0]).all()
     image = load_image(tmp_path / "train" / "class" / name)
