@@ -10,14 +10,44 @@ timm's network; ideal is the ratio of the multiply-adds.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from training.arguments import Parser, at_least_one
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="benchmark.py", description="A-ViT against timm's static network of the same size.")
+    add = parser.add_argument
+    add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
+    add(
+        "--input-size",
+        type=at_least_one,
+        metavar="PIXELS",
+        help="image size (default: the checkpoint's, or the model's)",
+    )
+    add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="images per batch")
+    add("--mean-depth", type=float, nargs="+", default=[7.3], metavar="D", help="imposed, with a spread of 2")
+    add("--finetune", metavar="FILE", help="a checkpoint, for the depths of real images")
+    add("--data-path", metavar="DIR", help="the images' folder")
+    add("--data-set", default="IMNET", metavar="NAME", help="see main_act.py --help")
+    add("--train", action="store_true", help="time training steps (forward, backward, AdamW)")
+    add("--device", help="cuda or cpu (default: cuda where there is one)")
+    add("--amp", choices=("none", "fp16", "bf16"), default="none", help="mixed precision")
+    add("--runs", type=at_least_one, default=7, metavar="N", help="rounds")
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--plot", metavar="FILE", help="draw speed-up against mean depth, and time against batch size, there")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the imports below, which take seconds
+
+import copy
 
 import timm
 import torch
@@ -26,14 +56,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import utils
-from datasets import DATA_SETS, build_dataset, spread_sample
+from datasets import build_dataset, spread_sample
 from models_act import macs_per_image
-from training import checkpoints
-from training.arguments import Parser, at_least_one, data_set, model_name
-from utils import AMP_DTYPES, autocast
+from training.checkpoints import Checkpoint, check_model_name
+from utils import autocast
 
-MIN_SECONDS = 0.2  # seconds that one timing takes at least, by repetition
-MIN_IMAGES = 32  # images that one timing sees at least, in batches: single images differ in depth
+MIN_SECONDS = 0.2  # that one timing takes at least, by repetition
+MIN_IMAGES = 32  # that one timing sees at least, in batches: single images differ in depth
 
 
 class Case(NamedTuple):
@@ -54,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         with utils.process_group(args.device) as device:
+            utils.amp_dtype_name(args.amp, device)
             results = run(args, device)
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
@@ -63,27 +93,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="benchmark.py", description="A-ViT against timm's static network of the same size.")
-    add = parser.add_argument
-    add("--model", type=model_name, default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
-    add("--input-size", type=at_least_one, metavar="PIXELS", help="image size (default: the model's)")
-    add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="images per batch")
-    add("--mean-depth", type=float, nargs="+", default=[7.3], metavar="D", help="imposed, with a spread of 2")
-    add("--finetune", metavar="FILE", help="a checkpoint, for the depths of real images")
-    add("--data-path", metavar="DIR", help="the images' folder")
-    add("--data-set", type=data_set, default="IMNET", metavar="NAME", help=", ".join(DATA_SETS))
-    add("--train", action="store_true", help="time training steps (forward, backward, AdamW)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", choices=tuple(AMP_DTYPES), default="none", help="mixed precision")
-    add("--runs", type=at_least_one, default=7, metavar="N", help="rounds")
-    add("--json", metavar="FILE", help="write the figures there")
-    add("--plot", metavar="FILE", help="draw speed-up against mean depth, and time against batch size, there")
-    return parser
-
-
 def run(args, device: torch.device) -> list[dict]:
     """Prints a table for each case; returns the rows of all."""
+    check_model_name(args.model)
     results = []
     for case in cases(args, device):
         rows = measure(case, device, args.amp, args.train, args.runs)
@@ -112,14 +124,9 @@ def cases(args, device: torch.device) -> Iterator[Case]:
 
 
 def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
-    checkpoint = checkpoints.load_checkpoint(args.finetune)
-    weights = checkpoints.state_dict_of(checkpoint, args.finetune)
-    gate = checkpoints.resolve_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, args.finetune)
-    size = {"img_size": args.input_size} if args.input_size else {}
-    num_classes = len(weights.get("head.weight", ()))
-    model = timm.create_model(args.model, num_classes=num_classes, **size, **gate)
-    checkpoints.load_weights(model, weights, args.finetune, replace_head=False)
-    known = {"num_classes": num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
+    checkpoint = Checkpoint.load(args.finetune)
+    model = checkpoint.build_model(args.model, img_size=args.input_size and (args.input_size,) * 2)
+    known = {"num_classes": model.num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
     return model.to(device), spread_sample(data, count)[0].to(device)
 
@@ -158,7 +165,7 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
     if not train:
         forms["zipped, early exit"] = copy.deepcopy(case.model)
     calls = {name: _training_step(m, case, amp) if train else _inference(m, case, amp) for name, m in forms.items()}
-    seconds = _interleaved(calls, device, rounds)
+    seconds = utils.seconds_in_turn(calls, device, rounds, MIN_SECONDS)
     macs = _multiply_adds(case)
     static = statistics.median(seconds["static (timm)"])
     rows = []
@@ -207,33 +214,6 @@ def _training_step(model: nn.Module, case: Case, amp: str) -> Callable[[], None]
             optimizer.zero_grad()
 
     return call
-
-
-def _interleaved(calls: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds for all images: every form once in each round, in turn."""
-    for call in calls.values():
-        call()  # warm up
-    slowest = max(_seconds(call, device, 1) for call in calls.values())
-    repeats = max(math.ceil(MIN_SECONDS / slowest), 1)
-    seconds = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, device, repeats))
-    return seconds
-
-
-def _seconds(call: Callable[[], None], device: torch.device, repeats: int) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _multiply_adds(case: Case) -> dict[str, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import statistics
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from losses import AdaptiveLoss
 from models_act import Halting, macs_per_image
-from training.loaders import ImageLoader
-from training.signals import StopRequest, any_rank
-from utils import MetricAverages, UserError, autocast
+from utils import MetricAverages, autocast
 
 MAX_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14
+
+
+class Vote(NamedTuple):
+    """What holds in any process after the backward passes of a step; the same in all."""
+
+    loss_is_wrong: bool  # some part of some loss is not finite
+    gradient_is_wrong: bool
+    stop: bool  # the run was asked to stop
 
 
 @dataclass
@@ -51,7 +57,6 @@ class Trainer:
 
     @property
     def model_without_ddp(self) -> nn.Module:
-        """The model without its DistributedDataParallel."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def micro_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], Halting | None]:
@@ -69,42 +74,75 @@ class Trainer:
             total, parts = self.criterion(logits, targets, halting, teacher_logits)
         return total, parts, halting
 
-    def update(self, step: str = "", wrong_part: str | None = None) -> None:
-        """One optimizer step with the gradients accumulated so far.
+    def update(self, step: str, losses: Sequence[dict[str, Tensor]] = (), stop: bool = False) -> Vote:
+        """One optimizer step with the gradients accumulated so far; the one wait for the device of a training step.
 
-        step: its name; wrong_part: the part of this process's loss that is not finite, if one is.
-        FloatingPointError, in every process, if there is one in any, or a gradient is not finite.
-        With gradient scaling such a step is skipped; it is an error after too many in a row.
+        step: its name; losses: of each micro-batch, by name; stop: whether this process was asked to stop.
+        FloatingPointError, in every process, where a loss or a gradient is not finite in any. With gradient scaling
+        such a step is skipped; it is an error after too many in a row.
         """
         self.scaler.unscale_(self.optimizer)
-        gradients = {name: p.grad for name, p in self.model_without_ddp.named_parameters() if p.grad is not None}
-        norm = nn.utils.get_total_norm(gradients.values())
-        wrong = any_rank(wrong_part is not None or not torch.isfinite(norm).item(), self.device)
-        if wrong:
-            self._refuse_or_skip(step, wrong_part, gradients)
-            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
-            self.optimizer.zero_grad()
-            return
-        if self.clip_grad:
-            nn.utils.clip_grads_with_norm_(self.model_without_ddp.parameters(), self.clip_grad, norm)
-        self.scaler.step(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model_without_ddp.parameters() if p.grad is not None])
+        vote = self._vote(losses, norm, stop)
+        if vote.loss_is_wrong or vote.gradient_is_wrong:
+            self._refuse_or_skip(step, losses)
+        else:
+            self._step(norm)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return vote
+
+    def _vote(self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool) -> Vote:
+        values = [value.detach().float() for parts in losses for value in parts.values()]
+        all_finite = torch.stack([torch.zeros_like(norm), *values]).isfinite().all()
+        flags = [~all_finite, ~norm.isfinite(), torch.full_like(norm, stop)]
+        flags = torch.stack([flag.float() for flag in flags])
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return Vote(*map(bool, flags.tolist()))
+
+    def _step(self, norm: Tensor) -> None:
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.model_without_ddp.parameters(), self.clip_grad, norm)
+        self.optimizer.step()  # not scaler.step, which would wait once more to learn what the vote has told
         self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self.model_without_ddp)
 
-    def _refuse_or_skip(self, step: str, wrong_part: str | None, gradients: dict[str, Tensor]) -> None:
+    def _refuse_or_skip(self, step: str, losses: Sequence[dict[str, Tensor]]) -> None:
         """A step whose numbers are not finite: skipped by gradient scaling, else FloatingPointError."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.scaler.is_enabled() and self.skipped_in_a_row <= MAX_SKIPPED:
             return
-        parameter = next((name for name, grad in gradients.items() if not torch.isfinite(grad).all()), None)
-        parts = next((part for part in utils.all_gather_objects(wrong_part) if part), "the loss is finite")
+        named = ((name, value.item()) for parts in losses for name, value in parts.items())
+        own_part = next((f"{name} is {value:g}" for name, value in named if not math.isfinite(value)), None)
+        part = next((part for part in utils.all_gather_objects(own_part) if part), "the loss is finite")
+        parameters = self.model_without_ddp.named_parameters()
+        wrong = (name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all())
+        parameter = next(wrong, None)
         gradient = f"the gradient of {parameter} is not finite" if parameter else "the gradients' norm overflows"
         skipped = f"; {self.skipped_in_a_row} steps in a row were skipped" if self.scaler.is_enabled() else ""
-        raise FloatingPointError(f"{step}: {parts}, {gradient}{skipped}; the last checkpoint is from before")
+        raise FloatingPointError(f"{step}: {part}, {gradient}{skipped}; the last checkpoint is from before")
+
+    def state_dict(self) -> dict:
+        """The entries of a checkpoint that this keeps up: weights, their average, and what follows them."""
+        return {
+            "model": self.model_without_ddp.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": [self.skipped_steps, self.skipped_in_a_row],
+        }
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """All of that but the model's weights. KeyError, ValueError or the like where it does not fit."""
+        restore_optimizer(self.optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"] and self.scaler.is_enabled():  # empty where mixed precision was off
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.skipped_steps, self.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
+        if self.ema is not None and checkpoint["model_ema"] is not None:
+            self.ema.module.load_state_dict(checkpoint["model_ema"])
 
     def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, which pair images: an odd batch loses one, a single image is not mixed."""
@@ -114,6 +152,38 @@ class Trainer:
             return images, mixup_target(targets, self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
         even = len(images) // 2 * 2
         return self.mixup(images[:even], targets[:even])
+
+
+OPTIONS_OF_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # of a group of parameters
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """The state of each parameter, learning rates and counters; what flags say stays as they say it.
+
+    ValueError where the state does not fit the parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not (
+                utils.is_plain_tensor(value) and _is_part(value.shape, parameters[index].shape)
+            ):
+                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    own = optimizer.state_dict()["param_groups"]
+    groups = [group | _counters(old) for group, old in zip(own, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _is_part(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether these are sizes of the whole, in order: factored optimizers leave some out."""
+    sizes = iter(whole)
+    return all(size in sizes for size in shape)
+
+
+def _counters(group: dict) -> dict:
+    """Numbers that an optimizer or a schedule keeps in a group of parameters."""
+    is_number = {k: isinstance(v, int | float) or (isinstance(v, Tensor) and v.ndim == 0) for k, v in group.items()}
+    return {k: v for k, v in group.items() if is_number[k] and k not in OPTIONS_OF_FLAGS}
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -135,6 +205,9 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return _MeanOverProcesses.apply(value) if dist.is_initialized() else value
 
 
+MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
+
+
 @dataclass
 class Epoch:
     """How far an epoch has come: batches done, in how many seconds, and what has been averaged over them."""
@@ -144,21 +217,70 @@ class Epoch:
     seconds: float = 0.0
     averages: MetricAverages = field(default_factory=MetricAverages)
 
+    def state_dict(self) -> dict:
+        """The entries of a checkpoint that this keeps up; every process must call it."""
+        state = {"epoch": self.number - 1, "batches": self.batches, "seconds": self.seconds}  # the last that is done
+        return state | {"averages": self.averages.state_dict()}
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """KeyError, ValueError or the like where it does not fit."""
+        number, batches, seconds = int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), checkpoint["seconds"]
+        if not (0 <= number <= MAX_EPOCHS and 0 <= batches <= MAX_BATCHES and 0 <= seconds < math.inf):
+            raise ValueError(f"epoch {number}, batch {batches}, {seconds} s")
+        self.number, self.batches, self.seconds = number, batches, float(seconds)
+        if utils.is_main():
+            self.averages.load_state_dict(checkpoint["averages"])
+            if batches and self.averages.sums["loss"].ndim:
+                raise ValueError("the averaged loss is no number")
+
 
 def train_one_epoch(
-    trainer: Trainer, loader: Iterable, epoch: Epoch, after_update: Callable[[], None]
+    trainer: Trainer,
+    loader: Iterable,
+    epoch: Epoch,
+    after_update: Callable[[bool], None] = lambda stop: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | list[float]]:
     """Trains on the batches of the loader, the rest of the epoch; returns means over the whole of it, by name.
 
-    after_update: called after each optimizer step, when `epoch` is up to date; may raise to stop.
+    loader: yields images [B, 3, H, W] and targets [B], and what else it likes;
+    after_update: called after each optimizer step, when `epoch` is up to date, with whether any process was asked to
+    stop; may raise to do so; stop: whether this process is asked.
     All random numbers of a step follow from its place in training. FloatingPointError, in every
     process, where a loss or a gradient is not finite.
     """
     trainer.model.train()
-    averages, title = epoch.averages, f"Epoch {epoch.number}"
-    weight_before, seconds_before = averages.weight, epoch.seconds
+    seconds_before, start = epoch.seconds, time.perf_counter()
+    batches = iter(utils.with_progress(loader, f"Epoch {epoch.number}", _progress(trainer, epoch), done=epoch.batches))
+    while group := list(islice(batches, trainer.accum_steps)):
+        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
+        losses, metrics = [], []
+        for number, (images, targets, *_) in enumerate(group, start=1):
+            with _synchronise(trainer.model, number == len(group)):
+                total, parts, halting = trainer.micro_batch(images, targets)
+                trainer.scaler.scale(total / len(group)).backward()
+            losses.append({**parts, "loss": total})
+            metrics.append((len(images), halting_metrics(trainer.model_without_ddp, halting)))
+        step = f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}"
+        vote = trainer.update(step, losses, stop())
+        if not vote.loss_is_wrong:
+            for (count, halting), parts in zip(metrics, losses):
+                epoch.averages.add(count, loss=parts.pop("loss"), **parts, **halting)
+        epoch.batches += len(group)
+        epoch.seconds = seconds_before + time.perf_counter() - start
+        after_update(vote.stop)
+    _, means = epoch.averages.reduced()
+    skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
+    rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds}
+    return {**means, **skipped, **rate}
 
-    def figures() -> dict[str, str]:
+
+def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
+    """What the progress bar shows, as a function of nothing."""
+    averages, start = epoch.averages, time.perf_counter()
+    weight_before = averages.weight
+
+    def metrics() -> dict[str, str]:
         means = averages.local()
         shown = {"loss": f"{means['loss']:.4f}"} if means else {}  # none while every step was skipped
         shown["lr"] = f"{learning_rate(trainer.optimizer):.2e}"
@@ -170,33 +292,7 @@ def train_one_epoch(
         rate = (averages.weight - weight_before) / (time.perf_counter() - start)
         return {**shown, "images/s": f"{rate * utils.world_size():.0f}"}
 
-    start = time.perf_counter()
-    batches = iter(utils.with_progress(loader, title, figures, done=epoch.batches))
-    while group := list(islice(batches, trainer.accum_steps)):
-        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
-        wrong_part = None
-        for number, (images, targets) in enumerate(group, start=1):
-            with _synchronise(trainer.model, number == len(group)):
-                total, parts, halting = trainer.micro_batch(images, targets)
-                trainer.scaler.scale(total / len(group)).backward()
-            wrong_part = wrong_part or _not_finite({**parts, "loss": total})
-            if wrong_part is None:  # else the step is skipped, or the run stops
-                averages.add(len(images), loss=total, **parts, **halting_metrics(trainer.model_without_ddp, halting))
-        trainer.update(f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}", wrong_part)
-        epoch.batches += len(group)
-        epoch.seconds = seconds_before + time.perf_counter() - start
-        after_update()
-    _, means = averages.reduced()
-    skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
-    rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds}
-    return {**means, **skipped, **rate}
-
-
-def _not_finite(values: dict[str, Tensor]) -> str | None:
-    """The first of the named values that is not finite, as text."""
-    if torch.isfinite(torch.stack([value.detach() for value in values.values()])).all():
-        return None
-    return next(f"{name} is {value.item():g}" for name, value in values.items() if not torch.isfinite(value))
+    return metrics
 
 
 def _synchronise(model: nn.Module, now: bool):
@@ -239,13 +335,14 @@ def evaluate(
     device: torch.device,
     amp: str = "none",
     title: str = "Test",
-    stop: StopRequest | None = None,
-    on_batch: Callable[[Tensor, Tensor, Halting], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[tuple, Tensor, Halting], None] | None = None,
 ) -> dict:
     """Evaluates on every image of the loader, all processes' together; each image counts once.
 
-    stop: where it is asked for, this process looks at no more images;
-    on_batch: called with the targets [B], logits [B, K] and halting of each batch.
+    loader: yields images [B, 3, H, W] and targets [B], and what else it likes;
+    stop: where it says so, this process looks at no more images;
+    on_batch: called with each batch, its logits [B, K] and halting.
     Returns means by name: loss, acc1, acc5 (in per cent), those of `halting_metrics`, `images`
     (how many), and `images_per_s`, of the forward pass in this process.
     """
@@ -253,76 +350,22 @@ def evaluate(
     averages, seconds = MetricAverages(), 0.0
     loss = nn.CrossEntropyLoss()
 
-    def figures() -> dict[str, str]:
+    def metrics() -> dict[str, str]:
         means = averages.local()
         return {"acc1": f"{means['acc1']:.2f}", "depth": f"{means['depth_mean']:.2f}"}
 
-    for images, targets in utils.with_progress(loader, title, figures):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        start = _now(device)
+    for batch in utils.with_progress(loader, title, metrics):
+        images, targets = (t.to(device, non_blocking=True) for t in batch[:2])
+        start = utils.now(device)
         with autocast(device, amp):
             logits, halting = model(images, return_halting=True)
-        seconds += _now(device) - start
+        seconds += utils.now(device) - start
         logits = logits.float()
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
         averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
         if on_batch is not None:
-            on_batch(targets, logits, halting)
-        if stop is not None and stop.signal:
+            on_batch(batch, logits, halting)
+        if stop():
             break
     images, means = averages.reduced()
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}
-
-
-def check_complete(result: dict, loader: ImageLoader) -> None:
-    """UserError where a whole evaluation has seen fewer images than there are."""
-    if result["images"] < loader.num_images:
-        raise UserError(f"only {result['images']} of {loader.num_images} validation images could be read")
-
-
-@torch.inference_mode()
-def zipping_speeds(
-    model: nn.Module, images: Tensor, device: torch.device, amp: str, rounds: int = 5
-) -> dict[str, float]:
-    """Images/s of the logits alone, zipped and masked, on one batch: medians of interleaved rounds."""
-    forms = {"images_per_s_zipped": True, "images_per_s_masked": False}
-    seconds = {name: [] for name in forms}
-    model = copy.deepcopy(model).eval()
-    images = images.to(device)
-    for number in range(rounds + 1):
-        for name, zip_tokens in forms.items():
-            model.zip_tokens = zip_tokens
-            start = _now(device)
-            with autocast(device, amp):
-                model(images)
-            if number > 0:  # the first round warms up
-                seconds[name].append(_now(device) - start)
-    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def report(result: dict) -> None:
-    """Prints what `evaluate` measured, as a table."""
-    depths = f"patches {result['patch_depth_mean']:.2f}, class token {result['class_token_depth']:.2f}"
-    macs, static_macs = result["gmacs"], result["gmacs_static"]
-    rows = [
-        ("top-1", f"{result['acc1']:.2f} %"),
-        ("top-5", f"{result['acc5']:.2f} %"),
-        ("loss", f"{result['loss']:.4f}"),
-        ("mean depth", f"{result['depth_mean']:.2f}  ({depths})"),
-        ("live tokens per block", " ".join(f"{share:.2f}" for share in result["live_share"])),
-        ("multiply-adds per image", f"{macs:.3f} G  (static {static_macs:.3f} G, {macs / static_macs:.1%})"),
-        ("images/s", f"{result['images_per_s']:.1f}"),
-    ]
-    if "images_per_s_zipped" in result:
-        zipped, masked = result["images_per_s_zipped"], result["images_per_s_masked"]
-        rows.append(("images/s of logits alone", f"{zipped:.1f} zipped, {masked:.1f} masked"))
-    if "ema_acc1" in result:
-        rows.insert(1, ("top-1 of the averaged weights", f"{result['ema_acc1']:.2f} %"))
-    utils.log(utils.table(rows))
-    utils.log(f"Accuracy of the network on the {result['images']} test images: {result['acc1']:.1f}%")

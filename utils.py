@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import random
 import sys
@@ -58,9 +59,10 @@ def is_main() -> bool:
 
 
 @contextmanager
-def process_group(device_type: str, dist_url: str = "env://", size: int | None = None) -> Iterator[torch.device]:
+def process_group(device_type: str | None, dist_url: str = "env://", size: int | None = None) -> Iterator[torch.device]:
     """Joins the other processes, if the environment speaks of several, and yields this one's device.
 
+    device_type: cuda or cpu, None for cuda where there is one.
     Understands torchrun, torch.distributed.launch and srun. `size` and a `dist_url` of
     tcp://host:port are for processes started by hand, with RANK in their environment.
     """
@@ -95,9 +97,9 @@ def _adopt_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
-def _device(device_type: str) -> torch.device:
+def _device(device_type: str | None) -> torch.device:
     try:
-        device = torch.device(device_type)
+        device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UserError(f"--device: unknown device {device_type!r}; expected cuda or cpu") from error
     if device.type == "cpu":
@@ -148,6 +150,13 @@ def main_process_first() -> Iterator[None]:
     finally:
         if dist.is_initialized() and local_rank() == 0:
             dist.barrier()
+
+
+def amp_dtype_name(amp: str | None, device: torch.device) -> str:
+    """One of AMP_DTYPES; None: fp16 on CUDA, none on the CPU. UserError for fp16 on the CPU."""
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs CUDA; use --amp bf16")
+    return amp or ("fp16" if device.type == "cuda" else "none")
 
 
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -209,6 +218,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool 
         os.close(folder)
 
 
+def is_plain_tensor(value: object) -> bool:
+    """Whether something read from a file is a tensor of real numbers on the CPU."""
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return is_plain and value.device.type == "cpu" and not value.is_complex()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Whole or not at all. LocalError, naming the path, where it cannot be written."""
     with writing(path):
@@ -234,13 +249,13 @@ class MetricAverages:
             added = weight * value.detach().double()
             self.sums[name] = self.sums[name].to(added.device) + added if name in self.sums else added
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """What has been added in all processes; every process must call it."""
         weight, sums = self._joint()
         return {"weight": weight, "sums": sums}
 
-    def restore(self, state: dict) -> None:
-        """Goes on from the `state` of all processes: to be called in one of them."""
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from the `state_dict` of all processes: to be called in one of them."""
         self.weight = float(state["weight"])
         self.sums = {str(name): value.double() for name, value in state["sums"].items()}
 
@@ -281,6 +296,33 @@ def gather_objects_to_main(value: object) -> list:
     values = [None] * dist.get_world_size() if is_main() else None
     dist.gather_object(value, values)
     return values or []
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_in_turn(
+    calls: dict[str, Callable[[], None]], device: torch.device, rounds: int, min_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds that each call takes, once in every round, in turn, after a first round to warm up.
+
+    min_seconds: a call is repeated for as long as that, and the mean counts.
+    """
+    seconds, repeats = {name: [] for name in calls}, 1
+    for number in range(-1, rounds):
+        for name, call in calls.items():
+            start = now(device)
+            for _ in range(repeats):
+                call()
+            seconds[name].append((now(device) - start) / repeats)
+        if number == -1:
+            slowest = max(times.pop() for times in seconds.values())
+            repeats = max(math.ceil(min_seconds / max(slowest, 1e-9)), 1)
+    return seconds
 
 
 def log(message: str) -> None:

@@ -351,4 +351,4 @@ def test_a_sample_of_a_stream_does_not_change_what_its_loaders_read(tmp_path):
     loader = evaluation_loader(val, 2, num_workers=2, pin_memory=False)
     sample, _ = spread_sample(val, 3)
     assert sample.shape == (3, 3, 32, 32)
-    assert sorted(label for _, targets in loader for label in targets.tolist()) == sorted(i % 16 for i in range(20))
+    assert sorted(label for batch in loader for label in batch.targets.tolist()) == sorted(i % 16 for i in range(20))

@@ -230,7 +230,7 @@ def _labels_of_a_share(rank, root, path):
         loader = DataLoader(stream, 2, num_workers=stream.prepare_workers(2), **options)
         for epoch in epochs:
             stream.set_epoch(epoch)
-            found.append([label for _, batch in loader for label in batch.tolist()])
+            found.append([label for batch in loader for label in batch.targets.tolist()])
     torch.save(found, path / str(rank))
 
 

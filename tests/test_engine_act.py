@@ -5,10 +5,11 @@ from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-from engine_act import Epoch, Trainer, check_complete, evaluate, halting_metrics, train_one_epoch, zipping_speeds
+from engine_act import Epoch, Trainer, evaluate, halting_metrics, train_one_epoch
 from models_act import macs_per_image
 from utils import UserError
 
@@ -54,10 +55,10 @@ def test_a_static_network_costs_what_it_costs():
 
 def test_training_lowers_the_loss_and_reports_its_parts():
     trainer, steps = make_trainer(), []
-    first = train_one_epoch(trainer, loader(), Epoch(0), lambda: steps.append(1))
+    first = train_one_epoch(trainer, loader(), Epoch(0), lambda stop: steps.append(1))
     assert len(steps) == 3
     for _ in range(8):
-        last = train_one_epoch(trainer, loader(), Epoch(0), lambda: None)
+        last = train_one_epoch(trainer, loader(), Epoch(0))
     assert last["loss"] < first["loss"]
     parts = [first[name] for name in ("classification_loss", "ponder_loss_token", "distr_prior_loss")]
     assert first["loss"] == pytest.approx(sum(parts))
@@ -68,12 +69,12 @@ def test_training_lowers_the_loss_and_reports_its_parts():
 
 
 def test_the_seconds_of_an_epoch_are_those_of_all_attempts():
-    result = train_one_epoch(make_trainer(), loader(), Epoch(0, seconds=1000.0), lambda: None)
+    result = train_one_epoch(make_trainer(), loader(), Epoch(0, seconds=1000.0))
     assert 1000 < result["seconds"] < 1100
 
 
 def test_a_static_network_is_trained_on_classification_alone():
-    result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), Epoch(0), lambda: None)
+    result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), Epoch(0))
     assert result["loss"] == result["classification_loss"]
     assert "depth_mean" not in result
 
@@ -84,7 +85,7 @@ def test_accumulation_equals_one_large_batch():
     for batch_size, accum_steps in ((8, 1), (2, 4)):
         trainer = make_trainer(accum_steps=accum_steps)
         trainer.criterion.distr_prior_alpha = 0.0
-        train_one_epoch(trainer, loader(8, batch_size), Epoch(0), lambda: None)
+        train_one_epoch(trainer, loader(8, batch_size), Epoch(0))
         models.append(trainer.model)
     for a, b in zip(*(model.parameters() for model in models)):
         assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -92,7 +93,7 @@ def test_accumulation_equals_one_large_batch():
 
 def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
     steps = []
-    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), Epoch(0), lambda: steps.append(1))
+    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), Epoch(0), lambda stop: steps.append(1))
     assert len(steps) == 2  # batches of 4 + 4, then 2
 
 
@@ -107,27 +108,27 @@ def test_mixup_of_odd_batches(count, mixed):
 
 def test_training_survives_a_single_image_under_mixup():
     trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
-    train_one_epoch(trainer, loader(5, 4), Epoch(0), lambda: None)
+    train_one_epoch(trainer, loader(5, 4), Epoch(0))
 
 
 def test_the_average_follows_the_weights():
     model = halting_model()
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
-    train_one_epoch(trainer, loader(4, 4), Epoch(0), lambda: None)
+    train_one_epoch(trainer, loader(4, 4), Epoch(0))
     assert_close(trainer.ema.module.head.weight, (before + model.head.weight) / 2)
 
 
 def test_clipping_bounds_the_step():
     model = halting_model()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), Epoch(0), lambda: None)
+    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), Epoch(0))
     change = nn.utils.parameters_to_vector(model.parameters()).detach() - before
     assert 0 < change.norm() <= 0.1 * 1e-3 * 1.001
 
 
 def test_bf16_training():
-    result = train_one_epoch(make_trainer(amp="bf16"), loader(), Epoch(0), lambda: None)
+    result = train_one_epoch(make_trainer(amp="bf16"), loader(), Epoch(0))
     assert result["loss"] > 0
 
 
@@ -139,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_training():
         FloatingPointError,
         match="epoch 3, batch 0: classification_loss is nan, the gradient of cls_token is not finite",
     ):
-        train_one_epoch(make_trainer(model), loader(), Epoch(3), lambda: None)
+        train_one_epoch(make_trainer(model), loader(), Epoch(3))
 
 
 def poison_gradients(parameter, on_calls):
@@ -154,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_training():
     before = {}
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
 
-    def after_update():
+    def after_update(stop):
         before.update({name: value.clone() for name, value in model.state_dict().items()})
 
     expected = r"epoch 2, batch 1: the loss is finite, the gradient of blocks\.2\.mlp\.fc1\.weight is not finite"
@@ -169,12 +170,55 @@ def test_gradient_scaling_skips_steps_and_counts_them():
     trainer = make_trainer(model)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     seen = []
-    result = train_one_epoch(trainer, loader(), Epoch(0), lambda: seen.append(model.head.weight.detach().clone()))
+    result = train_one_epoch(trainer, loader(), Epoch(0), lambda stop: seen.append(model.head.weight.detach().clone()))
     assert result["skipped_steps"] == trainer.skipped_steps == 1
     assert trainer.skipped_in_a_row == 0
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
     assert trainer.scaler.get_scale() == 2.0
+
+
+def test_after_an_overflow_the_scale_grows_as_torchs_own_does():
+    """8, 8, 4, 4 at a growth interval of 3: an overflow starts the count anew."""
+    model = halting_model()
+    poison_gradients(model.head.weight, {2})
+    trainer = make_trainer(model)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    scales = []
+    batches = [(images(2), torch.arange(2))] * 5
+    train_one_epoch(trainer, batches, Epoch(0), lambda stop: scales.append(trainer.scaler.get_scale()))
+    assert scales == [8, 8, 4, 4, 4]
+
+
+class CountedScalars(TorchDispatchMode):
+    """Counts what `.item()`, `bool()` and the like read from a tensor: on CUDA each of them waits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_training_step_waits_once(monkeypatch, accum_steps):
+    """For its vote; the masked form, since zipping reads shapes."""
+    votes, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: votes.append(x.shape) or tolist(x))
+    monkeypatch.setattr("utils.with_progress", lambda batches, *_, **__: batches)
+    trainer = make_trainer(halting_model(zip_tokens=False), accum_steps=accum_steps, clip_grad=1.0)
+    batches = [(images(2), torch.arange(2))] * 4
+    per_step = []
+    with CountedScalars() as scalars:
+        train_one_epoch(trainer, batches, Epoch(0), lambda stop: per_step.append((len(votes), scalars.count)))
+    assert per_step == [(number, 0) for number in range(1, 4 // accum_steps + 1)]
+
+
+def test_a_step_tells_whether_any_process_is_asked_to_stop():
+    asked = iter([False, True])
+    seen = []
+    train_one_epoch(make_trainer(), loader(8, 4), Epoch(0), seen.append, stop=lambda: next(asked))
+    assert seen == [False, True]
 
 
 def test_a_step_that_gradient_scaling_skips_changes_nothing():
@@ -184,9 +228,11 @@ def test_a_step_that_gradient_scaling_skips_changes_nothing():
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = model.head.weight.detach().clone()
     trainer.scaler.scale(model(images()).sum()).backward()
-    trainer.update("a step", wrong_part="the loss is inf")
+    vote = trainer.update("a step", [{"loss": torch.tensor(float("inf"))}])
+    assert vote.loss_is_wrong
+    assert not vote.gradient_is_wrong
     assert torch.equal(model.head.weight, before)
-    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 2.0)
+    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 4.0), "the scale is not what was wrong"
 
 
 def test_a_skipped_step_leaves_the_averages_finite():
@@ -194,9 +240,9 @@ def test_a_skipped_step_leaves_the_averages_finite():
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     good, bad = (images(2), torch.arange(2)), (images(2) * float("nan"), torch.arange(2))
     with pytest.raises(UserError, match="not one image"):
-        train_one_epoch(trainer, [bad], Epoch(0), lambda: None)
+        train_one_epoch(trainer, [bad], Epoch(0))
     trainer.skipped_steps = 0
-    result = train_one_epoch(trainer, [good, bad], Epoch(0), lambda: None)
+    result = train_one_epoch(trainer, [good, bad], Epoch(0))
     assert result["skipped_steps"] == 1
     assert 0 < result["loss"] < 10
 
@@ -207,7 +253,7 @@ def test_too_many_skipped_steps_in_a_row_stop_training():
     trainer = make_trainer(model)
     trainer.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(FloatingPointError, match=r"head\.weight is not finite; 31 steps in a row were skipped"):
-        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, Epoch(0), lambda: None)
+        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, Epoch(0))
     assert trainer.scaler.get_scale() > 0
 
 
@@ -216,16 +262,9 @@ def test_gradient_scaling_changes_nothing_but_the_rounding():
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=64.0)):
         trainer = make_trainer(clip_grad=0.5)
         trainer.scaler = scaler or trainer.scaler
-        train_one_epoch(trainer, loader(), Epoch(0), lambda: None)
+        train_one_epoch(trainer, loader(), Epoch(0))
         weights.append(trainer.model.head.weight)
     assert_close(*weights)
-
-
-def test_an_image_that_is_missing_from_an_evaluation_is_an_error():
-    short = loader()
-    short.num_images = 11
-    with pytest.raises(UserError, match="only 10 of 11 validation images"):
-        check_complete(evaluate(halting_model(), short, CPU), short)
 
 
 def test_distillation_step():
@@ -234,7 +273,7 @@ def test_distillation_step():
     trainer = make_trainer(model)
     trainer.criterion.classification = losses.DistillationLoss(nn.CrossEntropyLoss(), "hard")
     trainer.teacher = losses.Teacher(halting_model(), (0.5,) * 3, (0.5,) * 3)
-    assert train_one_epoch(trainer, loader(), Epoch(0), lambda: None)["loss"] > 0
+    assert train_one_epoch(trainer, loader(), Epoch(0))["loss"] > 0
 
 
 def test_figures_are_means_over_the_batch():
@@ -244,12 +283,3 @@ def test_figures_are_means_over_the_batch():
     assert figures["depth_max"] == halting.depth.amax(1).mean()
     assert figures["depth_min"] == halting.depth.amin(1).mean()
     assert halting_metrics(model, None) == {}
-
-
-def test_speeds_are_measured_in_both_forms_and_leave_the_model_alone():
-    model = halting_model(zip_tokens=False).train()
-    speeds = zipping_speeds(model, images(), CPU, "none", rounds=1)
-    assert speeds.keys() == {"images_per_s_zipped", "images_per_s_masked"}
-    assert min(speeds.values()) > 0
-    assert model.training
-    assert not model.zip_tokens

@@ -298,13 +298,14 @@ num_workers=10 pin_mem=True output_dir=None seed=0 resume=None start_epoch=None 
 finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrained=False pretrained_path=None
 halting=True ponder_token_scale=0.001 gate_scale=None gate_center=None distr_prior_alpha=0.01 demo=False
 zip_tokens=True early_exit=True act_mode=None warmup_epoch=None train_split=None val_split=None num_classes=None
-checkpoint_steps=0 keep=0 max_bad_images=100 demo_images=1 demo_by=std demo_dir=None html=False class_index=None
+device=None checkpoint_steps=0 keep=0 max_bad_images=100 demo_images=1 demo_by=std demo_dir=None html=False
+class_index=None
 """
 
 
 def test_defaults():
     expected = dict(pair.split("=", 1) for pair in DEFAULTS.split())
-    actual = {name: str(value) for name, value in vars(arguments.parse_args([])).items() if name != "device"}
+    actual = {name: str(value) for name, value in vars(arguments.parse_args([])).items()}
     assert actual == expected
 
 

@@ -27,7 +27,7 @@ def test_averages_go_on_from_their_state():
     for weight, value in ((3, 0.1), (4, 0.2)):
         whole.add(weight, loss=torch.tensor(value), share=torch.tensor([value, 1.0]))
     first.add(3, loss=torch.tensor(0.1), share=torch.tensor([0.1, 1.0]))
-    second.restore(first.state())
+    second.load_state_dict(first.state_dict())
     second.add(4, loss=torch.tensor(0.2), share=torch.tensor([0.2, 1.0]))
     assert second.reduced() == whole.reduced()
 

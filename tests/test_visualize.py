@@ -13,8 +13,11 @@ from torch.utils.data import TensorDataset
 import main_act
 import visualize
 from datasets import denormalize
+from training.checkpoints import load_checkpoint
 from training.loaders import demo_loader
-from visualization import heatmaps, records
+from visualization import heatmaps
+from visualization.criteria import CRITERIA
+from visualization.demo import demo
 
 CPU = torch.device("cpu")
 KINDS = ("ref", "token_depth", "combined")
@@ -33,7 +36,7 @@ def run_demo(folder, order=range(12), batch_size=5, **options):
     x, targets = images(12), torch.arange(12) % 3
     order = list(order)
     loader = demo_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
-    visualize.demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
+    demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
     return model, x, targets
 
 
@@ -71,7 +74,7 @@ def test_nothing_to_show_is_told(tmp_path, capsys):
     with torch.no_grad():
         targets = model.eval()(images(4)).argmax(dim=1)
     loader = demo_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
-    visualize.demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
+    demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
     assert "no image to show by --demo-by wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -99,7 +102,7 @@ def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
     model = halting_model(img_size=224, patch_size=16, num_classes=1000)
     loader = demo_loader(Many(), 50, num_workers=0, pin_memory=False)
     start = time.perf_counter()
-    visualize.demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
+    demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
     seconds = time.perf_counter() - start
     print(f"1,000 classes, inference included: {seconds:.0f} s")
     assert len(list(tmp_path.glob("*.jpg"))) == 3000
@@ -210,7 +213,7 @@ def test_bad_input(argv, message, photos, checkpoint, tmp_path, capsys, monkeypa
 def test_without_flags_for_the_output(photos, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     visualise("photos/a.png", "--finetune", checkpoint)
-    assert (tmp_path / "visualization" / "a_panel.png").exists()
+    assert (tmp_path / "token_act_visualization" / "a_panel.png").exists()
 
 
 def test_an_input_is_not_overwritten(photos, checkpoint, capsys):
@@ -272,7 +275,7 @@ def test_summary(image_folder, checkpoint, tmp_path):
 
 
 def test_a_summary_without_wrong_predictions_has_an_empty_gallery(image_folder, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(records.CRITERIA, "wrong", lambda record: None)
+    monkeypatch.setitem(CRITERIA, "wrong", lambda record: None)
     flags = ("--data-path", image_folder, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
     visualise("--summary", "--html", "--demo-by", "wrong", *flags)
     assert {"index.html", "summary.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
@@ -302,5 +305,5 @@ def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
     histogram = events.Histograms("test/depth")[-1].histogram_value
     assert histogram.sum == pytest.approx(last["test_depth_mean"])
     assert sum(histogram.bucket) == pytest.approx(1)
-    classes = main_act.checkpoints.load_checkpoint(str(out / "checkpoint.pth"))["classes"]
+    classes = load_checkpoint(str(out / "checkpoint.pth"))["classes"]
     assert classes == ["class_0", "class_1", "class_2"]

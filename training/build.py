@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import timm
 import torch
-from timm.data import ImageNetInfo
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 import losses
 import utils
 from datasets import build_dataset
 from engine_act import Trainer
-from training import checkpoints
-from utils import LocalError, UserError, log, warn
-
-IMAGENET_CLASSES = 1000
-MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
+from training.checkpoints import Checkpoint, create_model, load_teacher_weights, resolve_gate
+from utils import LocalError, UserError, warn
 
 
 def run_cli(
@@ -36,7 +31,9 @@ def run_cli(
     SystemExit with that where it is not 0, with 2 for what the user can mend, with 1 where training fails.
     """
     try:
-        with utils.process_group(args.device, args.dist_url, args.world_size) as device:
+        with utils.process_group(
+            args.device, getattr(args, "dist_url", "env://"), getattr(args, "world_size", None)
+        ) as device:
             status = run(args, device)
         if status:
             raise SystemExit(status)
@@ -49,113 +46,34 @@ def run_cli(
     parser.error(message, status, everywhere)
 
 
-@dataclass(frozen=True)
-class StartingPoint:
-    """The checkpoint that a run starts from, if any, and what it is for."""
-
-    flag: str | None = None
-    location: str = ""
-    checkpoint: dict | None = None
-
-    def recorded(self, name: str) -> object:
-        """A flag of the run that saved the checkpoint, where it says; else None. Of any type."""
-        flags = self.checkpoint.get("args")
-        return flags.get(name) if isinstance(flags, dict) else getattr(flags, name, None)
-
-    def image_size(self) -> tuple[int, int] | None:
-        """Height and width that a checkpoint of ours was trained at."""
-        size = self.recorded("input_size") if "gate" in self.checkpoint else None
-        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(_is_side(side) for side in size)
-        return (size[0], size[-1]) if is_size else None
-
-    def model_name(self) -> str:
-        """Of which of our models it holds the weights. UserError where of none."""
-        recorded, known = self.recorded("model"), timm.list_models("avit*")
-        if isinstance(recorded, str) and recorded in known:
-            return recorded
-        fitting = checkpoints.fitting_models(self.weights())
-        if not fitting:
-            raise UserError(f"{self.location}: fits none of our models, which are {', '.join(known)}")
-        return fitting[0]
-
-    def weights(self, use_ema: bool = False) -> dict[str, Tensor]:
-        """UserError where it holds none."""
-        return checkpoints.state_dict_of(self.checkpoint, self.location, use_ema)
-
-    def is_static(self) -> bool:
-        """Whether it is a checkpoint of ours that was trained without halting."""
-        return "gate" in self.checkpoint and self.checkpoint["gate"] is None
-
-    def classes(self) -> dict[str, str]:
-        """The classes that it knows, in order, each with a name to show: its own, or ImageNet's, or numbers.
-
-        UserError without a head.
-        """
-        head = self.weights().get("head.weight")
-        if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
-            raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
-        count = len(head)
-        recorded = self.checkpoint.get("classes")
-        is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
-        if is_names and len(set(recorded)) == len(recorded) == count:
-            return {name: name for name in recorded}
-        if count == IMAGENET_CLASSES:
-            info = ImageNetInfo("imagenet-1k")
-            return dict(zip(info.label_names(), info.label_descriptions()))
-        return {f"class {number}": f"class {number}" for number in range(count)}
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> StartingPoint:
-        """The first given of --resume, --finetune, --pretrained-path; `--resume auto` may find nothing."""
-        for flag in ("resume", "finetune", "pretrained_path"):
-            location = getattr(args, flag)
-            if flag == "resume" and location == "auto":
-                location = checkpoints.find_latest_checkpoint(args.output_dir)
-                log(f"going on from {location}" if location else f"{args.output_dir} holds no checkpoint: a new run")
-            if location:
-                return cls(flag, location, checkpoints.load_checkpoint(location))
-        return cls()
-
-
-def _is_side(value: object) -> bool:
-    return isinstance(value, int) and 1 <= value <= MAX_SIDE
-
-
-def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint) -> nn.Module:
+def build_model(args: argparse.Namespace, num_classes: int, start: Checkpoint | None) -> nn.Module:
     """The model with its starting weights, on the CPU."""
-    size = image_size(args)
-    gate_flags = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
-    from_hub = args.pretrained and start.checkpoint is None
+    training = not (args.eval or args.demo)
+    is_new_task = training and not (start and start.flag == "resume")
     regularised = not args.finetune
-    try:
-        model = timm.create_model(
-            args.model,
-            pretrained=from_hub,
-            num_classes=num_classes,
-            img_size=size,
-            pos_drop_rate=args.drop * regularised,
-            proj_drop_rate=args.drop * regularised,
-            drop_path_rate=args.drop_path * regularised,
-            halting=args.halting,
-            zip_tokens=args.zip_tokens,
-            early_exit=args.early_exit,
-            **checkpoints.resolve_gate(gate_flags, start.checkpoint, start.location),
-        )
-    except RuntimeError as error:  # no pretrained weights, or out of reach
-        raise UserError(str(error)) from error
-    patch = model.patch_embed.patch_size
-    if any(side % p for side, p in zip(size, patch)):
-        raise UserError(f"--input-size {size[0]} x {size[1]}: not a multiple of the patches' {patch[0]} x {patch[1]}")
-    hub_classes = model.pretrained_cfg["num_classes"]
-    if from_hub and hub_classes != num_classes:
-        if args.eval or args.demo:
-            raise UserError(f"--pretrained: its head has {hub_classes} classes, the data has {num_classes}")
-        warn(f"the head of {hub_classes} classes is replaced by a new one of {num_classes}")
-    if start.checkpoint is not None:
-        training = not (args.eval or args.demo)
-        is_new_task = training and start.flag != "resume"
+    options = {
+        "num_classes": num_classes,
+        "img_size": image_size(args),
+        "pos_drop_rate": args.drop * regularised,
+        "proj_drop_rate": args.drop * regularised,
+        "drop_path_rate": args.drop_path * regularised,
+        "halting": args.halting,
+        "zip_tokens": args.zip_tokens,
+        "early_exit": args.early_exit,
+    }
+    gate = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
+    if start is not None:
         use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
-        checkpoints.load_weights(model, start.weights(use_ema), start.location, is_new_task, start.image_size())
+        model = start.build_model(args.model, **options, **gate, use_ema=use_ema, replace_head=is_new_task)
+    else:
+        if not (training or args.pretrained):
+            warn("no weights given (--finetune, --resume or --pretrained): the network is random")
+        model = create_model(args.model, pretrained=args.pretrained, **options, **resolve_gate(gate))
+        hub_classes = model.pretrained_cfg["num_classes"]
+        if args.pretrained and hub_classes != num_classes:
+            if not training:
+                raise UserError(f"--pretrained: its head has {hub_classes} classes, the data has {num_classes}")
+            warn(f"the head of {hub_classes} classes is replaced by a new one of {num_classes}")
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -163,10 +81,6 @@ def build_model(args: argparse.Namespace, num_classes: int, start: StartingPoint
 def image_size(args: argparse.Namespace) -> tuple[int, int]:
     """Height and width."""
     return args.input_size[0], args.input_size[-1]
-
-
-def amp_dtype_name(args: argparse.Namespace) -> str:
-    return args.amp or ("fp16" if args.device.startswith("cuda") else "none")
 
 
 def validation_set(args: argparse.Namespace) -> Dataset:
@@ -191,8 +105,15 @@ def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
     return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
 
 
-def loader_options(args: argparse.Namespace) -> dict:
-    return {"num_workers": args.num_workers, "pin_memory": args.pin_mem and args.device.startswith("cuda")}
+def check_same_classes(data_path: str | None, training: list[str], validation: list[str]) -> None:
+    """UserError where they differ."""
+    if training != validation:
+        differing = sorted(set(training) ^ set(validation))[:3] or ["their order"]
+        raise UserError(f"--data-path {data_path}: training and validation differ in {', '.join(differing)}")
+
+
+def loader_options(args: argparse.Namespace, device: torch.device) -> dict:
+    return {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -238,8 +159,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     except (OSError, RuntimeError) as error:
         raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
     if args.teacher_path:
-        weights = checkpoints.state_dict_of(checkpoints.load_checkpoint(args.teacher_path), args.teacher_path)
-        checkpoints.load_teacher_weights(classifier, weights, args.teacher_path)
+        load_teacher_weights(classifier, Checkpoint.load(args.teacher_path))
     elif classifier.num_classes != num_classes:
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
     teacher = losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])
@@ -259,7 +179,7 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, 
         criterion=build_criterion(args, model, mixup is not None).to(device),
         optimizer=build_optimizer(args, model),
         device=device,
-        amp=amp_dtype_name(args),
+        amp=utils.amp_dtype_name(args.amp, device),
         clip_grad=args.clip_grad,
         accum_steps=args.accum_steps,
         mixup=mixup,
@@ -280,8 +200,35 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         raise UserError(f"--opt {args.opt}: {error}") from error
 
 
-def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """timm's schedule, stepped by optimizer steps; plateau by epochs, since it follows the accuracy."""
+class Schedule:
+    """A schedule of timm's, stepped by optimizer steps; plateau by epochs, since it follows the accuracy."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+
+    def step_update(self, updates: int) -> None:
+        """updates: done so far, over all epochs."""
+        self.scheduler.step_update(updates)
+
+    def step_epoch(self, epochs: int, acc1: float) -> None:
+        """epochs: done so far; acc1: of the last, in per cent."""
+        if self.scheduler.t_in_epochs:
+            self.scheduler.step(epochs, acc1)
+
+    def state_dict(self) -> dict:
+        """The entry of a checkpoint that this keeps up; all but plateau follow from the number of updates."""
+        plateau = getattr(self.scheduler, "lr_scheduler", None)  # timm leaves it out of the schedule's state
+        return {"plateau": plateau.state_dict() if plateau is not None else None}
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """KeyError, ValueError or the like where it does not fit."""
+        plateau, saved = getattr(self.scheduler, "lr_scheduler", None), checkpoint["plateau"]
+        if plateau is not None and saved is not None:
+            own = plateau.state_dict()
+            plateau.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
+
+
+def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:
     try:
         schedule, _ = create_scheduler_v2(
             optimizer,
@@ -305,4 +252,4 @@ def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, u
         raise UserError(f"--sched {args.sched}: {error}") from error
     if schedule is None:
         raise UserError("--sched none: use --sched constant")
-    return schedule
+    return Schedule(schedule)

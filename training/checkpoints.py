@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without executing anything, fitted to a model."""
+"""Checkpoints: what is in them, how they are read without executing anything, and fitted to a model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,181 @@ import http.client
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from utils import UserError, all_gather_objects, atomic_write, is_main, log, main_process_first, nearest, warn
+import models_act  # noqa: F401 - registers the models
+from training.arguments import GATE_DEFAULTS
+from utils import (
+    UserError,
+    all_gather_objects,
+    atomic_write,
+    is_main,
+    is_plain_tensor,
+    log,
+    main_process_first,
+    nearest,
+    warn,
+)
+
+IMAGENET_CLASSES = 1000
+MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
+MAX_GATE = 1e6  # a larger one, infinity or NaN is none
+HALTING_DEFAULTS = GATE_DEFAULTS | {"halt_eps": 0.01}
+PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
+
+
+class Checkpoint:
+    """A checkpoint of ours, of the original, of timm or DeiT, or weights alone; nothing else knows its keys.
+
+    location: path or https URL; flag: of the command line that named it, for `--resume` and its like.
+
+    What ours hold, and who writes and reads it (of others, only the first two and `args` are read):
+    model, model_ema: the weights, and their average or None;
+    gate: gate_scale, gate_center and halt_eps, None of a static network;
+    classes: their names; args: the flags of the run, by name;
+    model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
+    epoch, batches, seconds, averages: `engine_act.Epoch`;
+    bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
+    best_acc1, previous_test, processes: `training.loop.TrainingRun`.
+    """
+
+    def __init__(self, content: dict, location: str, flag: str | None = None):
+        self.content, self.location, self.flag = content, location, flag
+
+    @classmethod
+    def load(cls, location: str, flag: str | None = None) -> Checkpoint:
+        """UserError, see `load_checkpoint`."""
+        return cls(load_checkpoint(location), location, flag)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Checkpoint | None:
+        """The first given of --resume, --finetune, --pretrained-path; `--resume auto` may find nothing."""
+        for flag in ("resume", "finetune", "pretrained_path"):
+            location = getattr(args, flag)
+            if flag == "resume" and location == "auto":
+                location = find_latest_checkpoint(args.output_dir)
+                log(f"going on from {location}" if location else f"{args.output_dir} holds no checkpoint: a new run")
+            if location:
+                return cls.load(location, flag)
+        return None
+
+    @property
+    def is_ours(self) -> bool:
+        return "gate" in self.content
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it is a checkpoint of ours that was trained without halting."""
+        return self.is_ours and self.content["gate"] is None
+
+    def state_dict(self, use_ema: bool = False) -> dict[str, Tensor]:
+        """The weights: `model` (with `use_ema`, `model_ema`), or the whole dictionary.
+
+        UserError if they are not named tensors.
+        """
+        if use_ema and self.content.get("model_ema") is None:
+            raise UserError(f"{self.location}: --use-ema: it holds no model_ema")
+        weights = self.content["model_ema"] if use_ema else self.content.get("model", self.content)
+        if not isinstance(weights, dict) or not weights or not all(map(is_plain_tensor, weights.values())):
+            raise UserError(f"{self.location}: holds no weights: expected named tensors, at the top or under 'model'")
+        return {str(name).removeprefix("module."): value for name, value in weights.items()}
+
+    def recorded_flag(self, name: str) -> object:
+        """A flag of the run that saved it, where it says; else None. Of any type."""
+        flags = self.content.get("args")
+        return flags.get(name) if isinstance(flags, dict) else getattr(flags, name, None)
+
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that a checkpoint of ours was trained at."""
+        size = self.recorded_flag("input_size") if self.is_ours else None
+        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(_is_side(side) for side in size)
+        return (size[0], size[-1]) if is_size else None
+
+    def model_name(self) -> str:
+        """Of which of our models it holds the weights. UserError where of none."""
+        recorded, known = self.recorded_flag("model"), timm.list_models("avit*")
+        if isinstance(recorded, str) and recorded in known:
+            return recorded
+        fitting = fitting_models(self.state_dict())
+        if not fitting:
+            raise UserError(f"{self.location}: fits none of our models, which are {', '.join(known)}")
+        return fitting[0]
+
+    def class_names(self) -> dict[str, str]:
+        """The classes that it knows, in order, each with a name to show: its own, or ImageNet's, or numbers.
+
+        UserError without a head.
+        """
+        head = self.state_dict().get("head.weight")
+        if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
+            raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
+        count = len(head)
+        recorded = self.content.get("classes")
+        is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
+        if is_names and len(set(recorded)) == len(recorded) == count:
+            return {name: name for name in recorded}
+        if count == IMAGENET_CLASSES:
+            info = ImageNetInfo("imagenet-1k")
+            return dict(zip(info.label_names(), info.label_descriptions()))
+        return {f"class {number}": f"class {number}" for number in range(count)}
+
+    def gate_sources(self) -> list[tuple[str, dict[str, float]]]:
+        """Where it says something of its gate, the surest first: its record, its file's name, a foreign one's flags."""
+        args = self.content.get("args")
+        flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+        return [
+            ("the checkpoint", _gate_numbers(self.content.get("gate"))),
+            ("the file name", _gate_in_name(self.location)),
+            ("the checkpoint's args", {} if self.is_ours else _gate_numbers(flags)),
+        ]
+
+    def build_model(
+        self,
+        name: str | None = None,
+        *,
+        num_classes: int | None = None,
+        img_size: tuple[int, int] | None = None,
+        gate_scale: float | None = None,
+        gate_center: float | None = None,
+        use_ema: bool = False,
+        replace_head: bool = False,
+        **options,
+    ) -> nn.Module:
+        """The network with these weights, on the CPU.
+
+        What is None is the checkpoint's: its model, classes, gate, and image size (where it says none, the model's).
+        replace_head: see `load_weights`; options: of timm.create_model. UserError where something does not fit.
+        """
+        name = name or self.model_name()
+        gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources())
+        img_size = img_size or self.image_size() or default_image_size(name)
+        num_classes = num_classes or len(self.class_names())
+        model = create_model(name, img_size, num_classes=num_classes, **gate, **options)
+        load_weights(model, self.state_dict(use_ema), self.location, replace_head, self.image_size())
+        return model
+
+    def without_training_state(self, private_flags: Iterable[str] = ()) -> dict:
+        """What evaluation and fine-tuning need, the weights in half precision; private_flags: those to leave out."""
+        args = {name: value for name, value in self.content["args"].items() if name not in private_flags}
+        weights = {name: value.half() for name, value in self.state_dict().items()}
+        return {"model": weights, "gate": self.content["gate"], "classes": self.content["classes"], "args": args}
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and 1 <= value <= MAX_SIDE
+
+
+# Files -------------------------------------------------------------------------------------------
 
 
 def find_latest_checkpoint(output_dir: str) -> str | None:
@@ -97,22 +260,73 @@ def _nearby(path: Path) -> str:
     return nearest(path.name, (p.name for p in alike))
 
 
-def state_dict_of(checkpoint: dict, location: str, use_ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a checkpoint: `model` (with `use_ema`, `model_ema`), or the whole dictionary.
+# The gate ----------------------------------------------------------------------------------------
 
-    UserError if they are not named tensors.
+
+def resolve_gate(
+    flags: dict[str, float | None], sources: Iterable[tuple[str, dict[str, float]]] = ()
+) -> dict[str, float]:
+    """Gate scale, gate center and halt_eps, from the first source that knows them; says which, warns of conflicts.
+
+    In this order: flags; what a checkpoint of ours records, its file name (NAME-SCALE-CENTER.pth), `args` inside a
+    foreign checkpoint, see `Checkpoint.gate_sources`; the defaults.
     """
-    if use_ema and checkpoint.get("model_ema") is None:
-        raise UserError(f"{location}: --use-ema: it holds no model_ema")
-    weights = checkpoint["model_ema"] if use_ema else checkpoint.get("model", checkpoint)
-    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.values())):
-        raise UserError(f"{location}: holds no weights: expected named tensors, at the top or under 'model'")
-    return {str(name).removeprefix("module."): value for name, value in weights.items()}
+    sources, resolved = [("the command line", flags), *sources], {}
+    for name, default in HALTING_DEFAULTS.items():
+        known = [(source, values[name]) for source, values in sources if values.get(name) is not None]
+        source, resolved[name] = known[0] if known else ("the defaults", default)
+        if name in GATE_DEFAULTS or resolved[name] != default:
+            log(f"{name} {resolved[name]:g}, from {source}")
+        for other, value in known[1:]:
+            if value != resolved[name]:
+                warn(f"{name}: {source} says {resolved[name]:g}, {other} says {value:g}; {source} counts")
+    return resolved
 
 
-def _is_weight(value: object) -> bool:
-    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-    return is_plain and value.device.type == "cpu" and not value.is_complex()
+def _gate_numbers(record: object) -> dict[str, float]:
+    """Gate values in a dictionary, where they are finite numbers; halt_eps from 0 to 1."""
+    values = record if isinstance(record, dict) else {}
+    found = {name: values.get(name) for name in HALTING_DEFAULTS}
+    found = {name: float(v) for name, v in found.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
+    return {name: value for name, value in found.items() if name in GATE_DEFAULTS or 0 <= value < 1}
+
+
+def _gate_in_name(location: str) -> dict[str, float]:
+    stem = Path(location).stem
+    if stem in PUBLISHED_GATES:
+        return dict(zip(GATE_DEFAULTS, PUBLISHED_GATES[stem]))
+    match = re.fullmatch(r".+-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", stem)
+    return dict(zip(GATE_DEFAULTS, map(float, match.groups()))) if match else {}
+
+
+# Models and their weights ------------------------------------------------------------------------
+
+
+def check_model_name(name: str) -> None:
+    """UserError, with the nearest names, for a model that is not ours."""
+    known = timm.list_models("avit*")
+    if name not in known:
+        raise UserError(f"unknown model {name!r}{nearest(name, known)}")
+
+
+def default_image_size(name: str) -> tuple[int, int]:
+    """Height and width. UserError for an unknown model."""
+    check_model_name(name)
+    return timm.models.get_pretrained_cfg(name).input_size[1:]
+
+
+def create_model(name: str, img_size: tuple[int, int], **options) -> nn.Module:
+    """timm.create_model for one of ours. UserError for an unknown name, a size that patches do not fill, no weights."""
+    check_model_name(name)
+    try:
+        model = timm.create_model(name, img_size=img_size, **options)
+    except RuntimeError as error:  # no pretrained weights, or out of reach
+        raise UserError(str(error)) from error
+    patch = model.patch_embed.patch_size
+    if any(side % p for side, p in zip(img_size, patch)):
+        sizes = f"{img_size[0]} x {img_size[1]}: not a multiple of the patches' {patch[0]} x {patch[1]}"
+        raise UserError(f"--input-size {sizes}")
+    return model
 
 
 def load_weights(
@@ -161,44 +375,9 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
     return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
 
 
-OPTIONS_OF_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # of a group of parameters
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The state of each parameter, learning rates and counters; what flags say stays as they say it.
-
-    ValueError where the state does not fit the parameters.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in saved["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and not (_is_weight(value) and _is_part(value.shape, parameters[index].shape)):
-                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
-    own = optimizer.state_dict()["param_groups"]
-    groups = [group | _counters(old) for group, old in zip(own, saved["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-def _is_part(shape: torch.Size, whole: torch.Size) -> bool:
-    """Whether these are sizes of the whole, in order: factored optimizers leave some out."""
-    sizes = iter(whole)
-    return all(size in sizes for size in shape)
-
-
-def _counters(group: dict) -> dict:
-    """Numbers that an optimizer or a schedule keeps in a group of parameters."""
-    is_number = {k: isinstance(v, int | float) or (isinstance(v, Tensor) and v.ndim == 0) for k, v in group.items()}
-    return {k: v for k, v in group.items() if is_number[k] and k not in OPTIONS_OF_FLAGS}
-
-
-def restore_plain(scheduler: object, saved: dict) -> None:
-    """Numbers of a torch scheduler, where they are of the types that it has."""
-    own = scheduler.state_dict()
-    scheduler.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
-
-
-def load_teacher_weights(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
+def load_teacher_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Loads weights into any network. UserError, naming the weights, if names or shapes do not fit."""
+    weights, location = checkpoint.state_dict(), checkpoint.location
     wrong = _misfits(model.state_dict(), weights, resizable=lambda name: False)
     if wrong:
         raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong)}")
@@ -248,50 +427,3 @@ def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bo
     """True for the heads [K, C] and [K], and the position embedding [1, N, C], of another K or N."""
     different = [i for i, (a, b) in enumerate(zip(found, expected)) if a != b]
     return len(found) == len(expected) and different == [max(len(expected) - 2, 0)]
-
-
-# The gate of a checkpoint ------------------------------------------------------------------------
-
-MAX_GATE = 1e6  # a larger one, infinity or NaN is none
-GATE_NAMES = ("gate_scale", "gate_center")
-GATE_DEFAULTS = {"gate_scale": 10.0, "gate_center": 30.0}
-PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
-
-
-def resolve_gate(flags: dict[str, float | None], checkpoint: dict | None, location: str) -> dict[str, float]:
-    """Gate scale and center, from the first source that knows them; says which, warns of conflicts.
-
-    In this order: flags, what a checkpoint of ours records, its file name (NAME-SCALE-CENTER.pth),
-    `args` inside a foreign checkpoint, the defaults.
-    """
-    sources = [("the command line", flags)]
-    if checkpoint is not None:
-        sources += [
-            ("the checkpoint", _numbers(checkpoint.get("gate"))),
-            ("the file name", _gate_in_name(location)),
-            ("the checkpoint's args", _numbers(checkpoint.get("args")) if "gate" not in checkpoint else {}),
-        ]
-    chosen = {}
-    for name in GATE_NAMES:
-        known = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        source, chosen[name] = known[0] if known else ("the defaults", GATE_DEFAULTS[name])
-        log(f"{name} {chosen[name]:g}, from {source}")
-        for other, value in known[1:]:
-            if value != chosen[name]:
-                warn(f"{name}: {source} says {chosen[name]:g}, {other} says {value:g}; {source} counts")
-    return chosen
-
-
-def _numbers(record: object) -> dict[str, float]:
-    """Gate values in a dictionary or Namespace, where they are finite numbers."""
-    values = record if isinstance(record, dict) else getattr(record, "__dict__", {})
-    found = {name: values.get(name) for name in GATE_NAMES}
-    return {name: float(v) for name, v in found.items() if isinstance(v, (int, float)) and abs(v) < MAX_GATE}
-
-
-def _gate_in_name(location: str) -> dict[str, float]:
-    stem = Path(location).stem
-    if stem in PUBLISHED_GATES:
-        return dict(zip(GATE_NAMES, PUBLISHED_GATES[stem]))
-    match = re.fullmatch(r".+-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", stem)
-    return dict(zip(GATE_NAMES, map(float, match.groups()))) if match else {}

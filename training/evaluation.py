@@ -1,43 +1,113 @@
-"""What a network said of each image of an evaluation, as a table; compare.py reads it."""
+"""A whole evaluation: its table on the terminal, eval.json, and predictions.csv, which compare.py reads."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
-import itertools
+import json
+import statistics
+from functools import partial
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+import engine_act
 import utils
-from datasets import Stream, image_name
+from datasets import spread_sample
 from models_act import Halting
-from training.loaders import ImageLoader, plain_images
+from training.loaders import Batch, ImageLoader
+from utils import UserError
+from visualization.records import ImageRecord, records_of_batch
 
 COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
 
 
-class Predictions:
-    """Collects a row for each image of this process's share: see COLUMNS; depth is the mean of all tokens."""
+def evaluate_dataset(model: nn.Module, loader: ImageLoader, device: torch.device, amp: str) -> tuple[dict, bytes]:
+    """Means by name, see `engine_act.evaluate`, and the rows of all images as CSV; every process must call it.
 
-    def __init__(self, loader: ImageLoader):
-        self.images = plain_images(loader)
-        is_stream = isinstance(self.images, Stream)
-        self.places = itertools.count(utils.rank(), utils.world_size()) if is_stream else iter(loader.sampler)
-        self.rows: list[tuple] = []
+    Of an adaptive network also the speed of the logits alone, in both forms, where it is the main process.
+    """
+    rows: list[tuple] = []
 
-    def note(self, targets: Tensor, logits: Tensor, halting: Halting) -> None:
-        """targets: [B]; logits: [B, K]"""
-        confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
-        depth = halting.depth.mean(dim=1)
-        for row in zip(*(column.tolist() for column in (targets, prediction, confidence, depth))):
-            place = next(self.places)
-            self.rows.append((place, image_name(self.images, place), *row))
+    def on_batch(batch: Batch, logits: Tensor, halting: Halting) -> None:
+        rows.extend(map(_row, records_of_batch(model, batch, logits, halting)))
 
-    def csv(self) -> bytes:
-        """Of all processes, in the order of the data set; every process must call it."""
-        rows = sorted(row for own in utils.all_gather_objects(self.rows) for row in own)
-        file = io.StringIO(newline="")
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows((*row[:4], f"{row[4]:.4f}", f"{row[5]:.4f}") for row in rows)
-        return file.getvalue().encode(errors="replace")
+    result = engine_act.evaluate(model, loader, device, amp, on_batch=on_batch)
+    check_complete(result, loader)
+    if model.halting and utils.is_main():
+        count = min(loader.batch_size, loader.num_images or loader.batch_size)
+        result |= zipping_speeds(model, spread_sample(loader.images, count)[0], device, amp)
+    return result, _as_csv(rows)
+
+
+def _row(record: ImageRecord) -> tuple:
+    """See COLUMNS; depth is the mean of all tokens."""
+    return (record.index, record.name, record.target, record.prediction, record.confidence, record.token_depth)
+
+
+def _as_csv(rows: list[tuple]) -> bytes:
+    """Of all processes, in the order of the data set."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+    for *row, confidence, depth in sorted(row for own in utils.all_gather_objects(rows) for row in own):
+        writer.writerow((*row, f"{confidence:.4f}", f"{depth:.4f}"))
+    return file.getvalue().encode(errors="replace")
+
+
+def check_complete(result: dict, loader: ImageLoader) -> None:
+    """UserError where a whole evaluation has seen fewer images than there are."""
+    if result["images"] < loader.num_images:
+        raise UserError(f"only {result['images']} of {loader.num_images} validation images could be read")
+
+
+@torch.inference_mode()
+def zipping_speeds(
+    model: nn.Module, images: Tensor, device: torch.device, amp: str, rounds: int = 5
+) -> dict[str, float]:
+    """Images/s of the logits alone, zipped and masked, on one batch [B, 3, H, W]: medians of interleaved rounds."""
+    images = images.to(device)
+
+    def call(form: nn.Module) -> None:
+        with utils.autocast(device, amp):
+            form(images)
+
+    calls = {}
+    for name, zip_tokens in {"images_per_s_zipped": True, "images_per_s_masked": False}.items():
+        form = copy.deepcopy(model).eval()
+        form.zip_tokens = zip_tokens
+        calls[name] = partial(call, form)
+    seconds = utils.seconds_in_turn(calls, device, rounds)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+def save(result: dict, predictions: bytes, output_dir: Path | None) -> None:
+    """eval.json and predictions.csv, by the main process, where there is a folder. UserError if it cannot."""
+    if output_dir is None or not utils.is_main():
+        return
+    utils.write_bytes(output_dir / "predictions.csv", predictions)
+    utils.write_bytes(output_dir / "eval.json", (json.dumps(result, indent=2) + "\n").encode())
+
+
+def report(result: dict) -> None:
+    """Prints what was measured, as a table."""
+    depths = f"patches {result['patch_depth_mean']:.2f}, class token {result['class_token_depth']:.2f}"
+    macs, static_macs = result["gmacs"], result["gmacs_static"]
+    rows = [
+        ("top-1", f"{result['acc1']:.2f} %"),
+        ("top-5", f"{result['acc5']:.2f} %"),
+        ("loss", f"{result['loss']:.4f}"),
+        ("mean depth", f"{result['depth_mean']:.2f}  ({depths})"),
+        ("live tokens per block", " ".join(f"{share:.2f}" for share in result["live_share"])),
+        ("multiply-adds per image", f"{macs:.3f} G  (static {static_macs:.3f} G, {macs / static_macs:.1%})"),
+        ("images/s", f"{result['images_per_s']:.1f}"),
+    ]
+    if "images_per_s_zipped" in result:
+        zipped, masked = result["images_per_s_zipped"], result["images_per_s_masked"]
+        rows.append(("images/s of logits alone", f"{zipped:.1f} zipped, {masked:.1f} masked"))
+    if "ema_acc1" in result:
+        rows.insert(1, ("top-1 of the averaged weights", f"{result['ema_acc1']:.2f} %"))
+    utils.log(utils.table(rows))
+    utils.log(f"Accuracy of the network on the {result['images']} test images: {result['acc1']:.1f}%")

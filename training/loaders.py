@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import utils
-from datasets import Stream, UnreadableImage
+from datasets import Stream, UnreadableImage, image_name
 from samplers import EPOCH_STRIDE, ResumableSampler, UnpaddedDistributedSampler, training_sampler
 from training.signals import ignore_signals_in_worker
 from utils import LocalError
 
-TRIES = 20  # images in a row that may be unreadable
+MAX_TRIES = 20  # images in a row that may be unreadable
+
+
+class Sample(NamedTuple):
+    """image: [3, H, W] or None where it could not be read; unreadable: what could not be, on the way to this one."""
+
+    image: Tensor | None
+    target: int | None
+    index: int | None = None
+    unreadable: tuple[str, ...] = ()
+
+
+class Batch(NamedTuple):
+    """images: [B, 3, H, W] float; targets: [B] int64; indices: B places in the data set; names: of their files."""
+
+    images: Tensor
+    targets: Tensor
+    indices: list[int]
+    names: list[str]
 
 
 class TrainingImages(Dataset):
-    """Takes (index, seeds) to (image, target, what could not be read).
+    """Takes (index, seeds) to a Sample.
 
     The seeds alone decide the image's augmentation, whichever process loads it. An unreadable image
     is passed over: the next readable one takes its place, if it is near.
@@ -32,89 +52,76 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: tuple[int, tuple[int, ...]]) -> tuple[Tensor | None, int | None, list[str]]:
-        index, seeds = place
+    def __getitem__(self, place: tuple[int, tuple[int, ...]]) -> Sample:
+        first, seeds = place
         unreadable = []
-        for number in range(index, index + TRIES):
+        for index in range(first, first + MAX_TRIES):
             utils.seed_everything(*seeds)
             try:
-                return *self.images[number % len(self)], unreadable
+                return Sample(*self.images[index % len(self)], index % len(self), tuple(unreadable))
             except UnreadableImage as error:
                 unreadable.append(str(error))
-        return None, None, unreadable
+        return Sample(None, None, None, tuple(unreadable))
 
 
 class EvaluationImages(Dataset):
-    """Takes an index to (image, target, what could not be read), without the first two where it cannot be.
+    """Takes an index to a Sample."""
 
-    numbered: the target comes with the index: (target, index).
-    """
-
-    def __init__(self, images: Dataset, numbered: bool = False):
-        self.images, self.numbered = images, numbered
+    def __init__(self, images: Dataset):
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int | None, list[str]]:
+    def __getitem__(self, index: int) -> Sample:
         try:
-            image, target = self.images[index]
+            return Sample(*self.images[index], index)
         except UnreadableImage as error:
-            return None, None, [str(error)]
-        return image, (target, index) if self.numbered else target, []
+            return Sample(None, None, None, (str(error),))
 
 
-def collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor | None, list[str]]:
-    """Samples (image, target[, what could not be read]) -> images [B, 3, H, W], targets [B], all that could not."""
-    unreadable = [name for sample in samples for name in (sample[2] if len(sample) > 2 else ())]
-    whole = [sample[:2] for sample in samples if sample[0] is not None]
-    return *(default_collate(whole) if whole else (None, None)), unreadable
+def collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor | None, list[int], list[str]]:
+    """Samples -> images [B, 3, H, W] and targets [B] of those that could be read, indices, and what could not be.
+
+    Of a stream, whose samples are (image, target), the indices are None.
+    """
+    samples = [Sample(*sample) for sample in samples]
+    whole = [sample for sample in samples if sample.image is not None]
+    images, targets = default_collate([sample[:2] for sample in whole]) if whole else (None, None)
+    return images, targets, [sample.index for sample in whole], [name for s in samples for name in s.unreadable]
 
 
 class ImageLoader(DataLoader):
-    """Yields images [B, 3, H, W] and targets [B].
+    """Yields a Batch at a time.
 
     Errors are raised here, not in the loader processes, which send what they found with the batch.
 
+    images: the data set of ([3, H, W] float, class index) that a map-style `dataset` reads;
     num_images: of the data set, over all processes, 0 where that is not known;
     bad_images: what could not be read so far, each once; each is named on stderr;
     max_bad_images: LocalError where there are more than that;
     may_shrink: a batch of which nothing can be read is left out; else it is a LocalError.
     """
 
-    def __init__(self, images: Dataset, *args, max_bad_images: float = 0, may_shrink: bool = False, **kwargs):
+    def __init__(self, dataset: Dataset, *args, max_bad_images: float = 0, may_shrink: bool = False, **kwargs):
         options = {"collate_fn": collate, "worker_init_fn": ignore_signals_in_worker, "generator": torch.Generator()}
-        super().__init__(images, *args, **options, **kwargs)
-        is_stream = isinstance(images, Stream)
-        self.num_images = images.num_images if is_stream else len(images)
-        self.num_classes = len(images.classes) if is_stream else None  # its labels are seen only when read
+        super().__init__(dataset, *args, **options, **kwargs)
+        self.images = getattr(dataset, "images", dataset)
+        self.num_images = len(self.images)
         self.bad_images: list[str] = []
         self.max_bad_images, self.may_shrink = max_bad_images, may_shrink
-        self.first_batch = 0
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """From which batch of which epoch on the next iteration goes; a stream reads its way to it."""
-        if isinstance(self.dataset, Stream):
-            self.dataset.set_epoch(epoch)
-            seed = self.dataset.seed * EPOCH_STRIDE + epoch
-            self.generator.manual_seed(seed)  # of the loader processes, and so of the reader's shuffling
-            self.first_batch = batch
-        else:
-            self.sampler.start_at(epoch, batch * self.batch_size)
+        """From which batch of which epoch on the next iteration goes."""
+        self.sampler.start_at(epoch, batch * self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.first_batch and self.first_batch >= len(self):
-            return
-        for number, (images, targets, unreadable) in enumerate(super().__iter__()):
+    def __iter__(self) -> Iterator[Batch]:
+        for images, targets, indices, unreadable in super().__iter__():
             self._note(unreadable)
-            if images is None and self.may_shrink:
-                continue
-            if images is None:
+            if images is not None:
+                yield Batch(images, targets, indices, [image_name(self.images, index) for index in indices])
+            elif not self.may_shrink:
                 raise LocalError(f"a whole batch cannot be read; {unreadable[-1]}")
-            if self.num_classes is not None and not ((targets >= 0) & (targets < self.num_classes)).all():
-                raise LocalError(f"an image is labelled {targets.max()}, but there are {self.num_classes} classes")
-            if number >= self.first_batch:
-                yield images, targets
 
     def _note(self, unreadable: list[str]) -> None:
         for message in dict.fromkeys(unreadable):
@@ -125,6 +132,43 @@ class ImageLoader(DataLoader):
                 limit = self.max_bad_images
                 raise LocalError(message + (f"; these are more than --max-bad-images {limit}" if limit else ""))
             utils.warn(f"{message}; it is passed over", everywhere=True)
+
+    def state_dict(self) -> dict:
+        """The entry of a checkpoint that this keeps up; every process must call it."""
+        return {"bad_images": utils.all_gather_objects(self.bad_images)}
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """KeyError, ValueError or the like where it does not fit."""
+        bad_images = checkpoint["bad_images"]
+        if utils.rank() < len(bad_images):
+            self.bad_images = list(map(str, bad_images[utils.rank()]))
+
+
+class StreamLoader(ImageLoader):
+    """The same of a Stream, whose images have no places: they are numbered as they come."""
+
+    def __init__(self, stream: Stream, batch_size: int, **kwargs):
+        super().__init__(stream, batch_size, **kwargs)
+        self.num_images = stream.num_images
+        self.first_batch = 0
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        """From which batch of which epoch on the next iteration goes; it reads its way to it."""
+        self.dataset.set_epoch(epoch)
+        seed = self.dataset.seed * EPOCH_STRIDE + epoch
+        self.generator.manual_seed(seed)  # of the loader processes, and so of the reader's shuffling
+        self.first_batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.first_batch and self.first_batch >= len(self):
+            return
+        places, classes = itertools.count(utils.rank(), utils.world_size()), len(self.dataset.classes)
+        for number, (images, targets, *_) in enumerate(DataLoader.__iter__(self)):
+            if not ((targets >= 0) & (targets < classes)).all():  # its labels are seen only when read
+                raise LocalError(f"an image is labelled {targets.max()}, but there are {classes} classes")
+            indices = list(itertools.islice(places, len(images)))
+            if number >= self.first_batch:
+                yield Batch(images, targets, indices, [image_name(self.dataset, index) for index in indices])
 
 
 def training_loader(
@@ -139,41 +183,37 @@ def training_loader(
 ) -> ImageLoader:
     """Drops an incomplete last batch, unless it is the only one."""
     if isinstance(images, Stream):
-        options = _workers(images.prepare_workers(_at_most_cores(num_workers)), pin_memory, persistent=False)
-        return ImageLoader(images, batch_size, drop_last=True, **options)
+        return _stream_loader(images, batch_size, num_workers, pin_memory, persistent=False, drop_last=True)
     sampler = training_sampler(images, utils.world_size(), utils.rank(), seed, repeated_aug)
     sampler = ResumableSampler(sampler, seed, utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory) | {"max_bad_images": max_bad_images}
-    return ImageLoader(
-        TrainingImages(images), batch_size, sampler=sampler, drop_last=len(sampler) >= batch_size, **options
-    )
+    drop_last = len(sampler) >= batch_size
+    return ImageLoader(TrainingImages(images), batch_size, sampler=sampler, drop_last=drop_last, **options)
 
 
-def evaluation_loader(images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool) -> ImageLoader:
-    """Over all processes each image once; an unreadable one ends the evaluation."""
+def evaluation_loader(
+    images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool, skip_unreadable: bool = False
+) -> ImageLoader:
+    """Over all processes each image once; an unreadable one ends the evaluation, or is named and passed over."""
     if isinstance(images, Stream):
-        options = _workers(images.prepare_workers(_at_most_cores(num_workers)), pin_memory)
-        return ImageLoader(images, batch_size, **options)
+        return _stream_loader(images, batch_size, num_workers, pin_memory)
     sampler = UnpaddedDistributedSampler(images, utils.world_size(), utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory)
+    if skip_unreadable:
+        options |= {"max_bad_images": math.inf, "may_shrink": True}
     return ImageLoader(EvaluationImages(images), batch_size, sampler=sampler, **options)
 
 
-def plain_images(loader: ImageLoader) -> Dataset:
-    """The data set of ([3, H, W] float, class index) that a loader was made for."""
-    return loader.dataset if isinstance(loader.dataset, Stream) else loader.dataset.images
+def demo_loader(images: Dataset, batch_size: int, **options) -> ImageLoader:
+    """An `evaluation_loader` for looking at single images: an unreadable one is named and passed over."""
+    return evaluation_loader(images, batch_size, skip_unreadable=True, **options)
 
 
-def demo_loader(images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool) -> ImageLoader:
-    """For looking at single images: an unreadable one is named and passed over.
-
-    Yields [B, 3, H, W] and a pair, targets [B] and places in the data set [B]; of a stream, targets alone.
-    """
-    if isinstance(images, Stream):
-        return evaluation_loader(images, batch_size, num_workers=num_workers, pin_memory=pin_memory)
-    sampler = UnpaddedDistributedSampler(images, utils.world_size(), utils.rank())
-    options = _workers(_at_most_cores(num_workers), pin_memory) | {"max_bad_images": math.inf, "may_shrink": True}
-    return ImageLoader(EvaluationImages(images, numbered=True), batch_size, sampler=sampler, **options)
+def _stream_loader(
+    stream: Stream, batch_size: int, num_workers: int, pin_memory: bool, persistent: bool = True, **options
+) -> StreamLoader:
+    workers = stream.prepare_workers(_at_most_cores(num_workers))
+    return StreamLoader(stream, batch_size, **_workers(workers, pin_memory, persistent), **options)
 
 
 def _at_most_cores(num_workers: int) -> int:

@@ -9,10 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 
-import torch
-
-from utils import any_rank
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
 _asked = RawValue("b", 0)  # shared with the loader processes: whether a signal has asked this process to stop
 
@@ -22,7 +18,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Whether a signal has asked this process, or any other of the run, to stop.
+    """Whether a signal has asked this process to stop.
 
     The first signal is noted; a second one acts at once, as it would without us.
     """
@@ -52,9 +48,9 @@ class StopRequest:
         self.signal = signal.Signals(number).name
         _asked.value = 1
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any process was asked. All must call it at the same place."""
-        return any_rank(self.signal is not None, device)
+    def asked(self) -> bool:
+        """Whether a signal has come to this process; see `utils.any_rank` for any of them."""
+        return self.signal is not None
 
 
 def ignore_signals_in_worker(_: int) -> None:

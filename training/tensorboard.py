@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 
 from datasets import spread_sample
 from engine_act import Trainer
-from training.loaders import ImageLoader, plain_images
+from training.loaders import ImageLoader
 from visualization.heatmaps import Style, sheet
 from visualization.records import record_batch
 
@@ -25,11 +26,9 @@ class TensorBoardLogger:
     """
 
     def __init__(self, folder: Path, first_epoch: int | None, loader: ImageLoader, class_names: list[str]):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self.class_names = class_names
         count = min(SHOWN_IMAGES, loader.num_images or SHOWN_IMAGES)
-        self.shown, self.targets = spread_sample(plain_images(loader), count)
+        self.shown, self.targets = spread_sample(loader.images, count)
         self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def record(self, epoch: int, training: dict, test: dict, trainer: Trainer) -> None:
@@ -43,8 +42,8 @@ class TensorBoardLogger:
     def _show_depths(self, epoch: int, live_share: list[float], trainer: Trainer) -> None:
         """live_share: of the tokens, by block; what a block's share loses to the next halts in it."""
         names = [f"image {number}" for number in range(len(self.shown))]
-        options = {"targets": self.targets.tolist(), "names": names, "indices": range(len(names))}
-        records = record_batch(trainer.model_without_ddp, self.shown, trainer.device, trainer.amp, **options).records
+        batch = (self.shown, self.targets, range(len(names)), names)
+        records = record_batch(trainer.model_without_ddp, batch, trainer.device, trainer.amp).records
         style = Style(len(live_share), size=SHOWN_SIZE)
         picture = sheet(records, self.class_names, style)
         self.writer.add_image("test/token_depth", np.asarray(picture), epoch, dataformats="HWC")

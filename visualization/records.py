@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from datasets import denormalize, image_name
-from models_act import macs_per_image
-from training.loaders import ImageLoader, plain_images
+from datasets import denormalize
+from models_act import Halting, macs_per_image
 from utils import autocast
+from visualization.criteria import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class ImageRecord:
     """An image, and what the network did with it.
 
     index: its place in the data set; name: of its file, or that number;
-    pixels: [H, W, 3] uint8, as the network saw it;
+    pixels: [H, W, 3] uint8, as the network saw it, where they were asked for;
     depth: [grid height, grid width] uint8, 1..L, of its patches; prefix_depth: [P], of the class token and its like;
     prediction, target: class indices, the target -1 where it is unknown; confidence: probability of the prediction;
     macs, static_macs: multiply-adds, and those of the static network.
@@ -35,7 +33,7 @@ class ImageRecord:
 
     index: int
     name: str
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     depth: np.ndarray
     prefix_depth: np.ndarray
     prediction: int
@@ -43,6 +41,11 @@ class ImageRecord:
     target: int
     macs: float
     static_macs: float
+
+    @property
+    def token_depth(self) -> float:
+        """Mean of all tokens."""
+        return float(np.concatenate([self.prefix_depth, self.depth.ravel()]).mean())
 
     @property
     def mean_depth(self) -> float:
@@ -71,59 +74,45 @@ class BatchRecords(NamedTuple):
     layer_scores: Tensor
 
 
-@torch.no_grad()
-def record_batch(
+def records_of_batch(
     model: nn.Module,
-    images: Tensor,
-    device: torch.device,
-    amp: str,
-    *,
-    targets: list[int],
-    names: list[str],
-    indices: list[int],
-) -> BatchRecords:
-    """images: [B, 3, H, W], normalised, with B targets (-1: unknown), names and places in the data set."""
-    model.eval()
-    with autocast(device, amp):
-        logits, halting = model(images.to(device, non_blocking=True), return_halting=True)
+    batch: tuple[Tensor, Tensor, Sequence[int], Sequence[str]],
+    logits: Tensor,
+    halting: Halting,
+    with_pixels: bool = False,
+) -> list[ImageRecord]:
+    """batch: images [B, 3, H, W], targets [B] (-1: unknown), places in the data set, names; logits: [B, K]."""
+    images, targets, indices, names = batch
     confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
     macs = macs_per_image(model, halting.depth).tolist()
     static_macs = macs_per_image(model, torch.full_like(halting.depth[:1], model.num_blocks)).item()
     depth = halting.depth.to("cpu", torch.uint8)
     prefix, patches = depth[:, : model.num_prefix_tokens], depth[:, model.num_prefix_tokens :]
     grids = patches.unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
-    pixels = denormalize(images).permute(0, 2, 3, 1)
-    arrays = (pixels.numpy(), grids.numpy(), prefix.numpy())
-    rows = zip(indices, names, *arrays, prediction.tolist(), confidence.tolist(), targets, macs)
-    return BatchRecords([ImageRecord(*row, static_macs) for row in rows], halting.layer_scores.cpu())
+    pixels = denormalize(images).permute(0, 2, 3, 1).numpy() if with_pixels else itertools.repeat(None)
+    numbers = (prediction.tolist(), confidence.tolist(), targets.tolist(), macs)
+    rows = zip(indices, names, pixels, grids.numpy(), prefix.numpy(), *numbers)
+    return [ImageRecord(*row, static_macs) for row in rows]
+
+
+@torch.no_grad()
+def record_batch(model: nn.Module, batch: tuple, device: torch.device, amp: str) -> BatchRecords:
+    """batch: see `records_of_batch`"""
+    model.eval()
+    with autocast(device, amp):
+        logits, halting = model(batch[0].to(device, non_blocking=True), return_halting=True)
+    return BatchRecords(records_of_batch(model, batch, logits, halting, with_pixels=True), halting.layer_scores.cpu())
 
 
 def record_dataset(
-    model: nn.Module, loader: ImageLoader, device: torch.device, amp: str, title: str
+    model: nn.Module, loader: Iterable[tuple], device: torch.device, amp: str, title: str
 ) -> Iterator[BatchRecords]:
-    """One pass over this process's share of a data set, batch by batch; loader: a `demo_loader`.
-
-    The images of a stream have no places: they are numbered as they come.
-    """
-    counter = itertools.count(utils.rank(), utils.world_size())
-    for images, labels in utils.with_progress(loader, title, dict):
-        is_stream = isinstance(labels, Tensor)
-        targets, places = (labels, list(itertools.islice(counter, len(images)))) if is_stream else labels
-        places = places if is_stream else places.tolist()
-        names = [image_name(plain_images(loader), place) for place in places]
-        yield record_batch(model, images, device, amp, targets=targets.tolist(), names=names, indices=places)
+    """One pass over this process's share of a data set; loader: yields batches, see `records_of_batch`."""
+    for batch in utils.with_progress(loader, title, dict):
+        yield record_batch(model, batch, device, amp)
 
 
 # Which to show ------------------------------------------------------------------------------------
-
-# By which number the images of a class are chosen, largest first; None: never.
-CRITERIA: dict[str, Callable[[ImageRecord], float | None]] = {
-    "std": lambda record: record.depth_spread,
-    "deepest": lambda record: record.mean_depth,
-    "shallowest": lambda record: -record.mean_depth,
-    "wrong": lambda record: record.confidence if record.is_wrong and math.isfinite(record.confidence) else None,
-    "random": lambda record: random.Random(record.index).random(),
-}
 
 
 class Selection:

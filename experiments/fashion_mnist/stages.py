@@ -99,16 +99,11 @@ def machine() -> str:
 
 def export(checkpoint: Path, file: Path) -> None:
     """Small enough to be kept in a repository; loads like any checkpoint of ours."""
-    import torch
+    from training.checkpoints import Checkpoint, save_checkpoint
 
-    from training.checkpoints import load_checkpoint, save_checkpoint
-
-    whole = load_checkpoint(str(checkpoint))
-    flags = {name: value for name, value in whole["args"].items() if name not in PRIVATE_FLAGS}
-    weights = {name: value.half() for name, value in whole["model"].items()}
-    save_checkpoint({"model": weights, "gate": whole["gate"], "classes": whole["classes"], "args": flags}, file)
-    size = sum(value.numel() * torch.finfo(value.dtype).bits // 8 for value in weights.values())
-    print(f"{file}: {size / 1024:.0f} KiB of weights")
+    content = Checkpoint.load(str(checkpoint)).without_training_state(PRIVATE_FLAGS)
+    save_checkpoint(content, file)
+    print(f"{file}: {sum(value.nbytes for value in content['model'].values()) / 1024:.0f} KiB of weights")
 
 
 PRIVATE_FLAGS = {"output_dir", "data_path", "pretrained_path", "resume", "finetune"}  # of the machine, not the recipe

@@ -195,11 +195,10 @@ class Kinds:
 def try_file(path: Path) -> str:
     """Through the loader and into a model, as every command does: 'refused', or what else happened."""
     try:
-        checkpoint = checkpoints.load_checkpoint(str(path))
+        checkpoint = checkpoints.Checkpoint.load(str(path))
         with contextlib.redirect_stdout(io.StringIO()):
-            checkpoints.resolve_gate(dict.fromkeys(checkpoints.GATE_NAMES), checkpoint, str(path))
-        weights = checkpoints.state_dict_of(checkpoint, str(path))
-        checkpoints.load_weights(halting_model(), weights, str(path), replace_head=False)
+            checkpoints.resolve_gate({}, checkpoint.gate_sources())
+        checkpoints.load_weights(halting_model(), checkpoint.state_dict(), str(path), replace_head=False)
     except UserError as error:
         return "refused" if len(str(error)) < 5000 else "refused at length"
     except BaseException as error:

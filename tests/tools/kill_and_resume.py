@@ -40,7 +40,7 @@ PLACES = {
     "update": (engine_act.Trainer, "update", 18),
     "after an update": (loop.TrainingRun, "_after_update", 18),
     "evaluation": (engine_act, "accuracy", 12),
-    "state before writing": (loop.TrainingRun, "_state", 17),
+    "state before writing": (loop.TrainingRun, "state_dict", 17),
     "flushing a checkpoint": (os, "fsync", 30),
     "renaming it": (Path, "replace", 16),
     "recording an epoch": (loop.TrainingRun, "log_epoch", 3),

@@ -7,10 +7,11 @@ import hostile_checkpoints
 import pytest
 import timm
 import torch
-from conftest import halting_model
+from conftest import halting_model, save_halting_micro
 from safetensors.torch import save_file
 
 from training import checkpoints
+from training.checkpoints import Checkpoint
 from utils import UserError
 
 
@@ -31,7 +32,7 @@ def test_a_foreign_checkpoint_with_a_namespace_loads(tmp_path):
     weights = halting_model().state_dict()
     location = save(tmp_path, {"model": weights, "args": argparse.Namespace(gate_scale=5.0, gate_center=50)})
     checkpoint = checkpoints.load_checkpoint(location)
-    assert checkpoints.state_dict_of(checkpoint, location).keys() == weights.keys()
+    assert Checkpoint(checkpoint, location).state_dict().keys() == weights.keys()
     assert checkpoint["args"].gate_center == 50
 
 
@@ -68,7 +69,7 @@ def test_a_truncated_checkpoint(tmp_path):
 def test_files_without_weights(tmp_path, content):
     location = save(tmp_path, content)
     with pytest.raises(UserError, match=r"not a checkpoint|holds no weights"):
-        checkpoints.state_dict_of(checkpoints.load_checkpoint(location), location)
+        Checkpoint.load(location).state_dict()
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
@@ -94,16 +95,16 @@ def test_model_is_preferred_to_its_average():
     with torch.no_grad():
         average.head.bias += 1
     checkpoint = {"model": model.state_dict(), "model_ema": average.state_dict()}
-    assert torch.equal(checkpoints.state_dict_of(checkpoint, "c")["head.bias"], model.head.bias)
-    assert torch.equal(checkpoints.state_dict_of(checkpoint, "c", use_ema=True)["head.bias"], average.head.bias)
+    assert torch.equal(Checkpoint(checkpoint, "c").state_dict()["head.bias"], model.head.bias)
+    assert torch.equal(Checkpoint(checkpoint, "c").state_dict(use_ema=True)["head.bias"], average.head.bias)
     with pytest.raises(UserError, match="no model_ema"):
-        checkpoints.state_dict_of({"model": model.state_dict()}, "c", use_ema=True)
+        Checkpoint({"model": model.state_dict()}, "c").state_dict(use_ema=True)
 
 
 def test_weights_fit_strictly():
     weights = {f"module.{name}": value for name, value in halting_model().state_dict().items()}
     model = halting_model(mean=2.0)
-    checkpoints.load_weights(model, checkpoints.state_dict_of({"model": weights}, "c"), "c", replace_head=False)
+    checkpoints.load_weights(model, Checkpoint({"model": weights}, "c").state_dict(), "c", replace_head=False)
     assert torch.equal(model.pos_embed, halting_model().pos_embed)
 
 
@@ -191,7 +192,7 @@ def test_safetensors(tmp_path):
     save_file(weights, str(tmp_path / "w.safetensors"))
     checkpoint = checkpoints.load_checkpoint(str(tmp_path / "w.safetensors"))
     model = halting_model(mean=2.0)
-    checkpoints.load_weights(model, checkpoints.state_dict_of(checkpoint, "w"), "w", replace_head=False)
+    checkpoints.load_weights(model, Checkpoint(checkpoint, "w").state_dict(), "w", replace_head=False)
     assert torch.equal(model.pos_embed, weights["pos_embed"])
     (tmp_path / "broken.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated"):
@@ -232,6 +233,11 @@ NO_FLAGS = {"gate_scale": None, "gate_center": None}
 NAMESPACE = argparse.Namespace(gate_scale=100, gate_center=3)
 
 
+def resolved(flags, content, location):
+    sources = [] if content is None else Checkpoint(content, location).gate_sources()
+    return checkpoints.resolve_gate(flags, sources)
+
+
 @pytest.mark.parametrize(
     ("flags", "checkpoint", "location", "expected", "source"),
     [
@@ -256,13 +262,74 @@ NAMESPACE = argparse.Namespace(gate_scale=100, gate_center=3)
     ],
 )
 def test_where_the_gate_comes_from(flags, checkpoint, location, expected, source, capsys):
-    gate = checkpoints.resolve_gate(flags, checkpoint, location)
+    gate = resolved(flags, checkpoint, location)
     assert (gate["gate_scale"], gate["gate_center"]) == expected
     assert capsys.readouterr().out.count(f"from {source}") == 2
 
 
 def test_sources_that_disagree_are_told(capsys):
-    checkpoints.resolve_gate({"gate_scale": 5.0, "gate_center": None}, {"args": NAMESPACE}, "tiny-10-30.pth")
+    resolved({"gate_scale": 5.0, "gate_center": None}, {"args": NAMESPACE}, "tiny-10-30.pth")
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 4 - 1
     assert "gate_scale: the command line says 5, the file name says 10; the command line counts" in warnings[0]
+
+
+# What a checkpoint tells --------------------------------------------------------------------------
+
+
+def test_what_our_checkpoints_record(tmp_path):
+    args = {"model": "avit_micro_patch4_32", "input_size": [16, 40]}
+    checkpoint = Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, args=args, classes=["a", "b", "c"])))
+    assert checkpoint.model_name() == "avit_micro_patch4_32"
+    assert checkpoint.image_size() == (16, 40)
+    assert checkpoint.class_names() == {"a": "a", "b": "b", "c": "c"}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {},
+        {"args": argparse.Namespace(model="deit_tiny")},
+        {"args": {"model": ["avit_micro_patch4_32"], "input_size": "32"}, "classes": "abc"},
+        {"args": 7, "classes": ["a", "b"]},
+        {"args": {"model": "resnet50", "input_size": [1, 2, 3]}, "classes": ["a", "b", 3]},
+        {"args": {"input_size": [10**6]}, "classes": ["a", "b", "a"]},
+    ],
+)
+def test_what_cannot_be_trusted_is_found_out(tmp_path, entries):
+    checkpoint = Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, **entries)))
+    assert checkpoint.model_name() == "avit_micro_patch4_32"
+    assert checkpoint.image_size() is None
+    assert list(checkpoint.class_names()) == ["class 0", "class 1", "class 2"]
+
+
+def test_the_published_checkpoints_model_and_classes(tmp_path):
+    model = timm.create_model("avit_tiny_patch16_224")
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(model="avit_tiny")}, tmp_path / "t-10-30.pth")
+    checkpoint = Checkpoint.load(str(tmp_path / "t-10-30.pth"))
+    assert checkpoint.model_name() == "avit_tiny_patch16_224"
+    assert checkpoint.class_names()["n01443537"].startswith("goldfish")
+    assert len(checkpoint.class_names()) == 1000
+
+
+def test_weights_of_no_model_of_ours(tmp_path):
+    torch.save({"model": timm.create_model("resnet10t").state_dict()}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="fits none of our models"):
+        Checkpoint.load(str(tmp_path / "c.pth")).model_name()
+
+
+@pytest.mark.parametrize(
+    "head", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 48), torch.zeros(1).expand(3 * 10**7, 48)]
+)
+def test_weights_without_a_head(tmp_path, head):
+    path = save_halting_micro(tmp_path / "c.pth", 3)
+    checkpoint = torch.load(path)
+    del checkpoint["model"]["head.weight"]
+    checkpoint["model"] |= {} if head is None else {"head.weight": head}
+    with pytest.raises(UserError, match="have no head"):
+        Checkpoint(checkpoint, str(path)).class_names()
+
+
+@pytest.mark.parametrize(("entries", "is_static"), [({}, False), ({"gate": None}, True)])
+def test_static_checkpoints_of_ours(tmp_path, entries, is_static):
+    assert Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, **entries))).is_static == is_static

@@ -1,23 +1,25 @@
 import csv
 import io
+import json
 
 import pytest
 import torch
 from conftest import halting_model, images
 from torch.utils.data import TensorDataset
 
-from engine_act import evaluate
-from training.evaluation import COLUMNS, Predictions
+from training.evaluation import COLUMNS, evaluate_dataset, save, zipping_speeds
 from training.loaders import evaluation_loader
+from utils import UserError
+
+CPU = torch.device("cpu")
 
 
 def test_a_row_for_each_image_in_order():
     model = halting_model()
     data = TensorDataset(images(7), torch.arange(7))
     loader = evaluation_loader(data, 3, num_workers=0, pin_memory=False)
-    predictions = Predictions(loader)
-    result = evaluate(model, loader, torch.device("cpu"), on_batch=predictions.note)
-    rows = list(csv.DictReader(io.StringIO(predictions.csv().decode())))
+    result, predictions = evaluate_dataset(model, loader, CPU, "none")
+    rows = list(csv.DictReader(io.StringIO(predictions.decode())))
     assert tuple(rows[0]) == COLUMNS
     assert [row["index"] for row in rows] == [str(i) for i in range(7)]
     with torch.no_grad():
@@ -27,3 +29,26 @@ def test_a_row_for_each_image_in_order():
     depths = torch.tensor([float(row["depth"]) for row in rows])
     torch.testing.assert_close(depths, halting.depth.mean(dim=1), atol=1e-4, rtol=0)
     assert len(depths.unique()) > 2
+
+
+def test_an_image_that_is_missing_from_an_evaluation_is_an_error():
+    loader = evaluation_loader(TensorDataset(images(7), torch.arange(7)), 3, num_workers=0, pin_memory=False)
+    loader.num_images = 8
+    with pytest.raises(UserError, match="only 7 of 8 validation images"):
+        evaluate_dataset(halting_model(), loader, CPU, "none")
+
+
+def test_speeds_are_measured_in_both_forms_and_leave_the_model_alone():
+    model = halting_model(zip_tokens=False).train()
+    speeds = zipping_speeds(model, images(), CPU, "none", rounds=1)
+    assert speeds.keys() == {"images_per_s_zipped", "images_per_s_masked"}
+    assert min(speeds.values()) > 0
+    assert model.training
+    assert not model.zip_tokens
+
+
+def test_an_evaluation_is_two_files(tmp_path):
+    save({"acc1": 50.0}, b"index\n", tmp_path)
+    assert json.loads((tmp_path / "eval.json").read_text()) == {"acc1": 50.0}
+    assert (tmp_path / "predictions.csv").read_bytes() == b"index\n"
+    save({}, b"", None)

@@ -20,7 +20,10 @@ def training_batches(folder, workers=0, epoch=0, batch=0, limit=100, seed=0, bat
 
 
 def same(some, others):
-    return len(some) == len(others) and all(torch.equal(x, y) for a, b in zip(some, others) for x, y in zip(a, b))
+    return len(some) == len(others) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a[2:] == b[2:]
+        for a, b in zip(some, others)
+    )
 
 
 @pytest.mark.parametrize("repeated_aug", [False, True])
@@ -47,7 +50,7 @@ def test_a_view_of_an_image_differs_from_the_next(tmp_path):
     views = []
     for epoch in range(3):
         loader.start_at(epoch)
-        views += [view for view, _ in loader]
+        views += [batch.images for batch in loader]
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[1], views[2])
 
@@ -86,7 +89,7 @@ def test_unreadable_training_images_are_passed_over_and_named_once(image_folder,
     batches, loader = training_batches(image_folder, workers)
     loader.start_at(1)
     batches += list(loader)
-    assert [len(x) for x, _ in batches] == [4] * 6
+    assert [len(batch.images) for batch in batches] == [4] * 6
     warnings = capsys.readouterr().err
     seen = [path for path in broken if str(path) in warnings]
     assert len(loader.bad_images) == len(seen) >= 1
@@ -193,10 +196,11 @@ def test_looking_at_images_passes_over_unreadable_ones_and_knows_the_places_of_t
     data = build_dataset("IMNET", str(image_folder), False, (32, 32))
     seen = {}
     loader = demo_loader(data, 2, num_workers=0, pin_memory=False)
-    for images, (targets, places) in loader:
-        for image, target, place in zip(images, targets.tolist(), places.tolist()):
+    for images, targets, places, names in loader:
+        for image, target, place, name in zip(images, targets.tolist(), places, names):
             seen[place] = target
             assert torch.equal(image, data[place][0])
+            assert name == data.samples[place][0]
     assert seen == {1: 0, 2: 0, 3: 1, 6: 2, 7: 2, 8: 2}
     assert len(loader.bad_images) == 3
     assert capsys.readouterr().err.count("it is passed over") == 3

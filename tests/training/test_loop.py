@@ -11,15 +11,17 @@ from torch.utils.data import TensorDataset
 import losses
 from engine_act import Trainer
 from training import loop
-from training.checkpoints import load_checkpoint
+from training.build import Schedule
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.loaders import evaluation_loader, training_loader
-from training.loop import TrainingRun
+from training.loop import RunOptions, TrainingRun
 from utils import UserError
 
 
 def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs):
     model = halting_model()
     data = TensorDataset(images(12), torch.arange(12) % 7)
+    data.classes = list("abcdefg")
     loading = {"num_workers": 0, "pin_memory": False}
     loader = training_loader(data, 4, seed=0, repeated_aug=False, max_bad_images=0, **loading)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -36,9 +38,8 @@ def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs)
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.01, 0.01)
     ema = ModelEmaV3(model, 0.9)
     trainer = Trainer(model, criterion, optimizer, torch.device("cpu"), accum_steps=accum_steps, ema=ema)
-    options = {"epochs": epochs, "output_dir": output_dir, "tensorboard": False, "flags": {"lr": 0.1}}
-    options |= {"classes": list("abcdefg"), **kwargs}
-    return TrainingRun(trainer, schedule, loader, evaluation_loader(data, 5, **loading), **options)
+    options = RunOptions(epochs, output_dir, flags={"lr": 0.1}, **kwargs)
+    return TrainingRun(trainer, Schedule(schedule), loader, evaluation_loader(data, 5, **loading), options)
 
 
 def test_exactly_so_many_epochs_are_trained(tmp_path):
@@ -62,7 +63,7 @@ def test_the_schedule_steps_with_the_updates(accum_steps, updates):
 def test_the_plateau_schedule_sees_the_accuracy():
     run = make_run(sched="plateau")
     seen = []
-    run.schedule.step = lambda epoch, metric: seen.append((epoch, metric))
+    run.schedule.scheduler.step = lambda epoch, metric: seen.append((epoch, metric))
     run.train()
     assert [epoch for epoch, _ in seen] == [1, 2]
     assert all(0 <= metric <= 100 for _, metric in seen)
@@ -84,12 +85,12 @@ def test_resuming_goes_on_where_the_run_stopped(tmp_path):
         folder.mkdir()
     make_run(whole, epochs=2).train()
     interrupted = make_run(first, epochs=2)
-    interrupted.epochs = 1
+    interrupted.options.epochs = 1
     interrupted.train()
     checkpoint = load_checkpoint(str(first / "checkpoint.pth"))
     resumed = make_run(second, epochs=2)
     resumed.trainer.model.load_state_dict(checkpoint["model"])
-    resumed.restore(checkpoint, "checkpoint.pth")
+    resumed.load_state_dict(Checkpoint(checkpoint, "checkpoint.pth"))
     resumed.train()
     expected, actual = (load_checkpoint(str(f / "checkpoint.pth")) for f in (whole, second))
     for part in ("model", "model_ema"):
@@ -100,7 +101,7 @@ def test_resuming_goes_on_where_the_run_stopped(tmp_path):
 @pytest.mark.parametrize("checkpoint", [{}, {"optimizer": 3}, {"optimizer": {"state": {}, "param_groups": []}}])
 def test_a_checkpoint_without_training_state_is_refused(checkpoint):
     with pytest.raises(UserError, match="no training state that fits"):
-        make_run().restore(checkpoint, "c.pth")
+        make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
 
 
 @pytest.mark.parametrize(

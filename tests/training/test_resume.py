@@ -16,7 +16,7 @@ from kill_and_resume import flags, outcome, same
 from test_loop import make_run
 
 import main_act
-from training.checkpoints import load_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.signals import Interrupted
 from utils import UserError
 
@@ -33,15 +33,14 @@ def test_interrupted_after_any_update(tmp_path):
             folder.mkdir()
             run = make_run(folder, **options)
             calls = iter(range(1, 100))
-            run.stop.agreed = lambda device, calls=calls, moment=moment: next(calls) >= moment
-            run.stop.signal = None
+            run.stop.asked = lambda calls=calls, moment=moment: next(calls) >= moment
             run._interrupt = _interrupt
             with pytest.raises(Interrupted):
                 run.train()
             resumed = make_run(folder, **options)
             checkpoint = load_checkpoint(str(folder / "checkpoint.pth"))
             resumed.trainer.model.load_state_dict(checkpoint["model"])
-            resumed.restore(checkpoint, "checkpoint.pth")
+            resumed.load_state_dict(Checkpoint(checkpoint, "checkpoint.pth"))
             resumed.train()
             expected, actual = (load_checkpoint(str(f / "checkpoint.pth")) for f in (whole, folder))
             for part in expected:
@@ -66,14 +65,14 @@ def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name
     run(image_folder, tmp_path / "whole", *options)
     calls = iter(range(1, 1000))
 
-    def interrupt(self, device):
+    def interrupt(self):
         if next(calls) < 8:  # in the second epoch or the third, plateau having lowered the rate
             return False
         self.signal = "SIGTERM"
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.loop.loop.signals.StopRequest.agreed", interrupt)
+        patch.setattr("training.signals.StopRequest.asked", interrupt)
         run(image_folder, tmp_path / "again", *options)
     assert load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))["epoch"] < 3
     run(image_folder, tmp_path / "again", *options)
@@ -207,7 +206,7 @@ def test_training_state_that_does_not_fit_is_refused(tmp_path, change):
     checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
     change(checkpoint)
     with pytest.raises(UserError, match=r"^--resume c\.pth: no training state that fits"):
-        make_run().restore(checkpoint, "c.pth")
+        make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
 
 
 def test_the_script_sees_a_difference(tmp_path):

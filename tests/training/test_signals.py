@@ -13,7 +13,8 @@ from conftest import ROOT, halting_model, images, make_image_folder
 from test_distributed import in_processes
 
 from engine_act import evaluate
-from training.signals import StopRequest, any_rank
+from training.signals import StopRequest
+from utils import any_rank
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--batch-size", "4", "--epochs", "400"]
 
@@ -80,8 +81,8 @@ def _evaluate_until_asked(rank, path):
     with stop.listening():
         if rank == 1:
             signal.raise_signal(signal.SIGUSR1)
-        result = evaluate(halting_model(), loader, torch.device("cpu"), stop=stop)
-        assert stop.agreed(torch.device("cpu"))
+        result = evaluate(halting_model(), loader, torch.device("cpu"), stop=stop.asked)
+        assert any_rank(stop.asked(), torch.device("cpu"))
     (path / str(rank)).write_text(str(result["images"]))
 
 
@@ -98,7 +99,7 @@ def test_the_second_signal_is_the_systems(monkeypatch):
     with stop.listening():
         signal.raise_signal(signal.SIGUSR1)
         assert stop.signal == "SIGUSR1"
-        assert stop.agreed(torch.device("cpu"))
+        assert stop.asked()
         assert not killed
         signal.raise_signal(signal.SIGUSR1)
         assert killed == [(os.getpid(), signal.SIGUSR1)]

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from datasets import denormalize
 from models_act import macs_per_image
 from training.loaders import demo_loader
-from visualization import records
+from visualization.criteria import CRITERIA
 from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch, record_dataset
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_a_record_tells_what_the_network_did():
     model, x = halting_model(), images(6)
     targets = [0, 1, 2, 3, 4, -1]
-    found = record_batch(model, x, CPU, "none", targets=targets, names=list("abcdef"), indices=range(10, 16))
+    found = record_batch(model, (x, torch.tensor(targets), range(10, 16), list("abcdef")), CPU, "none")
     with torch.no_grad():
         logits, halting = model(x, return_halting=True)
     assert_halting(halting)
@@ -44,7 +44,7 @@ def test_a_record_tells_what_the_network_did():
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8), st.booleans()), max_size=30), st.integers(1, 3))
 def test_a_selection_does_not_depend_on_order(rows, per_class):
     population = [make_record(i, ((1, d), (1, 1)), t, t + wrong) for i, (t, d, wrong) in enumerate(rows)]
-    for criterion in records.CRITERIA:
+    for criterion in CRITERIA:
         chosen = []
         for order in (population, random.Random(0).sample(population, len(population))):
             selection = Selection(criterion, per_class)
@@ -71,7 +71,7 @@ def test_what_a_criterion_chooses(criterion, expected):
 
 
 def test_a_network_that_has_diverged_is_not_surely_wrong():
-    assert records.CRITERIA["wrong"](make_record(prediction=1, confidence=float("nan"))) is None
+    assert CRITERIA["wrong"](make_record(prediction=1, confidence=float("nan"))) is None
 
 
 def test_random_does_not_mean_the_first():
