@@ -40,7 +40,7 @@ from training.build import (
 )
 from training.loaders import ImageLoader, demo_loader
 from utils import UserError, log, nearest, warn
-from visualization import charts, heatmaps, html_pages
+from visualization import charts, heatmaps, html_pages, training_curves
 from visualization.heatmaps import Style
 from visualization.records import (
     DatasetStatistics,
@@ -323,9 +323,9 @@ def _draw_charts(
 
 def draw_curves(folders: Sequence[Path], folder: Path) -> None:
     """Accuracy, losses, depth and multiply-adds over the epochs of runs, and accuracy against multiply-adds."""
-    runs = charts.read_runs(folders)
-    utils.write_bytes(folder / "curves.png", _png(charts.curves(runs)))
-    utils.write_bytes(folder / "accuracy_macs.png", _png(charts.accuracy_against_macs(runs)))
+    runs = training_curves.read_runs(folders)
+    utils.write_bytes(folder / "curves.png", _png(training_curves.curves(runs)))
+    utils.write_bytes(folder / "accuracy_macs.png", _png(training_curves.accuracy_against_macs(runs)))
     log(f"curves of {len(runs)} run(s) in {folder}")
 
 
