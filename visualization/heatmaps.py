@@ -8,9 +8,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 from visualization.records import ImageRecord
@@ -46,6 +44,8 @@ class Style:
 
 def colors(depth: np.ndarray, style: Style) -> np.ndarray:
     """depth: [...], 0..num_blocks -> [..., 3] uint8; full depth is always the map's last colour."""
+    from matplotlib import colormaps
+
     rgba = np.asarray(colormaps[style.colormap](depth / style.num_blocks))
     return (rgba[..., :3] * 255).round().astype(np.uint8)
 
@@ -83,20 +83,26 @@ def live_share(record: ImageRecord, block: int) -> float:
 
 @cache
 def font(height: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along."""
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", height)
 
 
-def line(text: str, width: int, style: Style, color: str = INK, centred: bool = False) -> Image.Image:
-    """One line of text in a picture of this width; cut short where it is too long."""
-    letters = font(style.text_height)
-    text = "".join(c if c.isprintable() else "?" for c in text[:MAX_LETTERS])
+def printable(text: str) -> str:
+    """Puts a ? for each control character, line break and lone surrogate."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def line(text: str, width: int, style: Style, color: str = INK) -> Image.Image:
+    """Draws one line of text in a picture of this width; cuts it short where it is too long."""
+    letters, text = font(style.text_height), printable(text[:MAX_LETTERS])
     if letters.getlength(text) > width:
         while text and letters.getlength(text + "…") > width:
             text = text[:-1]
         text += "…"
     picture = Image.new("RGB", (width, style.text_height * 3 // 2), PAPER)
-    left, anchor = (width / 2, "mm") if centred else (0, "lm")
-    ImageDraw.Draw(picture).text((left, picture.height / 2), text, fill=color, font=letters, anchor=anchor)
+    ImageDraw.Draw(picture).text((0, picture.height / 2), text, fill=color, font=letters, anchor="lm")
     return picture
 
 
