@@ -1,20 +1,19 @@
-"""Charts with matplotlib: of a data set, of training runs, and of shrinking rows."""
+"""Charts of a data set, the teaser, and the look of all charts."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 
-from visualization.heatmaps import Style, colors
+from visualization.heatmaps import Style, colors, printable
 from visualization.records import DatasetStatistics, ImageRecord
 
 # The look of all charts ---------------------------------------------------------------------------
@@ -24,9 +23,9 @@ MAIN, MARK, GREY, LIGHT = "#0072b2", "#c04c00", "#595959", "#e4e4e4"
 # Okabe and Ito's colours, told apart by colour-blind eyes too, with a grey for their yellow, which is pale on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#8f8f8f")
 SMALL_TEXT = 9  # points; other text has 10
-PLATE_PAD = 0.15  # of the size of the font
-PLATE = {"boxstyle": f"square,pad={PLATE_PAD}", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # behind text
-MISSING = "□"  # in place of a letter that the font lacks
+
+# A letter that the font lacks is drawn as a box.
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
@@ -36,7 +35,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
-    """Labels, a light grid, and no frame."""
+    """Sets labels and a light grid, removes the frame, and returns the axes."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("#999999")
     axes.tick_params(labelsize=SMALL_TEXT, color="#999999")
@@ -48,17 +47,10 @@ def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
 
 
 def legend_above(axes: Axes, entries: dict[str, Artist]) -> None:
-    """In one row over the axes, where no data is."""
-    options = {"ncols": len(entries), "columnspacing": 1.4, "handlelength": 1.6, "borderaxespad": 0.2}
-    axes.legend(
-        entries.values(),
-        entries,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        frameon=False,
-        fontsize=SMALL_TEXT,
-        **options,
-    )
+    """Draws a legend in one row over the axes, where no data is."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": len(entries)}
+    options = {"frameon": False, "fontsize": SMALL_TEXT, "columnspacing": 1.4, "handlelength": 1.6}
+    axes.legend(entries.values(), entries, **place, **options)
 
 
 def _block_ticks(axes: Axes, num_blocks: int) -> None:
@@ -70,41 +62,24 @@ def _in_percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
 def macs_unit(largest: float) -> tuple[float, str]:
-    """For numbers of multiply-adds up to `largest`: the size of the unit, and its letter."""
+    """Returns the size and the letter of the unit for numbers of multiply-adds up to `largest`."""
     return (1e9, "G") if largest >= 1e9 else (1e6, "M")
 
 
-def _macs(macs: float, static_macs: float) -> str:
-    size, letter = macs_unit(static_macs)
-    return f"{macs / size:,.2f} {letter} instead of {static_macs / size:,.2f} {letter}"
-
-
-@cache
-def _letters() -> frozenset[int]:
-    """Those that the font has."""
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
-
-
-def _cut(name: str, length: int) -> str:
-    """A name from outside in one line of at most so many letters."""
-    name = " ".join(name.split())
-    return name if len(name) <= length else name[: length - 1].rstrip() + "…"
-
-
-def drawable(name: str, length: int) -> str:
-    """The same, of letters that the font has; to be drawn with parse_math=False."""
-    letters = _cut(name, length)
-    return "".join(letter if letter.isprintable() and ord(letter) in _letters() else MISSING for letter in letters)
+def one_line(name: str, max_length: int) -> str:
+    """Cuts a name from outside to one line of so many letters; draw it with parse_math=False."""
+    name = printable(" ".join(name.split()))
+    return name if len(name) <= max_length else name[: max_length - 1].rstrip() + "…"
 
 
 # Of a data set ------------------------------------------------------------------------------------
 
-ALL_CLASSES, AT_EACH_END = 12, 5  # up to so many classes are all shown; of more, so many at each end
+MAX_CLASSES, AT_EACH_END = 12, 5  # up to so many classes are all shown; of more, so many at each end
 PICTURE = 19  # points, the side of a picture beside a bar
 BINS = 10  # of images, by their mean depth
 
@@ -124,7 +99,7 @@ def summary_charts(
     examples: Mapping[int, ImageRecord],
     style: Style,
 ) -> dict[str, Chart]:
-    """What the network does with a data set: charts by name.
+    """Draws what the network does with a data set: charts by name.
 
     prior: [L], DistributionPriorLoss's target; examples: an image by class index, where there is one.
     """
@@ -142,7 +117,7 @@ def _depth_histogram(statistics: DatasetStatistics, style: Style) -> Chart:
     figure = new_figure(3.4)
     axes = dress(figure.subplots(), "blocks that processed the patch", "share of patches")
     shares, mean = _depth_bars(axes, statistics.depth, style)
-    full = f"{_percent(shares[-1])} of them by all {statistics.num_blocks}"
+    full = f"{percent(shares[-1])} of them by all {statistics.num_blocks}"
     return Chart("How deep patches go", f"Patches are processed by {mean:.2f} blocks on average, {full}.", figure)
 
 
@@ -150,7 +125,7 @@ def _class_token_depth(statistics: DatasetStatistics, style: Style) -> Chart:
     figure = new_figure(3.4)
     axes = dress(figure.subplots(), "blocks that processed the class token", "share of images")
     shares, mean = _depth_bars(axes, statistics.class_token_depth, style)
-    full = f"in {_percent(shares[-1])} of the images by all {statistics.num_blocks}"
+    full = f"in {percent(shares[-1])} of the images by all {statistics.num_blocks}"
     explanation = f"The class token is processed by {mean:.2f} blocks on average, {full}."
     return Chart("How deep the class token goes", explanation, figure)
 
@@ -187,16 +162,19 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     bands = {"middle 50 %": inner, "middle 80 %": outer}
     legend_above(axes, {"mean": average, **bands, "static network": static})
     macs = float(statistics.macs.mean())
-    saved = f"{_percent(1 - macs / statistics.static_macs)} of the multiply-adds"
-    text = {"s": f"saved: {_percent(1 - macs / statistics.static_macs)}\nof multiply-adds", "linespacing": 1.4}
+    saved = percent(1 - macs / statistics.static_macs)
+    text = {"s": f"saved: {saved}\nof multiply-adds", "linespacing": 1.4}
+    plate = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     is_free = highest[len(blocks) * 6 // 10 - 1] < 0.75  # above the curve
     place = {"x": 0.98, "y": 0.78, "ha": "right"} if is_free else {"x": 0.02, "y": 0.05, "ha": "left"}
-    axes.text(**text, **place, transform=axes.transAxes, weight="bold", bbox=PLATE)
+    axes.text(**text, **place, transform=axes.transAxes, weight="bold", bbox=plate)
     axes.set_ylim(0, 1.03)
     _block_ticks(axes, statistics.num_blocks)
     _in_percent(axes)
-    left = f"the last block processes {_percent(mean[-1])} of the patches"
-    explanation = f"On average {left}; {saved} are saved ({_macs(macs, statistics.static_macs)} per image)."
+    size, letter = macs_unit(statistics.static_macs)
+    cost = f"{macs / size:,.2f} {letter} instead of {statistics.static_macs / size:,.2f} {letter} per image"
+    left = f"the last block processes {percent(mean[-1])} of the patches"
+    explanation = f"On average {left}; {saved} of the multiply-adds are saved ({cost})."
     return Chart("How many patches are left", explanation, figure)
 
 
@@ -209,15 +187,15 @@ def _class_depths(
     classes, means = classes[order], means[order]
     names = [class_names[index] for index in classes]
     figure = _class_figure(means, names, [examples.get(int(index)) for index in classes], style)
-    ends = dict.fromkeys(f"{means[end]:.2f} ({_cut(names[end], 60)})" for end in (0, -1))
+    ends = dict.fromkeys(f"{means[end]:.2f} ({one_line(names[end], 60)})" for end in (0, -1))
     explanation = f"Mean depth of the patches by class, of {len(classes):,} in all: {' to '.join(ends)}."
     return Chart("Easy and hard classes", explanation, figure)
 
 
 def _class_figure(means: np.ndarray, names: list[str], examples: list[ImageRecord | None], style: Style) -> Figure:
-    """A bar for each class, shallowest on top; of many classes, for those at both ends, and a histogram of all."""
+    """Draws a bar for each class, shallowest on top; of many classes, those at both ends, and a histogram."""
     count = len(means)
-    if count <= ALL_CLASSES:
+    if count <= MAX_CLASSES:
         figure = new_figure(0.34 * count + 0.8)
         bars = last = figure.subplots()
         rows = {row: row for row in range(count)}
@@ -226,14 +204,14 @@ def _class_figure(means: np.ndarray, names: list[str], examples: list[ImageRecor
         bars, last = figure.subplots(2, 1, height_ratios=[3.6, 1], sharex=True)
         rows = {row: row for row in range(AT_EACH_END)}
         rows |= {AT_EACH_END + 1 + row: count - AT_EACH_END + row for row in range(AT_EACH_END)}
-        _class_histogram(last, means)
+        dress(last, y="classes").hist(means, bins=min(20, count), color=MAIN)
+        last.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         between = f"{count - 2 * AT_EACH_END:,} more classes"
-        bars.text(
-            style.num_blocks / 80, AT_EACH_END, between, va="center", color=GREY, fontsize=SMALL_TEXT, style="italic"
-        )
+        options = {"va": "center", "color": GREY, "fontsize": SMALL_TEXT, "style": "italic"}
+        bars.text(style.num_blocks / 80, AT_EACH_END, between, **options)
     chosen = list(rows.values())
     _class_bars(dress(bars, grid="x"), list(rows), means[chosen], style)
-    bars.set_yticks(list(rows), [drawable(names[index], 24) for index in chosen], parse_math=False)
+    bars.set_yticks(list(rows), [one_line(names[index], 24) for index in chosen], parse_math=False)
     shown = {row: examples[index] for row, index in rows.items() if examples[index] is not None}
     for row, record in shown.items():
         _beside_the_axis(bars, row, record.pixels)
@@ -251,13 +229,8 @@ def _class_bars(axes: Axes, rows: list[int], means: np.ndarray, style: Style) ->
     axes.set_ylim(max(rows) + 0.6, -0.6)
 
 
-def _class_histogram(axes: Axes, means: np.ndarray) -> None:
-    dress(axes, y="classes").hist(means, bins=min(20, len(means)), color=MAIN)
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-
-
 def _beside_the_axis(axes: Axes, row: float, pixels: np.ndarray) -> None:
-    """pixels: [H, W, 3] uint8"""
+    """Draws a small picture left of the axis; pixels: [H, W, 3] uint8."""
     image = OffsetImage(pixels, zoom=PICTURE / max(pixels.shape[:2]))
     place = {"xybox": (-4 - PICTURE / 2, 0), "xycoords": ("axes fraction", "data"), "boxcoords": "offset points"}
     axes.add_artist(AnnotationBbox(image, (0, row), **place, frameon=False, pad=0, annotation_clip=False))
@@ -282,13 +255,13 @@ def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     bottom.bar(edges[list(groups)] + width / 2, counts, width=0.94 * width, color="#9db8c9")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     dress(bottom, "mean depth of the image's patches", "images")
-    ends = [f"{_percent(accuracy[end])} of images about {mean_depth[end]:.1f} deep" for end in (0, -1)]
+    ends = [f"{percent(accuracy[end])} of images about {mean_depth[end]:.1f} deep" for end in (0, -1)]
     ends = " and ".join(ends) if len(groups) > 1 else ends[0]
-    return Chart("Accuracy by depth", f"Top-1 is {_percent(right.mean())}: {ends} are recognised.", figure)
+    return Chart("Accuracy by depth", f"Top-1 is {percent(right.mean())}: {ends} are recognised.", figure)
 
 
 def _equal_bins(values: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """values: [N] -> the bins' edges, and by the number of each bin that has any: which values, [N] bool."""
+    """values: [N] -> the edges of the bins, and by the number of each bin with any values: which, [N] bool."""
     low, high = values.min(), values.max()
     if high - low < 1e-6:
         return np.array([low - 0.25, low + 0.25]), {0: np.ones(len(values), dtype=bool)}
@@ -317,13 +290,13 @@ def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
     axes.set_ylim(bottom=0)
     _block_ticks(axes, len(prior))
     _in_percent(axes)
-    reached = f"is largest in block {shares.argmax() + 1} ({_percent(shares.max())} of its sum)"
-    wanted = f"the prior's target is largest in block {target.argmax() + 1} ({_percent(target.max())})"
+    reached = f"is largest in block {shares.argmax() + 1} ({percent(shares.max())} of its sum)"
+    wanted = f"the prior's target is largest in block {target.argmax() + 1} ({percent(target.max())})"
     explanation = f"The mean halting score {reached if has_scores else 'is 0 in all blocks'}; {wanted}."
     return Chart("Where patches halt", explanation, figure)
 
 
-# Of shrinking rows --------------------------------------------------------------------------------
+# The teaser: rows that shrink ---------------------------------------------------------------------
 
 MAX_IMAGES = 8
 BESIDE_UP_TO = 3  # images: of so few, the bars stand beside them, else below
@@ -331,7 +304,7 @@ MAX_INCHES = 1.7  # inches, of an image
 
 
 def teaser(records: list[ImageRecord], style: Style) -> Figure:
-    """Inputs, depth maps, and how many patches each block processes, of the first 8 images, one colour each."""
+    """Draws inputs, depth maps, and how many patches each block processes: of 8 images at most, one colour each."""
     records = records[:MAX_IMAGES]
     widths = [one.pixels.shape[1] / one.pixels.shape[0] for one in records]
     if len(records) <= BESIDE_UP_TO:
@@ -365,11 +338,10 @@ def _teaser_pictures(
 
 
 def _depth_legend(axes: Axes, style: Style, most: int) -> None:
-    """With at most so many labels."""
+    """Draws the colours of all depths, with at most so many labels."""
     blocks = np.arange(1, style.num_blocks + 1)
-    axes.imshow(
-        colors(blocks[:, None], style), origin="lower", aspect="auto", extent=(0, 1, 0.5, style.num_blocks + 0.5)
-    )
+    extent = (0, 1, 0.5, style.num_blocks + 0.5)
+    axes.imshow(colors(blocks[:, None], style), origin="lower", aspect="auto", extent=extent)
     axes.hlines(blocks[1:] - 0.5, 0, 1, color="#666666", linewidth=0.4)
     axes.yaxis.tick_right()
     axes.yaxis.set_label_position("right")
@@ -381,7 +353,7 @@ def _depth_legend(axes: Axes, style: Style, most: int) -> None:
 
 
 def _teaser_bars(axes: Axes, records: list[ImageRecord], num_blocks: int) -> None:
-    """What the static network would do besides is a grey area over the bars."""
+    """Draws a stack of bars for each block; a grey area over them is what the static network would do besides."""
     blocks = np.arange(1, num_blocks + 1)
     top = np.zeros(num_blocks)
     for one, color in zip(records, PALETTE):
