@@ -104,43 +104,29 @@ def summary_charts(
     prior: [L], DistributionPriorLoss's target; examples: an image by class index, where there is one.
     """
     return {
-        "depth_histogram": _depth_histogram(statistics, style),
+        "depth_histogram": _depth_histogram(statistics.depth, "patches", style),
         "live_tokens": _live_tokens(statistics),
-        "class_token_depth": _class_token_depth(statistics, style),
+        "class_token_depth": _depth_histogram(statistics.class_token_depth, "class tokens", style),
         "class_depths": _class_depths(statistics, class_names, examples, style),
         "accuracy_against_depth": _accuracy_against_depth(statistics),
         "halting_scores": _halting_scores(statistics.layer_scores, prior),
     }
 
 
-def _depth_histogram(statistics: DatasetStatistics, style: Style) -> Chart:
+def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
+    """depth: of each of `what`."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "blocks that processed the patch", "share of patches")
-    shares, mean = _depth_bars(axes, statistics.depth, style)
-    full = f"{percent(shares[-1])} of them by all {statistics.num_blocks}"
-    return Chart("How deep patches go", f"Patches are processed by {mean:.2f} blocks on average, {full}.", figure)
-
-
-def _class_token_depth(statistics: DatasetStatistics, style: Style) -> Chart:
-    figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "blocks that processed the class token", "share of images")
-    shares, mean = _depth_bars(axes, statistics.class_token_depth, style)
-    full = f"in {percent(shares[-1])} of the images by all {statistics.num_blocks}"
-    explanation = f"The class token is processed by {mean:.2f} blocks on average, {full}."
-    return Chart("How deep the class token goes", explanation, figure)
-
-
-def _depth_bars(axes: Axes, depth: np.ndarray, style: Style) -> tuple[np.ndarray, float]:
-    """Draws and returns the share of each depth, [L], and the mean."""
-    blocks = np.arange(1, style.num_blocks + 1)
+    axes = dress(figure.subplots(), "blocks that processed them", f"share of {what}")
+    blocks, mean = np.arange(1, style.num_blocks + 1), depth.mean()
     shares = np.bincount(depth.ravel(), minlength=style.num_blocks + 1)[1:] / depth.size
-    mean = float(depth.mean())
     axes.bar(blocks, shares, width=0.86, color=colors(blocks, style) / 255, edgecolor="#444444", linewidth=0.6)
     axes.axvline(mean, color=MARK, linewidth=1.6, linestyle="--")
     axes.text(mean, 1.02, f"mean {mean:.2f}", transform=axes.get_xaxis_transform(), ha="center", color=MARK)
     _block_ticks(axes, style.num_blocks)
     _in_percent(axes)
-    return shares, mean
+    full = f"{percent(shares[-1])} of them by all {style.num_blocks}"
+    explanation = f"{what.capitalize()} are processed by {mean:.2f} blocks on average, {full}."
+    return Chart(f"How deep {what} go", explanation, figure)
 
 
 def live_shares(depth: np.ndarray, num_blocks: int) -> np.ndarray:
@@ -163,11 +149,9 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     legend_above(axes, {"mean": average, **bands, "static network": static})
     macs = float(statistics.macs.mean())
     saved = percent(1 - macs / statistics.static_macs)
-    text = {"s": f"saved: {saved}\nof multiply-adds", "linespacing": 1.4}
     plate = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-    is_free = highest[len(blocks) * 6 // 10 - 1] < 0.75  # above the curve
-    place = {"x": 0.98, "y": 0.78, "ha": "right"} if is_free else {"x": 0.02, "y": 0.05, "ha": "left"}
-    axes.text(**text, **place, transform=axes.transAxes, weight="bold", bbox=plate)
+    text = {"s": f"saved: {saved}\nof multiply-adds", "linespacing": 1.4, "weight": "bold", "bbox": plate}
+    axes.text(0.02, 0.05, **text, transform=axes.transAxes)
     axes.set_ylim(0, 1.03)
     _block_ticks(axes, statistics.num_blocks)
     _in_percent(axes)
@@ -299,7 +283,6 @@ def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
 # The teaser: rows that shrink ---------------------------------------------------------------------
 
 MAX_IMAGES = 8
-BESIDE_UP_TO = 3  # images: of so few, the bars stand beside them, else below
 MAX_INCHES = 1.7  # inches, of an image
 
 
@@ -307,16 +290,10 @@ def teaser(records: list[ImageRecord], style: Style) -> Figure:
     """Draws inputs, depth maps, and how many patches each block processes: of 8 images at most, one colour each."""
     records = records[:MAX_IMAGES]
     widths = [one.pixels.shape[1] / one.pixels.shape[0] for one in records]
-    if len(records) <= BESIDE_UP_TO:
-        tall = min(MAX_INCHES, 3.9 / sum(widths))
-        left = tall * sum(widths) + 1.3
-        figure = new_figure(max(2 * tall + 0.4, 3.0), width=left + 4.2)
-        pictures, bars = figure.subfigures(1, 2, width_ratios=[left, 4.2])
-    else:
-        tall = min(MAX_INCHES, 7.0 / sum(widths))
-        upper = 2 * max(tall, 0.45) + 0.3  # at least as high as the letters beside it
-        figure = new_figure(upper + 2.7, width=8.2)
-        pictures, bars = figure.subfigures(2, 1, height_ratios=[upper, 2.7])
+    tall = min(MAX_INCHES, 7.0 / sum(widths))
+    upper = 2 * max(tall, 0.45) + 0.3  # at least as high as the letters beside it
+    figure = new_figure(upper + 2.7, width=max(tall * sum(widths) + 1.3, 5))
+    pictures, bars = figure.subfigures(2, 1, height_ratios=[upper, 2.7])
     _teaser_pictures(pictures, records, widths, tall, style)
     _teaser_bars(dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
     return figure
@@ -365,10 +342,7 @@ def _teaser_bars(axes: Axes, records: list[ImageRecord], num_blocks: int) -> Non
     axes.axhline(total, color=GREY, linewidth=1.2, linestyle="--")
     axes.text(0.6, total * 1.02, "static network", color=GREY, fontsize=SMALL_TEXT)
     saved = 1 - sum(one.macs for one in records) / sum(one.static_macs for one in records)
-    free = total - top[num_blocks * 6 // 10 - 1]  # over the blocks that the text may cover
-    text = {"s": f"saved: {100 * saved:.0f} %\nof multiply-adds", "y": total - free / 2, "va": "center"}
-    if free < 0.25 * total:  # then above the line
-        text = {"s": text["s"].replace("\n", " "), "y": total * 1.02, "va": "bottom"}
-    axes.text(num_blocks + 0.4, **text, ha="right", weight="bold", linespacing=1.4)
+    text = {"ha": "right", "weight": "bold"}
+    axes.text(num_blocks + 0.4, total * 1.02, f"saved: {100 * saved:.0f} % of multiply-adds", **text)
     axes.set_ylim(0, total * 1.13)
     _block_ticks(axes, num_blocks)
