@@ -24,7 +24,7 @@ MAIN, MARK, GREY, LIGHT = "#0072b2", "#c04c00", "#595959", "#e4e4e4"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#8f8f8f")
 SMALL_TEXT = 9  # points; other text has 10
 
-# A letter that the font lacks is drawn as a box.
+# Matplotlib draws a letter that the font lacks as a box: that will do, without a warning.
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")
 
 
@@ -129,16 +129,11 @@ def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
     return Chart(f"How deep {what} go", explanation, figure)
 
 
-def live_shares(depth: np.ndarray, num_blocks: int) -> np.ndarray:
-    """depth: [N, n], of patches -> [N, L], the share of an image's patches that each block processes."""
-    live = [np.count_nonzero(depth >= block, axis=1) for block in range(1, num_blocks + 1)]
-    return np.stack(live, axis=1) / depth.shape[1]
-
-
 def _live_tokens(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(3.6)
     axes = dress(figure.subplots(), "block", "live patches of an image")
-    blocks, live = np.arange(1, statistics.num_blocks + 1), live_shares(statistics.depth, statistics.num_blocks)
+    blocks = np.arange(1, statistics.num_blocks + 1)
+    live = np.stack([(statistics.depth >= block).mean(axis=1) for block in blocks], axis=1)  # (N, L)
     lowest, low, high, highest = np.percentile(live, [10, 25, 75, 90], axis=0)
     mean = live.mean(axis=0)
     static = axes.axhline(1, color=GREY, linewidth=1.2, linestyle="--")

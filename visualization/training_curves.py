@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads --output_dirs, each once. Runs are named by their folders; if two names are equal, all by their paths.
+    """Reads --output_dirs, each once; names runs by their folders or, if two of these are equal, by their paths.
 
     Raises UserError if a folder has no log.txt with an epoch in it.
     """

@@ -106,7 +106,6 @@ def test_live_patches_per_block():
     chart = summary(statistics)["live_tokens"]
     (axes,) = chart.figure.axes
     live = np.array([[(image >= b).mean() for b in range(1, 9)] for image in statistics.depth])
-    assert charts.live_shares(statistics.depth, 8) == pytest.approx(live)
     assert axes.lines[1].get_data() == (pytest.approx(np.arange(1, 9)), pytest.approx(live.mean(axis=0)))
     outer = axes.collections[0].get_paths()[0].vertices
     for block, share in enumerate(live.T, start=1):

@@ -444,13 +444,15 @@ def test_a_thousand_images_stay_fluid(browser, tmp_path):
     def measure(limit, action, *args):
         begun = time.perf_counter()
         action(*args)
-        browser.next_frame()
-        seconds[f"{action.__name__} {args[1:]}"] = time.perf_counter() - begun
-        assert time.perf_counter() - begun < limit, seconds
+        if action is not gallery:
+            browser.next_frame()
+        name = f"{action.__name__} {args[-1] if limit == 1 else ''}".strip()
+        seconds[name] = round(time.perf_counter() - begun, 3)
+        assert seconds[name] < limit, seconds
 
-    browser.open(gallery(tmp_path))
-    measure(60, lambda: gallery(tmp_path, some))
-    measure(10, lambda: browser.open(tmp_path / "index.html") or browser.drawn())
+    measure(60, gallery, tmp_path, some)
+    measure(10, browser.open, tmp_path / "index.html")
+    measure(10, browser.drawn)
     for change in [("#search", "zebra"), ("#search", ""), ("#sort", "spread")]:
         measure(1, browser.choose, *change)
     browser.drawn()
