@@ -115,4 +115,5 @@ def test_runs_have_colours_of_their_own_and_names_that_cover_nothing(draw, count
     assert_drawn_well(figure)
     legend = figure.legends[0]
     assert len({tuple(line.get_color()) for line in legend.get_lines()}) == count
+    assert not any(text.get_parse_math() for text in legend.get_texts())
     assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
