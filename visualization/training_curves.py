@@ -144,7 +144,7 @@ PANELS = (
 def curves(runs: Sequence[Run]) -> Figure:
     """Draws everything of interest over the epochs, one colour a run."""
     names = [one_line(run.name, 50) for run in runs]
-    columns = max(1, min(len(runs), 110 // (max(map(len, names)) + 6)))
+    columns = max(1, min(len(runs), 110 // (max(map(len, names)) + 9)))
     figure = new_figure(4.9 + 0.2 * -(-len(runs) // columns), width=8.6)
     epochs = np.concatenate([series(run)[:, 0] for run in runs])
     margin = max(0.04 * np.ptp(epochs), 0.5)
