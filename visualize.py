@@ -171,12 +171,12 @@ def check_colormap(name: str) -> None:
 def draw_curves(folders: list[Path], folder: Path) -> None:
     """Accuracy, losses, depth and multiply-adds over the epochs of runs, and accuracy against multiply-adds."""
     from utils import log
-    from visualization import charts
+    from visualization import training_curves
     from visualization.files import write_png
 
-    runs = charts.read_runs(folders)
-    write_png(folder / "curves.png", charts.curves(runs))
-    write_png(folder / "accuracy_macs.png", charts.accuracy_against_macs(runs))
+    runs = training_curves.read_runs(folders)
+    write_png(folder / "curves.png", training_curves.curves(runs))
+    write_png(folder / "accuracy_macs.png", training_curves.accuracy_against_macs(runs))
     log(f"curves of {len(runs)} run(s) in {folder}")
 
 

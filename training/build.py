@@ -34,6 +34,7 @@ def run_cli(
         with utils.process_group(
             args.device, getattr(args, "dist_url", "env://"), getattr(args, "world_size", None)
         ) as device:
+            args.device = args.device or device.type
             status = run(args, device)
         if status:
             raise SystemExit(status)

@@ -8,17 +8,15 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib import colormaps
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from visualization.records import ImageRecord
 
 PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
 FRAME_SECONDS = 0.45
-MAX_LETTERS = 400  # letters; no picture is wider
+MAX_LETTERS = 400  # no picture is wider
 COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
 PAPERS_COLORMAP = "hot"  # from black to white, whiter is deeper
 
@@ -46,12 +44,14 @@ class Style:
 
 def colors(depth: np.ndarray, style: Style) -> np.ndarray:
     """depth: [...], 0..num_blocks -> [..., 3] uint8; full depth is always the map's last colour."""
+    from matplotlib import colormaps
+
     rgba = np.asarray(colormaps[style.colormap](depth / style.num_blocks))
     return (rgba[..., :3] * 255).round().astype(np.uint8)
 
 
 def enlarge(pixels: np.ndarray, style: Style) -> Image.Image:
-    """pixels: [H, W, 3] uint8, enlarged by a whole factor, without smoothing, to at least the style's size."""
+    """Enlarges pixels, [H, W, 3] uint8, by a whole factor, without smoothing, to at least the style's size."""
     picture = Image.fromarray(pixels)
     factor = -(-style.size // min(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -63,13 +63,13 @@ def heat_map(depth: np.ndarray, size: tuple[int, int], style: Style) -> Image.Im
 
 
 def overlay(record: ImageRecord, style: Style) -> Image.Image:
-    """The depth map laid over the image in grey."""
+    """Lays the depth map over the image in grey."""
     image = enlarge(record.pixels, style)
     return Image.blend(image.convert("L").convert("RGB"), heat_map(record.depth, image.size, style), OVERLAY)
 
 
 def in_block(record: ImageRecord, block: int, style: Style) -> Image.Image:
-    """The patches that this block processes (1 is the first); those that halted before are greyed out."""
+    """Greys out the patches that halted before this block (1 is the first)."""
     image = enlarge(record.pixels, style)
     grey = image.convert("L").point(lambda value: HALTED + value // 8)
     halted = Image.fromarray(((record.depth < block) * 255).astype(np.uint8))
@@ -77,31 +77,37 @@ def in_block(record: ImageRecord, block: int, style: Style) -> Image.Image:
 
 
 def live_share(record: ImageRecord, block: int) -> float:
-    """Of the patches: those that this block processes."""
+    """Returns the share of patches that this block processes."""
     return float((record.depth >= block).mean())
 
 
 @cache
 def font(height: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along."""
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", height)
 
 
-def line(text: str, width: int, style: Style, color: str = INK, centred: bool = False) -> Image.Image:
-    """One line of text in a picture of this width; cut short where it is too long."""
-    letters = font(style.text_height)
-    text = "".join(c if c.isprintable() else "?" for c in text[:MAX_LETTERS])
+def printable(text: str) -> str:
+    """Puts a ? for each control character, line break and lone surrogate."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def line(text: str, width: int, style: Style, color: str = INK) -> Image.Image:
+    """Draws one line of text in a picture of this width; cuts it short where it is too long."""
+    letters, text = font(style.text_height), printable(text[:MAX_LETTERS])
     if letters.getlength(text) > width:
         while text and letters.getlength(text + "…") > width:
             text = text[:-1]
         text += "…"
     picture = Image.new("RGB", (width, style.text_height * 3 // 2), PAPER)
-    left, anchor = (width / 2, "mm") if centred else (0, "lm")
-    ImageDraw.Draw(picture).text((left, picture.height / 2), text, fill=color, font=letters, anchor=anchor)
+    ImageDraw.Draw(picture).text((0, picture.height / 2), text, fill=color, font=letters, anchor="lm")
     return picture
 
 
 def legend(height: int, style: Style) -> Image.Image:
-    """The colours of all depths, from 1 at the bottom to full depth at the top."""
+    """Draws the colours of all depths, from 1 at the bottom to full depth at the top."""
     blocks, letters = style.num_blocks, font(style.text_height)
     swatch, label = max(height // 14, 8), int(letters.getlength(str(blocks))) + 1
     picture = Image.new("RGB", (swatch + style.gap // 2 + label, height), PAPER)
@@ -118,7 +124,7 @@ def legend(height: int, style: Style) -> Image.Image:
 
 
 def beside(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
-    """In a row on white, with their tops at one height."""
+    """Puts pictures in a row on white, with their tops at one height."""
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
     left = 0
@@ -129,28 +135,16 @@ def beside(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
 
 
 def below(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
-    """In a column on white, flush left."""
-    height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
-    canvas = Image.new("RGB", (max(p.width for p in pictures), height), PAPER)
-    top = 0
-    for picture in pictures:
-        canvas.paste(picture, (0, top))
-        top += picture.height + gap
-    return canvas
-
-
-def framed(picture: Image.Image, margin: int) -> Image.Image:
-    """With a white margin around it."""
-    canvas = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), PAPER)
-    canvas.paste(picture, (margin, margin))
-    return canvas
+    """Puts pictures in a column on white, flush left."""
+    flipped = [picture.transpose(Image.Transpose.TRANSPOSE) for picture in pictures]
+    return beside(flipped, gap).transpose(Image.Transpose.TRANSPOSE)
 
 
 # Whole pictures -----------------------------------------------------------------------------------
 
 
 def caption(record: ImageRecord, class_names: Sequence[str], style: Style) -> list[tuple[str, str]]:
-    """Lines of text about an image, each with its colour: class, prediction, depth."""
+    """Returns lines of text about an image, each with its colour: class, prediction, depth."""
     predicted = f"{class_names[record.prediction]}, {record.confidence:.1%}"
     lines = [(f"predicted: {predicted}", WARNING if record.is_wrong else INK)]
     if record.target >= 0:
@@ -160,7 +154,7 @@ def caption(record: ImageRecord, class_names: Sequence[str], style: Style) -> li
 
 
 def macs_text(macs: float) -> str:
-    """With three digits and a unit: 0.8e9 is '800 M'."""
+    """Writes three digits and a unit: 0.8e9 is '800 M'."""
     return f"{macs / 1e9:.3g} G" if macs >= 1e9 else f"{macs / 1e6:.3g} M"
 
 
@@ -171,12 +165,12 @@ def captioned(picture: Image.Image, lines: list[tuple[str, str]], style: Style) 
 
 
 def demo_pictures(record: ImageRecord, class_names: Sequence[str], style: Style) -> dict[str, Image.Image]:
-    """The image, its depth map with a legend, and the two side by side with a caption, by name."""
+    """Draws the image, its depth map with a legend, and the two side by side with a caption, by name."""
     reference = enlarge(record.pixels, style)
     depth_map = heat_map(record.depth, reference.size, style)
     depth_map = beside([depth_map, legend(reference.height, style)], style.gap)
     combined = beside([reference, depth_map], style.gap)
-    combined = framed(captioned(combined, caption(record, class_names, style), style), style.gap)
+    combined = ImageOps.expand(captioned(combined, caption(record, class_names, style), style), style.gap, PAPER)
     left, top = style.gap + reference.width + style.gap, style.gap
     outline = (left - 1, top - 1, left + reference.width, top + reference.height)  # white patches end somewhere
     ImageDraw.Draw(combined).rectangle(outline, outline="gray")
@@ -184,7 +178,7 @@ def demo_pictures(record: ImageRecord, class_names: Sequence[str], style: Style)
 
 
 def panel(record: ImageRecord, class_names: Sequence[str], style: Style) -> Image.Image:
-    """An image, its depth map, the two laid over each other, and what is left in four of the blocks."""
+    """Draws an image, its depth map, the two laid over each other, and what is left in four of the blocks."""
     image = enlarge(record.pixels, style)
     depth_map = heat_map(record.depth, image.size, style)
     scale = legend(image.height, style)
@@ -196,11 +190,11 @@ def panel(record: ImageRecord, class_names: Sequence[str], style: Style) -> Imag
     titled = [below([line(title, picture.width, style), picture]) for title, picture in columns]
     row = beside(titled, style.gap)
     name = line(Path(record.name).name, row.width, style)
-    return framed(captioned(below([name, row]), caption(record, class_names, style), style), style.gap)
+    return ImageOps.expand(captioned(below([name, row]), caption(record, class_names, style), style), style.gap, PAPER)
 
 
 def sheet(records: Sequence[ImageRecord], class_names: Sequence[str], style: Style) -> Image.Image:
-    """Several images in a row, their depth maps under them, with predictions and mean depths."""
+    """Draws several images in a row, their depth maps under them, with predictions and mean depths."""
     columns = []
     for one in records:
         image = enlarge(one.pixels, style)
@@ -208,21 +202,21 @@ def sheet(records: Sequence[ImageRecord], class_names: Sequence[str], style: Sty
         texts.append((f"depth {one.mean_depth:.1f}", INK))
         pair = below([image, heat_map(one.depth, image.size, style)], style.gap)
         columns.append(captioned(pair, texts, style))
-    return framed(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap)
+    return ImageOps.expand(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap, PAPER)
 
 
 def frames(record: ImageRecord, style: Style) -> list[Image.Image]:
-    """One picture per block: the patches that it processes, and how many of them there are."""
+    """Draws a picture per block: the patches that it processes, and how many of them there are."""
     pictures = []
     for block in range(1, style.num_blocks + 1):
         picture = in_block(record, block, style)
-        text = f"block {block}: {live_share(record, block):.0%} live"
-        pictures.append(framed(below([picture, line(text, picture.width, style)], style.gap // 2), style.gap))
+        text = line(f"block {block}: {live_share(record, block):.0%} live", picture.width, style)
+        pictures.append(ImageOps.expand(below([picture, text], style.gap // 2), style.gap, PAPER))
     return pictures
 
 
 def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
-    """An endless GIF or WebP that rests on its last picture."""
+    """Encodes an endless GIF or WebP that rests on its last picture."""
     times = [int(FRAME_SECONDS * 1000)] * (len(pictures) - 1) + [int(FRAME_SECONDS * 4000)]
     if kind == "gif":  # one palette, of the pictures with the most and the fewest colours, for all
         palette = below([pictures[0], pictures[-1]]).quantize()

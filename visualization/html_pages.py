@@ -9,22 +9,14 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 import utils
-from visualization.heatmaps import FRAME_SECONDS, HALTED, OVERLAY, Style, colors
+from visualization.heatmaps import FRAME_SECONDS, HALTED, OVERLAY, Style, colors, macs_text
 from visualization.records import ImageRecord
 
 MAX_PNG_SIDE = 64  # pixels; an image with no longer side is embedded as PNG
 JPEG_QUALITY = 88
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def write_gallery(
@@ -35,9 +27,9 @@ def write_gallery(
     class_names: Sequence[str],
     style: Style,
 ) -> None:
-    """One file that needs nothing else: the images, what became of their patches, and the means to look through them.
+    """Writes one file that needs nothing else: images, what became of their patches, and means to look through them.
 
-    facts: names and values, shown at the top; class_names: by class index. UserError if it cannot be written.
+    facts: names and values, shown at the top; class_names: by class index. Raises UserError if it cannot be written.
     """
     _write(path, "gallery.html", title=title, facts=facts, data=gallery_data(records, class_names, style))
 
@@ -49,44 +41,61 @@ def write_summary(
     charts: list[tuple[str, str, bytes]],
     gallery: str | None = None,
 ) -> None:
-    """One file that needs nothing else: facts, and charts, each with its title, a sentence about it, and a PNG.
+    """Writes one file that needs nothing else: facts, and charts, each a title, a sentence about it, and a PNG.
 
-    gallery: a link to a gallery's page, as seen from this one. UserError if it cannot be written.
+    gallery: a link to a gallery's page, as seen from this one. Raises UserError if it cannot be written.
     """
     figures = [(name, explanation, _data_uri("png", png)) for name, explanation, png in charts]
     _write(path, "summary.html", title=title, facts=facts, charts=figures, gallery=gallery)
 
 
 def gallery_data(records: list[ImageRecord], class_names: Sequence[str], style: Style) -> dict:
-    """What the gallery's script reads, in JSON's types; colors: of the depths 0..L."""
+    """Returns what the gallery's script reads, in JSON's types; colors: of the depths 0..L."""
     palette = colors(np.arange(style.num_blocks + 1), style).tolist()
     return {
         "colors": ["#{:02x}{:02x}{:02x}".format(*color) for color in palette],
         "halted": HALTED,
         "overlay": OVERLAY,
         "frame_seconds": FRAME_SECONDS,
-        "images": [_entry(record, class_names) for record in records],
+        "images": [_image_data(record, class_names, style.num_blocks) for record in records],
     }
 
 
-def _entry(record: ImageRecord, class_names: Sequence[str]) -> dict:
+def _image_data(record: ImageRecord, class_names: Sequence[str], num_blocks: int) -> dict:
+    """Numbers to draw, sort and filter by; every text that is shown."""
     height, width = record.pixels.shape[:2]
+    label = class_names[record.target] if record.target >= 0 else None
+    prediction, wrong = class_names[record.prediction], record.is_wrong
+    mark = "" if label is None else "✗" if wrong else "✓"
+    is_finite = math.isfinite(record.confidence)  # not that of a network that has diverged
+    figures = {
+        "class": "unknown" if label is None else label,
+        "prediction": f"{mark} {'wrong: ' * wrong}{prediction}".strip(),
+        "confidence": f"{record.confidence:.1%}" if is_finite else "unknown",
+        "mean depth": f"{record.mean_depth:.2f} of {num_blocks}",
+        "depth spread": f"{record.depth_spread:.2f}",
+        "multiply-adds": macs_text(record.macs),
+        "share saved": f"{record.saved:.0%}",
+        "file": record.name,
+    }
     return {
         "index": record.index,
-        "name": record.name,
         "image": embedded(record.pixels),
         "width": width,
         "height": height,
         "columns": record.depth.shape[1],
         "depth": record.depth.ravel().tolist(),
-        "class": class_names[record.target] if record.target >= 0 else None,
-        "prediction": class_names[record.prediction],
-        "wrong": record.is_wrong,
-        "confidence": _number(record.confidence),
-        "mean_depth": _number(record.mean_depth),
-        "spread": _number(record.depth_spread),
-        "macs": _number(record.macs),
-        "saved": _number(record.saved),
+        "class": label,
+        "wrong": wrong,
+        "confidence": round(record.confidence, 4) if is_finite else None,
+        "mean_depth": round(record.mean_depth, 4),
+        "spread": round(record.depth_spread, 4),
+        "title": prediction if label is None else label,
+        "mark": mark,
+        "verdict": prediction if wrong else "predicted" if label is None else "right",
+        "sure": f"{record.confidence:.0%}" if is_finite else "unknown",
+        "words": [label or "", prediction, record.name],
+        "figures": list(figures.items()),
     }
 
 
@@ -101,12 +110,10 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _number(value: float) -> float | None:
-    """None for what JSON has no word for: the confidence of a network that has diverged is NaN."""
-    return round(value, 4) if math.isfinite(value) else None
-
-
 def _write(path: Path, template: str, **values: object) -> None:
-    page = TEMPLATES.get_template(template).render(**values)
-    content = page.encode(errors="replace")  # names of files may hold bytes that are no text
-    utils.write_bytes(path, content)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = Environment(loader=folder, **options).get_template(template).render(**values)
+    utils.write_bytes(path, page.encode(errors="replace"))  # names of files may hold bytes that are no text

@@ -36,7 +36,6 @@ def test_enlarging_is_exact(size):
     picture = np.asarray(heatmaps.enlarge(pixels, Style(8)))
     factor = picture.shape[0] // size[0]
     assert min(picture.shape[:2]) >= 224
-    assert (picture[::factor, ::factor] == pixels).all()
     assert (picture == pixels.repeat(factor, axis=0).repeat(factor, axis=1)).all()
 
 
@@ -59,11 +58,10 @@ def test_the_heat_map_has_the_images_size_and_flat_patches(grid):
 @pytest.mark.parametrize("blocks", [4, 12, 24])
 def test_the_legend_has_every_depth(blocks):
     style = Style(blocks)
-    scale = pixels_of(heatmaps.legend(224, style))
     colors = [tuple(c) for c in heatmaps.colors(np.arange(1, blocks + 1), style).tolist()]
-    column = [tuple(p) for p in scale[:, 6].tolist()]
-    order = [color for color in dict.fromkeys(column) if color in colors]
-    assert order == colors[::-1]
+    column = [tuple(p) for p in pixels_of(heatmaps.legend(224, style))[:, 6].tolist()]
+    assert [color for color in dict.fromkeys(column) if color in colors] == colors[::-1]
+    assert heatmaps.legend(8, style).height == 8, "lower than its blocks"
 
 
 def test_halted_patches_are_grey_and_live_ones_untouched():
@@ -94,10 +92,6 @@ def test_long_and_strange_names_are_cut_to_the_width():
         assert heatmaps.line(text, 100, Style(8)).width == 100
     ink = pixels_of(heatmaps.line("x" * 1000, 100, Style(8)))
     assert ink[:, -2:].min() > 200, "text runs out of the picture"
-
-
-def test_a_legend_lower_than_its_blocks():
-    assert heatmaps.legend(8, Style(12, size=1)).height == 8
 
 
 @pytest.mark.parametrize("blocks", [2, 5, 12])

@@ -1,0 +1,221 @@
+"""Charts of training runs, from their log.txt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from utils import UserError, warn
+from visualization.charts import (
+    GREY,
+    PALETTE,
+    SMALL_TEXT,
+    dress,
+    legend_above,
+    macs_unit,
+    new_figure,
+    one_line,
+    percent,
+)
+
+# Reading ------------------------------------------------------------------------------------------
+
+MAX_DRAWN = 1e30  # matplotlib cannot draw axes from one end of the floats to the other
+
+
+class Run(NamedTuple):
+    """lines: what log.txt holds, one for each epoch."""
+
+    name: str
+    lines: list[dict]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads --output_dirs, each once; names runs by their folders or, if two of these are equal, by their paths.
+
+    Raises UserError if a folder has no log.txt with an epoch in it.
+    """
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        shared = os.path.commonpath([folder.parent for folder in folders])
+        names = [str(folder.relative_to(shared)) for folder in folders]
+    return [Run(name, _read_log(folder / "log.txt")) for name, folder in zip(names, folders)]
+
+
+def _read_log(path: Path) -> list[dict]:
+    """Leaves out lines that hold no epoch, and warns of them."""
+    try:
+        raw = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected an --output_dir of main_act.py, with log.txt") from error
+    lines = []
+    for number, text in enumerate(raw, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and _is_finite(line.get("epoch")):
+            lines.append(line)
+        elif text.strip():
+            warn(f"{path}, line {number}: not an epoch's figures; it is left out")
+    if not lines:
+        raise UserError(f"{path}: no epoch in it; expected an --output_dir of main_act.py, with log.txt")
+    return lines
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < MAX_DRAWN
+
+
+def series(run: Run, *names: str) -> np.ndarray:
+    """[epochs, 1 + names]: the epochs where all of these figures are finite numbers; of a repeated one, the last."""
+    by_epoch = {line["epoch"]: line for line in run.lines}
+    rows = [[by_epoch[epoch].get(name) for name in ("epoch", *names)] for epoch in sorted(by_epoch)]
+    return np.array([row for row in rows if all(map(_is_finite, row))], dtype=float).reshape(-1, 1 + len(names))
+
+
+# Parts of both charts -----------------------------------------------------------------------------
+
+
+def run_colors(count: int) -> list:
+    return list(PALETTE[:count]) if count <= len(PALETTE) else list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+
+
+def name_runs(figure: Figure, names: Sequence[str], handles: Sequence[Artist], loc: str, columns: int = 1) -> None:
+    """Draws a legend outside of the axes."""
+    labels = ["run"] * len(names)  # matplotlib before 3.10 would leave out a name that begins with _
+    legend = figure.legend(handles, labels, loc=f"outside {loc}", ncols=columns, frameon=False, fontsize=SMALL_TEXT)
+    for text, name in zip(legend.get_texts(), names):
+        text.set(text=name, parse_math=False)
+
+
+def say_no_data(axes: Axes) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def logged_macs_unit(runs: Sequence[Run]) -> tuple[float, str]:
+    """Returns how many of the logged G one unit is, and the unit's letter."""
+    points = [series(run, name)[:, 1] for run in runs for name in (MACS.solid, MACS.other)]
+    size, letter = macs_unit(1e9 * max(np.concatenate(points), default=0))
+    return size / 1e9, letter
+
+
+# Over the epochs ----------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """solid, other: figures of log.txt; key: what the other's style means; band: between which two figures."""
+
+    title: str
+    solid: str
+    other: str = ""
+    style: str = "--"
+    key: str = ""
+    band: tuple[str, str] | None = None
+    from_zero: bool = False
+
+
+MACS = Panel("multiply-adds", "test_gmacs", "test_gmacs_static", key="dashed: static", from_zero=True)
+DEPTHS = ("train_depth_min", "train_depth_max")
+PANELS = (
+    Panel("top-1 (%)", "test_acc1", "test_ema_acc1", ":", "dotted: averaged weights"),
+    Panel("loss", "test_loss", "train_loss", key="dashed: training"),
+    Panel("ponder loss", "train_ponder_loss_token", "train_distr_prior_loss", key="dashed: prior"),
+    Panel("mean depth", "test_depth_mean", key="band: least to most", band=DEPTHS, from_zero=True),
+    MACS,
+    Panel("learning rate", "train_lr"),
+)
+
+
+def curves(runs: Sequence[Run]) -> Figure:
+    """Draws everything of interest over the epochs, one colour a run."""
+    names = [one_line(run.name, 50) for run in runs]
+    columns = max(1, min(len(runs), 110 // (max(map(len, names)) + 9)))
+    figure = new_figure(4.9 + 0.2 * -(-len(runs) // columns), width=8.6)
+    epochs = np.concatenate([series(run)[:, 0] for run in runs])
+    margin = max(0.04 * np.ptp(epochs), 0.5)
+    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS):
+        axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
+        _draw_panel(axes, panel, runs)
+    handles = [Line2D([], [], color=color, linewidth=2) for color in run_colors(len(runs))]
+    name_runs(figure, names, handles, "lower center", columns)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+    size, unit = 1, ""
+    if panel is MACS:
+        size, letter = logged_macs_unit(runs)
+        unit = f" ({letter})"
+    dress(axes, x="epoch").set_title(panel.title + unit, loc="left", fontsize=10, weight="bold")
+    for run, color in zip(runs, run_colors(len(runs))):
+        for name, style, dot in ((panel.solid, "-", "o"), (panel.other, panel.style, "x")):
+            points = series(run, name)
+            if len(points):
+                marker = dot if len(points) == 1 else None
+                axes.plot(points[:, 0], points[:, 1] / size, style, color=color, marker=marker, markersize=5)
+        if panel.band and len(band := series(run, *panel.band)):
+            axes.fill_between(*band.T, color=color, alpha=0.15 / len(runs), linewidth=0)
+    if not axes.lines:
+        say_no_data(axes)
+        return
+    if any(len(series(run, *(panel.band or [panel.other]))) for run in runs):
+        axes.set_title(panel.key, loc="right", fontsize=8, color=GREY)
+    if panel.from_zero:
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+# Accuracy against multiply-adds -------------------------------------------------------------------
+
+
+def accuracy_against_macs(runs: Sequence[Run]) -> Figure:
+    """Draws the path of each run over its epochs, and where it ended; the runs are named from best to worst.
+
+    Static networks are squares with a dashed line.
+    """
+    figure = new_figure(max(4.4, 0.2 * len(runs) + 1), width=8.6)
+    size, letter = logged_macs_unit(runs)
+    axes = dress(figure.subplots(), f"multiply-adds per image ({letter})", "top-1 (%)", grid="both")
+    ends, lows, highs = [], [], []
+    for run, color in zip(runs, run_colors(len(runs))):
+        path = series(run, "test_gmacs", "test_acc1", "test_gmacs_static")
+        if not len(path):
+            continue
+        _, macs, accuracy, static_macs = path.T
+        is_static = math.isclose(macs[-1], static_macs[-1], rel_tol=1e-6)
+        axes.plot(macs / size, accuracy, ".-", color=color, alpha=0.3, markersize=4, linewidth=1.2)
+        if is_static:
+            axes.axhline(accuracy[-1], color=color, linewidth=1.1, linestyle="--", alpha=0.8)
+        options = {"markersize": 8, "markeredgecolor": "white", "linestyle": "", "zorder": 3}
+        (end,) = axes.plot(macs[-1] / size, accuracy[-1], "s" if is_static else "o", color=color, **options)
+        ends.append((accuracy[-1], f"{one_line(run.name, 28)}: {percent(accuracy[-1] / 100)}", end))
+        lows.append(min(np.median(accuracy), accuracy[-1]))  # the first half of a training may lie below
+        highs.append(accuracy.max())
+    if not ends:
+        say_no_data(axes)
+        return figure
+    margin = 0.12 * max(max(highs) - min(lows), 4)
+    axes.set_ylim(min(lows) - margin, max(highs) + margin)
+    axes.margins(x=0.1)
+    last = Line2D([], [], color=GREY, marker="o", markersize=7, linestyle="")
+    last_static = Line2D([], [], color=GREY, marker="s", markersize=7, linestyle="--", linewidth=1.1)
+    before = Line2D([], [], color=GREY, marker=".", markersize=4, alpha=0.4)
+    legend_above(axes, {"last epoch": last, "of a static network": last_static, "epochs before": before})
+    _, names, markers = zip(*sorted(ends, key=lambda end: -end[0]))
+    name_runs(figure, names, markers, "right center")
+    return figure
