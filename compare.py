@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
+
+from training.arguments import Parser
 
 HEAD = ("", "top-1", "mean depth", "multiply-adds", "difference in points")
 
@@ -52,16 +53,19 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """SystemExit with status 2 where a folder holds no evaluation, or one of other images."""
+    parser = Parser(prog="compare.py", description=__doc__.splitlines()[0].partition(":")[0] + ".")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_DIR", help="of main_act.py --eval")
+    folders = parser.parse_args(argv).folders
     try:
-        rows = [HEAD, *(row(Path(folder), Path(argv[0])) for folder in argv)]
+        rows = [HEAD, *(row(folder, folders[0]) for folder in folders)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.stderr.write(f"compare.py: error: no evaluation: {error}\n")
-        raise SystemExit(2) from error
+        parser.error(f"no evaluation: {error}")
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

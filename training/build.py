@@ -31,9 +31,7 @@ def run_cli(
     SystemExit with that where it is not 0, with 2 for what the user can mend, with 1 where training fails.
     """
     try:
-        with utils.process_group(
-            args.device, getattr(args, "dist_url", "env://"), getattr(args, "world_size", None)
-        ) as device:
+        with utils.process_group(args.device, args.dist_url, args.world_size) as device:
             args.device = args.device or device.type
             status = run(args, device)
         if status:

@@ -1,0 +1,59 @@
+"""What may stand at the top level, and which way imports run."""
+
+import ast
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+CORE = {"models_act", "zipping", "losses", "datasets", "samplers", "utils", "engine_act"}
+COMMANDS = {"main_act", "visualize", "benchmark", "compare"}
+MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody
+    "core": {"core"},
+    "visualization": {"core", "visualization"},
+    "training": {"core", "visualization", "training"},
+    "commands": {"core", "visualization", "training"},
+}
+FOLDERS = {"training", "visualization", "experiments", "recipes", "docs", "tests", "example_images", ".ci"}
+FILES = {f"{name}.py" for name in CORE | COMMANDS}
+FILES |= {
+    "README.md",
+    "LICENSE",
+    "Makefile",
+    "pyproject.toml",
+    ".gitignore",
+    "requirements.txt",
+    "requirements-dev.txt",
+}
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startswith(("tests/", "experiments/"))]
+
+
+def part_of(module: str) -> str | None:
+    """Of a module's full name; None where it is not ours."""
+    top = module.partition(".")[0]
+    parts = {"core": CORE, "commands": COMMANDS, "training": {"training"}, "visualization": {"visualization"}}
+    parts["others"] = {"experiments", "tests"}
+    return next((name for name, modules in parts.items() if top in modules), None)
+
+
+def imported(path: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse((ROOT / path).read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.skipif(not TRACKED, reason="not a git repository")
+def test_the_top_level():
+    assert {path.partition("/")[0] for path in TRACKED} == FOLDERS | FILES
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_imports_run_one_way(path):
+    own = part_of(path.removesuffix(".py").replace("/", "."))
+    found = {name: part_of(name) for name in imported(path)}
+    assert {name: part for name, part in found.items() if part and part not in MAY_IMPORT[own]} == {}
+
+
+def test_the_network_needs_zipping_alone():
+    assert {name for name in imported("models_act.py") if part_of(name)} == {"zipping"}

@@ -1,0 +1,54 @@
+"""What a command costs before it does anything: CPU seconds, and their ratio to importing torch or timm alone.
+
+python tests/tools/startup.py --runs 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ALONE = {"torch": ["-c", "import torch"], "timm": ["-c", "import timm"]}
+# Command: what it is compared with, and the ratio that it is to stay below.
+COMMANDS = {
+    ("main_act.py", "--help"): ("torch", 0.25),
+    ("main_act.py", "--no-such-flag"): ("torch", 0.25),
+    ("main_act.py", "--epochs", "many"): ("torch", 0.25),
+    ("visualize.py", "--help"): ("torch", 0.25),
+    ("benchmark.py", "--help"): ("torch", 0.25),
+    ("compare.py", "--help"): ("torch", 0.25),
+    ("main_act.py", "--eval", "--data-path", "/no/such/folder"): ("timm", 1.1),
+}
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """User and system time of a Python process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="of each, in turn; medians count")
+    runs = parser.parse_args().runs
+    commands = [*ALONE.values(), *map(list, COMMANDS)]
+    rounds = [[cpu_seconds(command) for command in commands] for _ in range(runs + 1)][1:]  # the first warms up
+    medians = [statistics.median(times) for times in zip(*rounds)]
+    alone, missed = dict(zip(ALONE, medians)), 0
+    print("  ".join(f"import {name}: {seconds:.2f} s" for name, seconds in alone.items()))
+    for (command, (name, limit)), seconds in zip(COMMANDS.items(), medians[len(ALONE) :]):
+        ratio = seconds / alone[name]
+        missed += ratio > limit
+        print(f"{' '.join(command)}: {seconds:.2f} s, {ratio:.2f} of importing {name} (at most {limit})")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
