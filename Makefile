@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT := results/quickstart
 DATA := data/fashion_mnist
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal  # a process for each core, of one thread
 
 # The digits at 32 x 32 in patches of 4 x 4: small enough for a CPU.
 DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_workers 0
@@ -42,10 +43,10 @@ $(OUT)/adaptive/eval.json:
 	$(MAKE) quickstart
 
 test: .venv/installed-dev  ## the everyday tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: .venv/installed-dev  ## the slow tests
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/installed-dev  ## style and mistakes that can be seen without running
 	$(BIN)/ruff check .

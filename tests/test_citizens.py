@@ -184,6 +184,7 @@ def test_compiled_masked_form_with_inductor():
     compiled_equals_eager("inductor")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_zipped_form_may_be_compiled_too():
     model = halting_model().eval()

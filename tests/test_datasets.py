@@ -98,7 +98,9 @@ def test_fashion_mnist_from_its_four_files(fashion_files):
     assert target == val.targets[1]
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))])
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))], ids=["empty", "no gzip", "labels"]
+)
 def test_broken_fashion_mnist_file(fashion_files, content):
     (fashion_files / "t10k-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(UserError, match="no whole Fashion-MNIST"):

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import AUGMENTATION, ROOT, halting_model, images, make_image_folder, make_shards, save_halting_micro
+from processes import free_port, in_processes, main_in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -26,12 +27,18 @@ LAUNCHERS = {
 
 
 def launch(processes, *argv, launcher="torchrun", check=True):
-    start = [part.format(processes) for part in [*LAUNCHERS[launcher], f"--master_port={_free_port()}"]]
+    start = [part.format(processes) for part in [*LAUNCHERS[launcher], f"--master_port={free_port()}"]]
     command = [sys.executable, *(start if processes > 1 else []), str(ROOT / "main_act.py"), *SMALL, *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert done.returncode == 0 or not check, done.stderr
     return done
+
+
+def fork(processes, *argv, log):
+    """The same without a launcher: sooner, as torch is imported already."""
+    statuses, _, errors = main_in_processes(processes, [*SMALL, *map(str, argv)], log)
+    assert statuses == [0] * processes, errors
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,8 @@ def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, 
     results = {}
     for processes in (1, 2, 3):
         out = tmp_path / str(processes)
-        launch(processes, "--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out)
+        flags = ["--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out]
+        fork(processes, *flags, log=out / "log")
         results[processes] = json.loads((out / "eval.json").read_text())
         assert (out / "predictions.csv").read_bytes() == (tmp_path / "1" / "predictions.csv").read_bytes()
     assert results[1]["depth_mean"] < 12
@@ -72,7 +80,7 @@ def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path
     for processes in (1, 2):
         out = tmp_path / str(processes)
         flags = ("--demo", "--demo-images", 2, "--html", "--finetune", checkpoint, "--output_dir", out)
-        launch(processes, "--data-path", data, *flags)
+        fork(processes, "--data-path", data, *flags, log=out / "log")
     one, two = (tmp_path / n / "token_act_visualization" for n in "12")
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
     for path in one.iterdir():
@@ -116,7 +124,7 @@ def test_the_originals_commands(tmp_path, name):
 
 
 def run_plainly(processes, flags, cwd=None, script="main_act.py"):
-    launcher = ["-m", "torch.distributed.launch", f"--nproc_per_node={processes}", f"--master_port={_free_port()}"]
+    launcher = ["-m", "torch.distributed.launch", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     command = [sys.executable, *launcher, "--use_env", str(ROOT / script), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -124,9 +132,9 @@ def run_plainly(processes, flags, cwd=None, script="main_act.py"):
 
 
 def test_a_mistake_is_told_once(tmp_path):
-    done = launch(2, "--data-path", tmp_path / "missing", check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("main_act.py: error: --data-path") == 1
+    statuses, _, errors = main_in_processes(2, ["--data-path", str(tmp_path / "missing")], tmp_path)
+    assert statuses == [2, 2]
+    assert errors.count("main_act.py: error: --data-path") == 1
 
 
 def test_an_error_of_one_process_ends_all(tmp_path):
@@ -176,30 +184,10 @@ def test_two_nodes(tmp_path):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def in_processes(function, *args, processes=2):
-    torch.multiprocessing.spawn(_enter, (function, _free_port(), processes, args), nprocs=processes)
-
-
-def _enter(rank, function, port, processes, args):
-    sys.path.insert(0, str(ROOT))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
-    function(rank, *args)
-    torch.distributed.destroy_process_group()
-
-
-def _free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def one_step(model, batch):
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.1, 0.1)
     trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu"))
-    train_one_epoch(trainer, [batch], Epoch(0), lambda: None)
+    train_one_epoch(trainer, [batch], Epoch(0))
     return trainer.model_without_ddp.state_dict()
 
 
@@ -230,7 +218,7 @@ def _labels_of_a_share(rank, root, path):
         loader = DataLoader(stream, 2, num_workers=stream.prepare_workers(2), **options)
         for epoch in epochs:
             stream.set_epoch(epoch)
-            found.append([label for batch in loader for label in batch.targets.tolist()])
+            found.append([label for _, targets in loader for label in targets.tolist()])
     torch.save(found, path / str(rank))
 
 

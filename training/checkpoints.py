@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -412,9 +413,15 @@ def _with_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def fitting_models(weights: dict[str, Tensor]) -> list[str]:
     """Our models of which these are the weights, those of the same image size first."""
     weights = _with_our_names(weights)
-    own = {name: timm.create_model(name, device="meta").state_dict() for name in timm.list_models("avit*")}
+    own = {name: _empty_state_dict(name) for name in timm.list_models("avit*")}
     fitting = [name for name in own if not _misfits(own[name], weights, _may_be_resized)]
     return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
+
+
+@cache
+def _empty_state_dict(name: str) -> dict[str, Tensor]:
+    """Of one of our models: shapes without numbers."""
+    return timm.create_model(name, device="meta").state_dict()
 
 
 def _hint_at_fitting_models(weights: dict[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, halting_model, images, make_image_folder
-from test_distributed import in_processes
+from processes import in_processes
 
 from engine_act import evaluate
 from training.signals import StopRequest
