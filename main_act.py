@@ -52,8 +52,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     from training.signals import Interrupted
 
     # data
-    train_images, test_images = build.training_set(args), build.validation_set(args)
-    build.check_same_classes(args.data_path, train_images.classes, test_images.classes)
+    train_images, test_images = build.training_and_validation_set(args)
     num_classes, loading = len(train_images.classes), build.loader_options(args, device)
 
     # model

@@ -69,41 +69,25 @@ def _with_dashes(arg: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _at_least(lowest: float, kind: type):
-    def convert(text: str):
+def _number(kind: type, accepts: Callable[[float], bool], what: str) -> Callable:
+    """A converter of text for numbers that are accepted; what: these are, in its message."""
+
+    def convert(text: str) -> float:
         value = kind(text)
-        if not value >= lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {text}")
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names it in its message
     return convert
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-at_least_one = _at_least(1, int)
-_index = _at_least(0, int)
-_amount = _at_least(0, float)
+at_least_one = _number(int, lambda value: value >= 1, "at least 1")
+_index = _number(int, lambda value: value >= 0, "at least 0")
+_amount = _number(float, lambda value: value >= 0, "at least 0")
+_positive = _number(float, lambda value: value > 0, "above 0")
+_share = _number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
+_finite = _number(float, math.isfinite, "a finite number")
 
 
 def _augment_policy(text: str) -> str | None:
@@ -144,14 +128,8 @@ def _switch(add: Callable, name: str, help: str) -> None:
 def _model() -> Parser:
     parser, add = _group("model")
     add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
-    add(
-        "--input-size",
-        type=at_least_one,
-        nargs="+",
-        default=[224],
-        metavar="PIXELS",
-        help="image size; two numbers: height, width",
-    )
+    size = "image size; two numbers: height, width"
+    add("--input-size", type=at_least_one, nargs="+", default=[224], metavar="PIXELS", help=size)
     add("--drop", type=_share, default=0.0, metavar="P", help="dropout of positions, attention projection and MLP")
     add("--drop-path", type=_share, default=0.1, metavar="P", help="stochastic depth rate of the last block")
     _switch(add, "model-ema", "keep an exponential moving average of the weights")
@@ -194,13 +172,8 @@ def _augmentation() -> Parser:
     parser, add = _group("augmentation")
     add("--no-aug", action="store_true", help="train on images as in evaluation: none of crop, flip, --aa, --reprob")
     add("--color-jitter", type=_amount, default=0.4, metavar="C", help="colour jitter, where --aa is none")
-    add(
-        "--aa",
-        type=_augment_policy,
-        default="rand-m9-mstd0.5-inc1",
-        metavar="POLICY",
-        help="timm auto-augment policy, or none",
-    )
+    policy = "timm auto-augment policy, or none"
+    add("--aa", type=_augment_policy, default="rand-m9-mstd0.5-inc1", metavar="POLICY", help=policy)
     add("--smoothing", type=_share, default=0.1, metavar="S", help="label smoothing")
     add("--train-interpolation", choices=("bilinear", "bicubic", "random"), default="bicubic", help="of random crops")
     _switch(add, "repeated-aug", "three views of an image in one epoch")
@@ -230,13 +203,8 @@ def data_flags() -> Parser:
     """Which images, and how they are read: of every command that looks at a data set."""
     parser, add = _group("data")
     add("--data-path", metavar="DIR", help="folder of the data set")
-    add(
-        "--data-set",
-        default="IMNET",
-        metavar="NAME",
-        help="IMNET, INAT, INAT19, CIFAR (100 classes), CIFAR10, FMNIST, DIGITS, or timm's name with its prefix "
-        "(wds/, tfds/, torch/)",
-    )
+    names = "IMNET, INAT, INAT19, CIFAR (100 classes), CIFAR10, FMNIST, DIGITS, or timm's with its prefix"
+    add("--data-set", default="IMNET", metavar="NAME", help=f"{names} (wds/, tfds/, torch/)")
     add("--val-split", metavar="NAME", help="timm's data sets: the split for evaluation (default: validation)")
     add("--num-classes", type=at_least_one, metavar="N", help="timm's data sets: for those that do not know it")
     add(
@@ -275,13 +243,8 @@ def gallery_flags() -> Parser:
     """Which images are drawn, under which names: of every command that draws some of a data set."""
     parser, add = _group("demo")
     add("--demo-images", type=at_least_one, default=1, metavar="K", help="images of each class")
-    add(
-        "--demo-by",
-        choices=tuple(CRITERIA),
-        default="std",
-        help="which: those whose patch depths vary most, of the largest or smallest mean depth, wrong predictions "
-        "(the surest first), or any",
-    )
+    which = "which: whose patch depths vary most, deepest, shallowest, wrong predictions (the surest first), or any"
+    add("--demo-by", choices=tuple(CRITERIA), default="std", help=which)
     add("--html", action="store_true", help="also write index.html, a gallery to search and sort")
     add("--class-index", metavar="FILE", help="JSON file with class names (default: *class_index.json in --data-path)")
     return parser
@@ -291,21 +254,12 @@ def _run() -> Parser:
     parser, add = _group("run")
     add("--output-dir", metavar="DIR", help="where everything is saved; without it nothing is")
     add("--seed", type=_index, default=0, metavar="N", help="of all random numbers")
-    add(
-        "--resume",
-        metavar="FILE",
-        help="go on exactly from a checkpoint of ours, a path or https URL; auto: from checkpoint.pth in --output-dir, "
-        "if it is there",
-    )
+    resume = "go on exactly from a checkpoint of ours, a path or https URL; auto: from the one in --output-dir, if any"
+    add("--resume", metavar="FILE", help=resume)
     add("--checkpoint-steps", type=_index, default=0, metavar="N", help="also save every N updates inside an epoch")
     add("--keep", type=_index, default=0, metavar="K", help="keep checkpoints of the last K epochs")
-    add(
-        "--max-bad-images",
-        type=_index,
-        default=100,
-        metavar="N",
-        help="unreadable training images to pass over, per process, before training stops",
-    )
+    bad = "unreadable training images to pass over, per process, before training stops"
+    add("--max-bad-images", type=_index, default=100, metavar="N", help=bad)
     add("--start-epoch", type=_index, metavar="N", help="first epoch (default: 0, or what --resume says)")
     add("--eval", action="store_true", help="evaluate, do not train")
     add("--finetune", metavar="FILE", help="weights to go on from, without dropout and stochastic depth")
@@ -317,14 +271,8 @@ def _avit() -> Parser:
     parser, add = _group("A-ViT")
     add("--pretrained", action="store_true", help="start from DeiT's weights")
     add("--pretrained-path", metavar="FILE", help="start from these static weights, a path or https URL")
-    add(
-        "--ponder-token-scale",
-        "--ponder-scale-token",
-        type=_amount,
-        default=0.001,
-        metavar="S",
-        help="weight of the ponder loss",
-    )
+    ponder = {"type": _amount, "default": 0.001, "metavar": "S", "help": "weight of the ponder loss"}
+    add("--ponder-token-scale", "--ponder-scale-token", **ponder)
     add("--distr-prior-alpha", type=_amount, default=0.01, metavar="A", help="weight of the distribution prior")
     _switch(add, "zip-tokens", "halted tokens leave the computation; else they are masked")
     _switch(add, "early-exit", "at inference, images whose prefix tokens have halted leave too")

@@ -86,7 +86,8 @@ def validation_set(args: argparse.Namespace) -> Dataset:
     return _data_set(args, train=False, split=args.val_split)
 
 
-def training_set(args: argparse.Namespace) -> Dataset:
+def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """UserError where their classes differ."""
     augmentation = {  # in the words of timm.data.create_transform
         "color_jitter": args.color_jitter,
         "auto_augment": args.aa,
@@ -95,20 +96,18 @@ def training_set(args: argparse.Namespace) -> Dataset:
         "re_mode": args.remode,
         "re_count": args.recount,
     }
-    return _data_set(args, train=True, split=args.train_split, augmentation=None if args.no_aug else augmentation)
+    training = _data_set(args, True, split=args.train_split, augmentation=None if args.no_aug else augmentation)
+    validation = validation_set(args)
+    if training.classes != validation.classes:
+        differing = sorted(set(training.classes) ^ set(validation.classes))[:3] or ["their order"]
+        raise UserError(f"--data-path {args.data_path}: training and validation differ in {', '.join(differing)}")
+    return training, validation
 
 
 def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
     options |= {"inat_category": args.inat_category, "num_classes": args.num_classes}
     options |= {"batch_size": args.batch_size, "seed": args.seed}
     return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
-
-
-def check_same_classes(data_path: str | None, training: list[str], validation: list[str]) -> None:
-    """UserError where they differ."""
-    if training != validation:
-        differing = sorted(set(training) ^ set(validation))[:3] or ["their order"]
-        raise UserError(f"--data-path {data_path}: training and validation differ in {', '.join(differing)}")
 
 
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict:

@@ -22,18 +22,9 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 import models_act  # noqa: F401 - registers the models
+import utils
 from training.arguments import GATE_DEFAULTS
-from utils import (
-    UserError,
-    all_gather_objects,
-    atomic_write,
-    is_main,
-    is_plain_tensor,
-    log,
-    main_process_first,
-    nearest,
-    warn,
-)
+from utils import UserError, log, nearest, warn
 
 IMAGENET_CLASSES = 1000
 MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
@@ -94,7 +85,7 @@ class Checkpoint:
         if use_ema and self.content.get("model_ema") is None:
             raise UserError(f"{self.location}: --use-ema: it holds no model_ema")
         weights = self.content["model_ema"] if use_ema else self.content.get("model", self.content)
-        if not isinstance(weights, dict) or not weights or not all(map(is_plain_tensor, weights.values())):
+        if not isinstance(weights, dict) or not weights or not all(map(utils.is_plain_tensor, weights.values())):
             raise UserError(f"{self.location}: holds no weights: expected named tensors, at the top or under 'model'")
         return {str(name).removeprefix("module."): value for name, value in weights.items()}
 
@@ -106,8 +97,8 @@ class Checkpoint:
     def image_size(self) -> tuple[int, int] | None:
         """Height and width that a checkpoint of ours was trained at."""
         size = self.recorded_flag("input_size") if self.is_ours else None
-        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(_is_side(side) for side in size)
-        return (size[0], size[-1]) if is_size else None
+        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(isinstance(side, int) for side in size)
+        return (size[0], size[-1]) if is_size and 1 <= min(size) <= max(size) <= MAX_SIDE else None
 
     def model_name(self) -> str:
         """Of which of our models it holds the weights. UserError where of none."""
@@ -179,24 +170,20 @@ class Checkpoint:
         return {"model": weights, "gate": self.content["gate"], "classes": self.content["classes"], "args": args}
 
 
-def _is_side(value: object) -> bool:
-    return isinstance(value, int) and 1 <= value <= MAX_SIDE
-
-
 # Files -------------------------------------------------------------------------------------------
 
 
 def find_latest_checkpoint(output_dir: str) -> str | None:
     """checkpoint.pth in the folder, if it is there. UserError where processes see different folders."""
     path = Path(output_dir) / "checkpoint.pth"
-    found = all_gather_objects(path.exists())
+    found = utils.all_gather_objects(path.exists())
     if len(set(found)) > 1:
         raise UserError(f"{path}: some processes see it, others do not: --output_dir must be on a shared disk")
     return str(path) if found[0] else None
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Whole at any moment: see `atomic_write`. OSError if it cannot be written."""
+    """Whole at any moment: see `utils.atomic_write`. OSError if it cannot be written."""
 
     def write(file: BinaryIO) -> None:
         try:
@@ -204,7 +191,7 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
         except RuntimeError as error:  # torch's writer hides the reason
             raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
 
-    atomic_write(path, write)
+    utils.atomic_write(path, write)
 
 
 def load_checkpoint(location: str) -> dict:
@@ -241,24 +228,20 @@ def _local_path(location: str) -> Path:
     """The file itself, or its local copy where `location` is an https URL."""
     if location.startswith("https://"):
         try:
-            with main_process_first():
+            with utils.main_process_first():
                 name = f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{Path(location).name}"
-                return Path(download_cached_file((location, name), check_hash=False, progress=is_main()))
+                return Path(download_cached_file((location, name), check_hash=False, progress=utils.is_main()))
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"{location}: cannot be downloaded: {error}") from error
     path = Path(location)
     try:
         if path.is_file():
             return path
-        hint = _nearby(path)
+        alike = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
+        hint = nearest(path.name, (p.name for p in alike))
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UserError(f"{location}: {error.strerror}") from error
     raise UserError(f"{location}: no such file{hint}")
-
-
-def _nearby(path: Path) -> str:
-    alike = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
-    return nearest(path.name, (p.name for p in alike))
 
 
 # The gate ----------------------------------------------------------------------------------------
@@ -347,7 +330,9 @@ def load_weights(
     own, weights = model.state_dict(), _with_our_names(weights)
     wrong = _misfits(own, weights, _may_be_resized)
     if wrong:
-        raise UserError(f"{location}: does not fit the model: {_first_three(wrong)}{_hint_at_fitting_models(weights)}")
+        fitting = fitting_models(weights)
+        hint = f"; it fits {' or '.join(fitting)}" if fitting else ""
+        raise UserError(f"{location}: does not fit the model: {_first_three(wrong)}{hint}")
     if "pos_embed" in own:
         weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
     foreign_head = [name for name in own if name.startswith("head") and weights[name].shape != own[name].shape]
@@ -422,12 +407,6 @@ def fitting_models(weights: dict[str, Tensor]) -> list[str]:
 def _empty_state_dict(name: str) -> dict[str, Tensor]:
     """Of one of our models: shapes without numbers."""
     return timm.create_model(name, device="meta").state_dict()
-
-
-def _hint_at_fitting_models(weights: dict[str, Tensor]) -> str:
-    """'; it fits ...', or ''."""
-    fitting = fitting_models(weights)
-    return f"; it fits {' or '.join(fitting)}" if fitting else ""
 
 
 def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:

@@ -39,45 +39,30 @@ class Batch(NamedTuple):
     names: list[str]
 
 
-class TrainingImages(Dataset):
-    """Takes (index, seeds) to a Sample.
+class ReadableImages(Dataset):
+    """Takes an index, or (index, seeds), to a Sample.
 
-    The seeds alone decide the image's augmentation, whichever process loads it. An unreadable image
-    is passed over: the next readable one takes its place, if it is near.
+    The seeds alone decide the image's augmentation, whichever process loads it. In place of an unreadable image comes
+    the next one, `tries` in all; if none can be read, none.
     """
 
-    def __init__(self, images: Dataset):
-        self.images = images
+    def __init__(self, images: Dataset, tries: int = 1):
+        self.images, self.tries = images, tries
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: tuple[int, tuple[int, ...]]) -> Sample:
-        first, seeds = place
+    def __getitem__(self, place: int | tuple[int, tuple[int, ...]]) -> Sample:
+        first, seeds = place if isinstance(place, tuple) else (place, None)
         unreadable = []
-        for index in range(first, first + MAX_TRIES):
-            utils.seed_everything(*seeds)
+        for index in range(first, first + self.tries):
+            if seeds is not None:
+                utils.seed_everything(*seeds)
             try:
                 return Sample(*self.images[index % len(self)], index % len(self), tuple(unreadable))
             except UnreadableImage as error:
                 unreadable.append(str(error))
         return Sample(None, None, None, tuple(unreadable))
-
-
-class EvaluationImages(Dataset):
-    """Takes an index to a Sample."""
-
-    def __init__(self, images: Dataset):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            return Sample(*self.images[index], index)
-        except UnreadableImage as error:
-            return Sample(None, None, None, (str(error),))
 
 
 def collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor | None, list[int], list[str]]:
@@ -186,9 +171,9 @@ def training_loader(
         return _stream_loader(images, batch_size, num_workers, pin_memory, persistent=False, drop_last=True)
     sampler = training_sampler(images, utils.world_size(), utils.rank(), seed, repeated_aug)
     sampler = ResumableSampler(sampler, seed, utils.rank())
-    options = _workers(_at_most_cores(num_workers), pin_memory) | {"max_bad_images": max_bad_images}
-    drop_last = len(sampler) >= batch_size
-    return ImageLoader(TrainingImages(images), batch_size, sampler=sampler, drop_last=drop_last, **options)
+    options = _workers(_at_most_cores(num_workers), pin_memory)
+    options |= {"max_bad_images": max_bad_images, "drop_last": len(sampler) >= batch_size}
+    return ImageLoader(ReadableImages(images, MAX_TRIES), batch_size, sampler=sampler, **options)
 
 
 def evaluation_loader(
@@ -201,7 +186,7 @@ def evaluation_loader(
     options = _workers(_at_most_cores(num_workers), pin_memory)
     if skip_unreadable:
         options |= {"max_bad_images": math.inf, "may_shrink": True}
-    return ImageLoader(EvaluationImages(images), batch_size, sampler=sampler, **options)
+    return ImageLoader(ReadableImages(images), batch_size, sampler=sampler, **options)
 
 
 def demo_loader(images: Dataset, batch_size: int, **options) -> ImageLoader:
@@ -212,8 +197,8 @@ def demo_loader(images: Dataset, batch_size: int, **options) -> ImageLoader:
 def _stream_loader(
     stream: Stream, batch_size: int, num_workers: int, pin_memory: bool, persistent: bool = True, **options
 ) -> StreamLoader:
-    workers = stream.prepare_workers(_at_most_cores(num_workers))
-    return StreamLoader(stream, batch_size, **_workers(workers, pin_memory, persistent), **options)
+    options |= _workers(stream.prepare_workers(_at_most_cores(num_workers)), pin_memory, persistent)
+    return StreamLoader(stream, batch_size, **options)
 
 
 def _at_most_cores(num_workers: int) -> int:

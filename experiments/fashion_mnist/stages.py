@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.metadata
 import json
 import platform
 import re
@@ -57,12 +58,8 @@ def _write_idx(path: Path, array: np.ndarray) -> None:
 
 def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
-    import torch
-
-    from utils import atomic_write
-
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
-    found["torch"] = torch.__version__
+    found["torch"] = importlib.metadata.version("torch")
     if (run / "log.txt").exists():
         found["epochs"] = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
         wanted = int(re.search(r"--epochs (\d+)", command)[1])
@@ -74,7 +71,9 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
         found["eval"] = json.loads((run / "eval.json").read_text())
         found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv")[1])
     text = json.dumps(found, indent=1) + "\n"
-    atomic_write(file, lambda out: out.write(text.encode()))
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    partial.rename(file)
 
 
 def logs(results: Path, runs: Path) -> None:
