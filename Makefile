@@ -5,25 +5,20 @@ OUT := results/quickstart
 DATA := data/fashion_mnist
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal  # a process for each core, of one thread
 
-# The digits at 32 x 32 in patches of 4 x 4: small enough for a CPU.
+# The digits at 32 x 32 in patches of 4 x 4: small enough for a CPU, and for one thread of it.
 DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_workers 0
-RECIPE := --batch-size 16 --no-model-ema --no-repeated-aug --drop-path 0 \
-          --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0
+ACT := OMP_NUM_THREADS=1 $(BIN)/python main_act.py
 
 .PHONY: help quickstart evidence pictures test test-slow lint
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned digits, in under 5 minutes
-	$(BIN)/python main_act.py $(DIGITS) $(RECIPE) --no-halting --epochs 20 --warmup-epochs 2 --lr 0.048 \
-	  --output_dir $(OUT)/static
-	$(BIN)/python main_act.py $(DIGITS) $(RECIPE) --pretrained-path $(OUT)/static/checkpoint.pth \
-	  --epochs 12 --warmup-epochs 1 --lr 0.016 --gate_scale 10 --gate_center 10 \
-	  --ponder_token_scale 0.005 --distr_prior_alpha 0.001 --output_dir $(OUT)/adaptive
-	$(BIN)/python main_act.py $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth \
-	  --output_dir $(OUT)/static
-	$(BIN)/python main_act.py $(DIGITS) --eval --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
-	$(BIN)/python main_act.py $(DIGITS) --demo --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
+quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned digits, in under 3 minutes
+	$(ACT) @recipes/digits_static.args --output_dir $(OUT)/static
+	$(ACT) @recipes/digits_adaptive.args --pretrained-path $(OUT)/static/checkpoint.pth --output_dir $(OUT)/adaptive
+	$(ACT) $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth --output_dir $(OUT)/static
+	$(ACT) $(DIGITS) --eval --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
+	$(ACT) $(DIGITS) --demo --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
@@ -31,7 +26,7 @@ evidence: .venv/installed  ## measure the paper's claim on Fashion-MNIST (DATA=f
 	PYTHON=$(BIN)/python experiments/fashion_mnist/run.sh $(DATA)
 
 pictures: .venv/installed $(OUT)/adaptive/eval.json  ## remake example_images/ with the network of the quickstart
-	$(BIN)/python main_act.py $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
+	$(ACT) $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
 	  --demo-dir $(OUT)/pictures
 	$(BIN)/python visualize.py $(OUT)/pictures/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
 	  --output-dir $(OUT)/pictures
