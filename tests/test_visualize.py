@@ -17,9 +17,8 @@ from training.checkpoints import load_checkpoint
 from training.loaders import demo_loader
 from visualization import heatmaps
 from visualization.criteria import CRITERIA
-from visualization.demo import demo
+from visualization.draw import Drawing, draw_demo
 
-CPU = torch.device("cpu")
 KINDS = ("ref", "token_depth", "combined")
 SMALL = ("--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4")
 
@@ -31,17 +30,19 @@ def run_main(*argv):
 # --demo ------------------------------------------------------------------------------------------
 
 
-def run_demo(folder, order=range(12), batch_size=5, **options):
-    model = halting_model()
-    x, targets = images(12), torch.arange(12) % 3
-    order = list(order)
-    loader = demo_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
-    demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
-    return model, x, targets
+def run_demo(folder, model, dataset, batch_size=5, **options):
+    names = [f"class {c}" for c in range(model.num_classes)]
+    loader = demo_loader(dataset, batch_size, num_workers=0, pin_memory=False)
+    draw_demo(Drawing(model, "none", folder, names, heatmaps.Style(model.num_blocks, "hot"), **options), loader)
+
+
+def twelve_images(order=range(12)) -> TensorDataset:
+    return TensorDataset(images(12)[list(order)], torch.arange(12)[list(order)] % 3)
 
 
 def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
-    model, x, targets = run_demo(tmp_path)
+    model, (x, targets) = halting_model(), twelve_images().tensors
+    run_demo(tmp_path, model, twelve_images())
     names = {f"class{c}_{kind}.jpg" for c in range(3) for kind in KINDS}
     assert {p.name for p in tmp_path.iterdir()} == names | {"teaser.png"}
     with torch.no_grad():
@@ -57,14 +58,14 @@ def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
 
 
 def test_order_and_batch_size_do_not_matter(tmp_path):
-    run_demo(tmp_path / "a")
-    run_demo(tmp_path / "b", order=reversed(range(12)), batch_size=12)
+    run_demo(tmp_path / "a", halting_model(), twelve_images())
+    run_demo(tmp_path / "b", halting_model(), twelve_images(range(11, -1, -1)), batch_size=12)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_several_images_of_a_class_and_a_gallery(tmp_path):
-    run_demo(tmp_path, per_class=2, html=True)
+    run_demo(tmp_path, halting_model(), twelve_images(), per_class=2, html=True)
     names = {f"class{c}{number}_{kind}.jpg" for c in range(3) for number in ("", "_2") for kind in KINDS}
     assert {p.name for p in tmp_path.iterdir()} == names | {"teaser.png", "index.html"}
 
@@ -73,8 +74,7 @@ def test_nothing_to_show_is_told(tmp_path, capsys):
     model = halting_model()
     with torch.no_grad():
         targets = model.eval()(images(4)).argmax(dim=1)
-    loader = demo_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
-    demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
+    run_demo(tmp_path, model, TensorDataset(images(4), targets), criterion="wrong", html=True)
     assert "no image to show by --demo-by wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -100,9 +100,8 @@ def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
             return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index)), index
 
     model = halting_model(img_size=224, patch_size=16, num_classes=1000)
-    loader = demo_loader(Many(), 50, num_workers=0, pin_memory=False)
     start = time.perf_counter()
-    demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
+    run_demo(tmp_path, model, Many(), batch_size=50)
     seconds = time.perf_counter() - start
     print(f"1,000 classes, inference included: {seconds:.0f} s")
     assert len(list(tmp_path.glob("*.jpg"))) == 3000

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+import utils
 from visualization.records import ImageRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import
 
 PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
 FRAME_SECONDS = 0.45
 MAX_LETTERS = 400  # no picture is wider
-COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
 PAPERS_COLORMAP = "hot"  # from black to white, whiter is deeper
 
 
@@ -26,7 +30,7 @@ class Style:
     """How depths 1..num_blocks are drawn: in which of matplotlib's colour maps, sides of how many pixels at least."""
 
     num_blocks: int
-    colormap: str = COLORMAP
+    colormap: str = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
     size: int = 224
 
     @property
@@ -225,4 +229,15 @@ def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
     file = BytesIO()
     options = {"lossless": True} if kind == "webp" else {}
     first.save(file, kind.upper(), save_all=True, append_images=others, duration=times, loop=0, **options)
+    return file.getvalue()
+
+
+def write_picture(path: Path, picture: Image.Image | Figure) -> bytes:
+    """Writes a PNG or, of an image, a JPEG, as the path ends; returns what it has written. UserError if it cannot."""
+    file = BytesIO()
+    if path.suffix == ".jpg":
+        picture.save(file, "JPEG", quality=95, subsampling=0)
+    else:
+        (picture.save if isinstance(picture, Image.Image) else picture.savefig)(file, format="png")
+    utils.write_bytes(path, file.getvalue())
     return file.getvalue()

@@ -48,17 +48,17 @@ def record(index: int, size: int = 32, grid: int = 4, **changes) -> ImageRecord:
 SOME = [record(index) for index in range(20)]
 
 
-def gallery(folder: Path, records=SOME, classes=CLASSES, title="A gallery", facts=(("top-1", "91.2 %"),)) -> Path:
-    html_pages.write_gallery(folder / "index.html", title, list(facts), records, classes, STYLE)
+def gallery(folder: Path, records=SOME, classes=CLASSES, title="A gallery") -> Path:
+    html_pages.write_gallery(folder, title, records, classes, STYLE)
     return folder / "index.html"
 
 
 PNG = base64.b64decode(html_pages.embedded(np.full((40, 60, 3), 200, np.uint8)).partition(",")[2])
+FACTS = [("images", "10,000")]
 
 
-def summary(folder: Path, title="A summary", charts=(("Depths", "Half are 3.", PNG),), gallery=None) -> Path:
-    html_pages.write_summary(folder / "summary.html", title, [("images", "10,000")], list(charts), gallery)
-    return folder / "summary.html"
+def summary(folder: Path, title="A summary", charts=(("Depths", "Half are 3.", PNG),), facts=FACTS, **kwargs) -> Path:
+    return html_pages.write_summary(folder, title, facts, charts, **kwargs)
 
 
 class Page(HTMLParser):
@@ -118,21 +118,23 @@ def test_gallery_offers_only_what_there_is(tmp_path):
 
 
 def test_summary_holds_facts_and_charts(tmp_path):
-    page = Page(summary(tmp_path, charts=[("Depths", "Half are 3.", PNG), ("Tokens", "A third.", b"png")], gallery="g"))
+    page = Page(
+        summary(tmp_path, charts=[("Depths", "Half are 3.", PNG), ("Tokens", "A third.", b"png")], has_gallery=True)
+    )
     assert page.values("alt") == ["Half are 3.", "A third."]
     assert [base64.b64decode(uri.partition(",")[2]) for uri in page.values("src")] == [PNG, b"png"]
     assert re.search(r"images.*10,000.*Depths.*Half are 3\..*Tokens", page.source, re.DOTALL)
-    assert "g" in page.values("href")
+    assert "index.html" in page.values("href")
     assert "a" not in Page(summary(tmp_path)).tags
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(tmp_path, name):
-    page = Page(gallery(tmp_path, [record(0, name=name)], [name] * 5, title=name, facts=[(name, name)]))
+    page = Page(gallery(tmp_path, [record(0, name=name)], [name] * 5, title=name))
     assert page.tags == Page(gallery(tmp_path, [record(0)])).tags
     entry = page.images()[0]
     assert {entry["title"], entry["class"], entry["verdict"], *entry["words"]} == {name}
-    page = Page(summary(tmp_path, title=name, charts=[(name, name, PNG)]))
+    page = Page(summary(tmp_path, title=name, charts=[(name, name, PNG)], facts=[(name, name)]))
     assert page.tags == Page(summary(tmp_path)).tags
     assert page.values("alt") == [name.replace("\udcff", "?")]
 
@@ -399,7 +401,7 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
     assert np.ptp(browser.run(middles, "#blocks input", "#blocks li")) < 1
     browser.click("#grid li button")
     assert browser.run("return one.scrollWidth - one.clientWidth") <= 0
-    browser.open(summary(tmp_path, title=long, charts=[(long, long, PNG)] * 3, gallery="index.html"), width)
+    browser.open(summary(tmp_path, title=long, charts=[(long, long, PNG)] * 3, has_gallery=True), width)
     assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
