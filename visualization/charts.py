@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 
-from visualization.heatmaps import Style, colors, printable
+from visualization.heatmaps import Style, colors, macs_text, printable
 from visualization.records import DatasetStatistics, ImageRecord
 
 # The look of all charts ---------------------------------------------------------------------------
@@ -64,11 +64,6 @@ def _in_percent(axes: Axes) -> None:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def macs_unit(largest: float) -> tuple[float, str]:
-    """Returns the size and the letter of the unit for numbers of multiply-adds up to `largest`."""
-    return (1e9, "G") if largest >= 1e9 else (1e6, "M")
 
 
 def one_line(name: str, max_length: int) -> str:
@@ -150,8 +145,7 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     axes.set_ylim(0, 1.03)
     _block_ticks(axes, statistics.num_blocks)
     _in_percent(axes)
-    size, letter = macs_unit(statistics.static_macs)
-    cost = f"{macs / size:,.2f} {letter} instead of {statistics.static_macs / size:,.2f} {letter} per image"
+    cost = f"{macs_text(macs)} instead of {macs_text(statistics.static_macs)} per image"
     left = f"the last block processes {percent(mean[-1])} of the patches"
     explanation = f"On average {left}; {saved} of the multiply-adds are saved ({cost})."
     return Chart("How many patches are left", explanation, figure)
@@ -189,40 +183,31 @@ def _class_figure(means: np.ndarray, names: list[str], examples: list[ImageRecor
         options = {"va": "center", "color": GREY, "fontsize": SMALL_TEXT, "style": "italic"}
         bars.text(style.num_blocks / 80, AT_EACH_END, between, **options)
     chosen = list(rows.values())
-    _class_bars(dress(bars, grid="x"), list(rows), means[chosen], style)
+    options = {"color": colors(means[chosen], style) / 255, "edgecolor": "#444444", "linewidth": 0.6}
+    lengths = dress(bars, grid="x").barh(list(rows), means[chosen], height=0.74, **options)
+    bars.bar_label(lengths, [f"{mean:.2f}" for mean in means[chosen]], padding=3, fontsize=SMALL_TEXT)
+    bars.set_xlim(0, style.num_blocks * 1.08)
+    bars.set_xticks(range(0, style.num_blocks + 1, max(style.num_blocks // 6, 1)))
+    bars.set_ylim(max(rows) + 0.6, -0.6)
     bars.set_yticks(list(rows), [one_line(names[index], 24) for index in chosen], parse_math=False)
     shown = {row: examples[index] for row, index in rows.items() if examples[index] is not None}
-    for row, record in shown.items():
-        _beside_the_axis(bars, row, record.pixels)
+    place = {"xybox": (-4 - PICTURE / 2, 0), "xycoords": ("axes fraction", "data"), "boxcoords": "offset points"}
+    for row, record in shown.items():  # a small picture left of the axis
+        image = OffsetImage(record.pixels, zoom=PICTURE / max(record.pixels.shape[:2]))
+        bars.add_artist(AnnotationBbox(image, (0, row), **place, frameon=False, pad=0, annotation_clip=False))
     bars.tick_params(axis="y", length=0, pad=PICTURE + 8 if shown else 4)
     last.set_xlabel("mean depth of the patches")
     return figure
-
-
-def _class_bars(axes: Axes, rows: list[int], means: np.ndarray, style: Style) -> None:
-    fill = colors(means, style) / 255
-    bars = axes.barh(rows, means, height=0.74, color=fill, edgecolor="#444444", linewidth=0.6)
-    axes.bar_label(bars, [f"{mean:.2f}" for mean in means], padding=3, fontsize=SMALL_TEXT)
-    axes.set_xlim(0, style.num_blocks * 1.08)
-    axes.set_xticks(range(0, style.num_blocks + 1, max(style.num_blocks // 6, 1)))
-    axes.set_ylim(max(rows) + 0.6, -0.6)
-
-
-def _beside_the_axis(axes: Axes, row: float, pixels: np.ndarray) -> None:
-    """Draws a small picture left of the axis; pixels: [H, W, 3] uint8."""
-    image = OffsetImage(pixels, zoom=PICTURE / max(pixels.shape[:2]))
-    place = {"xybox": (-4 - PICTURE / 2, 0), "xycoords": ("axes fraction", "data"), "boxcoords": "offset points"}
-    axes.add_artist(AnnotationBbox(image, (0, row), **place, frameon=False, pad=0, annotation_clip=False))
 
 
 def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(4.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[2.6, 1], sharex=True)
     depth, right = statistics.mean_depth, statistics.is_right
-    edges, groups = _equal_bins(depth)
-    mean_depth = np.array([depth[group].mean() for group in groups.values()])
-    accuracy = np.array([right[group].mean() for group in groups.values()])
-    counts = np.array([np.count_nonzero(group) for group in groups.values()])
+    low, high = depth.min(), depth.max()
+    edges = np.linspace(low, high, BINS + 1) if low < high else np.array([low - 0.25, low + 0.25])
+    bins, members, counts = np.unique(np.digitize(depth, edges[1:-1]), return_inverse=True, return_counts=True)
+    mean_depth, accuracy = (np.bincount(members, weights=values) / counts for values in (depth, right))
     errors = np.abs(wilson_interval(accuracy, counts) - accuracy)
     overall = top.axhline(right.mean(), color=GREY, linewidth=1.2, linestyle="--")
     of_bins = top.errorbar(mean_depth, accuracy, errors, color=MAIN, marker="o", markersize=5, capsize=3)
@@ -231,22 +216,12 @@ def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     top.set_ylim(low - 0.06 * (1 - low), 1 + 0.06 * (1 - low))
     _in_percent(dress(top, y="top-1"))
     width = edges[1] - edges[0]
-    bottom.bar(edges[list(groups)] + width / 2, counts, width=0.94 * width, color="#9db8c9")
+    bottom.bar(edges[bins] + width / 2, counts, width=0.94 * width, color="#9db8c9")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     dress(bottom, "mean depth of the image's patches", "images")
     ends = [f"{percent(accuracy[end])} of images about {mean_depth[end]:.1f} deep" for end in (0, -1)]
-    ends = " and ".join(ends) if len(groups) > 1 else ends[0]
+    ends = " and ".join(ends) if len(bins) > 1 else ends[0]
     return Chart("Accuracy by depth", f"Top-1 is {percent(right.mean())}: {ends} are recognised.", figure)
-
-
-def _equal_bins(values: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """values: [N] -> the edges of the bins, and by the number of each bin with any values: which, [N] bool."""
-    low, high = values.min(), values.max()
-    if high - low < 1e-6:
-        return np.array([low - 0.25, low + 0.25]), {0: np.ones(len(values), dtype=bool)}
-    edges = np.linspace(low, high, BINS + 1)
-    number = np.digitize(values, edges[1:-1])
-    return edges, {int(n): number == n for n in np.unique(number)}
 
 
 def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -16,16 +16,9 @@ import utils
 from datasets import IMAGE_SUFFIXES, UnreadableImage, evaluation_transform, has_image_name, load_image
 from losses import DistributionPriorLoss
 from utils import UserError, log, warn
-from visualization import charts, heatmaps, html_pages
+from visualization import heatmaps, html_pages
 from visualization.heatmaps import Style, macs_text, write_picture
-from visualization.records import (
-    DatasetStatistics,
-    ImageRecord,
-    Selection,
-    gather_to_main,
-    record_batch,
-    record_dataset,
-)
+from visualization.records import DatasetStatistics, ImageRecord, Selection, gather_to_main, record_batch
 
 MAX_STEM_BYTES = 200  # of 255 that a file's name may have
 
@@ -48,7 +41,9 @@ class Drawing:
     html: bool = False
 
     def write_gallery(self, records: list[ImageRecord], title: str = "Token depths") -> None:
-        html_pages.write_gallery(self.folder, title, records, self.names, self.style)
+        """Where one is asked for."""
+        if self.html:
+            html_pages.write_gallery(self.folder, title, records, self.names, self.style)
 
 
 def draw_demo(drawing: Drawing, loader: Iterable) -> int:
@@ -57,10 +52,12 @@ def draw_demo(drawing: Drawing, loader: Iterable) -> int:
     loader: a `demo_loader`. Of an equal measure the first in the data set counts, in any order of the data.
     Returns 1 where images cannot be read, else 0. UserError where the folder cannot be written.
     """
+    from visualization import charts  # slow to import
+
     folder = utils.prepare_output_dir(drawing.folder, "--demo-dir")
     selection = Selection(drawing.criterion, drawing.per_class)
-    for batch in record_dataset(drawing.model, loader, drawing.amp, "Demo"):
-        selection.add(batch.records)
+    for batch in utils.with_progress(loader, "Demo", dict):
+        selection.add(record_batch(drawing.model, batch, drawing.amp).records)
     chosen = selection.own_chosen()
     for number, record in utils.with_progress(chosen, "Drawing", dict):
         stem = f"class{record.target}" + (f"_{number}" if number > 1 else "")
@@ -70,8 +67,7 @@ def draw_demo(drawing: Drawing, loader: Iterable) -> int:
     if shown:
         first = [record for number, record in shown if number == 1]
         write_picture(folder / "teaser.png", charts.teaser(first, drawing.style))
-        if drawing.html:
-            drawing.write_gallery([record for _, record in shown])
+        drawing.write_gallery([record for _, record in shown])
     drawn, unreadable = (sum(utils.all_gather_objects(count)) for count in (len(chosen), len(loader.bad_images)))
     if not drawn:
         warn(f"no image to show by --demo-by {drawing.criterion}")
@@ -88,12 +84,14 @@ def draw_summary(drawing: Drawing, loader: Iterable, title: str, facts: list[tup
     loader: a `demo_loader`; facts: names and values, to be told beside what is measured.
     UserError where no image can be read.
     """
+    from visualization import charts  # slow to import
+
     examples, gallery, batches = Selection(), Selection(drawing.criterion, drawing.per_class), []
-    for batch in record_dataset(drawing.model, loader, drawing.amp, "Summary"):
-        batches.append(batch.without_pixels())
-        examples.add(batch.records)
-        if drawing.html:
-            gallery.add(batch.records)
+    for batch in utils.with_progress(loader, "Summary", dict):
+        found = record_batch(drawing.model, batch, drawing.amp)
+        batches.append(found.without_pixels())
+        examples.add(found.records)
+        gallery.add(found.records if drawing.html else [])
     batches = [batch for own in utils.all_gather_objects(batches) for batch in own]
     if not batches:
         raise UserError("not one image could be read")
@@ -107,8 +105,7 @@ def draw_summary(drawing: Drawing, loader: Iterable, title: str, facts: list[tup
             (chart.title, chart.explanation, write_picture(drawing.folder / f"{name}.png", chart.figure))
             for name, chart in found.items()
         ]
-        if drawing.html:
-            drawing.write_gallery(shown, f"{title}: token depths")
+        drawing.write_gallery(shown, f"{title}: token depths")
         facts = [*facts, *_facts(statistics)]
         path = html_pages.write_summary(drawing.folder, f"{title}: summary", facts, drawn, drawing.html)
         log(f"summary of {len(statistics.target)} images in {path}")
@@ -171,8 +168,7 @@ def draw_files(drawing: Drawing, files: Sequence[Path], classes: Sequence[str], 
         shown += records if drawing.html else []
     if not drawn:
         raise UserError("not one image could be read")
-    if drawing.html:
-        drawing.write_gallery(shown)
+    drawing.write_gallery(shown)
     log(f"{drawn} images drawn in {drawing.folder}")
     return drawn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -104,12 +104,6 @@ def record_batch(model: nn.Module, batch: tuple, amp: str) -> BatchRecords:
     with autocast(device, amp):
         logits, halting = model(batch[0].to(device, non_blocking=True), return_halting=True)
     return BatchRecords(records_of_batch(model, batch, logits, halting, with_pixels=True), halting.layer_scores.cpu())
-
-
-def record_dataset(model: nn.Module, loader: Iterable[tuple], amp: str, title: str) -> Iterator[BatchRecords]:
-    """One pass over this process's share of a data set; loader: yields batches, see `records_of_batch`."""
-    for batch in utils.with_progress(loader, title, dict):
-        yield record_batch(model, batch, amp)
 
 
 # Which to show ------------------------------------------------------------------------------------

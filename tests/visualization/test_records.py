@@ -13,7 +13,7 @@ from datasets import denormalize
 from models_act import macs_per_image
 from training.loaders import demo_loader
 from visualization.criteria import CRITERIA
-from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch, record_dataset
+from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch
 
 
 def test_a_record_tells_what_the_network_did():
@@ -88,7 +88,7 @@ def test_dataset_statistics_counts_every_image_once():
     model = halting_model()
     data = TensorDataset(images(11), torch.arange(11) % 7)
     loader = demo_loader(data, 4, num_workers=0, pin_memory=False)
-    batches = list(record_dataset(model, loader, "none", "Test"))
+    batches = [record_batch(model, batch, "none") for batch in loader]
     assert [one.index for batch in batches for one in batch.records] == list(range(11))
     statistics = DatasetStatistics.of([batch.without_pixels() for batch in batches])
     with torch.no_grad():
