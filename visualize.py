@@ -69,7 +69,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
     if args.cmap not in colormaps:
         raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.nearest(args.cmap, colormaps)}")
-    utils.amp_dtype_name(args.amp, device)
+    args.amp = utils.amp_dtype_name(args.amp, device)
+    args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
     utils.prepare_output_dir(args.output_dir)
     if utils.world_size() > 1 and not args.summary:
         raise utils.UserError("only --summary is for several processes: start this without torchrun")
@@ -106,7 +107,7 @@ def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     from training.checkpoints import default_image_size
     from training.loaders import demo_loader
 
-    size = given_size(args) or checkpoint.image_size() or default_image_size(args.model)
+    size = args.input_size or checkpoint.image_size() or default_image_size(args.model)
     options = {"inat_category": args.inat_category, "split": args.val_split, "num_classes": args.num_classes}
     images = build_dataset(args.data_set, args.data_path, False, size, **options)
     names = class_names(images.classes, args.data_path, args.class_index)
@@ -118,26 +119,20 @@ def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
 
 def make_drawing(args: argparse.Namespace, checkpoint: Checkpoint, names: list[str], device: torch.device) -> Drawing:
     """The checkpoint's network, where flags say nothing else; names: of its classes."""
-    from utils import amp_dtype_name
     from visualization.draw import Drawing
     from visualization.heatmaps import Style
 
     model = checkpoint.build_model(
         args.model,
         num_classes=len(names),
-        img_size=given_size(args),
+        img_size=args.input_size,
         gate_scale=args.gate_scale,
         gate_center=args.gate_center,
         use_ema=args.use_ema,
         halting=args.halting and not checkpoint.is_static,
     ).to(device)
-    style, amp = Style(model.num_blocks, args.cmap, args.size), amp_dtype_name(args.amp, device)
-    return Drawing(model, amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
-
-
-def given_size(args: argparse.Namespace) -> tuple[int, int] | None:
-    """Height and width."""
-    return (args.input_size[0], args.input_size[-1]) if args.input_size else None
+    style = Style(model.num_blocks, args.cmap, args.size)
+    return Drawing(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
 
 
 def draw_curves(folders: list[Path], folder: Path) -> int:

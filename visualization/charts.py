@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 
@@ -264,24 +264,18 @@ def teaser(records: list[ImageRecord], style: Style) -> Figure:
     upper = 2 * max(tall, 0.45) + 0.3  # at least as high as the letters beside it
     figure = new_figure(upper + 2.7, width=max(tall * sum(widths) + 1.3, 5))
     pictures, bars = figure.subfigures(2, 1, height_ratios=[upper, 2.7])
-    _teaser_pictures(pictures, records, widths, tall, style)
-    _teaser_bars(dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
-    return figure
-
-
-def _teaser_pictures(
-    figure: SubFigure, records: list[ImageRecord], widths: list[float], tall: float, style: Style
-) -> None:
-    grid = figure.add_gridspec(2, len(records) + 1, width_ratios=[*widths, 0.14])
+    grid = pictures.add_gridspec(2, len(records) + 1, width_ratios=[*widths, 0.14])
     for column, (one, color) in enumerate(zip(records, PALETTE)):
         height, width = one.pixels.shape[:2]
         for row, pixels in enumerate((one.pixels, colors(one.depth, style))):
-            axes = figure.add_subplot(grid[row, column], xticks=[], yticks=[])
+            axes = pictures.add_subplot(grid[row, column], xticks=[], yticks=[])
             axes.imshow(pixels, interpolation="nearest", extent=(0, width, height, 0))
             axes.spines[:].set(color=color, linewidth=3)
             if column == 0:
                 axes.set_ylabel(("input", "depth")[row])
-    _depth_legend(figure.add_subplot(grid[:, -1]), style, most=int(15 * tall))
+    _depth_legend(pictures.add_subplot(grid[:, -1]), style, most=int(15 * tall))
+    _teaser_bars(dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
+    return figure
 
 
 def _depth_legend(axes: Axes, style: Style, most: int) -> None:

@@ -87,11 +87,11 @@ def draw_summary(drawing: Drawing, loader: Iterable, title: str, facts: list[tup
     from visualization import charts  # slow to import
 
     examples, gallery, batches = Selection(), Selection(drawing.criterion, drawing.per_class), []
-    for batch in utils.with_progress(loader, "Summary", dict):
-        found = record_batch(drawing.model, batch, drawing.amp)
-        batches.append(found.without_pixels())
-        examples.add(found.records)
-        gallery.add(found.records if drawing.html else [])
+    for loaded in utils.with_progress(loader, "Summary", dict):
+        batch = record_batch(drawing.model, loaded, drawing.amp)
+        batches.append(batch.without_pixels())
+        examples.add(batch.records)
+        gallery.add(batch.records if drawing.html else [])
     batches = [batch for own in utils.all_gather_objects(batches) for batch in own]
     if not batches:
         raise UserError("not one image could be read")
@@ -163,7 +163,7 @@ def draw_files(drawing: Drawing, files: Sequence[Path], classes: Sequence[str], 
             panel, *movie = outputs[record.index]
             write_picture(panel, heatmaps.panel(record, drawing.names, drawing.style))
             for path in movie:
-                utils.write_bytes(path, heatmaps.animation(heatmaps.frames(record, drawing.style), animation))
+                utils.write_bytes(path, heatmaps.animation(record, drawing.style, animation))
         drawn += len(records)
         shown += records if drawing.html else []
     if not drawn:

@@ -209,18 +209,13 @@ def sheet(records: Sequence[ImageRecord], class_names: Sequence[str], style: Sty
     return ImageOps.expand(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap, PAPER)
 
 
-def frames(record: ImageRecord, style: Style) -> list[Image.Image]:
-    """Draws a picture per block: the patches that it processes, and how many of them there are."""
+def animation(record: ImageRecord, style: Style, kind: str) -> bytes:
+    """Encodes an endless "gif" or "webp" of what each block processes, and how much; it rests on its last picture."""
     pictures = []
     for block in range(1, style.num_blocks + 1):
         picture = in_block(record, block, style)
         text = line(f"block {block}: {live_share(record, block):.0%} live", picture.width, style)
         pictures.append(ImageOps.expand(below([picture, text], style.gap // 2), style.gap, PAPER))
-    return pictures
-
-
-def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
-    """Encodes an endless GIF or WebP that rests on its last picture."""
     times = [int(FRAME_SECONDS * 1000)] * (len(pictures) - 1) + [int(FRAME_SECONDS * 4000)]
     if kind == "gif":  # one palette, of the pictures with the most and the fewest colours, for all
         palette = below([pictures[0], pictures[-1]]).quantize()
