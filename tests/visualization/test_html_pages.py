@@ -144,23 +144,11 @@ def test_pages_need_no_network(tmp_path):
         assert any(policy.startswith("default-src 'none'") for policy in page.values("content"))
 
 
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_text_and_controls_stand_out(tmp_path, theme):
-    light = {}  # relative luminance, WCAG 2.2
-    for name, *colors in re.findall(r"--([\w-]+): light-dark\(#(\w{6}), #(\w{6})\)", summary(tmp_path).read_text()):
-        parts = np.frombuffer(bytes.fromhex(colors[theme]), np.uint8) / 255
-        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        light[name] = linear @ [0.2126, 0.7152, 0.0722] + 0.05
-    pairs = [(text, ground, 4.5) for text in ("ink", "muted", "accent", "warning") for ground in ("paper", "card")]
-    for one, other, least in [*pairs, ("edge", "paper", 3), ("edge", "card", 3), ("on-accent", "accent", 4.5)]:
-        assert max(light[one] / light[other], light[other] / light[one]) >= least, (one, other)
-
-
 # In a browser -------------------------------------------------------------------------------------
 
 
 class Browser:
-    """Chromium without a window, and what the tests do with it."""
+    """Chromium without a window."""
 
     def __init__(self, driver):
         self.driver, self.run = driver, driver.execute_script
@@ -217,11 +205,10 @@ class Browser:
 @pytest.fixture(scope="module")
 def chromium():
     webdriver = pytest.importorskip("selenium.webdriver")
-    program, driver_program = shutil.which("chromium"), shutil.which("chromedriver")
-    if not program or not driver_program:
+    options, driver_program = webdriver.ChromeOptions(), shutil.which("chromedriver")
+    options.binary_location = shutil.which("chromium") or ""
+    if not options.binary_location or not driver_program:
         pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
