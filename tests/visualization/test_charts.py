@@ -68,18 +68,9 @@ def assert_drawn_well(figure) -> None:
 # Of a data set ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"images": 1, "classes": 2},
-        {"images": 9, "blocks": 4, "depth": 4},
-        {"images": 60, "blocks": 24, "classes": 1000, "depth": 1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", [(40, 8, 5), (1, 8, 2), (9, 4, 5, 4), (60, 24, 1000, 1)], ids=str)
 def test_every_chart_can_be_drawn(shape):
-    statistics = make_statistics(**shape)
+    statistics = make_statistics(*shape)
     examples = {int(c): small_record(size=(20, 12)) for c in statistics.target[::2]}
     found = summary(statistics, [f"$class_{c} of a very, very long name" for c in range(1000)], examples)
     for chart in found.values():
