@@ -34,8 +34,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
-    """Sets labels and a light grid, removes the frame, and returns the axes."""
+def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y", in_percent: bool = False) -> Axes:
+    """Sets labels and a light grid, removes the frame, and returns the axes; in_percent: of 1, upwards."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("#999999")
     axes.tick_params(labelsize=SMALL_TEXT, color="#999999")
@@ -43,6 +43,8 @@ def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
     axes.set_axisbelow(True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if in_percent:
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
     return axes
 
 
@@ -56,10 +58,6 @@ def legend_above(axes: Axes, entries: dict[str, Artist]) -> None:
 def _block_ticks(axes: Axes, num_blocks: int) -> None:
     axes.set_xticks(range(1, num_blocks + 1, -(-num_blocks // 24)))
     axes.set_xlim(0.4, num_blocks + 0.6)
-
-
-def _in_percent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
 
 
 def percent(share: float) -> str:
@@ -111,14 +109,13 @@ def summary_charts(
 def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
     """depth: of each of `what`."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "blocks that processed them", f"share of {what}")
+    axes = dress(figure.subplots(), "blocks that processed them", f"share of {what}", in_percent=True)
     blocks, mean = np.arange(1, style.num_blocks + 1), depth.mean()
     shares = np.bincount(depth.ravel(), minlength=style.num_blocks + 1)[1:] / depth.size
     axes.bar(blocks, shares, width=0.86, color=colors(blocks, style) / 255, edgecolor="#444444", linewidth=0.6)
     axes.axvline(mean, color=MARK, linewidth=1.6, linestyle="--")
     axes.text(mean, 1.02, f"mean {mean:.2f}", transform=axes.get_xaxis_transform(), ha="center", color=MARK)
     _block_ticks(axes, style.num_blocks)
-    _in_percent(axes)
     full = f"{percent(shares[-1])} of them by all {style.num_blocks}"
     explanation = f"{what.capitalize()} are processed by {mean:.2f} blocks on average, {full}."
     return Chart(f"How deep {what} go", explanation, figure)
@@ -126,7 +123,7 @@ def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
 
 def _live_tokens(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(3.6)
-    axes = dress(figure.subplots(), "block", "live patches of an image")
+    axes = dress(figure.subplots(), "block", "live patches of an image", in_percent=True)
     blocks = np.arange(1, statistics.num_blocks + 1)
     live = np.stack([(statistics.depth >= block).mean(axis=1) for block in blocks], axis=1)  # (N, L)
     lowest, low, high, highest = np.percentile(live, [10, 25, 75, 90], axis=0)
@@ -135,8 +132,7 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     outer = axes.fill_between(blocks, lowest, highest, color=MAIN, alpha=0.17, linewidth=0)
     inner = axes.fill_between(blocks, low, high, color=MAIN, alpha=0.3, linewidth=0)
     (average,) = axes.plot(blocks, mean, color=MAIN, marker="o", markersize=4)
-    bands = {"middle 50 %": inner, "middle 80 %": outer}
-    legend_above(axes, {"mean": average, **bands, "static network": static})
+    legend_above(axes, {"mean": average, "middle 50 %": inner, "middle 80 %": outer, "static network": static})
     macs = float(statistics.macs.mean())
     saved = percent(1 - macs / statistics.static_macs)
     plate = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
@@ -144,7 +140,6 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     axes.text(0.02, 0.05, **text, transform=axes.transAxes)
     axes.set_ylim(0, 1.03)
     _block_ticks(axes, statistics.num_blocks)
-    _in_percent(axes)
     cost = f"{macs_text(macs)} instead of {macs_text(statistics.static_macs)} per image"
     left = f"the last block processes {percent(mean[-1])} of the patches"
     explanation = f"On average {left}; {saved} of the multiply-adds are saved ({cost})."
@@ -214,7 +209,7 @@ def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     legend_above(top, {"images of like depth, ± standard error": of_bins, "all images": overall})
     low = min(max((accuracy - errors[0]).min(), 0), 0.9)
     top.set_ylim(low - 0.06 * (1 - low), 1 + 0.06 * (1 - low))
-    _in_percent(dress(top, y="top-1"))
+    dress(top, y="top-1", in_percent=True)
     width = edges[1] - edges[0]
     bottom.bar(edges[bins] + width / 2, counts, width=0.94 * width, color="#9db8c9")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -234,7 +229,7 @@ def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
     """Both scaled to sum 1: but for its clamp, DistributionPriorLoss is least where they are equal then."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "block", "share of the sum")
+    axes = dress(figure.subplots(), "block", "share of the sum", in_percent=True)
     blocks, has_scores = np.arange(1, len(prior) + 1), layer_scores.sum() > 0
     shares, target = layer_scores / (layer_scores.sum() if has_scores else 1), prior / prior.sum()
     bars = axes.bar(blocks, shares, width=0.86, color="#7fb2d3", edgecolor="#444444", linewidth=0.6)
@@ -243,7 +238,6 @@ def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
     legend_above(axes, {name: bars, "target of the prior": line})
     axes.set_ylim(bottom=0)
     _block_ticks(axes, len(prior))
-    _in_percent(axes)
     reached = f"is largest in block {shares.argmax() + 1} ({percent(shares.max())} of its sum)"
     wanted = f"the prior's target is largest in block {target.argmax() + 1} ({percent(target.max())})"
     explanation = f"The mean halting score {reached if has_scores else 'is 0 in all blocks'}; {wanted}."

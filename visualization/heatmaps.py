@@ -202,10 +202,9 @@ def sheet(records: Sequence[ImageRecord], class_names: Sequence[str], style: Sty
     columns = []
     for one in records:
         image = enlarge(one.pixels, style)
-        texts = [(class_names[one.prediction], WARNING if one.is_wrong else INK)]
-        texts.append((f"depth {one.mean_depth:.1f}", INK))
+        predicted = (class_names[one.prediction], WARNING if one.is_wrong else INK)
         pair = below([image, heat_map(one.depth, image.size, style)], style.gap)
-        columns.append(captioned(pair, texts, style))
+        columns.append(captioned(pair, [predicted, (f"depth {one.mean_depth:.1f}", INK)], style))
     return ImageOps.expand(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap, PAPER)
 
 

@@ -18,8 +18,6 @@ from visualization.records import ImageRecord
 MAX_PNG_SIDE = 64  # pixels; an image with no longer side is embedded as PNG
 JPEG_QUALITY = 88
 GALLERY, SUMMARY = "index.html", "summary.html"
-
-
 Facts = list[tuple[str, str]]  # names and values, shown at the top of a page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -77,11 +77,7 @@ class BatchRecords(NamedTuple):
 
 
 def records_of_batch(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor, Sequence[int], Sequence[str]],
-    logits: Tensor,
-    halting: Halting,
-    with_pixels: bool = False,
+    model: nn.Module, batch: tuple, logits: Tensor, halting: Halting, with_pixels: bool = False
 ) -> list[ImageRecord]:
     """batch: images [B, 3, H, W], targets [B] (-1: unknown), places in the data set, names; logits: [B, K]."""
     images, targets, indices, names = batch

@@ -146,11 +146,9 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
-    size, unit = 1, ""
-    if panel is MACS:
-        size, letter = logged_macs_unit(runs)
-        unit = f" ({letter})"
-    dress(axes, x="epoch").set_title(panel.title + unit, loc="left", fontsize=10, weight="bold")
+    size, unit = logged_macs_unit(runs) if panel is MACS else (1, "")
+    title = f"{panel.title} ({unit})" if unit else panel.title
+    dress(axes, x="epoch").set_title(title, loc="left", fontsize=10, weight="bold")
     for run, color in zip(runs, run_colors(len(runs))):
         for name, style, dot in ((panel.solid, "-", "o"), (panel.other, panel.style, "x")):
             points = series(run, name)
