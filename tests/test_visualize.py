@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 import main_act
 import visualize
 from datasets import denormalize
+from training.checkpoints import Checkpoint
 from training.loaders import demo_loader
 from visualization import heatmaps
 from visualization.draw import Drawing, draw_demo
@@ -151,6 +152,7 @@ def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tm
         ("{photos} --finetune {c} --model avit_tiny_patch16_224", "it fits avit_micro_patch4_32"),
         ("{photos}/notes.txt --finetune {c}", "not one image could be read"),
         ("--curves {empty}", "log.txt"),
+        ("{photos} --finetune {c} --input-size 32 32 99", "--input-size takes one number"),
         ("a.png --finetune {c} --amp fp16", "--amp fp16 needs CUDA"),
         ("{photos}/a.png a_panel.png --finetune {c} --output-dir .", "a_panel.png would be overwritten"),
         ("--summary --data-path data --finetune {c}", "its head has 3 classes, the data has 4"),
@@ -209,3 +211,4 @@ def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
     histogram = events.Histograms("test/depth")[-1].histogram_value
     assert histogram.sum == pytest.approx(last["test_depth_mean"])
     assert sum(histogram.bucket) == pytest.approx(1)
+    assert list(Checkpoint.load(str(out / "checkpoint.pth")).class_names()) == ["class_0", "class_1", "class_2"]
