@@ -125,7 +125,8 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     from training import build
     from training.checkpoints import Checkpoint
     from training.loaders import demo_loader
-    from visualization.demo import demo as draw
+    from visualization.draw import Drawing, draw_demo
+    from visualization.heatmaps import PAPERS_COLORMAP, Style
 
     # data
     images = build.validation_set(args)
@@ -139,8 +140,8 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     # pictures
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()
     folder = Path(args.demo_dir) if args.demo_dir else output_dir / arguments.DEMO_FOLDER
-    amp, choice = utils.amp_dtype_name(args.amp, device), {"criterion": args.demo_by, "per_class": args.demo_images}
-    return draw(model, loader, device, amp, folder, names, **choice, html=args.html)
+    amp, style = utils.amp_dtype_name(args.amp, device), Style(model.num_blocks, PAPERS_COLORMAP)
+    return draw_demo(Drawing(model, amp, folder, names, style, args.demo_by, args.demo_images, args.html), loader)
 
 
 if __name__ == "__main__":

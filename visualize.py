@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch  # --help and mistakes do not wait for it: what needs it is imported where it is used
 
     from training.checkpoints import Checkpoint
+    from visualization.draw import Drawing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,123 +62,90 @@ def make_parser() -> arguments.Parser:
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Returns the exit status."""
+    from matplotlib import colormaps
+
     import utils
     from training.checkpoints import Checkpoint
 
-    check_colormap(args.cmap)
-    amp = utils.amp_dtype_name(args.amp, device)
-    folder = utils.prepare_output_dir(args.output_dir)
+    if args.cmap not in colormaps:
+        raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.nearest(args.cmap, colormaps)}")
+    args.amp = utils.amp_dtype_name(args.amp, device)
+    args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
+    utils.prepare_output_dir(args.output_dir)
     if utils.world_size() > 1 and not args.summary:
         raise utils.UserError("only --summary is for several processes: start this without torchrun")
     if args.curves:
-        draw_curves([Path(run) for run in args.curves], folder)
-        return 0
+        return draw_curves([Path(run) for run in args.curves], Path(args.output_dir))
     checkpoint = Checkpoint.load(args.finetune)
     args.model = args.model or checkpoint.model_name()
-    return (draw_summary if args.summary else draw_images)(args, checkpoint, device, amp, folder)
+    return (draw_summary if args.summary else draw_images)(args, checkpoint, device)
 
 
-def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, amp: str, folder: Path) -> int:
+def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> int:
     """Returns 1 where some images cannot be read."""
     import utils
     from datasets import class_names
-    from visualization import images
-    from visualization.heatmaps import Style
+    from visualization.draw import draw_files, find_images
 
-    files, problems = images.find_images(args.images)
+    files, problems = find_images(args.images)
     for problem in problems:
         utils.warn(problem)
     if not files:
         raise utils.UserError(f"no image found: {'; '.join(problems)}")
     classes = checkpoint.class_names()
     names = class_names(list(classes), None, args.class_index) if args.class_index else list(classes.values())
-    model = build_model(args, checkpoint, len(classes)).to(device)
-    drawn = images.draw_images(
-        model,
-        files,
-        list(classes),
-        names,
-        device,
-        amp,
-        folder,
-        Style(model.num_blocks, args.cmap, args.size),
-        batch_size=args.batch_size,
-        animation=args.animation,
-        html=args.html,
-    )
+    drawing = make_drawing(args, checkpoint, names, device)
+    drawn = draw_files(drawing, files, list(classes), args.batch_size, args.animation)
     return int(bool(problems) or drawn < len(files))
 
 
-def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, amp: str, folder: Path) -> int:
+def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> int:
     """Returns 1 where some images cannot be read."""
+    import visualization.draw
     from datasets import build_dataset, class_names
     from training.build import loader_options
     from training.checkpoints import default_image_size
     from training.loaders import demo_loader
-    from visualization import summary
-    from visualization.heatmaps import Style
 
-    size = given_size(args) or checkpoint.image_size() or default_image_size(args.model)
+    size = args.input_size or checkpoint.image_size() or default_image_size(args.model)
     options = {"inat_category": args.inat_category, "split": args.val_split, "num_classes": args.num_classes}
     images = build_dataset(args.data_set, args.data_path, False, size, **options)
     names = class_names(images.classes, args.data_path, args.class_index)
-    model = build_model(args, checkpoint, len(names)).to(device)
+    drawing = make_drawing(args, checkpoint, names, device)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))
-    drawn = summary.draw_summary(
-        model,
-        loader,
-        device,
-        amp,
-        folder,
-        names,
-        Style(model.num_blocks, args.cmap, args.size),
-        title=args.data_set,
-        facts=[("model", args.model), ("checkpoint", Path(args.finetune).name)],
-        criterion=args.demo_by,
-        per_class=args.demo_images,
-        html=args.html,
-    )
-    return int(drawn < loader.num_images)
+    facts = [("model", args.model), ("checkpoint", Path(args.finetune).name)]
+    return int(visualization.draw.draw_summary(drawing, loader, args.data_set, facts) < loader.num_images)
 
 
-def build_model(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: int) -> torch.nn.Module:
-    """The checkpoint's network, where flags say nothing else."""
-    return checkpoint.build_model(
+def make_drawing(args: argparse.Namespace, checkpoint: Checkpoint, names: list[str], device: torch.device) -> Drawing:
+    """The checkpoint's network, where flags say nothing else; names: of its classes."""
+    from visualization.draw import Drawing
+    from visualization.heatmaps import Style
+
+    model = checkpoint.build_model(
         args.model,
-        num_classes=num_classes,
-        img_size=given_size(args),
+        num_classes=len(names),
+        img_size=args.input_size,
         gate_scale=args.gate_scale,
         gate_center=args.gate_center,
         use_ema=args.use_ema,
         halting=args.halting and not checkpoint.is_static,
-    )
+    ).to(device)
+    style = Style(model.num_blocks, args.cmap, args.size)
+    return Drawing(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
 
 
-def given_size(args: argparse.Namespace) -> tuple[int, int] | None:
-    """Height and width."""
-    return (args.input_size[0], args.input_size[-1]) if args.input_size else None
-
-
-def check_colormap(name: str) -> None:
-    """UserError, with the nearest names, for one that matplotlib does not have."""
-    from matplotlib import colormaps
-
-    from utils import UserError, nearest
-
-    if name not in colormaps:
-        raise UserError(f"--cmap: unknown colour map {name!r}{nearest(name, colormaps)}")
-
-
-def draw_curves(folders: list[Path], folder: Path) -> None:
+def draw_curves(folders: list[Path], folder: Path) -> int:
     """Accuracy, losses, depth and multiply-adds over the epochs of runs, and accuracy against multiply-adds."""
     from utils import log
-    from visualization import training_curves
-    from visualization.files import write_png
+    from visualization.heatmaps import write_picture
+    from visualization.training_curves import accuracy_against_macs, curves, read_runs
 
-    runs = training_curves.read_runs(folders)
-    write_png(folder / "curves.png", training_curves.curves(runs))
-    write_png(folder / "accuracy_macs.png", training_curves.accuracy_against_macs(runs))
+    runs = read_runs(folders)
+    write_picture(folder / "curves.png", curves(runs))
+    write_picture(folder / "accuracy_macs.png", accuracy_against_macs(runs))
     log(f"curves of {len(runs)} run(s) in {folder}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -87,13 +87,9 @@ def images(batch: int = 6, size: int = 16, seed: int = 1) -> torch.Tensor:
 
 def make_record(index=0, depth=((1, 2), (3, 8)), target=0, prediction=0, confidence=0.9, **kwargs) -> ImageRecord:
     values = {"name": f"image {index}", "pixels": np.full((4, 4, 3), index % 256, np.uint8), "macs": 2.0}
-    values |= {
-        "depth": np.array(depth, np.uint8),
-        "prefix_depth": np.array([4], np.uint8),
-        "static_macs": 8.0,
-        **kwargs,
-    }
-    return ImageRecord(index=index, target=target, prediction=prediction, confidence=confidence, **values)
+    values |= {"depth": np.array(depth, np.uint8), "prefix_depth": np.array([4], np.uint8), "static_macs": 8.0}
+    values |= {"index": index, "target": target, "prediction": prediction, "confidence": confidence}
+    return ImageRecord(**values | kwargs)
 
 
 def assert_halting(halting: models_act.Halting, num_blocks: int = 8) -> None:

@@ -1,7 +1,6 @@
 """Pictures end to end, in this process."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ from torch.utils.data import TensorDataset
 import main_act
 import visualize
 from datasets import denormalize
-from training.checkpoints import load_checkpoint
+from training.checkpoints import Checkpoint
 from training.loaders import demo_loader
 from visualization import heatmaps
-from visualization.criteria import CRITERIA
-from visualization.demo import demo
+from visualization.draw import Drawing, draw_demo
 
-CPU = torch.device("cpu")
 KINDS = ("ref", "token_depth", "combined")
 SMALL = ("--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4")
 
@@ -28,20 +25,24 @@ def run_main(*argv):
     main_act.main([*SMALL, *map(str, argv)])
 
 
+def status_of(command, *argv) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        command(*argv)
+    return stopped.value.code
+
+
 # --demo ------------------------------------------------------------------------------------------
 
 
-def run_demo(folder, order=range(12), batch_size=5, **options):
-    model = halting_model()
-    x, targets = images(12), torch.arange(12) % 3
-    order = list(order)
-    loader = demo_loader(TensorDataset(x[order], targets[order]), batch_size, num_workers=0, pin_memory=False)
-    demo(model, loader, CPU, "none", folder, [f"class {c}" for c in range(7)], **options)
-    return model, x, targets
+def run_demo(folder, model, dataset, **options):
+    names = [f"class {c}" for c in range(model.num_classes)]
+    loader = demo_loader(dataset, 5, num_workers=0, pin_memory=False)
+    draw_demo(Drawing(model, "none", folder, names, heatmaps.Style(model.num_blocks, "hot"), **options), loader)
 
 
 def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
-    model, x, targets = run_demo(tmp_path)
+    model, x, targets = halting_model(), images(12), torch.arange(12) % 3
+    run_demo(tmp_path, model, TensorDataset(x, targets))
     names = {f"class{c}_{kind}.jpg" for c in range(3) for kind in KINDS}
     assert {p.name for p in tmp_path.iterdir()} == names | {"teaser.png"}
     with torch.no_grad():
@@ -56,57 +57,27 @@ def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
         assert np.abs(picture - expected).mean() < 10  # JPEG
 
 
-def test_order_and_batch_size_do_not_matter(tmp_path):
-    run_demo(tmp_path / "a")
-    run_demo(tmp_path / "b", order=reversed(range(12)), batch_size=12)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
-def test_several_images_of_a_class_and_a_gallery(tmp_path):
-    run_demo(tmp_path, per_class=2, html=True)
-    names = {f"class{c}{number}_{kind}.jpg" for c in range(3) for number in ("", "_2") for kind in KINDS}
-    assert {p.name for p in tmp_path.iterdir()} == names | {"teaser.png", "index.html"}
-
-
 def test_nothing_to_show_is_told(tmp_path, capsys):
     model = halting_model()
     with torch.no_grad():
         targets = model.eval()(images(4)).argmax(dim=1)
-    loader = demo_loader(TensorDataset(images(4), targets), 4, num_workers=0, pin_memory=False)
-    demo(model, loader, CPU, "none", tmp_path, list("abcdefg"), criterion="wrong", html=True)
+    run_demo(tmp_path, model, TensorDataset(images(4), targets), criterion="wrong", html=True)
     assert "no image to show by --demo-by wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_flags(image_folder, tmp_path):
+def test_demo_flags_and_an_unreadable_image(image_folder, tmp_path, capsys):
     checkpoint = save_halting_micro(tmp_path / "c.pth", 3)
+    (image_folder / "val" / "class_1" / "0.png").write_bytes(b"no image")
     (image_folder / "imagenet_class_index.json").write_text(json.dumps({"0": ["class_0", "a <b>fish</b>"]}))
-    flags = ("--demo-images", 3, "--demo-by", "random", "--demo-dir", tmp_path / "drawn", "--html")
-    run_main("--data-path", image_folder, "--demo", "--finetune", checkpoint, *flags)
-    assert len(list((tmp_path / "drawn").glob("class*_combined.jpg"))) == 9
+    flags = ("--demo-images", 2, "--demo-by", "random", "--demo-dir", tmp_path / "drawn", "--html")
+    assert status_of(run_main, "--data-path", image_folder, "--demo", "--finetune", checkpoint, *flags) == 1
+    assert "0.png: cannot be read as an image" in capsys.readouterr().err
+    names = {f"class{c}{number}_{kind}.jpg" for c in range(3) for number in ("", "_2") for kind in KINDS}
+    assert {p.name for p in (tmp_path / "drawn").iterdir()} == names | {"teaser.png", "index.html"}
     page = (tmp_path / "drawn" / "index.html").read_text()
     assert "fish" in page
     assert "<b>fish" not in page
-
-
-@pytest.mark.slow
-def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
-    class Many(torch.utils.data.Dataset):
-        def __len__(self):
-            return 1000
-
-        def __getitem__(self, index):
-            return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index)), index
-
-    model = halting_model(img_size=224, patch_size=16, num_classes=1000)
-    loader = demo_loader(Many(), 50, num_workers=0, pin_memory=False)
-    start = time.perf_counter()
-    demo(model, loader, CPU, "none", tmp_path, list(map(str, range(1000))))
-    seconds = time.perf_counter() - start
-    print(f"1,000 classes, inference included: {seconds:.0f} s")
-    assert len(list(tmp_path.glob("*.jpg"))) == 3000
-    assert seconds < 120
 
 
 # visualize.py IMAGE... ---------------------------------------------------------------------------
@@ -135,10 +106,13 @@ def photos(tmp_path):
     return folder
 
 
-def test_files_folders_and_globs(photos, checkpoint, tmp_path):
-    out = tmp_path / "out"
-    visualise(photos / "b.jpg", photos, photos / "*.webp", "--finetune", checkpoint, "--output-dir", out, "--html")
-    stems = ("a", "a_2", "b", "c", "d e")
+def test_files_folders_globs_and_long_names(photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "token_act_visualization"
+    (photos / f"{'é' * 120}.png").write_bytes((photos / "a.png").read_bytes())
+    (photos / f"{'é' * 121}.png").write_bytes((photos / "a.png").read_bytes())
+    visualise("photos/b.jpg", "photos", "photos/*.webp", "--finetune", checkpoint, "--html")
+    stems = ("a", "a_2", "b", "c", "d e", "é" * 100, f"{'é' * 100}_2")
     expected = {f"{stem}_{end}" for stem in stems for end in ("panel.png", "halting.gif")}
     assert {p.name for p in out.iterdir()} == expected | {"index.html"}
     assert Image.open(out / "a_halting.gif").n_frames == 12
@@ -146,30 +120,19 @@ def test_files_folders_and_globs(photos, checkpoint, tmp_path):
 
 
 def test_options_of_the_pictures(photos, checkpoint, tmp_path):
-    sizes = {}
-    for size in (64, 128):
-        out = tmp_path / str(size)
-        options = ("--size", size, "--cmap", "hot", "--animation", "webp")
-        visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", out, *options)
-        assert {p.name for p in out.iterdir()} == {"a_panel.png", "a_halting.webp"}
-        sizes[size] = Image.open(out / "a_panel.png").width
-    assert sizes[128] > 1.7 * sizes[64]
-    visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", tmp_path / "none", "--animation", "none")
-    assert {p.name for p in (tmp_path / "none").iterdir()} == {"a_panel.png"}
-
-
-def test_other_sizes_and_non_square_inputs(photos, checkpoint, tmp_path):
-    options = ("--input-size", 16, 40, "--output-dir", tmp_path / "out", "--animation", "none")
-    visualise(photos / "a.png", "--finetune", checkpoint, *options)
-    panel = Image.open(tmp_path / "out" / "a_panel.png")
-    assert panel.width > 7 * 224 * 40 // 16
+    for folder, *options in (("64", "--size", 64), ("128", "--size", 128, "--cmap", "hot", "--input-size", 16, 40)):
+        options += ["--animation", "webp" if folder == "64" else "none", "--output-dir", tmp_path / folder]
+        visualise(photos / "a.png", "--finetune", checkpoint, *options)
+    assert {p.name for p in (tmp_path / "64").iterdir()} == {"a_panel.png", "a_halting.webp"}
+    assert {p.name for p in (tmp_path / "128").iterdir()} == {"a_panel.png"}
+    small, large = (Image.open(tmp_path / folder / "a_panel.png").width for folder in ("64", "128"))
+    assert large > 1.7 * 40 / 16 * small
 
 
 def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tmp_path, capsys):
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
-    with pytest.raises(SystemExit) as stopped:
-        visualise(photos, photos / "gone.png", "--finetune", checkpoint, "--output-dir", tmp_path / "out")
-    assert stopped.value.code == 1
+    argv = (photos, photos / "gone.png", "--finetune", checkpoint, "--output-dir", tmp_path / "out")
+    assert status_of(visualise, *argv) == 1
     err = capsys.readouterr().err
     assert "b.jpg: cannot be read as an image" in err
     assert "gone.png: no such file or folder" in err
@@ -185,108 +148,52 @@ def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tm
         ("gone.png --finetune {c}", "gone.png: no such file or folder"),
         ("{empty} --finetune {c}", "no image in this folder; looked for .jpg"),
         ("{empty}/*.png --finetune {c}", "no file matches it"),
-        ("a.png --finetune gone.pth", "gone.pth"),
         ("a.png --finetune {c} --cmap hott", "did you mean hot"),
         ("{photos} --finetune {c} --model avit_tiny_patch16_224", "it fits avit_micro_patch4_32"),
-        ("{photos} --finetune {foreign}", "fits none of our models"),
         ("{photos}/notes.txt --finetune {c}", "not one image could be read"),
-        ("--summary --finetune {c}", "--data-path"),
         ("--curves {empty}", "log.txt"),
         ("{photos} --finetune {c} --input-size 32 32 99", "--input-size takes one number"),
         ("a.png --finetune {c} --amp fp16", "--amp fp16 needs CUDA"),
+        ("{photos}/a.png a_panel.png --finetune {c} --output-dir .", "a_panel.png would be overwritten"),
+        ("--summary --data-path data --finetune {c}", "its head has 3 classes, the data has 4"),
         (f"{'x' * 300}.png --finetune {{c}}", "no such file or folder"),
     ],
 )
 def test_bad_input(argv, message, photos, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "foreign.pth")
-    places = {"c": checkpoint, "photos": photos, "empty": tmp_path / "empty", "foreign": tmp_path / "foreign.pth"}
-    with pytest.raises(SystemExit) as stopped:
-        visualise(*argv.format(**places).split())
-    assert stopped.value.code == 2
+    (tmp_path / "a_panel.png").touch()
+    make_image_folder(tmp_path / "data", classes=4, train=0, val=1)
+    argv = argv.format(c=checkpoint, photos=photos, empty=tmp_path / "empty")
+    assert status_of(visualise, *argv.split()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("visualize.py: error: ")
     assert message in last
 
 
-def test_without_flags_for_the_output(photos, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    visualise("photos/a.png", "--finetune", checkpoint)
-    assert (tmp_path / "token_act_visualization" / "a_panel.png").exists()
-
-
-def test_an_input_is_not_overwritten(photos, checkpoint, capsys):
-    visualise(photos / "a.png", "--finetune", checkpoint, "--output-dir", photos)
-    with pytest.raises(SystemExit) as stopped:
-        visualise(photos / "a.png", photos / "a_panel.png", "--finetune", checkpoint, "--output-dir", photos)
-    assert stopped.value.code == 2
-    assert "a_panel.png would be overwritten" in capsys.readouterr().err
-
-
-def test_long_names(photos, checkpoint, tmp_path):
-    for letter in "xy":
-        (photos / f"{'é' * 120}{letter}.png").write_bytes((photos / "a.png").read_bytes())
-    visualise(photos / "é*", "--finetune", checkpoint, "--output-dir", tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) == 4
-
-
-def test_a_static_network_is_drawn_as_one(image_folder, tmp_path, capsys):
+def test_a_static_network_is_drawn_as_one(image_folder, tmp_path):
     static = save_halting_micro(tmp_path / "c.pth", 3, gate=None)
     visualise("--summary", "--data-path", image_folder, "--finetune", static, "--output-dir", tmp_path / "out")
     assert "12.00 of 12" in (tmp_path / "out" / "summary.html").read_text()
 
 
-@pytest.mark.parametrize("command", ["--summary", "--demo"])
-def test_unreadable_images_of_a_data_set(image_folder, checkpoint, tmp_path, capsys, command):
-    (image_folder / "val" / "class_1" / "0.png").write_bytes(b"no image")
-    flags = ("--data-path", image_folder, "--finetune", checkpoint)
-    flags += ("--demo", "--demo-dir") if command == "--demo" else ("--summary", "--output-dir")
-    with pytest.raises(SystemExit) as stopped:
-        (run_main if command == "--demo" else visualise)(*flags, tmp_path / "out")
-    assert stopped.value.code == 1
-    captured = capsys.readouterr()
-    assert "0.png: cannot be read as an image" in captured.err
-    if command == "--demo":
-        assert len(list((tmp_path / "out").glob("class*_combined.jpg"))) == 3
-    else:
-        assert "summary of 8 images" in captured.out
-
-
-def test_a_foreign_checkpoint_tells_its_model_by_its_weights(photos, tmp_path, capsys):
-    foreign = save_halting_micro(tmp_path / "micro-10-30.pth", 3)
-    visualise(photos / "a.png", "--finetune", foreign, "--output-dir", tmp_path / "out", "--animation", "none")
-    assert (tmp_path / "out" / "a_panel.png").exists()
-
-
 # visualize.py --summary, --curves ----------------------------------------------------------------
 
-CHARTS = ("depth_histogram", "live_tokens", "class_token_depth", "class_depths", "accuracy_against_depth")
 
-
-def test_summary(image_folder, checkpoint, tmp_path):
+def test_summary_with_an_unreadable_image(image_folder, checkpoint, tmp_path, capsys):
+    (image_folder / "val" / "class_1" / "0.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    visualise("--summary", "--data-path", image_folder, "--finetune", checkpoint, "--output-dir", out, "--html")
-    expected = {f"{name}.png" for name in (*CHARTS, "halting_scores")} | {"summary.html", "index.html"}
+    argv = ("--summary", "--data-path", image_folder, "--finetune", checkpoint, "--output-dir", out, "--html")
+    assert status_of(visualise, *argv) == 1
+    charts = ("depth_histogram", "live_tokens", "class_token_depth", "class_depths", "accuracy_against_depth")
+    expected = {f"{name}.png" for name in (*charts, "halting_scores")} | {"summary.html", "index.html"}
     assert {p.name for p in out.iterdir()} == expected
     page = (out / "summary.html").read_text()
     assert page.count("data:image/png;base64,") >= 6
     assert "avit_micro_patch4_32" in page
-
-
-def test_a_summary_without_wrong_predictions_has_an_empty_gallery(image_folder, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(CRITERIA, "wrong", lambda record: None)
-    flags = ("--data-path", image_folder, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
-    visualise("--summary", "--html", "--demo-by", "wrong", *flags)
-    assert {"index.html", "summary.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
-
-
-def test_summary_of_another_class_count(tmp_path, checkpoint, capsys):
-    data = make_image_folder(tmp_path / "data", classes=4, val=1)
-    with pytest.raises(SystemExit) as stopped:
-        visualise("--summary", "--data-path", data, "--finetune", checkpoint, "--output-dir", tmp_path / "out")
-    assert stopped.value.code == 2
-    assert "its head has 3 classes, the data has 4" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "0.png: cannot be read as an image" in captured.err
+    assert "summary of 8 images" in captured.out
 
 
 def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
@@ -300,10 +207,8 @@ def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
 
     events = EventAccumulator(str(out), size_guidance={"histograms": 0}).Reload()
     assert [event.step for event in events.Images("test/token_depth")] == [0, 1]
-    assert [event.step for event in events.Histograms("test/depth")] == [0, 1]
     last = json.loads((out / "log.txt").read_text().splitlines()[-1])
     histogram = events.Histograms("test/depth")[-1].histogram_value
     assert histogram.sum == pytest.approx(last["test_depth_mean"])
     assert sum(histogram.bucket) == pytest.approx(1)
-    classes = load_checkpoint(str(out / "checkpoint.pth"))["classes"]
-    assert classes == ["class_0", "class_1", "class_2"]
+    assert list(Checkpoint.load(str(out / "checkpoint.pth")).class_names()) == ["class_0", "class_1", "class_2"]

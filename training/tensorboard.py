@@ -43,7 +43,7 @@ class TensorBoardLogger:
         """live_share: of the tokens, by block; what a block's share loses to the next halts in it."""
         names = [f"image {number}" for number in range(len(self.shown))]
         batch = (self.shown, self.targets, range(len(names)), names)
-        records = record_batch(trainer.model_without_ddp, batch, trainer.device, trainer.amp).records
+        records = record_batch(trainer.model_without_ddp, batch, trainer.amp).records
         style = Style(len(live_share), size=SHOWN_SIZE)
         picture = sheet(records, self.class_names, style)
         self.writer.add_image("test/token_depth", np.asarray(picture), epoch, dataformats="HWC")

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 
-from visualization.heatmaps import Style, colors, printable
+from visualization.heatmaps import Style, colors, macs_text, printable
 from visualization.records import DatasetStatistics, ImageRecord
 
 # The look of all charts ---------------------------------------------------------------------------
@@ -34,8 +34,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
-    """Sets labels and a light grid, removes the frame, and returns the axes."""
+def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y", in_percent: bool = False) -> Axes:
+    """Sets labels and a light grid, removes the frame, and returns the axes; in_percent: of 1, upwards."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("#999999")
     axes.tick_params(labelsize=SMALL_TEXT, color="#999999")
@@ -43,6 +43,8 @@ def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> Axes:
     axes.set_axisbelow(True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if in_percent:
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
     return axes
 
 
@@ -58,17 +60,8 @@ def _block_ticks(axes: Axes, num_blocks: int) -> None:
     axes.set_xlim(0.4, num_blocks + 0.6)
 
 
-def _in_percent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
-
-
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def macs_unit(largest: float) -> tuple[float, str]:
-    """Returns the size and the letter of the unit for numbers of multiply-adds up to `largest`."""
-    return (1e9, "G") if largest >= 1e9 else (1e6, "M")
 
 
 def one_line(name: str, max_length: int) -> str:
@@ -116,14 +109,13 @@ def summary_charts(
 def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
     """depth: of each of `what`."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "blocks that processed them", f"share of {what}")
+    axes = dress(figure.subplots(), "blocks that processed them", f"share of {what}", in_percent=True)
     blocks, mean = np.arange(1, style.num_blocks + 1), depth.mean()
     shares = np.bincount(depth.ravel(), minlength=style.num_blocks + 1)[1:] / depth.size
     axes.bar(blocks, shares, width=0.86, color=colors(blocks, style) / 255, edgecolor="#444444", linewidth=0.6)
     axes.axvline(mean, color=MARK, linewidth=1.6, linestyle="--")
     axes.text(mean, 1.02, f"mean {mean:.2f}", transform=axes.get_xaxis_transform(), ha="center", color=MARK)
     _block_ticks(axes, style.num_blocks)
-    _in_percent(axes)
     full = f"{percent(shares[-1])} of them by all {style.num_blocks}"
     explanation = f"{what.capitalize()} are processed by {mean:.2f} blocks on average, {full}."
     return Chart(f"How deep {what} go", explanation, figure)
@@ -131,7 +123,7 @@ def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
 
 def _live_tokens(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(3.6)
-    axes = dress(figure.subplots(), "block", "live patches of an image")
+    axes = dress(figure.subplots(), "block", "live patches of an image", in_percent=True)
     blocks = np.arange(1, statistics.num_blocks + 1)
     live = np.stack([(statistics.depth >= block).mean(axis=1) for block in blocks], axis=1)  # (N, L)
     lowest, low, high, highest = np.percentile(live, [10, 25, 75, 90], axis=0)
@@ -140,8 +132,7 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     outer = axes.fill_between(blocks, lowest, highest, color=MAIN, alpha=0.17, linewidth=0)
     inner = axes.fill_between(blocks, low, high, color=MAIN, alpha=0.3, linewidth=0)
     (average,) = axes.plot(blocks, mean, color=MAIN, marker="o", markersize=4)
-    bands = {"middle 50 %": inner, "middle 80 %": outer}
-    legend_above(axes, {"mean": average, **bands, "static network": static})
+    legend_above(axes, {"mean": average, "middle 50 %": inner, "middle 80 %": outer, "static network": static})
     macs = float(statistics.macs.mean())
     saved = percent(1 - macs / statistics.static_macs)
     plate = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
@@ -149,9 +140,7 @@ def _live_tokens(statistics: DatasetStatistics) -> Chart:
     axes.text(0.02, 0.05, **text, transform=axes.transAxes)
     axes.set_ylim(0, 1.03)
     _block_ticks(axes, statistics.num_blocks)
-    _in_percent(axes)
-    size, letter = macs_unit(statistics.static_macs)
-    cost = f"{macs / size:,.2f} {letter} instead of {statistics.static_macs / size:,.2f} {letter} per image"
+    cost = f"{macs_text(macs)} instead of {macs_text(statistics.static_macs)} per image"
     left = f"the last block processes {percent(mean[-1])} of the patches"
     explanation = f"On average {left}; {saved} of the multiply-adds are saved ({cost})."
     return Chart("How many patches are left", explanation, figure)
@@ -189,64 +178,45 @@ def _class_figure(means: np.ndarray, names: list[str], examples: list[ImageRecor
         options = {"va": "center", "color": GREY, "fontsize": SMALL_TEXT, "style": "italic"}
         bars.text(style.num_blocks / 80, AT_EACH_END, between, **options)
     chosen = list(rows.values())
-    _class_bars(dress(bars, grid="x"), list(rows), means[chosen], style)
+    options = {"color": colors(means[chosen], style) / 255, "edgecolor": "#444444", "linewidth": 0.6}
+    lengths = dress(bars, grid="x").barh(list(rows), means[chosen], height=0.74, **options)
+    bars.bar_label(lengths, [f"{mean:.2f}" for mean in means[chosen]], padding=3, fontsize=SMALL_TEXT)
+    bars.set_xlim(0, style.num_blocks * 1.08)
+    bars.set_xticks(range(0, style.num_blocks + 1, max(style.num_blocks // 6, 1)))
+    bars.set_ylim(max(rows) + 0.6, -0.6)
     bars.set_yticks(list(rows), [one_line(names[index], 24) for index in chosen], parse_math=False)
     shown = {row: examples[index] for row, index in rows.items() if examples[index] is not None}
-    for row, record in shown.items():
-        _beside_the_axis(bars, row, record.pixels)
+    place = {"xybox": (-4 - PICTURE / 2, 0), "xycoords": ("axes fraction", "data"), "boxcoords": "offset points"}
+    for row, record in shown.items():  # a small picture left of the axis
+        image = OffsetImage(record.pixels, zoom=PICTURE / max(record.pixels.shape[:2]))
+        bars.add_artist(AnnotationBbox(image, (0, row), **place, frameon=False, pad=0, annotation_clip=False))
     bars.tick_params(axis="y", length=0, pad=PICTURE + 8 if shown else 4)
     last.set_xlabel("mean depth of the patches")
     return figure
-
-
-def _class_bars(axes: Axes, rows: list[int], means: np.ndarray, style: Style) -> None:
-    fill = colors(means, style) / 255
-    bars = axes.barh(rows, means, height=0.74, color=fill, edgecolor="#444444", linewidth=0.6)
-    axes.bar_label(bars, [f"{mean:.2f}" for mean in means], padding=3, fontsize=SMALL_TEXT)
-    axes.set_xlim(0, style.num_blocks * 1.08)
-    axes.set_xticks(range(0, style.num_blocks + 1, max(style.num_blocks // 6, 1)))
-    axes.set_ylim(max(rows) + 0.6, -0.6)
-
-
-def _beside_the_axis(axes: Axes, row: float, pixels: np.ndarray) -> None:
-    """Draws a small picture left of the axis; pixels: [H, W, 3] uint8."""
-    image = OffsetImage(pixels, zoom=PICTURE / max(pixels.shape[:2]))
-    place = {"xybox": (-4 - PICTURE / 2, 0), "xycoords": ("axes fraction", "data"), "boxcoords": "offset points"}
-    axes.add_artist(AnnotationBbox(image, (0, row), **place, frameon=False, pad=0, annotation_clip=False))
 
 
 def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(4.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[2.6, 1], sharex=True)
     depth, right = statistics.mean_depth, statistics.is_right
-    edges, groups = _equal_bins(depth)
-    mean_depth = np.array([depth[group].mean() for group in groups.values()])
-    accuracy = np.array([right[group].mean() for group in groups.values()])
-    counts = np.array([np.count_nonzero(group) for group in groups.values()])
+    low, high = depth.min(), depth.max()
+    edges = np.linspace(low, high, BINS + 1) if low < high else np.array([low - 0.25, low + 0.25])
+    bins, members, counts = np.unique(np.digitize(depth, edges[1:-1]), return_inverse=True, return_counts=True)
+    mean_depth, accuracy = (np.bincount(members, weights=values) / counts for values in (depth, right))
     errors = np.abs(wilson_interval(accuracy, counts) - accuracy)
     overall = top.axhline(right.mean(), color=GREY, linewidth=1.2, linestyle="--")
     of_bins = top.errorbar(mean_depth, accuracy, errors, color=MAIN, marker="o", markersize=5, capsize=3)
     legend_above(top, {"images of like depth, ± standard error": of_bins, "all images": overall})
     low = min(max((accuracy - errors[0]).min(), 0), 0.9)
     top.set_ylim(low - 0.06 * (1 - low), 1 + 0.06 * (1 - low))
-    _in_percent(dress(top, y="top-1"))
+    dress(top, y="top-1", in_percent=True)
     width = edges[1] - edges[0]
-    bottom.bar(edges[list(groups)] + width / 2, counts, width=0.94 * width, color="#9db8c9")
+    bottom.bar(edges[bins] + width / 2, counts, width=0.94 * width, color="#9db8c9")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     dress(bottom, "mean depth of the image's patches", "images")
     ends = [f"{percent(accuracy[end])} of images about {mean_depth[end]:.1f} deep" for end in (0, -1)]
-    ends = " and ".join(ends) if len(groups) > 1 else ends[0]
+    ends = " and ".join(ends) if len(bins) > 1 else ends[0]
     return Chart("Accuracy by depth", f"Top-1 is {percent(right.mean())}: {ends} are recognised.", figure)
-
-
-def _equal_bins(values: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """values: [N] -> the edges of the bins, and by the number of each bin with any values: which, [N] bool."""
-    low, high = values.min(), values.max()
-    if high - low < 1e-6:
-        return np.array([low - 0.25, low + 0.25]), {0: np.ones(len(values), dtype=bool)}
-    edges = np.linspace(low, high, BINS + 1)
-    number = np.digitize(values, edges[1:-1])
-    return edges, {int(n): number == n for n in np.unique(number)}
 
 
 def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -259,7 +229,7 @@ def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
     """Both scaled to sum 1: but for its clamp, DistributionPriorLoss is least where they are equal then."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "block", "share of the sum")
+    axes = dress(figure.subplots(), "block", "share of the sum", in_percent=True)
     blocks, has_scores = np.arange(1, len(prior) + 1), layer_scores.sum() > 0
     shares, target = layer_scores / (layer_scores.sum() if has_scores else 1), prior / prior.sum()
     bars = axes.bar(blocks, shares, width=0.86, color="#7fb2d3", edgecolor="#444444", linewidth=0.6)
@@ -268,7 +238,6 @@ def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
     legend_above(axes, {name: bars, "target of the prior": line})
     axes.set_ylim(bottom=0)
     _block_ticks(axes, len(prior))
-    _in_percent(axes)
     reached = f"is largest in block {shares.argmax() + 1} ({percent(shares.max())} of its sum)"
     wanted = f"the prior's target is largest in block {target.argmax() + 1} ({percent(target.max())})"
     explanation = f"The mean halting score {reached if has_scores else 'is 0 in all blocks'}; {wanted}."
@@ -289,24 +258,18 @@ def teaser(records: list[ImageRecord], style: Style) -> Figure:
     upper = 2 * max(tall, 0.45) + 0.3  # at least as high as the letters beside it
     figure = new_figure(upper + 2.7, width=max(tall * sum(widths) + 1.3, 5))
     pictures, bars = figure.subfigures(2, 1, height_ratios=[upper, 2.7])
-    _teaser_pictures(pictures, records, widths, tall, style)
-    _teaser_bars(dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
-    return figure
-
-
-def _teaser_pictures(
-    figure: SubFigure, records: list[ImageRecord], widths: list[float], tall: float, style: Style
-) -> None:
-    grid = figure.add_gridspec(2, len(records) + 1, width_ratios=[*widths, 0.14])
+    grid = pictures.add_gridspec(2, len(records) + 1, width_ratios=[*widths, 0.14])
     for column, (one, color) in enumerate(zip(records, PALETTE)):
         height, width = one.pixels.shape[:2]
         for row, pixels in enumerate((one.pixels, colors(one.depth, style))):
-            axes = figure.add_subplot(grid[row, column], xticks=[], yticks=[])
+            axes = pictures.add_subplot(grid[row, column], xticks=[], yticks=[])
             axes.imshow(pixels, interpolation="nearest", extent=(0, width, height, 0))
             axes.spines[:].set(color=color, linewidth=3)
             if column == 0:
                 axes.set_ylabel(("input", "depth")[row])
-    _depth_legend(figure.add_subplot(grid[:, -1]), style, most=int(15 * tall))
+    _depth_legend(pictures.add_subplot(grid[:, -1]), style, most=int(15 * tall))
+    _teaser_bars(dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
+    return figure
 
 
 def _depth_legend(axes: Axes, style: Style, most: int) -> None:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+import utils
 from visualization.records import ImageRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import
 
 PAPER, INK, WARNING, HALTED = "white", "black", "#b3261e", 160  # HALTED: the grey of a patch that has left
 OVERLAY = 0.6  # share of the depth's colour over the image
 FRAME_SECONDS = 0.45
 MAX_LETTERS = 400  # no picture is wider
-COLORMAP = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
 PAPERS_COLORMAP = "hot"  # from black to white, whiter is deeper
 
 
@@ -26,7 +30,7 @@ class Style:
     """How depths 1..num_blocks are drawn: in which of matplotlib's colour maps, sides of how many pixels at least."""
 
     num_blocks: int
-    colormap: str = COLORMAP
+    colormap: str = "viridis"  # perceptually uniform, and read alike by colour-blind eyes
     size: int = 224
 
     @property
@@ -198,25 +202,19 @@ def sheet(records: Sequence[ImageRecord], class_names: Sequence[str], style: Sty
     columns = []
     for one in records:
         image = enlarge(one.pixels, style)
-        texts = [(class_names[one.prediction], WARNING if one.is_wrong else INK)]
-        texts.append((f"depth {one.mean_depth:.1f}", INK))
+        predicted = (class_names[one.prediction], WARNING if one.is_wrong else INK)
         pair = below([image, heat_map(one.depth, image.size, style)], style.gap)
-        columns.append(captioned(pair, texts, style))
+        columns.append(captioned(pair, [predicted, (f"depth {one.mean_depth:.1f}", INK)], style))
     return ImageOps.expand(beside([*columns, legend(columns[0].height, style)], style.gap), style.gap, PAPER)
 
 
-def frames(record: ImageRecord, style: Style) -> list[Image.Image]:
-    """Draws a picture per block: the patches that it processes, and how many of them there are."""
+def animation(record: ImageRecord, style: Style, kind: str) -> bytes:
+    """Encodes an endless "gif" or "webp" of what each block processes, and how much; it rests on its last picture."""
     pictures = []
     for block in range(1, style.num_blocks + 1):
         picture = in_block(record, block, style)
         text = line(f"block {block}: {live_share(record, block):.0%} live", picture.width, style)
         pictures.append(ImageOps.expand(below([picture, text], style.gap // 2), style.gap, PAPER))
-    return pictures
-
-
-def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
-    """Encodes an endless GIF or WebP that rests on its last picture."""
     times = [int(FRAME_SECONDS * 1000)] * (len(pictures) - 1) + [int(FRAME_SECONDS * 4000)]
     if kind == "gif":  # one palette, of the pictures with the most and the fewest colours, for all
         palette = below([pictures[0], pictures[-1]]).quantize()
@@ -225,4 +223,15 @@ def animation(pictures: Sequence[Image.Image], kind: str) -> bytes:
     file = BytesIO()
     options = {"lossless": True} if kind == "webp" else {}
     first.save(file, kind.upper(), save_all=True, append_images=others, duration=times, loop=0, **options)
+    return file.getvalue()
+
+
+def write_picture(path: Path, picture: Image.Image | Figure) -> bytes:
+    """Writes a PNG or, of an image, a JPEG, as the path ends; returns what it has written. UserError if it cannot."""
+    file = BytesIO()
+    if path.suffix == ".jpg":
+        picture.save(file, "JPEG", quality=95, subsampling=0)
+    else:
+        (picture.save if isinstance(picture, Image.Image) else picture.savefig)(file, format="png")
+    utils.write_bytes(path, file.getvalue())
     return file.getvalue()

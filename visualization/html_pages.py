@@ -17,48 +17,50 @@ from visualization.records import ImageRecord
 
 MAX_PNG_SIDE = 64  # pixels; an image with no longer side is embedded as PNG
 JPEG_QUALITY = 88
+GALLERY, SUMMARY = "index.html", "summary.html"
+Facts = list[tuple[str, str]]  # names and values, shown at the top of a page
 
 
 def write_gallery(
-    path: Path,
-    title: str,
-    facts: list[tuple[str, str]],
-    records: list[ImageRecord],
-    class_names: Sequence[str],
-    style: Style,
+    folder: Path, title: str, records: list[ImageRecord], class_names: Sequence[str], style: Style
 ) -> None:
-    """Writes one file that needs nothing else: images, what became of their patches, and means to look through them.
+    """Writes index.html, which needs no other file: images, what became of their patches, means to look through them.
 
-    facts: names and values, shown at the top; class_names: by class index. Raises UserError if it cannot be written.
+    class_names: by class index. Raises UserError if it cannot be written.
     """
-    _write(path, "gallery.html", title=title, facts=facts, data=gallery_data(records, class_names, style))
-
-
-def write_summary(
-    path: Path,
-    title: str,
-    facts: list[tuple[str, str]],
-    charts: list[tuple[str, str, bytes]],
-    gallery: str | None = None,
-) -> None:
-    """Writes one file that needs nothing else: facts, and charts, each a title, a sentence about it, and a PNG.
-
-    gallery: a link to a gallery's page, as seen from this one. Raises UserError if it cannot be written.
-    """
-    figures = [(name, explanation, _data_uri("png", png)) for name, explanation, png in charts]
-    _write(path, "summary.html", title=title, facts=facts, charts=figures, gallery=gallery)
-
-
-def gallery_data(records: list[ImageRecord], class_names: Sequence[str], style: Style) -> dict:
-    """Returns what the gallery's script reads, in JSON's types; colors: of the depths 0..L."""
     palette = colors(np.arange(style.num_blocks + 1), style).tolist()
-    return {
+    data = {  # what the script reads; colors: of the depths 0..L
         "colors": ["#{:02x}{:02x}{:02x}".format(*color) for color in palette],
         "halted": HALTED,
         "overlay": OVERLAY,
         "frame_seconds": FRAME_SECONDS,
         "images": [_image_data(record, class_names, style.num_blocks) for record in records],
     }
+    _write(folder / GALLERY, "gallery.html", title=title, facts=_means(records), data=data)
+
+
+def write_summary(
+    folder: Path, title: str, facts: Facts, charts: list[tuple[str, str, bytes]], has_gallery: bool = False
+) -> Path:
+    """Writes summary.html, which needs no other file: facts, and charts, each a title, a sentence about it, and a PNG.
+
+    has_gallery: there is one in the same folder. Returns its path. Raises UserError if it cannot be written.
+    """
+    figures = [(name, explanation, _data_uri("png", png)) for name, explanation, png in charts]
+    gallery = GALLERY if has_gallery else None
+    _write(folder / SUMMARY, "summary.html", title=title, facts=facts, charts=figures, gallery=gallery)
+    return folder / SUMMARY
+
+
+def _means(records: Sequence[ImageRecord]) -> Facts:
+    """Over the images shown."""
+    if not records:
+        return [("images", "0")]
+    known = [one for one in records if one.target >= 0]
+    right = [("top-1", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
+    depth = sum(one.mean_depth for one in records) / len(records)
+    saved = 1 - sum(one.macs for one in records) / sum(one.static_macs for one in records)
+    return [("images", f"{len(records):,}"), *right, ("patch depth", f"{depth:.2f}"), ("saved", f"{saved:.1%}")]
 
 
 def _image_data(record: ImageRecord, class_names: Sequence[str], num_blocks: int) -> dict:

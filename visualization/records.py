@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -73,13 +72,12 @@ class BatchRecords(NamedTuple):
     records: list[ImageRecord]
     layer_scores: Tensor
 
+    def without_pixels(self) -> BatchRecords:
+        return self._replace(records=[replace(record, pixels=None) for record in self.records])
+
 
 def records_of_batch(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor, Sequence[int], Sequence[str]],
-    logits: Tensor,
-    halting: Halting,
-    with_pixels: bool = False,
+    model: nn.Module, batch: tuple, logits: Tensor, halting: Halting, with_pixels: bool = False
 ) -> list[ImageRecord]:
     """batch: images [B, 3, H, W], targets [B] (-1: unknown), places in the data set, names; logits: [B, K]."""
     images, targets, indices, names = batch
@@ -96,20 +94,12 @@ def records_of_batch(
 
 
 @torch.no_grad()
-def record_batch(model: nn.Module, batch: tuple, device: torch.device, amp: str) -> BatchRecords:
+def record_batch(model: nn.Module, batch: tuple, amp: str) -> BatchRecords:
     """batch: see `records_of_batch`"""
-    model.eval()
+    device = next(model.eval().parameters()).device
     with autocast(device, amp):
         logits, halting = model(batch[0].to(device, non_blocking=True), return_halting=True)
     return BatchRecords(records_of_batch(model, batch, logits, halting, with_pixels=True), halting.layer_scores.cpu())
-
-
-def record_dataset(
-    model: nn.Module, loader: Iterable[tuple], device: torch.device, amp: str, title: str
-) -> Iterator[BatchRecords]:
-    """One pass over this process's share of a data set; loader: yields batches, see `records_of_batch`."""
-    for batch in utils.with_progress(loader, title, dict):
-        yield record_batch(model, batch, device, amp)
 
 
 # Which to show ------------------------------------------------------------------------------------
@@ -125,29 +115,28 @@ class Selection:
         self.measure, self.per_class = CRITERIA[criterion], per_class
         self.kept: dict[int, list[ImageRecord]] = {}
 
-    def add(self, record: ImageRecord) -> None:
-        if self.measure(record) is None:
-            return
-        first = self._first([*self.kept.get(record.target, ()), record])
-        if any(one is record for one in first):
-            own = replace(record, pixels=record.pixels.copy())  # not the whole batch's
-            self.kept[record.target] = [own if one is record else one for one in first]
+    def add(self, records: Iterable[ImageRecord]) -> None:
+        for record in records:
+            if self.measure(record) is not None:
+                own = replace(record, pixels=record.pixels.copy())  # not the whole batch's
+                kept = sorted([*self.kept.get(record.target, ()), own], key=self._order)
+                self.kept[record.target] = kept[: self.per_class]
 
-    def _first(self, records: list[ImageRecord]) -> list[ImageRecord]:
-        return heapq.nsmallest(self.per_class, records, key=lambda one: (-self.measure(one), one.index))
+    def _order(self, record: ImageRecord) -> tuple[float, int]:
+        return -self.measure(record), record.index
 
     def own_chosen(self) -> list[tuple[int, ImageRecord]]:
         """This process's part of what is chosen, each with its number in its class, from 1.
 
         Every process must call it. Images stay where they are: only their measures are exchanged.
         """
-        own = [(one.target, -self.measure(one), one.index, one) for kept in self.kept.values() for one in kept]
-        keys = [(*entry[:3], utils.rank(), place) for place, entry in enumerate(own)]
+        own = [record for kept in self.kept.values() for record in kept]
+        keys = [(record.target, *self._order(record), utils.rank(), place) for place, record in enumerate(own)]
         chosen, taken = [], Counter()
         for target, _, _, rank, place in sorted(key for keys in utils.all_gather_objects(keys) for key in keys):
             taken[target] += 1
             if taken[target] <= self.per_class and rank == utils.rank():
-                chosen.append((taken[target], own[place][3]))
+                chosen.append((taken[target], own[place]))
         return chosen
 
 
@@ -178,19 +167,9 @@ class DatasetStatistics:
     layer_scores: np.ndarray
 
     @classmethod
-    def of(cls, batches: list[DatasetStatistics]) -> DatasetStatistics:
-        """All batches as one."""
-        arrays = {
-            name: np.concatenate([getattr(batch, name) for batch in batches])
-            for name in ("depth", "class_token_depth", "target", "prediction", "macs")
-        }
-        sizes = [len(batch.target) for batch in batches]
-        scores = np.average([batch.layer_scores for batch in batches], axis=0, weights=sizes)
-        return cls(**arrays, static_macs=batches[0].static_macs, layer_scores=scores)
-
-    @classmethod
-    def of_batch(cls, batch: BatchRecords) -> DatasetStatistics:
-        records, scores = batch
+    def of(cls, batches: list[BatchRecords]) -> DatasetStatistics:
+        records = [one for batch in batches for one in batch.records]
+        scores, sizes = zip(*((batch.layer_scores.numpy(), len(batch.records)) for batch in batches))
         return cls(
             depth=np.stack([one.depth.ravel() for one in records]),
             class_token_depth=np.array([one.prefix_depth[0] for one in records]),
@@ -198,7 +177,7 @@ class DatasetStatistics:
             prediction=np.array([one.prediction for one in records]),
             macs=np.array([one.macs for one in records]),
             static_macs=records[0].static_macs,
-            layer_scores=scores.numpy(),
+            layer_scores=np.average(scores, axis=0, weights=sizes),
         )
 
     @property

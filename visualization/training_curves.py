@@ -18,17 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils import UserError, warn
-from visualization.charts import (
-    GREY,
-    PALETTE,
-    SMALL_TEXT,
-    dress,
-    legend_above,
-    macs_unit,
-    new_figure,
-    one_line,
-    percent,
-)
+from visualization.charts import GREY, PALETTE, SMALL_TEXT, dress, legend_above, new_figure, one_line, percent
 
 # Reading ------------------------------------------------------------------------------------------
 
@@ -110,8 +100,7 @@ def say_no_data(axes: Axes) -> None:
 def logged_macs_unit(runs: Sequence[Run]) -> tuple[float, str]:
     """Returns how many of the logged G one unit is, and the unit's letter."""
     points = [series(run, name)[:, 1] for run in runs for name in (MACS.solid, MACS.other)]
-    size, letter = macs_unit(1e9 * max(np.concatenate(points), default=0))
-    return size / 1e9, letter
+    return (1, "G") if max(np.concatenate(points), default=0) >= 1 else (1e-3, "M")
 
 
 # Over the epochs ----------------------------------------------------------------------------------
@@ -157,11 +146,9 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
-    size, unit = 1, ""
-    if panel is MACS:
-        size, letter = logged_macs_unit(runs)
-        unit = f" ({letter})"
-    dress(axes, x="epoch").set_title(panel.title + unit, loc="left", fontsize=10, weight="bold")
+    size, unit = logged_macs_unit(runs) if panel is MACS else (1, "")
+    title = f"{panel.title} ({unit})" if unit else panel.title
+    dress(axes, x="epoch").set_title(title, loc="left", fontsize=10, weight="bold")
     for run, color in zip(runs, run_colors(len(runs))):
         for name, style, dot in ((panel.solid, "-", "o"), (panel.other, panel.style, "x")):
             points = series(run, name)

@@ -17,12 +17,10 @@ from visualization.charts import summary_charts, teaser, wilson_interval
 from visualization.heatmaps import Style, colors
 from visualization.records import DatasetStatistics
 
-NAMES = ["depth_histogram", "live_tokens", "class_token_depth", "class_depths", "accuracy_against_depth"]
 
-
-def make_statistics(images=40, blocks=8, classes=5, patches=9, seed=0, depth=None) -> DatasetStatistics:
-    rng = np.random.default_rng(seed)
-    depths = rng.integers(1, blocks + 1, (images, patches)) if depth is None else np.full((images, patches), depth)
+def make_statistics(images=40, blocks=8, classes=5, depth=None) -> DatasetStatistics:
+    rng = np.random.default_rng(0)
+    depths = rng.integers(1, blocks + 1, (images, 9)) if depth is None else np.full((images, 9), depth)
     target = rng.integers(0, classes, images)
     return DatasetStatistics(
         depth=depths.astype(np.uint8),
@@ -35,11 +33,10 @@ def make_statistics(images=40, blocks=8, classes=5, patches=9, seed=0, depth=Non
     )
 
 
-def small_record(index=0, size=(12, 12), depth=None):
+def small_record(index=0, size=(12, 12), least_depth=1):
     rng = np.random.default_rng(index)
-    pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
-    depth = rng.integers(1, 9, (3, 3)) if depth is None else np.full((3, 3), depth)
-    return make_record(index, depth, pixels=pixels, macs=depth.mean())
+    depth = rng.integers(least_depth, 9, (3, 3))
+    return make_record(index, depth, pixels=rng.integers(0, 255, (*size, 3), dtype=np.uint8), macs=depth.mean())
 
 
 def summary(statistics, class_names=None, examples=None, style=None):
@@ -70,20 +67,11 @@ def assert_drawn_well(figure) -> None:
 # Of a data set ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "statistics",
-    [
-        make_statistics(),
-        make_statistics(images=1, classes=2),
-        make_statistics(images=9, blocks=4, depth=4),
-        make_statistics(images=60, blocks=24, classes=1000, depth=1),
-    ],
-    ids=["usual", "one image", "full depth", "shallow, many classes"],
-)
-def test_every_chart_can_be_drawn(statistics):
+@pytest.mark.parametrize("shape", [(40, 8, 5), (1, 8, 2), (9, 4, 5, 4), (60, 24, 1000, 1)], ids=str)
+def test_every_chart_can_be_drawn(shape):
+    statistics = make_statistics(*shape)
     examples = {int(c): small_record(size=(20, 12)) for c in statistics.target[::2]}
     found = summary(statistics, [f"$class_{c} of a very, very long name" for c in range(1000)], examples)
-    assert list(found) == [*NAMES, "halting_scores"]
     for chart in found.values():
         assert re.fullmatch(r".*\d.*\.", chart.explanation)
         assert_drawn_well(chart.figure)
@@ -97,7 +85,6 @@ def test_shares_by_depth(name, field):
     assert heights(axes) == pytest.approx([(depth == d).mean() for d in range(1, 9)])
     fills = np.array([bar.get_facecolor()[:3] for bar in axes.patches]) * 255
     assert fills.round() == pytest.approx(colors(np.arange(1, 9), style))
-    assert axes.lines[0].get_xdata()[0] == pytest.approx(depth.mean())
     assert f"mean {depth.mean():.2f}" in texts(axes.figure)
 
 
@@ -113,7 +100,6 @@ def test_live_patches_per_block():
         assert (band.min(), band.max()) == pytest.approx(tuple(np.percentile(share, [10, 90])))
     saved = f"{100 * (1 - statistics.macs.mean() / 8e6):.1f} %"
     assert f"saved: {saved}\nof multiply-adds" in texts(chart.figure)
-    assert f"{saved} of the multiply-adds are saved" in chart.explanation
 
 
 def test_all_of_a_few_classes_from_shallow_to_deep():
@@ -129,7 +115,6 @@ def test_all_of_a_few_classes_from_shallow_to_deep():
     assert not any(label.get_parse_math() for label in axes.get_yticklabels())
     (picture,) = axes.findobj(charts.AnnotationBbox)
     assert order[picture.xy[1]] == 0
-    assert axes.yaxis_inverted()
     assert re.search(f"{min(means):.2f} .* to {max(means):.2f}", chart.explanation)
     assert_drawn_well(chart.figure)
 
@@ -141,8 +126,7 @@ def test_the_ends_of_many_classes_and_all_in_a_histogram():
     chosen = np.argsort(means)[[*range(5), *range(-5, 0)]]
     assert [label.get_text() for label in bars.get_yticklabels()] == [f"class {c}" for c in chosen]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(means[chosen])
-    assert [text.get_text() for text in bars.texts if "more" in text.get_text()] == ["20 more classes"]
-    assert bars.get_yticks().tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]  # the ends stand apart
+    assert "20 more classes" in texts(bars.figure)
     assert heights(strip).sum() == 30
 
 
@@ -150,19 +134,15 @@ def test_accuracy_of_shallow_and_deep_images():
     statistics = make_statistics()
     statistics.depth[:30], statistics.depth[30:] = 2, 6
     statistics.prediction[:] = statistics.target
-    statistics.prediction[:10] += 1
-    statistics.prediction[30:35] += 1
+    statistics.prediction[[*range(10), *range(30, 35)]] += 1
     chart = summary(statistics)["accuracy_against_depth"]
     top, bottom = chart.figure.axes
     assert top.lines[1].get_data() == (pytest.approx([2, 6]), pytest.approx([2 / 3, 1 / 2]))
-    (errors,) = top.collections
-    ends = np.array([segment[:, 1] for segment in errors.get_segments()])
+    ends = np.array([segment[:, 1] for segment in top.collections[0].get_segments()])
     assert ends == pytest.approx(wilson_interval(np.array([2 / 3, 1 / 2]), np.array([30, 10])).T)
     assert heights(bottom).tolist() == [30, 10]
     assert [bar.get_x() + bar.get_width() / 2 for bar in bottom.patches] == pytest.approx([2.2, 5.8])  # tenths of 2..6
-    assert chart.explanation.startswith(
-        "Top-1 is 62.5 %: 66.7 % of images about 2.0 deep and 50.0 % of images about 6.0"
-    )
+    assert "62.5 %: 66.7 % of images about 2.0 deep and 50.0 % of images about 6.0 deep" in chart.explanation
     statistics.depth[:] = 8
     top, bottom = summary(statistics)["accuracy_against_depth"].figure.axes
     assert heights(bottom).tolist() == [40]
@@ -173,9 +153,7 @@ def test_accuracy_of_shallow_and_deep_images():
 def test_wilson_interval(count, share):
     share = round(share * count) / count
     low, high = wilson_interval(np.array([share]), np.array([count]))[:, 0]
-    assert -1e-9 <= low <= share + 1e-9
-    assert share - 1e-9 <= high <= 1 + 1e-9
-    assert high - low > 0
+    assert -1e-9 <= low <= share + 1e-9 <= high + 2e-9 <= 1 + 3e-9
     for end in (low, high):  # where the share lies one standard error away
         assert (share - end) ** 2 == pytest.approx(end * (1 - end) / count, abs=1e-9)
 
@@ -187,61 +165,38 @@ def test_halting_scores_against_the_prior():
     assert heights(axes) == pytest.approx(statistics.layer_scores / statistics.layer_scores.sum())
     assert axes.lines[0].get_ydata() == pytest.approx(prior / prior.sum())
     chart = summary(replace(statistics, layer_scores=np.zeros(12)))["halting_scores"]
-    assert heights(chart.figure.axes[0]).tolist() == [0] * 12
-    assert "static" in " ".join(texts(chart.figure))
     assert "is 0 in all blocks" in chart.explanation
 
 
 # Of shrinking rows --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("count", "size"), [(1, (12, 12)), (3, (8, 24)), (4, (12, 12)), (8, (8, 24)), (10, (12, 12)), (6, (24, 8))]
-)
-def test_teaser(count, size):
-    records = [small_record(n, size) for n in range(count)]
+@pytest.mark.parametrize(("count", "size", "least_depth"), [(1, (12, 12), 8), (8, (8, 24), 1), (10, (24, 8), 1)])
+def test_teaser(count, size, least_depth):
+    records = [small_record(n, size, least_depth) for n in range(count)]
     style, first = Style(8), records[:8]
     figure = teaser(records, style)
-    bars = figure.findobj(charts.Axes)[-1]
-    live = np.array([[(one.depth >= b).sum() for b in range(1, 9)] for one in first])
+    *pictures, legend, bars = figure.findobj(charts.Axes)
+    live = [[(one.depth >= b).sum() for b in range(1, 9)] for one in first]
     drawn = heights(bars).reshape(len(first) + 1, 8)
-    assert drawn[:-1].tolist() == live.tolist()
+    assert drawn[:-1].tolist() == live
+    assert drawn.sum(axis=0).tolist() == [9 * len(first)] * 8  # the last ones fill up to the static network
     bottoms = np.array([bar.get_y() for bar in bars.patches]).reshape(drawn.shape)
     assert bottoms.tolist() == (drawn.cumsum(axis=0) - drawn).tolist()  # each on those before
-    assert drawn.sum(axis=0).tolist() == [9 * len(first)] * 8  # the last ones fill up to the static network
-    assert list(bars.lines[0].get_ydata()) == [9 * len(first)] * 2
     saved = 1 - sum(one.macs for one in first) / sum(one.static_macs for one in first)
     assert f"saved: {100 * saved:.0f} %" in " ".join(texts(figure))
-    pictures = [axes for axes in figure.findobj(charts.Axes) if axes.images]
-    assert len(pictures) == 2 * len(first) + 1  # and the legend
+    assert len(pictures) == 2 * len(first)
     for number, one in enumerate(first):
-        image, depth = pictures[2 * number : 2 * number + 2]
+        image, patches = pictures[2 * number : 2 * number + 2]
         assert (image.images[0].get_array() == one.pixels).all()
-        assert (depth.images[0].get_array() == colors(one.depth, style)).all()
-        assert depth.images[0].get_interpolation() == "nearest"
-        frame = depth.spines["left"].get_edgecolor()
-        assert frame == image.spines["top"].get_edgecolor() == bars.patches[8 * number].get_facecolor()
-    assert pictures[-1].images[0].get_array()[:, 0].tolist() == colors(np.arange(1, 9), style).tolist()
+        assert (patches.images[0].get_array() == colors(one.depth, style)).all()
+        assert patches.spines["left"].get_edgecolor() == bars.patches[8 * number].get_facecolor()
+    assert legend.images[0].get_array()[:, 0].tolist() == colors(np.arange(1, 9), style).tolist()
     assert_drawn_well(figure)
 
 
-def test_teaser_of_a_static_network():
-    figure = teaser([small_record(depth=8)], Style(8))
-    (label,) = [text for text in figure.findobj(charts.Axes)[-1].texts if "saved" in text.get_text()]
-    assert label.get_text() == "saved: 0 % of multiply-adds"
-    assert label.get_position()[1] > 9  # over the bars
-    assert_drawn_well(figure)
-
-
-def test_matplotlib_is_loaded_only_to_draw_and_missing_letters_are_no_warning():
-    script = """
-import sys
-from visualization import heatmaps, html_pages, records
-assert not {"matplotlib", "jinja2"} & set(sys.modules)
-from visualization import charts
-figure = charts.new_figure(1)
-figure.text(0, 0, charts.one_line(" a\\tb\\n$c_ 猫\\0\\udcff", 20), parse_math=False)
-figure.savefig("/dev/null", format="png")
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_letters_that_the_font_lacks_are_no_warning():
+    script = "from visualization import charts; figure = charts.new_figure(1); figure.text(0, 0, '猫')"
+    script += "; figure.savefig('/dev/null', format='png')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -5,8 +5,6 @@ import io
 import json
 import re
 import shutil
-import time
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,43 +20,41 @@ from visualization.records import ImageRecord
 BLOCKS, STYLE = 8, Style(8, size=32)
 CLASSES = ["tabby cat", "espresso", "zebra", "class 10", "class 9"]
 HOSTILE = [
-    "</script><script>alert(1)</script>.jpg",
-    "<img src=x onerror=alert(2)>",
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>.jpg",
     "\"'`><svg onload=alert(3)>",
     "{{7*7}} {% raw %} ${7*7} <!-- <script>",
-    "two\nlines\tand a tab\u2028\u0000\x1b",
-    "Żółw 斑馬 🦓 شجرة",
+    "two\nlines\tand a tab\u2028\u0000\x1b 斑馬 🦓 شجرة",
     "&lt;b&gt; &amp; \\u003c \\",
     "lone \udcff surrogate",
 ]
 NAN = float("nan")
 
 
-def record(index: int, size: int = 32, grid: int = 4, **changes) -> ImageRecord:
+def record(index: int, **changes) -> ImageRecord:
     """An image that no other index has, its patches of all depths; every third prediction wrong."""
     rng = np.random.default_rng(index)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     values = {"target": index % 5, "prediction": (index + (index % 3 == 0)) % 5, "name": f"val/{index:04d}.jpg"}
     values |= {"confidence": float(rng.uniform(0.2, 1)), "macs": float(rng.uniform(2e8, 9e8)), "static_macs": 1e9}
-    values["pixels"] = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    values["depth"] = rng.integers(1, BLOCKS + 1, (grid, grid))
+    values["pixels"] = np.asarray(coarse.resize((32, 32), Image.Resampling.BICUBIC))
+    values["depth"] = rng.integers(1, BLOCKS + 1, (4, 4))
     return make_record(index, **values | changes)
 
 
 SOME = [record(index) for index in range(20)]
 
 
-def gallery(folder: Path, records=SOME, classes=CLASSES, title="A gallery", facts=(("top-1", "91.2 %"),)) -> Path:
-    html_pages.write_gallery(folder / "index.html", title, list(facts), records, classes, STYLE)
+def gallery(folder: Path, records=SOME, classes=CLASSES, title="A gallery") -> Path:
+    html_pages.write_gallery(folder, title, records, classes, STYLE)
     return folder / "index.html"
 
 
 PNG = base64.b64decode(html_pages.embedded(np.full((40, 60, 3), 200, np.uint8)).partition(",")[2])
+FACTS = [("images", "10,000")]
 
 
-def summary(folder: Path, title="A summary", charts=(("Depths", "Half are 3.", PNG),), gallery=None) -> Path:
-    html_pages.write_summary(folder / "summary.html", title, [("images", "10,000")], list(charts), gallery)
-    return folder / "summary.html"
+def summary(folder: Path, title="A summary", charts=(("Depths", "Half are 3.", PNG),), facts=FACTS, **kwargs) -> Path:
+    return html_pages.write_summary(folder, title, facts, charts, **kwargs)
 
 
 class Page(HTMLParser):
@@ -91,7 +87,7 @@ def pixels_of(uri: str) -> np.ndarray:
 def test_gallery_holds_what_was_measured(tmp_path):
     one, other = record(3), record(4, target=-1, confidence=NAN, pixels=np.full((96, 128, 3), 77, np.uint8))
     first, second = Page(gallery(tmp_path, [one, other])).images()
-    assert (first["depth"], first["columns"], first["class"]) == (one.depth.ravel().tolist(), 4, "class 10")
+    assert (first["depth"], first["columns"]) == (one.depth.ravel().tolist(), 4)
     assert np.array_equal(pixels_of(first["image"]), one.pixels)
     assert dict(first["figures"]) == {
         "class": "class 10",
@@ -103,8 +99,7 @@ def test_gallery_holds_what_was_measured(tmp_path):
         "share saved": f"{1 - one.macs / 1e9:.0%}",
         "file": "val/0003.jpg",
     }
-    assert (second["class"], second["verdict"], second["wrong"], second["mark"]) == (None, "predicted", False, "")
-    assert (second["width"], second["height"], second["confidence"]) == (128, 96, None)
+    assert (second["class"], second["verdict"], second["confidence"]) == (None, "predicted", None)
     assert second["image"].startswith("data:image/jpeg")
 
 
@@ -118,21 +113,22 @@ def test_gallery_offers_only_what_there_is(tmp_path):
 
 
 def test_summary_holds_facts_and_charts(tmp_path):
-    page = Page(summary(tmp_path, charts=[("Depths", "Half are 3.", PNG), ("Tokens", "A third.", b"png")], gallery="g"))
+    charts = [("Depths", "Half are 3.", PNG), ("Tokens", "A third.", b"png")]
+    page = Page(summary(tmp_path, charts=charts, has_gallery=True))
     assert page.values("alt") == ["Half are 3.", "A third."]
     assert [base64.b64decode(uri.partition(",")[2]) for uri in page.values("src")] == [PNG, b"png"]
     assert re.search(r"images.*10,000.*Depths.*Half are 3\..*Tokens", page.source, re.DOTALL)
-    assert "g" in page.values("href")
+    assert "index.html" in page.values("href")
     assert "a" not in Page(summary(tmp_path)).tags
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(tmp_path, name):
-    page = Page(gallery(tmp_path, [record(0, name=name)], [name] * 5, title=name, facts=[(name, name)]))
+    page = Page(gallery(tmp_path, [record(0, name=name)], [name] * 5, title=name))
     assert page.tags == Page(gallery(tmp_path, [record(0)])).tags
     entry = page.images()[0]
     assert {entry["title"], entry["class"], entry["verdict"], *entry["words"]} == {name}
-    page = Page(summary(tmp_path, title=name, charts=[(name, name, PNG)]))
+    page = Page(summary(tmp_path, title=name, charts=[(name, name, PNG)], facts=[(name, name)]))
     assert page.tags == Page(summary(tmp_path)).tags
     assert page.values("alt") == [name.replace("\udcff", "?")]
 
@@ -146,23 +142,11 @@ def test_pages_need_no_network(tmp_path):
         assert any(policy.startswith("default-src 'none'") for policy in page.values("content"))
 
 
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_text_and_controls_stand_out(tmp_path, theme):
-    light = {}  # relative luminance, WCAG 2.2
-    for name, *colors in re.findall(r"--([\w-]+): light-dark\(#(\w{6}), #(\w{6})\)", summary(tmp_path).read_text()):
-        parts = np.frombuffer(bytes.fromhex(colors[theme]), np.uint8) / 255
-        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        light[name] = linear @ [0.2126, 0.7152, 0.0722] + 0.05
-    pairs = [(text, ground, 4.5) for text in ("ink", "muted", "accent", "warning") for ground in ("paper", "card")]
-    for one, other, least in [*pairs, ("edge", "paper", 3), ("edge", "card", 3), ("on-accent", "accent", 4.5)]:
-        assert max(light[one] / light[other], light[other] / light[one]) >= least, (one, other)
-
-
 # In a browser -------------------------------------------------------------------------------------
 
 
 class Browser:
-    """Chromium without a window, and what the tests do with it."""
+    """Chromium without a window."""
 
     def __init__(self, driver):
         self.driver, self.run = driver, driver.execute_script
@@ -182,9 +166,6 @@ class Browser:
 
     def drawn(self) -> None:
         self.until("near.size > 0 && [...near.values()].every(Boolean)")
-        self.next_frame()
-
-    def next_frame(self) -> None:
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     def press(self, *keys: str) -> None:
@@ -206,11 +187,11 @@ class Browser:
         return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector)
 
     def order(self) -> list[int]:
-        """The indices of the images that are shown."""
+        """Indices of the images shown."""
         return self.run("return [...document.querySelectorAll('#grid > li')].map((card) => card.item.index)")
 
     def focused(self) -> int | str:
-        """The index of the image whose card has the focus, or the id or class of what has it."""
+        """The index of the image, or the id or class of what else has the focus."""
         return self.run("const e = document.activeElement; return e.parentNode.item?.index ?? (e.id || e.className)")
 
     def pixels(self, selector: str) -> np.ndarray:
@@ -222,11 +203,10 @@ class Browser:
 @pytest.fixture(scope="module")
 def chromium():
     webdriver = pytest.importorskip("selenium.webdriver")
-    program, driver_program = shutil.which("chromium"), shutil.which("chromedriver")
-    if not program or not driver_program:
+    options, driver_program = webdriver.ChromeOptions(), shutil.which("chromedriver")
+    options.binary_location = shutil.which("chromium") or ""
+    if not options.binary_location or not driver_program:
         pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -252,17 +232,14 @@ def test_search_and_filter(browser, page):
     browser.press("/", *"ZEBRA")
     expected = [one.index for one in SOME if 2 in {one.target, one.prediction}]
     assert browser.order() == expected
-    assert {SOME[i].target for i in expected} > {2}, "none by its prediction"
     assert browser.texts("#count") == [f"{len(expected)} of 20 images"]
     browser.choose("#search", "0013.jpg")
     assert browser.order() == [13]
     browser.choose("#search", "nowhere")
-    assert (browser.order(), browser.texts("#blocks output")) == ([], ["block 4: 0% live"])
     browser.click("#clear")
     assert len(browser.order()) == 20
     browser.click(".check")
     assert browser.order() == [one.index for one in SOME if one.is_wrong] == [0, 3, 6, 9, 12, 15, 18]
-    assert browser.texts("#grid .verdict")[0].startswith("✗espresso"), "told apart by more than colour"
 
 
 def test_sort_in_both_directions_with_unknown_values_last(browser, tmp_path):
@@ -270,10 +247,8 @@ def test_sort_in_both_directions_with_unknown_values_last(browser, tmp_path):
     browser.open(gallery(tmp_path, [some[i] for i in np.random.default_rng(0).permutation(21)]))
     ranks = ["class 9", "class 10", "espresso", "tabby cat", "zebra"]
     sorts = {
-        "place": lambda one: one.index,
         "class_rank": lambda one: None if one.target < 0 else ranks.index(CLASSES[one.target]),
         "mean_depth": lambda one: one.mean_depth,
-        "spread": lambda one: one.depth_spread,
         "confidence": lambda one: None if one.confidence is NAN else one.confidence,
     }
     for value, key in sorts.items():
@@ -291,10 +266,7 @@ def test_canvases_show_what_pillow_draws(browser, page):
     browser.open(page)
     for block in (1, 3, BLOCKS):
         browser.choose("#blocks input", block)
-        drawn, live = browser.pixels(card), np.kron(one.depth >= block, np.ones((8, 8), bool))
-        assert np.abs(drawn - np.asarray(heatmaps.in_block(one, block, STYLE))).max() <= 2
-        assert np.array_equal(drawn[live], one.pixels[live])
-        assert np.ptp(drawn[~live], axis=1).max(initial=0) <= 1, "a halted patch is not grey"
+        assert np.abs(browser.pixels(card) - np.asarray(heatmaps.in_block(one, block, STYLE))).max() <= 2
     depth_map = heatmaps.heat_map(one.depth, (32, 32), STYLE)
     expected = {"depth": depth_map, "both": heatmaps.overlay(one, STYLE), "image": one.pixels}
     for view, picture in expected.items():
@@ -306,20 +278,17 @@ def test_slider_and_play(browser, tmp_path, monkeypatch):
     monkeypatch.setattr(html_pages, "FRAME_SECONDS", 0.01)
     browser.open(gallery(tmp_path))
     browser.click(".views label:has([value=depth])")
-    assert browser.run("return block") == 4, "nothing moves by itself"
-    browser.choose("#blocks input", 5)
+    browser.press("]", "]", "[")
     assert browser.run("return document.querySelector('[value=live]').checked"), "the slider shows what it does"
     assert browser.texts("#blocks output") == [f"block 5: {np.mean([one.depth >= 5 for one in SOME]):.0%} live"]
     browser.choose("#search", "0007")
     assert browser.texts("#blocks output") == [f"block 5: {np.mean(SOME[7].depth >= 5):.0%} live"]
-    browser.press("]", "]", "[")
-    assert browser.texts("#blocks output")[0].startswith("block 6")
     browser.click("#blocks .play")
     browser.until(f"block === {BLOCKS}")
     browser.until("block < 4")  # and begins again
     browser.press("p")
     at = browser.run("return block")
-    time.sleep(0.1)
+    browser.driver.execute_async_script("setTimeout(arguments[0], 100)")
     assert browser.run("return block") == at
 
 
@@ -329,14 +298,12 @@ def test_enlarge_and_look_through(browser, page):
     shown = browser.order()
     browser.run("document.querySelector('#grid li:nth-child(2) button').focus()")
     browser.press("ENTER", "ARROW_UP", "ARROW_UP", "ARROW_DOWN")
-    one, size = SOME[shown[1]], (32, 32)
-    pictures = {"image": one.pixels, "depth": heatmaps.heat_map(one.depth, size, STYLE)}
-    for view, picture in (pictures | {"live": heatmaps.in_block(one, 5, STYLE)}).items():
-        assert np.abs(browser.pixels(f"#one canvas[data-view={view}]") - np.asarray(picture)).max() <= 2
+    one = SOME[shown[1]]
+    live = np.asarray(heatmaps.in_block(one, 5, STYLE))
+    assert np.abs(browser.pixels("#one canvas[data-view=live]") - live).max() <= 2
     assert browser.texts("#one output") == [f"block 5: {heatmaps.live_share(one, 5):.0%} live"]
     assert browser.texts("#one-figures dd") == [value for _, value in Page(page).images()[one.index]["figures"]]
     browser.press("ARROW_RIGHT")
-    assert browser.texts("#one-place") == [f"3 of {len(shown)}"]
     assert np.array_equal(browser.pixels("#one canvas[data-view=image]"), SOME[shown[2]].pixels)
     for _ in range(3):
         browser.click("#previous")
@@ -354,18 +321,15 @@ def test_enlarge_and_look_through(browser, page):
 def test_keyboard(browser, page):
     browser.open(page)
     reached = [browser.press("TAB") or browser.focused() for _ in range(10)]
-    assert reached[:6] == ["ask", "theme", "search", "sort", "direction", "wrong"]
-    assert reached[7] == "button icon play"
-    assert reached[9] == 0
+    assert [*reached[:6], reached[9]] == ["ask", "theme", "search", "sort", "direction", "wrong", 0]
     assert browser.run("return getComputedStyle(document.activeElement).outlineWidth") == "3px"
     columns = browser.run("return getComputedStyle(grid).gridTemplateColumns.split(' ').length")
     moves = {"ARROW_RIGHT": 1, "ARROW_DOWN": columns + 1, "ARROW_LEFT": columns, "ARROW_UP": 0, "END": 19, "HOME": 0}
     for key, place in moves.items():
         browser.press(key)
         assert browser.focused() == place
-    browser.press("?", "/")
+    browser.press("?")
     assert browser.run("return document.querySelector('#help').open")
-    assert browser.focused() != "search"
     browser.press("ESCAPE")
     browser.until("!document.querySelector('#help').open")
 
@@ -379,11 +343,9 @@ def test_theme_follows_the_system_until_switched(browser, page):
     assert np.array_equal(drawn[~halted], SOME[0].pixels[~halted])
     browser.open(page)
     light = browser.run(ground)
-    assert light != dark
     browser.click("#theme")
     browser.driver.refresh()
     assert browser.run(ground) == dark, "it is remembered"
-    assert np.array_equal(browser.pixels("#grid canvas"), drawn)
     browser.click("#theme")
     assert browser.run(ground) == light
     browser.run("localStorage.clear()")
@@ -394,25 +356,20 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
     long = "Kakatoe_galerita" * 12
     browser.open(gallery(tmp_path, [record(i, name=long) for i in range(6)], [long] * 5, title=long), width)
     assert browser.run("return document.documentElement.scrollWidth") <= width
-    middles = "const [input, tick] = [...arguments].map((e) => document.querySelector(e).getBoundingClientRect());"
-    middles += "return [input.left + 10, (tick.left + tick.right) / 2]"  # of the thumb, and of its tick
-    assert np.ptp(browser.run(middles, "#blocks input", "#blocks li")) < 1
     browser.click("#grid li button")
     assert browser.run("return one.scrollWidth - one.clientWidth") <= 0
-    browser.open(summary(tmp_path, title=long, charts=[(long, long, PNG)] * 3, gallery="index.html"), width)
+    browser.open(summary(tmp_path, title=long, charts=[(long, long, PNG)] * 3, has_gallery=True), width)
     assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
 def test_hostile_names_do_nothing_in_a_browser(browser, tmp_path):
-    names = [*HOSTILE[:-1], "plain"]
+    names = HOSTILE[:-1]  # JSON would not bring a lone surrogate over
     some = [record(i, name=name, target=i, prediction=i) for i, name in enumerate(names)]
     browser.open(gallery(tmp_path, some, names))
     assert browser.texts("#grid .name") == names
     for place, name in enumerate(names):
         browser.run("enlarge(items[arguments[0]])", place)
         assert browser.texts("#one-name, #one-figures div:last-child dd") == [name, name]
-    browser.choose("#search", "{{7*7}}")
-    assert browser.order() == [3]
     browser.open(summary(tmp_path, title=HOSTILE[0], charts=[(HOSTILE[1], HOSTILE[2], PNG)]))
     assert browser.texts("h1, h2, figcaption p") == HOSTILE[:3]
 
@@ -429,33 +386,3 @@ def test_only_canvases_near_the_viewport_are_drawn(browser, tmp_path):
     assert (first[0], last[-1]) == (0, 199)
     assert all(4 <= len(places) < 60 for places in (first, last))
     assert not set(first) & set(last), "what has left the window is let go"
-    browser.run("arrive(items[0].card); leave(items[0].card)")  # it passes by too fast to be decoded
-    browser.driver.execute_async_script("setTimeout(arguments[0], 200)")
-    assert browser.run(drawn) == last
-
-
-@pytest.mark.slow
-def test_a_thousand_images_stay_fluid(browser, tmp_path):
-    rng, seconds = np.random.default_rng(0), {}
-    noise = [rng.integers(0, 24, (224, 224, 3), dtype=np.uint8) for _ in range(1000)]
-    some = [record(index, size=224, grid=14) for index in range(1000)]
-    some = [replace(one, pixels=one.pixels // 2 + more) for one, more in zip(some, noise)]
-
-    def measure(limit, action, *args):
-        begun = time.perf_counter()
-        action(*args)
-        if action is not gallery:
-            browser.next_frame()
-        name = f"{action.__name__} {args[-1] if limit == 1 else ''}".strip()
-        seconds[name] = round(time.perf_counter() - begun, 3)
-        assert seconds[name] < limit, seconds
-
-    measure(60, gallery, tmp_path, some)
-    measure(10, browser.open, tmp_path / "index.html")
-    measure(10, browser.drawn)
-    for change in [("#search", "zebra"), ("#search", ""), ("#sort", "spread")]:
-        measure(1, browser.choose, *change)
-    browser.drawn()
-    for block in range(1, BLOCKS + 1):
-        measure(1, browser.choose, "#blocks input", block)
-    print(f"{(tmp_path / 'index.html').stat().st_size / 2**20:.1f} MiB;", seconds)
