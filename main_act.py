@@ -125,7 +125,8 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     from training import build
     from training.checkpoints import Checkpoint
     from training.loaders import demo_loader
-    from visualization.draw import Drawing, draw_demo
+    from visualization.demo import draw_demo
+    from visualization.draw import Drawing
     from visualization.heatmaps import PAPERS_COLORMAP, Style
 
     # data

@@ -1,6 +1,7 @@
 """Pictures end to end, in this process."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from datasets import denormalize
 from training.checkpoints import Checkpoint
 from training.loaders import demo_loader
 from visualization import heatmaps
-from visualization.draw import Drawing, draw_demo
+from visualization.demo import draw_demo
+from visualization.draw import Drawing
 
 KINDS = ("ref", "token_depth", "combined")
 SMALL = ("--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4")
@@ -55,6 +57,23 @@ def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
         pixels = denormalize(x[shown]).permute(1, 2, 0).numpy()
         expected = np.asarray(heatmaps.enlarge(pixels, heatmaps.Style(8))).astype(float)
         assert np.abs(picture - expected).mean() < 10  # JPEG
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
+    class Many(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index)), index
+
+    start = time.perf_counter()
+    run_demo(tmp_path, halting_model(img_size=224, patch_size=16, num_classes=1000), Many())
+    seconds = time.perf_counter() - start
+    print(f"1,000 classes, inference included: {seconds:.0f} s")
+    assert len(list(tmp_path.glob("*.jpg"))) == 3000
+    assert seconds < 120
 
 
 def test_nothing_to_show_is_told(tmp_path, capsys):

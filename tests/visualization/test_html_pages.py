@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -386,3 +387,23 @@ def test_only_canvases_near_the_viewport_are_drawn(browser, tmp_path):
     assert (first[0], last[-1]) == (0, 199)
     assert all(4 <= len(places) < 60 for places in (first, last))
     assert not set(first) & set(last), "what has left the window is let go"
+
+
+@pytest.mark.slow
+def test_a_thousand_images_stay_fluid(browser, tmp_path):
+    rng, seconds = np.random.default_rng(0), {}
+    pixels = [rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(10)]
+    depths = rng.integers(1, BLOCKS + 1, (1000, 14, 14))
+    path = gallery(tmp_path, [record(n, pixels=pixels[n % 10], depth=depth) for n, depth in enumerate(depths)])
+
+    def measure(limit, action, *args):
+        begun = time.perf_counter()
+        action(*args)
+        browser.drawn()
+        seconds[" ".join(map(str, args))] = round(time.perf_counter() - begun, 3)
+        assert seconds[" ".join(map(str, args))] < limit, seconds
+
+    measure(10, browser.open, path)
+    for change in [("#search", "zebra"), ("#search", ""), ("#sort", "spread"), ("#blocks input", 3)]:
+        measure(2, browser.choose, *change)
+    print(f"{path.stat().st_size / 2**20:.1f} MiB;", seconds)
