@@ -67,15 +67,6 @@ def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, 
             assert result[name] == pytest.approx(results[1][name], rel=1e-5), name
 
 
-def test_training_in_two_processes(halting_checkpoint, tmp_path):
-    data, checkpoint = halting_checkpoint
-    out = tmp_path / "out"
-    flags = ("--data-path", data, "--epochs", 1, "--pretrained-path", checkpoint, "--output_dir", out)
-    done = launch(2, *SMALL, *flags)
-    assert done.stdout.count("Accuracy of the network on the 13 test images") == 1
-    assert len((out / "log.txt").read_text().splitlines()) == 1
-
-
 def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
     for processes in (1, 2):

@@ -59,20 +59,21 @@ SLOW = [pytest.param(name, "cosine", marks=pytest.mark.slow) for name in OTHER_O
 
 @pytest.mark.parametrize(("name", "sched"), [("lamb", "cosine"), ("adamw", "plateau"), *SLOW])
 def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name, sched, monkeypatch):
-    options = ("--opt", name, "--sched", sched, "--patience-epochs", 0, "--drop", 0, "--epochs", 4)
+    """Interrupted in the third epoch, plateau having lowered the rate."""
+    options = ("--opt", name, "--sched", sched, "--patience-epochs", 0, "--warmup-epochs", 0, "--drop", 0)
     run(image_folder, tmp_path / "whole", *options)
     calls = iter(range(1, 1000))
 
-    def interrupt(self):
-        if next(calls) < 8:  # in the second epoch or the third, plateau having lowered the rate
-            return False
-        self.signal = "SIGTERM"
-        return True
+    def asked(self):
+        self.signal = "SIGTERM" if next(calls) >= 24 else None
+        return self.signal is not None
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.signals.StopRequest.asked", interrupt)
+        patch.setattr("training.signals.StopRequest.asked", asked)
         run(image_folder, tmp_path / "again", *options)
-    assert load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))["epoch"] < 3
+    interrupted = load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))
+    assert (interrupted["epoch"], interrupted["batches"]) == (1, 2)  # done
+    assert interrupted["optimizer"]["param_groups"][0]["lr"] < 5e-5, "the rate is that of the start"
     run(image_folder, tmp_path / "again", *options)
     expected, actual = (load_checkpoint(str(tmp_path / n / "checkpoint.pth")) for n in ("whole", "again"))
     for part in ("model", "model_ema", "optimizer", "plateau", "best_acc1"):

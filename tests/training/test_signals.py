@@ -86,7 +86,7 @@ def test_a_second_signal_acts_at_once(monkeypatch):
 
 
 def test_processes_stop_together(data, tmp_path):
-    """Only one of them gets the signal."""
+    """Only one of them gets the signal; only one of them tells and logs."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
     process = start(data, tmp_path / "out", "--num_workers", 0, launcher=launcher)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
@@ -94,3 +94,5 @@ def test_processes_stop_together(data, tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert output.count("stopped by SIGUSR1") == 1
+    epochs = (tmp_path / "out" / "log.txt").read_text().splitlines()
+    assert output.count("Accuracy of the network on the 9 test images") == len(epochs) >= 1
