@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_fashion, save_halting_micro
 
+import visualize
 from datasets import build_dataset
 from experiments.fashion_mnist import stages
 from training.checkpoints import load_checkpoint
@@ -153,8 +154,9 @@ def test_the_chosen_setting_must_have_been_searched(tmp_path):
 
 def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
     assert KEPT.stat().st_size < 2**20
-    flags = [HERE / "results/depths/class7_ref.jpg", "--finetune", KEPT, "--output-dir", tmp_path]
-    subprocess.run([sys.executable, "visualize.py", *flags], cwd=ROOT, check=True)
+    visualize.main(
+        [str(HERE / "results/depths/class7_ref.jpg"), "--finetune", str(KEPT), "--output-dir", str(tmp_path)]
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"class7_ref_panel.png", "class7_ref_halting.gif"}
 
 
