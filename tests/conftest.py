@@ -1,5 +1,6 @@
 """What the tests share: parity cases, models that really halt."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -31,11 +32,10 @@ class ParityCase:
         arrays = dict(np.load(path))
         self.config = json.loads(str(arrays.pop("config")))
         self.values = {name: torch.from_numpy(value) for name, value in arrays.items()}
-        self.weights = self._group("weights/")
-        self.grads = self._group("grads/")
-
-    def _group(self, prefix: str) -> dict:
-        return {k.removeprefix(prefix): v for k, v in self.values.items() if k.startswith(prefix)}
+        self.weights, self.grads = (
+            {name.removeprefix(group): value for name, value in self.values.items() if name.startswith(group)}
+            for group in ("weights/", "grads/")
+        )
 
     def model(self, **kwargs) -> torch.nn.Module:
         names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
@@ -114,6 +114,18 @@ def make_image_folder(root: Path, classes: int = 3, train: int = 5, val: int = 3
             for i in range(count):
                 pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def make_fashion(root: Path, train: int = 120, test: int = 20) -> Path:
+    """Fashion-MNIST's four files of random pixels; every image is another."""
+    rng = np.random.default_rng(0)
+    root.mkdir(exist_ok=True)
+    for part, count in {"train": train, "t10k": test}.items():
+        pixels = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8)
+        for kind, array in {"images-idx3": pixels, "labels-idx1": np.arange(count, dtype=np.uint8) % 10}.items():
+            header = np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
+            (root / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     return root
 
 

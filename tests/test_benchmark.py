@@ -1,12 +1,10 @@
 import json
 
 import pytest
-import timm
 import torch
-from conftest import halting_model, make_image_folder
+from conftest import halting_model, save_halting_micro
 
 import benchmark
-from benchmark import set_synthetic_depths
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +35,10 @@ def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
     assert "of ideal" in capsys.readouterr().out
 
 
-def test_depths_of_real_images(tmp_path):
-    data = make_image_folder(tmp_path / "data")
-    model = timm.create_model("avit_micro_patch4_32", num_classes=3)
-    set_synthetic_depths(model, 5, 2)
-    gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center}
-    torch.save({"model": model.state_dict(), "gate": gate}, tmp_path / "c.pth")
-    flags = ["--model", "avit_micro_patch4_32", "--finetune", str(tmp_path / "c.pth"), "--data-path", str(data)]
-    benchmark.main([*flags, "--batch-size", "4", "--runs", "1", "--json", str(tmp_path / "b.json")])
+def test_depths_of_real_images(image_folder, tmp_path):
+    flags = ["--model", "avit_micro_patch4_32", "--finetune", str(save_halting_micro(tmp_path / "c.pth", 3))]
+    flags += ["--data-path", str(image_folder), "--batch-size", "4", "--runs", "1"]
+    benchmark.main([*flags, "--json", str(tmp_path / "b.json")])
     assert json.loads((tmp_path / "b.json").read_text())[0]["mean_depth"] < 12
 
 

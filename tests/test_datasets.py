@@ -1,16 +1,16 @@
 import gzip
 import importlib.util
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from conftest import AUGMENTATION, make_shards
+from conftest import AUGMENTATION, make_fashion, make_shards
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import (
-    DATA_SETS,
     build_dataset,
     class_names,
     denormalize,
@@ -23,6 +23,16 @@ from training.loaders import evaluation_loader
 from utils import UserError
 
 PLAIN = {"color_jitter": 0.0, "auto_augment": None, "re_prob": 0.0}
+SIZE = (32, 32)
+
+
+def both_parts(name, root, augmentation=PLAIN, **options):
+    """Training and validation images."""
+    return (build_dataset(name, root and str(root), train, SIZE, augmentation, **options) for train in (True, False))
+
+
+def shards_of(root, train, num_classes=16, **options):
+    return build_dataset("wds/", str(root), train, SIZE, PLAIN, num_classes=num_classes, **options)
 
 
 def test_evaluation_crops_from_a_larger_image():
@@ -37,14 +47,14 @@ def test_evaluation_crops_from_a_larger_image():
 
 def test_small_images_are_resized_whole():
     pixels = np.full((20, 28), 200, np.uint8)  # grey
-    image = evaluation_transform((32, 32))(Image.fromarray(pixels))
+    image = evaluation_transform(SIZE)(Image.fromarray(pixels))
     assert image.shape == (3, 32, 32)
     assert (denormalize(image) == 200).all()
 
 
 def test_small_training_images_are_shifted_and_flipped():
     pixels = np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2) + 100
-    transform = training_transform((32, 32), PLAIN)
+    transform = training_transform(SIZE, PLAIN)
     torch.manual_seed(0)
     first_rows = {tuple(denormalize(transform(Image.fromarray(pixels)))[0, 16].tolist()) for _ in range(40)}
     assert len(first_rows) > 9  # nine shifts, both directions
@@ -52,12 +62,12 @@ def test_small_training_images_are_shifted_and_flipped():
 
 def test_a_placed_object_is_neither_shifted_nor_flipped():
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    transform = training_transform((32, 32), PLAIN, placed=True)
+    transform = training_transform(SIZE, PLAIN, placed=True)
     assert torch.equal(denormalize(transform(Image.fromarray(pixels))).permute(1, 2, 0), torch.from_numpy(pixels))
 
 
 def test_digits_are_split_once_and_placed():
-    train, val = (build_dataset("DIGITS", None, part, (32, 32), PLAIN) for part in (True, False))
+    train, val = both_parts("DIGITS", None)
     assert (len(train), len(val)) == (1437, 360)
     assert train.classes == [str(d) for d in range(10)]
     assert max(np.bincount(val.targets)) - min(np.bincount(val.targets)) <= 2  # stratified
@@ -69,28 +79,16 @@ def test_digits_are_split_once_and_placed():
 
 
 def test_image_folder(image_folder):
-    train, val = (build_dataset("IMNET", str(image_folder), part, (32, 32), AUGMENTATION) for part in (True, False))
-    assert (len(train), len(val)) == (15, 9)
-    assert train.classes == ["class_0", "class_1", "class_2"]
-    assert train[0][0].shape == (3, 32, 32)
+    for name in ("IMNET", "torch/image_folder"):  # ours, and torchvision's by timm's name
+        train, val = both_parts(name, image_folder, AUGMENTATION)
+        assert (len(train), len(val)) == (15, 9)
+        assert train.classes == ["class_0", "class_1", "class_2"]
+        assert train[0][0].shape == val[0][0].shape == (3, 32, 32)
 
 
-def write_idx(path, values):
-    header = np.array([0x800 + values.ndim, *values.shape], ">i4").tobytes()
-    path.write_bytes(gzip.compress(header + values.tobytes()))
-
-
-@pytest.fixture
-def fashion_files(tmp_path):
-    rng = np.random.default_rng(0)
-    for prefix, count in {"train": 6, "t10k": 4}.items():
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 255, (count, 28, 28), dtype=np.uint8))
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", rng.integers(0, 10, count, dtype=np.uint8))
-    return tmp_path
-
-
-def test_fashion_mnist_from_its_four_files(fashion_files):
-    train, val = (build_dataset("FMNIST", str(fashion_files), part, (28, 28), PLAIN) for part in (True, False))
+def test_fashion_mnist_from_its_four_files(tmp_path):
+    make_fashion(tmp_path, train=6, test=4)
+    train, val = (build_dataset("FMNIST", str(tmp_path), part, (28, 28), PLAIN) for part in (True, False))
     assert (len(train), len(val), len(val.classes)) == (6, 4, 10)
     image, target = val[1]
     assert image.shape == (3, 28, 28)
@@ -101,10 +99,10 @@ def test_fashion_mnist_from_its_four_files(fashion_files):
 @pytest.mark.parametrize(
     "content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))], ids=["empty", "no gzip", "labels"]
 )
-def test_broken_fashion_mnist_file(fashion_files, content):
-    (fashion_files / "t10k-images-idx3-ubyte.gz").write_bytes(content)
+def test_broken_fashion_mnist_file(tmp_path, content):
+    (make_fashion(tmp_path, train=6, test=4) / "t10k-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(UserError, match="no whole Fashion-MNIST"):
-        build_dataset("FMNIST", str(fashion_files), False, (28, 28))
+        build_dataset("FMNIST", str(tmp_path), False, (28, 28))
 
 
 def make_inat(root, year):
@@ -123,23 +121,23 @@ def make_inat(root, year):
 @pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
 def test_inaturalist(tmp_path, name, year):
     make_inat(tmp_path, year)
-    val = build_dataset(name, str(tmp_path), False, (32, 32))
+    val = build_dataset(name, str(tmp_path), False, SIZE)
     assert val.classes == ["species 2", "species 0", "species 3", "species 1"]
     assert [target for _, target in val] == [1, 3]
-    by_genus = build_dataset(name, str(tmp_path), True, (32, 32), inat_category="genus")
+    by_genus = build_dataset(name, str(tmp_path), True, SIZE, inat_category="genus")
     assert by_genus.classes == ["genus 1", "genus 0"]
     assert [target for _, target in by_genus] == [0, 1, 0, 1]
 
 
 def test_inaturalist_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"categories\.json"):
-        build_dataset("INAT", str(tmp_path), False, (32, 32))
+        build_dataset("INAT", str(tmp_path), False, SIZE)
     make_inat(tmp_path, 2018)
     with pytest.raises(UserError, match="has genus, name"):
-        build_dataset("INAT", str(tmp_path), False, (32, 32), inat_category="family")
+        build_dataset("INAT", str(tmp_path), False, SIZE, inat_category="family")
     (tmp_path / "val2018.json").write_text("{}")
     with pytest.raises(UserError, match="not iNaturalist's"):
-        build_dataset("INAT", str(tmp_path), False, (32, 32))
+        build_dataset("INAT", str(tmp_path), False, SIZE)
 
 
 @pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "FMNIST"])
@@ -150,23 +148,17 @@ def test_torchvisions_data_sets_say_when_they_cannot_be_had(tmp_path, name, monk
     for module in ("cifar", "mnist"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", offline)
     with pytest.raises(UserError, match="cannot be downloaded: offline"):
-        build_dataset(name, str(tmp_path), False, (32, 32))
+        build_dataset(name, str(tmp_path), False, SIZE)
 
 
 def test_cifar_from_its_files(tmp_path, monkeypatch):
-    import pickle
-
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    for name in names:
-        content = {"data": rng.integers(0, 255, (2, 3072), dtype=np.uint8), "labels": [0, 1]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    content = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1], "label_names": list("abcdefghij")}
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(content))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    val = build_dataset("CIFAR10", str(tmp_path), False, (32, 32))
-    assert (len(val), val.classes, val[0][0].shape) == (2, list("abcdefghij"), (3, 32, 32))
+    train, val = both_parts("CIFAR10", tmp_path)
+    assert (len(train), len(val), val.classes, val[0][0].shape) == (10, 2, list("abcdefghij"), (3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +174,7 @@ def test_cifar_from_its_files(tmp_path, monkeypatch):
 def test_wrong_image_folders(tmp_path, make, message):
     folder = make(tmp_path)
     with pytest.raises(UserError, match=message):
-        build_dataset("IMNET", folder and str(folder), True, (32, 32), PLAIN)
-
-
-def test_every_name_of_the_command_line_is_there():
-    assert set(DATA_SETS) == {"IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "FMNIST", "DIGITS"}
+        build_dataset("IMNET", folder and str(folder), True, SIZE, PLAIN)
 
 
 # Through timm ------------------------------------------------------------------------------------
@@ -200,7 +188,7 @@ def labels(stream, workers, batch_size=4):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
-    train = build_dataset("wds/any", str(root), True, (32, 32), PLAIN, num_classes=16, batch_size=4)
+    train, val = shards_of(root, True, batch_size=4), shards_of(root, False)
     orders = []
     for epoch in range(2):
         train.set_epoch(epoch)
@@ -208,7 +196,6 @@ def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, worker
     assert len(train) == 16
     assert all(sorted(order) == list(range(16)) for order in orders)
     assert orders[0] != orders[1]
-    val = build_dataset("wds/any", str(root), False, (32, 32), num_classes=16)
     assert labels(val, workers) == labels(val, workers)
     assert sorted(labels(val, workers)) == list(range(15))
     sample, targets = spread_sample(val, 3)
@@ -216,37 +203,22 @@ def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, worker
     assert targets.tolist() == labels(val, 0)[:3]
 
 
-def test_loader_processes_divide_the_shards(tmp_path, capsys):
+def test_loader_processes_divide_the_shards(tmp_path, monkeypatch, capsys):
     root = make_shards(tmp_path / "wds", shards=9, images=1)
-    train, val = (build_dataset("wds/", str(root), part, (32, 32), PLAIN, num_classes=16) for part in (True, False))
-    assert [train.prepare_workers(wanted) for wanted in (0, 1, 2, 3, 8, 10)] == [0, 1, 1, 3, 3, 9]
-    assert val.prepare_workers(8) == 8
+    assert [shards_of(root, True).prepare_workers(wanted) for wanted in (0, 1, 2, 3, 8, 10)] == [0, 1, 1, 3, 3, 9]
+    assert shards_of(root, False).prepare_workers(8) == 8
     assert not capsys.readouterr().err
-
-
-def test_fewer_shards_than_processes(tmp_path, monkeypatch, capsys):
-    root = make_shards(tmp_path / "wds", shards=3)
-    train = build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16)
-    monkeypatch.setattr("utils.world_size", lambda: 2)
-    assert train.prepare_workers(4) == 1
+    monkeypatch.setattr("utils.world_size", lambda: 5)
+    assert shards_of(root, True).prepare_workers(4) == 1
     assert "do not divide evenly" in capsys.readouterr().err
-    monkeypatch.setattr("utils.world_size", lambda: 4)
-    with pytest.raises(UserError, match="3 training shards are too few for 4 processes"):
-        train.prepare_workers(4)
+    monkeypatch.setattr("utils.world_size", lambda: 10)
+    with pytest.raises(UserError, match="9 training shards are too few for 10 processes"):
+        shards_of(root, True).prepare_workers(4)
 
 
 def test_a_split_as_timm_spells_it(tmp_path):
-    root = make_shards(tmp_path / "wds")
-    split = "train-{0000..0001}.tar|8"
-    train = build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16, split=split, batch_size=4)
+    train = shards_of(make_shards(tmp_path / "wds"), True, split="train-{0000..0001}.tar|8", batch_size=4)
     assert sorted(labels(train, 1)) == list(range(8))
-
-
-def test_torchvisions_data_sets_by_timms_name(image_folder):
-    train, val = (build_dataset("torch/image_folder", str(image_folder), part, (32, 32)) for part in (True, False))
-    assert (len(train), len(val)) == (15, 9)
-    assert train.classes == ["class_0", "class_1", "class_2"]
-    assert val[0][0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -264,14 +236,18 @@ def test_names_that_timm_cannot_read(tmp_path, name, options, message, monkeypat
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "tensorflow" in name else find_spec(name))
     with pytest.raises(UserError, match=message):
-        build_dataset(name, str(make_shards(tmp_path / "wds")), True, (32, 32), PLAIN, **options)
+        build_dataset(name, str(make_shards(tmp_path / "wds")), True, SIZE, PLAIN, **options)
 
 
-def test_missing_shards(tmp_path):
+def test_shards_that_are_missing_or_hold_no_image(tmp_path):
     root = make_shards(tmp_path / "wds")
+    for shard in root.glob("validation*.tar"):
+        shard.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not one image can be read"):
+        spread_sample(shards_of(root, False), 4)
     (root / "train-0002.tar").unlink()
     with pytest.raises(UserError, match=r"1 of 4 shards are missing, first train-0002\.tar"):
-        build_dataset("wds/", str(root), True, (32, 32), PLAIN, num_classes=16)
+        shards_of(root, True)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 7])
@@ -281,22 +257,14 @@ def test_validation_shards_are_dealt_to_any_number_of_processes(tmp_path, monkey
     seen = []
     for rank in range(processes):
         monkeypatch.setattr("utils.rank", lambda rank=rank: rank)
-        seen += labels(build_dataset("wds/", str(root), False, (32, 32), num_classes=16), 0)
+        seen += labels(shards_of(root, False), 0)
     assert sorted(seen) == list(range(15))
-
-
-def test_shards_that_hold_no_image(tmp_path):
-    root = make_shards(tmp_path / "wds")
-    for shard in root.glob("*.tar"):
-        shard.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not one image can be read"):
-        spread_sample(build_dataset("wds/", str(root), False, (32, 32), num_classes=16), 4)
 
 
 def test_splits_are_for_timms_data_sets():
     for option in ({"split": "test"}, {"num_classes": 10}):
         with pytest.raises(UserError, match="DIGITS is none"):
-            build_dataset("DIGITS", None, True, (32, 32), PLAIN, **option)
+            build_dataset("DIGITS", None, True, SIZE, PLAIN, **option)
 
 
 def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
@@ -304,9 +272,16 @@ def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
     monkeypatch.setattr("datasets.create_dataset", create)
-    monkeypatch.setattr("datasets._check_reader", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
     with pytest.raises(UserError, match="needs the package tensorflow: pip install tensorflow"):
-        build_dataset("tfds/mnist", str(tmp_path), True, (32, 32), PLAIN)
+        build_dataset("tfds/mnist", str(tmp_path), True, SIZE, PLAIN)
+
+
+def test_a_sample_of_a_stream_does_not_change_what_its_loaders_read(tmp_path):
+    val = shards_of(make_shards(tmp_path / "wds", val_shards=4), False)
+    loader = evaluation_loader(val, 2, num_workers=2, pin_memory=False)
+    assert spread_sample(val, 3)[0].shape == (3, 3, 32, 32)
+    assert sorted(label for batch in loader for label in batch.targets.tolist()) == sorted(i % 16 for i in range(20))
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -342,15 +317,6 @@ def test_a_missing_class_index():
 
 
 def test_images_have_their_files_names(image_folder):
-    data = build_dataset("IMNET", str(image_folder), False, (32, 32))
+    data = build_dataset("IMNET", str(image_folder), False, SIZE)
     assert image_name(data, 4).endswith("class_1/1.png")
-    assert image_name(build_dataset("DIGITS", None, False, (32, 32)), 4) == "image 4"
-
-
-def test_a_sample_of_a_stream_does_not_change_what_its_loaders_read(tmp_path):
-    root = make_shards(tmp_path / "wds", val_shards=4)
-    val = build_dataset("wds/any", str(root), False, (32, 32), num_classes=16)
-    loader = evaluation_loader(val, 2, num_workers=2, pin_memory=False)
-    sample, _ = spread_sample(val, 3)
-    assert sample.shape == (3, 3, 32, 32)
-    assert sorted(label for batch in loader for label in batch.targets.tolist()) == sorted(i % 16 for i in range(20))
+    assert image_name(build_dataset("DIGITS", None, False, SIZE), 4) == "image 4"

@@ -20,19 +20,21 @@ from datasets import build_dataset
 from engine_act import Epoch, Trainer, train_one_epoch
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "2"]
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node={}"],
-    "launch": ["-m", "torch.distributed.launch", "--nproc_per_node={}", "--use_env"],
-}
+TORCHRUN = ("-m", "torch.distributed.run")
+ORIGINALS = ("-m", "torch.distributed.launch", "--use_env")  # its launcher
 
 
-def launch(processes, *argv, launcher="torchrun", check=True):
-    start = [part.format(processes) for part in [*LAUNCHERS[launcher], f"--master_port={free_port()}"]]
-    command = [sys.executable, *(start if processes > 1 else []), str(ROOT / "main_act.py"), *SMALL, *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+def start(command, check=True, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    command = [*map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **options)
     assert done.returncode == 0 or not check, done.stderr
     return done
+
+
+def launch(processes, *argv, launcher=TORCHRUN, script="main_act.py", **options):
+    launcher = (*launcher[:2], f"--nproc_per_node={processes}", f"--master_port={free_port()}", *launcher[2:])
+    return start([sys.executable, *launcher, ROOT / script, *argv], **options)
 
 
 def fork(processes, *argv, log):
@@ -65,16 +67,6 @@ def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, 
             assert result[name] == pytest.approx(results[1][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.slow)])
-def test_training_in_two_processes(halting_checkpoint, tmp_path, launcher):
-    data, checkpoint = halting_checkpoint
-    out = tmp_path / "out"
-    flags = ("--data-path", data, "--epochs", 1, "--pretrained-path", checkpoint, "--output_dir", out)
-    done = launch(2, *flags, launcher=launcher)
-    assert done.stdout.count("Accuracy of the network on the 13 test images") == 1
-    assert len((out / "log.txt").read_text().splitlines()) == 1
-
-
 def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
     for processes in (1, 2):
@@ -90,10 +82,9 @@ def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path
 @pytest.mark.slow
 def test_a_summary_by_two_processes_is_that_of_one(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
-    flags = ["--summary", "--html", "--num_workers", "0", "--batch-size", "2", "--input-size", "32"]
-    flags += ["--data-path", str(data), "--finetune", str(checkpoint), "--output-dir"]
+    flags = ["--summary", "--html", *SMALL[2:], "--data-path", data, "--finetune", checkpoint, "--output-dir"]
     for processes in (1, 2):
-        run_plainly(processes, [*flags, str(tmp_path / str(processes))], script="visualize.py")
+        launch(processes, *flags, tmp_path / str(processes), script="visualize.py")
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
@@ -112,23 +103,16 @@ def test_the_originals_commands(tmp_path, name):
     weights = tmp_path / "static.pth"
     torch.save({"model": timm.create_model(model, num_classes=2).state_dict()}, weights)
     out = tmp_path / "results" / "name"
-    command = ["--model", model, "--data-path", str(data), "--output_dir", str(out), *RECIPE.split()]
-    run_plainly(2, [*command, "--pretrained-path", str(weights)])
+    flags = ("--model", model, "--data-path", data)
+    launch(2, *flags, "--output_dir", out, *RECIPE.split(), "--pretrained-path", weights, launcher=ORIGINALS)
     assert (out / "best.pth").exists()
     published = tmp_path / f"{name}-10-30.pth"
     torch.save({"model": torch.load(out / "best.pth")["model"]}, published)
-    done = run_plainly(1, [*command, "--pretrained", "--eval", "--finetune", str(published)])
+    flags = (*flags, "--finetune", published)
+    done = launch(1, *flags, "--output_dir", out, *RECIPE.split(), "--pretrained", "--eval", launcher=ORIGINALS)
     assert "Accuracy of the network on the 4 test images" in done.stdout
-    run_plainly(1, ["--model", model, "--data-path", str(data), "--finetune", str(published), "--demo"], cwd=tmp_path)
+    launch(1, *flags, "--demo", launcher=ORIGINALS, cwd=tmp_path)
     assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
-
-
-def run_plainly(processes, flags, cwd=None, script="main_act.py"):
-    launcher = ["-m", "torch.distributed.launch", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    command = [sys.executable, *launcher, "--use_env", str(ROOT / script), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_a_mistake_is_told_once(tmp_path):
@@ -142,7 +126,7 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     data = make_image_folder(tmp_path / "data", classes=2, train=2, val=3)
     broken = data / "val" / "class_0" / "1.png"
     broken.write_bytes(b"broken")
-    done = launch(2, "--data-path", data, "--eval", check=False)
+    done = launch(2, *SMALL, "--data-path", data, "--eval", check=False)
     assert done.returncode != 0
     assert done.stderr.count(f"main_act.py: error: {broken}: cannot be read as an image") == 1
 
@@ -171,14 +155,9 @@ def test_two_nodes(tmp_path):
         pytest.skip("this machine does not let us make network namespaces")
     subprocess.run(["ip", "netns", "delete", "avit-test"], check=True)
     data = make_image_folder(tmp_path / "data", classes=3, train=8, val=3)
-    flags = ["--data-path", data, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5]
-    launch(2, *flags, "--output_dir", tmp_path / "one")
-    command = [ROOT / "tests" / "tools" / "two_nodes.sh", *SMALL, *flags, "--output_dir", tmp_path / "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env=environment, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    flags = (*SMALL, "--data-path", data, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5, "--output_dir")
+    launch(2, *flags, tmp_path / "one")
+    done = start([ROOT / "tests" / "tools" / "two_nodes.sh", *flags, tmp_path / "two"])
     assert "2 process(es)" in done.stdout
     one, two = (torch.load(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
@@ -237,12 +216,12 @@ def test_two_processes_see_each_image_of_a_stream_once_per_epoch(tmp_path):
 @pytest.mark.slow
 def test_training_on_shards_from_the_command_line(tmp_path):
     root = make_shards(tmp_path / "wds")
-    data = ("--data-set", "wds/", "--data-path", root, "--num-classes", 16)
-    launch(2, *data, "--epochs", 2, "--output_dir", tmp_path / "out", "--num_workers", 2)
+    data = (*SMALL, "--data-set", "wds/", "--data-path", root, "--num-classes", 16, "--output_dir")
+    launch(2, *data, tmp_path / "out", "--epochs", 2, "--num_workers", 2)
     results = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        launch(processes, *data, "--eval", "--finetune", tmp_path / "out" / "checkpoint.pth", "--output_dir", out)
+        launch(processes, *data, out, "--eval", "--finetune", tmp_path / "out" / "checkpoint.pth")
         results[processes] = json.loads((out / "eval.json").read_text())
     assert results[1]["images"] == results[2]["images"] == 15
     assert results[2]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)

@@ -19,16 +19,12 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))
 FASHION_MNIST = ROOT / "experiments" / "fashion_mnist" / "results"
-PARSERS = {
-    "main_act.py": make_parser(),
-    "visualize.py": visualize.make_parser(),
-    "benchmark.py": benchmark.make_parser(),
-}
+MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser, "benchmark.py": benchmark.make_parser}
+FLAGS = {script: set(make()._option_string_actions) for script, make in MAKERS.items()}
 LAUNCHERS_FLAGS = {"--nproc-per-node", "--max-restarts"}  # torchrun's, where a page speaks of them
 OF_A_RUN = ("data_path", "output_dir", "pretrained_path", "resume")  # what a recipe need not say
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 
 # As the original's README has them, so as they are in people's scripts.
 ORIGINAL_COMMANDS = {
@@ -45,58 +41,36 @@ ORIGINAL_COMMANDS = {
 }
 
 
-# What a page holds -------------------------------------------------------------------------------
-
-
-def prose(text: str) -> str:
+def prose(page: Path) -> str:
     """Without its code blocks."""
-    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
 
 
-def code_lines(text: str) -> list[str]:
+def code_lines(page: Path) -> list[str]:
     """The lines of its code blocks, those that end with a backslash joined with the next."""
-    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(), flags=re.DOTALL)
     return re.sub(r" *\\\n *", " ", "".join(blocks)).splitlines()
 
 
-def arguments_of(line: str, script: str) -> list[str] | None:
-    """What a command line gives to one of our scripts; None where it does not run it."""
-    if script not in line:
-        return None
-    words = shlex.split(line, comments=True)
-    if script not in words:
-        return None
-    words = words[words.index(script) + 1 :]
-    return words[: words.index("||")] if "||" in words else words
+def arguments_of(line: str, script: str) -> list[str]:
+    """What a command line gives to one of our scripts; nothing where it does not run it."""
+    words = shlex.split(line, comments=True) if script in line else []
+    return words[words.index(script) + 1 :] if script in words else []
 
 
 def flags_in(words: list[str]) -> set[str]:
     return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
-def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", prose(page.read_text()), flags=re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def cells(page: Path) -> list[list[str]]:
+def table_rows(page: Path) -> list[list[str]]:
     """The cells of every row of its tables."""
     rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def recipe_words(recipe: Path) -> list[str]:
-    return shlex.split(recipe.read_text(), comments=True)
-
-
-def recipe_values(words: list[str]) -> dict:
-    """What a recipe or a command sets, without what belongs to one run of it."""
-    values = vars(make_parser().parse_args(words))
-    return {name: value for name, value in values.items() if name not in OF_A_RUN}
-
-
-# Pages -------------------------------------------------------------------------------------------
+def settings(words: list[str]) -> dict:
+    """What a recipe or a command sets, without what belongs to one run of it; SystemExit for what is no flag."""
+    return {name: value for name, value in vars(make_parser().parse_args(words)).items() if name not in OF_A_RUN}
 
 
 def test_the_readme_is_short():
@@ -105,42 +79,36 @@ def test_the_readme_is_short():
 
 @each_page
 def test_links_and_pictures_are_there(page):
-    text = re.sub(r"`[^`]*`", "", prose(page.read_text()))
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page))):
         if link.startswith("https://"):
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name) if name else page
         assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
+        headings = re.findall(r"^#+ (.+)$", prose(target), flags=re.MULTILINE) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub's are
+        assert not anchor or anchor in anchors, link
 
 
 @each_page
-def test_flags_of_commands_exist(page):
-    lines = code_lines(page.read_text())
-    for script, parser in PARSERS.items():
-        for words in filter(None, (arguments_of(line, script) for line in lines)):
-            assert flags_in(words) <= parser._option_string_actions.keys(), (script, words)
-
-
-@each_page
-def test_flags_spoken_of_exist(page):
-    known = LAUNCHERS_FLAGS.union(*(parser._option_string_actions for parser in PARSERS.values()))
-    spans = re.findall(r"`([^`]+)`", prose(page.read_text()))
-    spoken_of = {flag for span in spans for flag in flags_in(span.split())}
-    assert spoken_of <= known
+def test_flags_exist(page):
+    """Those of commands, and those that are spoken of."""
+    for script, known in FLAGS.items():
+        assert {flag for line in code_lines(page) for flag in flags_in(arguments_of(line, script))} <= known, script
+    spans = re.findall(r"`([^`]+)`", prose(page))
+    assert {flag for span in spans for flag in flags_in(span.split())} <= LAUNCHERS_FLAGS.union(*FLAGS.values())
 
 
 def test_the_measured_figures_are_those_of_the_results():
-    measured = [row[1:] for row in cells(README) if row[0].startswith("measured here")]
-    results = [row[1:] for row in cells(FASHION_MNIST / "fashion_mnist.md")]
+    measured = [row[1:] for row in table_rows(README) if row[0].startswith("measured here")]
+    results = [row[1:] for row in table_rows(FASHION_MNIST / "fashion_mnist.md")]
     assert len(measured) >= 2
     assert [row for row in measured if row not in results] == []
 
 
 @pytest.mark.parametrize("command", ORIGINAL_COMMANDS.values(), ids=ORIGINAL_COMMANDS)
 def test_the_originals_commands_stand_in_the_readme(command):
-    assert [line for line in code_lines(README.read_text()) if line.partition(" # ")[0].rstrip() == command]
+    assert command in [line.partition(" # ")[0].rstrip() for line in code_lines(README)]
 
 
 @pytest.mark.parametrize("name", timm.list_models("avit*"))
@@ -149,42 +117,29 @@ def test_the_table_of_models(name):
     model = timm.create_model(name, device="meta")
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     macs = models_act.macs_per_image(model, torch.full((1, tokens), model.num_blocks)).item()
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M | {macs / 1e9:.2f} G"
-    source = models_act.SOURCES.get(name)
-    table = (ROOT / "docs" / "models.md").read_text().splitlines()
-    rows = [line for line in table if line.startswith(f"| `{name}` |")]
-    assert [row.endswith(f"{size} | {f'`{source}`' if source else 'nothing'} |") for row in rows] == [True], size
+    parameters = sum(p.numel() for p in model.parameters())
+    source = f"`{models_act.SOURCES[name]}`" if models_act.SOURCES.get(name) else "nothing"
+    rows = [row for row in table_rows(ROOT / "docs" / "models.md") if row[0] == f"`{name}`"]
+    assert [row[-3:] for row in rows] == [[f"{parameters / 1e6:.1f} M", f"{macs / 1e9:.2f} G", source]]
 
 
-# Recipes -----------------------------------------------------------------------------------------
+def command_of(recipe: str) -> str:
+    """The command line that a recipe stands for: the original's, the one that was measured, the page's on training."""
+    if recipe.startswith("imagenet_"):
+        return ORIGINAL_COMMANDS[recipe.removeprefix("imagenet_")]
+    if recipe == "fashion_mnist":
+        return json.loads((FASHION_MNIST / "adaptive_0.json").read_text())["command"]
+    end = f"--output_dir results/quickstart/{recipe.removeprefix('digits_')}"
+    lines = code_lines(ROOT / "docs" / "training.md")
+    return next(line for line in lines if line.endswith(end) and "--epochs" in line)
 
 
-@each_recipe
-def test_recipes_are_understood(recipe):
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_are_understood_and_say_what_their_commands_say(recipe):
     """One flag with its values on a line, under a head that says what it gives."""
-    lines = recipe.read_text().splitlines()
-    assert lines[0].startswith("# ")
+    head, *lines = recipe.read_text().splitlines()
+    assert head.startswith("# ")
     assert all(line == "" or line.startswith(("# ", "--")) for line in lines)
     assert all(len(flags_in(line.split())) == 1 for line in lines if line.startswith("--"))
-    recipe_values(recipe_words(recipe))  # SystemExit for what the parser does not know
-
-
-@pytest.mark.parametrize("size", ["tiny", "small"])
-def test_recipes_for_imagenet_are_the_originals_commands(size):
-    words = arguments_of(ORIGINAL_COMMANDS[size], "main_act.py")
-    assert recipe_values(recipe_words(ROOT / "recipes" / f"imagenet_{size}.args")) == recipe_values(words)
-
-
-def test_the_recipe_for_fashion_mnist_is_what_was_measured():
-    command = json.loads((FASHION_MNIST / "adaptive_0.json").read_text())["command"]
-    words = arguments_of(command, "main_act.py")
-    assert recipe_values(recipe_words(ROOT / "recipes" / "fashion_mnist.args")) == recipe_values(words)
-
-
-@pytest.mark.parametrize("kind", ["static", "adaptive"])
-def test_recipes_for_digits_are_the_commands_of_the_page_on_training(kind):
-    lines = code_lines((ROOT / "docs" / "training.md").read_text())
-    ends = f"--output_dir results/quickstart/{kind}"
-    command = next(line for line in lines if line.endswith(ends) and "--epochs" in line)
-    words = arguments_of(command, "main_act.py")
-    assert recipe_values(recipe_words(ROOT / "recipes" / f"digits_{kind}.args")) == recipe_values(words)
+    words = shlex.split(recipe.read_text(), comments=True)
+    assert settings(words) == settings(arguments_of(command_of(recipe.stem), "main_act.py"))

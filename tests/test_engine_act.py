@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import halting_model, images
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-from engine_act import Epoch, Trainer, evaluate, halting_metrics, train_one_epoch
+from engine_act import Epoch, Trainer, evaluate, train_one_epoch
 from models_act import macs_per_image
 from utils import UserError
 
@@ -20,11 +22,14 @@ def loader(count=10, batch_size=4):
     return DataLoader(TensorDataset(images(count), torch.arange(count) % 7), batch_size)
 
 
-def make_trainer(model=None, **kwargs):
+def make_trainer(model=None, init_scale=None, growth_interval=2000, **kwargs):
+    """init_scale: of gradient scaling, where that is wanted."""
     model = halting_model() if model is None else model
-    mixup = kwargs.get("mixup")
-    criterion = losses.AdaptiveLoss(losses.classification_loss(mixup is not None, 0.0), 8, 0.01, 0.01)
-    return Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), CPU, **kwargs)
+    criterion = losses.AdaptiveLoss(losses.classification_loss("mixup" in kwargs, 0.0), 8, 0.01, 0.01)
+    trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), CPU, **kwargs)
+    if init_scale is not None:
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
+    return trainer
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10])
@@ -42,15 +47,21 @@ def test_evaluation_counts_every_image_once(batch_size):
     assert result["depth_mean"] == pytest.approx(halting.depth.mean().item(), rel=1e-6)
     assert result["class_token_depth"] == pytest.approx(halting.depth[:, 0].mean().item(), rel=1e-6)
     assert result["gmacs"] == pytest.approx(macs_per_image(model, halting.depth).mean().item() / 1e9)
+    assert result["depth_max"] == pytest.approx(halting.depth.amax(dim=1).mean().item(), rel=1e-6)
+    assert result["depth_min"] == pytest.approx(halting.depth.amin(dim=1).mean().item(), rel=1e-6)
     share = [(halting.depth > block).float().mean().item() for block in range(8)]
     assert result["live_share"] == pytest.approx(share)
     assert sum(share) == pytest.approx(result["depth_mean"], rel=1e-6)
 
 
-def test_a_static_network_costs_what_it_costs():
-    result = evaluate(halting_model(halting=False), loader(), CPU)
+def test_a_static_network_costs_what_it_costs_and_is_trained_on_classification_alone():
+    model = halting_model(halting=False)
+    result = evaluate(model, loader(), CPU)
     assert result["depth_mean"] == 8
     assert result["gmacs"] == result["gmacs_static"]
+    result = train_one_epoch(make_trainer(model), loader(), Epoch(0))
+    assert result["loss"] == result["classification_loss"]
+    assert "depth_mean" not in result
 
 
 def test_training_lowers_the_loss_and_reports_its_parts():
@@ -73,12 +84,6 @@ def test_the_seconds_of_an_epoch_are_those_of_all_attempts():
     assert 1000 < result["seconds"] < 1100
 
 
-def test_a_static_network_is_trained_on_classification_alone():
-    result = train_one_epoch(make_trainer(halting_model(halting=False)), loader(), Epoch(0))
-    assert result["loss"] == result["classification_loss"]
-    assert "depth_mean" not in result
-
-
 def test_accumulation_equals_one_large_batch():
     """But for the prior, which is taken per micro-batch."""
     models = []
@@ -99,16 +104,11 @@ def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
 
 @pytest.mark.parametrize(("count", "mixed"), [(4, 4), (5, 4), (1, 1)])
 def test_mixup_of_odd_batches(count, mixed):
+    """With a loss that takes soft targets alone."""
     trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
-    x, targets = trainer._mix(images(count), torch.arange(count))
-    assert x.shape[0] == targets.shape[0] == mixed
-    assert targets.shape == (mixed, 7)
-    assert_close(targets.sum(1), torch.ones(mixed))
-
-
-def test_training_survives_a_single_image_under_mixup():
-    trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
-    train_one_epoch(trainer, loader(5, 4), Epoch(0))
+    loss, _, halting = trainer.micro_batch(images(count), torch.arange(count))
+    assert len(halting.depth) == mixed
+    assert loss.isfinite()
 
 
 def test_the_average_follows_the_weights():
@@ -127,19 +127,12 @@ def test_clipping_bounds_the_step():
     assert 0 < change.norm() <= 0.1 * 1e-3 * 1.001
 
 
-def test_bf16_training():
-    result = train_one_epoch(make_trainer(amp="bf16"), loader(), Epoch(0))
-    assert result["loss"] > 0
-
-
 def test_a_loss_that_is_not_finite_stops_training():
     model = halting_model()
     with torch.no_grad():
         model.head.bias[0] = float("nan")
-    with pytest.raises(
-        FloatingPointError,
-        match="epoch 3, batch 0: classification_loss is nan, the gradient of cls_token is not finite",
-    ):
+    expected = "epoch 3, batch 0: classification_loss is nan, the gradient of cls_token is not finite"
+    with pytest.raises(FloatingPointError, match=expected):
         train_one_epoch(make_trainer(model), loader(), Epoch(3))
 
 
@@ -164,30 +157,66 @@ def test_a_gradient_that_is_not_finite_stops_training():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+# Gradient scaling --------------------------------------------------------------------------------
+
+
 def test_gradient_scaling_skips_steps_and_counts_them():
-    model = halting_model()
-    poison_gradients(model.head.weight, {1})
-    trainer = make_trainer(model)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    seen = []
-    result = train_one_epoch(trainer, loader(), Epoch(0), lambda stop: seen.append(model.head.weight.detach().clone()))
-    assert result["skipped_steps"] == trainer.skipped_steps == 1
-    assert trainer.skipped_in_a_row == 0
-    assert torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[1], seen[2])
-    assert trainer.scaler.get_scale() == 2.0
-
-
-def test_after_an_overflow_the_scale_grows_as_torchs_own_does():
-    """8, 8, 4, 4 at a growth interval of 3: an overflow starts the count anew."""
+    """And the scale grows as torch's own does at a growth interval of 3: an overflow starts the count anew."""
     model = halting_model()
     poison_gradients(model.head.weight, {2})
-    trainer = make_trainer(model)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
-    scales = []
-    batches = [(images(2), torch.arange(2))] * 5
-    train_one_epoch(trainer, batches, Epoch(0), lambda stop: scales.append(trainer.scaler.get_scale()))
+    trainer, scales, weights = make_trainer(model, init_scale=8.0, growth_interval=3), [], []
+
+    def after_update(stop):
+        scales.append(trainer.scaler.get_scale())
+        weights.append(model.head.weight.detach().clone())
+
+    result = train_one_epoch(trainer, [(images(2), torch.arange(2))] * 5, Epoch(0), after_update)
     assert scales == [8, 8, 4, 4, 4]
+    assert [torch.equal(a, b) for a, b in pairwise(weights)] == [False, True, False, False]
+    assert result["skipped_steps"] == trainer.skipped_steps == 1
+    assert trainer.skipped_in_a_row == 0
+
+
+def test_a_step_that_gradient_scaling_skips_changes_nothing():
+    """Whatever was wrong with it."""
+    model = halting_model()
+    trainer = make_trainer(model, init_scale=4.0, ema=ModelEmaV3(model, decay=0.5))
+    before = model.head.weight.detach().clone()
+    trainer.scaler.scale(model(images()).sum()).backward()
+    vote = trainer.update("a step", [{"loss": torch.tensor(float("inf"))}])
+    assert vote.loss_is_wrong
+    assert not vote.gradient_is_wrong
+    assert torch.equal(model.head.weight, before)
+    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 4.0), "the scale is not what was wrong"
+
+
+def test_a_skipped_step_leaves_the_averages_finite():
+    trainer = make_trainer(init_scale=4.0)
+    good, bad = (images(2), torch.arange(2)), (images(2) * float("nan"), torch.arange(2))
+    with pytest.raises(UserError, match="not one image"):
+        train_one_epoch(trainer, [bad], Epoch(0))
+    result = train_one_epoch(trainer, [good, bad], Epoch(0))
+    assert result["skipped_steps"] == 2
+    assert 0 < result["loss"] < 10
+
+
+def test_too_many_skipped_steps_in_a_row_stop_training():
+    model = halting_model()
+    poison_gradients(model.head.weight, range(1000))
+    trainer = make_trainer(model, init_scale=2.0**16)
+    with pytest.raises(FloatingPointError, match=r"head\.weight is not finite; 31 steps in a row were skipped"):
+        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, Epoch(0))
+    assert trainer.scaler.get_scale() > 0
+
+
+def test_gradient_scaling_changes_nothing_but_the_rounding():
+    trainers = [make_trainer(init_scale=scale, clip_grad=0.5) for scale in (None, 64.0)]
+    for trainer in trainers:
+        train_one_epoch(trainer, loader(), Epoch(0))
+    assert_close(*(trainer.model.head.weight for trainer in trainers))
+
+
+# One wait, one vote ------------------------------------------------------------------------------
 
 
 class CountedScalars(TorchDispatchMode):
@@ -219,67 +248,3 @@ def test_a_step_tells_whether_any_process_is_asked_to_stop():
     seen = []
     train_one_epoch(make_trainer(), loader(8, 4), Epoch(0), seen.append, stop=lambda: next(asked))
     assert seen == [False, True]
-
-
-def test_a_step_that_gradient_scaling_skips_changes_nothing():
-    """Whatever was wrong with it."""
-    model = halting_model()
-    trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    before = model.head.weight.detach().clone()
-    trainer.scaler.scale(model(images()).sum()).backward()
-    vote = trainer.update("a step", [{"loss": torch.tensor(float("inf"))}])
-    assert vote.loss_is_wrong
-    assert not vote.gradient_is_wrong
-    assert torch.equal(model.head.weight, before)
-    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 4.0), "the scale is not what was wrong"
-
-
-def test_a_skipped_step_leaves_the_averages_finite():
-    trainer = make_trainer()
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    good, bad = (images(2), torch.arange(2)), (images(2) * float("nan"), torch.arange(2))
-    with pytest.raises(UserError, match="not one image"):
-        train_one_epoch(trainer, [bad], Epoch(0))
-    trainer.skipped_steps = 0
-    result = train_one_epoch(trainer, [good, bad], Epoch(0))
-    assert result["skipped_steps"] == 1
-    assert 0 < result["loss"] < 10
-
-
-def test_too_many_skipped_steps_in_a_row_stop_training():
-    model = halting_model()
-    poison_gradients(model.head.weight, range(1000))
-    trainer = make_trainer(model)
-    trainer.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(FloatingPointError, match=r"head\.weight is not finite; 31 steps in a row were skipped"):
-        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, Epoch(0))
-    assert trainer.scaler.get_scale() > 0
-
-
-def test_gradient_scaling_changes_nothing_but_the_rounding():
-    weights = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=64.0)):
-        trainer = make_trainer(clip_grad=0.5)
-        trainer.scaler = scaler or trainer.scaler
-        train_one_epoch(trainer, loader(), Epoch(0))
-        weights.append(trainer.model.head.weight)
-    assert_close(*weights)
-
-
-def test_distillation_step():
-    model = halting_model(distilled=True)
-    model.set_distilled_training(True)
-    trainer = make_trainer(model)
-    trainer.criterion.classification = losses.DistillationLoss(nn.CrossEntropyLoss(), "hard")
-    trainer.teacher = losses.Teacher(halting_model(), (0.5,) * 3, (0.5,) * 3)
-    assert train_one_epoch(trainer, loader(), Epoch(0))["loss"] > 0
-
-
-def test_figures_are_means_over_the_batch():
-    model = halting_model()
-    halting = model(images(), return_halting=True)[1]
-    figures = halting_metrics(model, halting)
-    assert figures["depth_max"] == halting.depth.amax(1).mean()
-    assert figures["depth_min"] == halting.depth.amin(1).mean()
-    assert halting_metrics(model, None) == {}

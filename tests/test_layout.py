@@ -15,16 +15,8 @@ MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it l
     "commands": {"core", "visualization", "training"},
 }
 FOLDERS = {"training", "visualization", "experiments", "recipes", "docs", "tests", "example_images", ".ci"}
-FILES = {f"{name}.py" for name in CORE | COMMANDS}
-FILES |= {
-    "README.md",
-    "LICENSE",
-    "Makefile",
-    "pyproject.toml",
-    ".gitignore",
-    "requirements.txt",
-    "requirements-dev.txt",
-}
+FILES = {f"{name}.py" for name in CORE | COMMANDS} | {"README.md", "LICENSE", "Makefile", "pyproject.toml"}
+FILES |= {".gitignore", "requirements.txt", "requirements-dev.txt"}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startswith(("tests/", "experiments/"))]
 

@@ -1,10 +1,9 @@
 import copy
-import math
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, assert_halting, halting_model, images
+from conftest import assert_halting, halting_model, images
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.models import get_pretrained_cfg
@@ -12,15 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import models_act
 from benchmark import set_synthetic_depths
-from models_act import (
-    AdaptiveVisionTransformer,
-    AdaptiveVisionTransformerDistilled,
-    halting_step,
-    macs_per_image,
-)
+from models_act import AdaptiveVisionTransformer, AdaptiveVisionTransformerDistilled, halting_step, macs_per_image
 
+BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -60,7 +54,7 @@ def by_the_definition(model, x):
     return model.forward_head(torch.stack(outputs)), torch.stack(depths), torch.stack(costs)
 
 
-@pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+@BOTH_FORMS
 @torch.no_grad()
 def test_model_follows_the_definition(zip_tokens):
     model = halting_model(zip_tokens=zip_tokens).eval()
@@ -190,51 +184,39 @@ def test_extremes():
     for mean, low, high in ((30, 8, 8), (-10, 1, 1)):
         halting = assert_same(*forms(halting_model(mean, 0.1)), x)
         assert (halting.depth.min(), halting.depth.max()) == (low, high)
-    for shift, position in ((4.0, "first"), (-4.0, "last")):
+    for shift in (4.0, -4.0):
         model = halting_model(5.0, 1.0)
         with torch.no_grad():
             model.cls_token[..., 0] += shift * 6 / model.gate_scale
         halting = assert_same(*forms(model), x)
-        patches = halting.depth[:, 1:]
-        is_extreme = (
-            halting.depth[:, 0] < patches.amin(1) if position == "first" else halting.depth[:, 0] > patches.amax(1)
-        )
-        assert is_extreme.any(), position
-        assert (halting.depth.amax(dim=1) < 8).any() or position == "last"
+        class_token, patches = halting.depth[:, 0], halting.depth[:, 1:]
+        assert (class_token < patches.amin(1) if shift > 0 else class_token > patches.amax(1)).any()
 
 
 def test_gradient_checkpointing():
     model = halting_model(drop_path_rate=0.2).train()
     plain = copy.deepcopy(model)
     model.set_grad_checkpointing(True)
-    for zip_tokens in (False, True):
-        model.zip_tokens = plain.zip_tokens = zip_tokens
+    for plain.zip_tokens, model.zip_tokens in ((False, False), (True, True), (False, True)):
         assert_same(plain, model, images())
-    model.zip_tokens, plain.zip_tokens = True, False
-    assert_same(plain, model, images())
 
 
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 @torch.no_grad()
-def test_bf16_autocast():
-    masked, zipped = forms(halting_model().eval())
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, halting = masked(images(), return_halting=True)
-        zipped_logits, zipped_halting = zipped(images(), return_halting=True)
-    assert_halting(halting)
-    assert halting.ponder_cost.dtype == halting.layer_scores.dtype == torch.float32
-    same = (halting.depth == zipped_halting.depth).float().mean()
-    assert same > 0.97
-    assert_close(zipped_logits.float(), logits.float(), rtol=0.1, atol=0.1)
-
-
-def test_bf16_autocast_leaves_the_generator_in_the_same_state():
-    states = []
-    for model in forms(halting_model(drop_path_rate=0.5).train()):
+def test_bf16_autocast(drop_path_rate):
+    results = []
+    for model in forms(halting_model(drop_path_rate=drop_path_rate).train()):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16):
-            model(images())
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+            logits, halting = model(images(), return_halting=True)
+        results.append((logits.float(), halting, torch.get_rng_state()))
+    (logits, halting, state), (zipped_logits, zipped_halting, zipped_state) = results
+    assert torch.equal(state, zipped_state)
+    assert halting.ponder_cost.dtype == halting.layer_scores.dtype == torch.float32
+    if not drop_path_rate:
+        assert_halting(halting)
+        assert (halting.depth == zipped_halting.depth).float().mean() > 0.97
+        assert_close(zipped_logits, logits, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -251,8 +233,9 @@ def test_images_without_live_tokens_give_no_nan(fused):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_unreached_blocks_get_zero_gradients():
-    model = halting_model(mean=3.0, spread=0.5).train()
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_unreached_blocks_get_zero_gradients(training):
+    model = halting_model(mean=3.0, spread=0.5).train(training)
     logits, halting = model(images(), return_halting=True)
     assert halting.depth.max() < 8
     logits.sum().backward()
@@ -274,43 +257,30 @@ def test_the_device_is_waited_for_once_per_block(monkeypatch):
     assert waits == ["tolist"] * min(blocks, model.num_blocks - 1)  # after the last there is nothing to read
 
 
+def flops(use):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        use()
+    return counter.get_total_flops()
+
+
 @torch.no_grad()
-def test_early_exit_changes_no_logits(monkeypatch):
-    model = halting_model().eval()
-    logits, halting = model(images(), return_halting=True)
+def test_early_exit_changes_no_logits():
+    """It saves work where only logits are asked for."""
+    early = halting_model().eval()
+    late = halting_model(early_exit=False).eval()
+    halting = late(images(), return_halting=True)[1]
     assert_halting(halting)
     assert (halting.depth[:, 0] < halting.depth[:, 1:].amax(dim=1)).any(), "no image can leave early"
-    rows = []
-    run_block = models_act._zipped_block
-    monkeypatch.setattr(models_act, "_zipped_block", lambda b, x, t: rows.append(len(x)) or run_block(b, x, t))
-    counts = {}
-    for early_exit in (True, False):
-        model.early_exit = early_exit
-        rows.clear()
-        assert_close(model(images()), logits, **CLOSE)
-        counts[early_exit] = sum(rows)
-    assert counts[True] < counts[False]
-    model.early_exit = True
-    for uses in (lambda: model(images(), return_halting=True), lambda: model.forward_features(images())):
-        rows.clear()
-        uses()
-        assert sum(rows) == counts[False], "early exit acted where depths or features are asked for"
+    assert_close(early(images()), late(images()), **CLOSE)
+    assert flops(lambda: early(images())) < flops(lambda: late(images()))
+    for ask in (lambda model: model(images(), return_halting=True), lambda model: model.forward_features(images())):
+        assert flops(lambda ask=ask: ask(early)) == flops(lambda ask=ask: ask(late))
 
 
 # The rest of the interface -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
-@pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
-@torch.no_grad()
-def test_features_and_head_are_the_whole(zip_tokens, distilled):
-    model = halting_model(zip_tokens=zip_tokens, distilled=distilled).eval()
-    features = model.forward_features(images())
-    assert features.shape == (6, 16 + model.num_prefix_tokens, 24)
-    assert_close(model.forward_head(features), model(images()), **CLOSE)
-
-
-@pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+@BOTH_FORMS
 @torch.no_grad()
 def test_intermediates_are_the_states_of_live_tokens(zip_tokens):
     model = halting_model(zip_tokens=zip_tokens).eval()
@@ -347,12 +317,6 @@ def test_intermediates_of_the_static_network_are_timms():
 
 
 @torch.no_grad()
-def test_no_pooling_returns_every_token():
-    model = halting_model(global_pool="").eval()
-    assert model(images()).shape == (6, 17, 7)
-
-
-@torch.no_grad()
 def test_without_halting_it_is_timms_network():
     model = halting_model(halting=False).eval()
     static = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, num_classes=7)
@@ -381,22 +345,6 @@ def test_nothing_of_a_pass_stays_on_the_model():
     assert set(vars(model)) | {name for name, _ in model.named_buffers()} == before
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"reg_tokens": 2}, {"pos_embed": "none"}, {"no_embed_class": True}],
-    ids=lambda option: next(iter(option)),
-)
-def test_options_that_timms_distilled_class_cannot_honour_are_refused(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        AdaptiveVisionTransformerDistilled(img_size=16, patch_size=4, embed_dim=24, num_heads=3, **option)
-
-
-def test_unreached_blocks_get_zero_gradients_in_evaluation_mode_too():
-    model = halting_model(mean=3.0, spread=0.5).eval()
-    model(images()).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
 @torch.no_grad()
 def test_a_broken_token_harms_its_own_image_alone():
     x = images()
@@ -405,21 +353,23 @@ def test_a_broken_token_harms_its_own_image_alone():
     assert_close(halting_model().eval()(x)[1:], expected[1:])
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"block_fn": timm.models.vision_transformer.ResPostBlock},
-        {"attn_layer": "diff"},
-        {"mlp_layer": timm.layers.GlobalResponseNormMlp},
-        {"patch_drop_rate": 0.1},
-        {"class_token": False, "global_pool": "avg"},
-        {"global_pool": "avg"},
-    ],
-    ids=lambda option: next(iter(option)),
-)
-def test_options_that_halting_cannot_honour_are_refused(option):
+REFUSED = [
+    (AdaptiveVisionTransformer, {"block_fn": timm.models.vision_transformer.ResPostBlock}),
+    (AdaptiveVisionTransformer, {"attn_layer": "diff"}),
+    (AdaptiveVisionTransformer, {"mlp_layer": timm.layers.GlobalResponseNormMlp}),
+    (AdaptiveVisionTransformer, {"patch_drop_rate": 0.1}),
+    (AdaptiveVisionTransformer, {"class_token": False, "global_pool": "avg"}),
+    (AdaptiveVisionTransformer, {"global_pool": "avg"}),
+    (AdaptiveVisionTransformerDistilled, {"reg_tokens": 2}),
+    (AdaptiveVisionTransformerDistilled, {"pos_embed": "none"}),
+    (AdaptiveVisionTransformerDistilled, {"no_embed_class": True}),
+]
+
+
+@pytest.mark.parametrize(("make", "option"), REFUSED)
+def test_options_that_cannot_be_honoured_are_refused(make, option):
     with pytest.raises(ValueError, match=next(iter(option))):
-        AdaptiveVisionTransformer(img_size=16, patch_size=4, embed_dim=24, num_heads=3, **option)
+        make(img_size=16, patch_size=4, embed_dim=24, num_heads=3, **option)
 
 
 # Costs -------------------------------------------------------------------------------------------
@@ -430,24 +380,11 @@ def test_options_that_halting_cannot_honour_are_refused(option):
 def test_multiply_adds_agree_with_the_flop_counter(distilled):
     model = halting_model(distilled=distilled).eval()
     for x in images(3).split(1):
-        halting = model(x, return_halting=True)[1]
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(x, return_halting=True)
-        assert counter.get_total_flops() / 2 == macs_per_image(model, halting.depth).item()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.halting = False
-        model(x)
-    assert (
-        counter.get_total_flops() / 2 == macs_per_image(model, torch.full((1, 16 + model.num_prefix_tokens), 8)).item()
-    )
-
-
-def test_multiply_adds_of_the_published_sizes():
-    """DeiT's papers say 1.3 and 4.6 G."""
-    for name, gmacs in {"avit_tiny_patch16_224": 1.26, "avit_small_patch16_224": 4.61}.items():
-        model = timm.create_model(name)
-        macs = macs_per_image(model, torch.full((1, 197), 12)).item()
-        assert math.isclose(macs / 1e9, gmacs, rel_tol=0.01)
+        depth = model(x, return_halting=True)[1].depth
+        macs = macs_per_image(model, depth).item()
+        assert flops(lambda x=x: model(x, return_halting=True)) == 2 * macs
+    model.halting = False
+    assert flops(lambda: model(images(1))) == 2 * macs_per_image(model, torch.full_like(depth, 8)).item()
 
 
 @pytest.mark.parametrize("gate", [(10.0, 30.0), (4.0, 16.0), (5.0, 50.0)])
@@ -473,10 +410,10 @@ def test_synthetic_depths_need_biases():
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_weights_have_timms_names_and_load_strictly(name):
-    model = timm.create_model(name, img_size=32)
+    model = timm.create_model(name, device="meta")
     source = get_pretrained_cfg(name).hf_hub_id
     if source:
-        base = timm.create_model(source.removeprefix("timm/").split(".")[0], img_size=32)
+        base = timm.create_model(source.removeprefix("timm/").split(".")[0], device="meta")
         model.load_state_dict(base.state_dict(), strict=True)
     assert (model.gate_scale, model.gate_center, model.halt_eps) == (10.0, 30.0, 0.01)
     assert model.halting
@@ -498,17 +435,8 @@ def test_pretrained_configuration_is_that_of_its_source(name):
     assert own.hf_hub_id.startswith("timm/")
     assert own.architecture == name
     source = get_pretrained_cfg(own.hf_hub_id.removeprefix("timm/"), allow_unregistered=False)
-    for key in (
-        "url",
-        "mean",
-        "std",
-        "crop_pct",
-        "interpolation",
-        "input_size",
-        "num_classes",
-        "first_conv",
-        "classifier",
-    ):
+    keys = ("url", "mean", "std", "crop_pct", "interpolation", "input_size", "num_classes", "first_conv", "classifier")
+    for key in keys:
         assert getattr(own, key) == getattr(source, key), key
     assert own.hf_hub_id == f"timm/{source.architecture}.{source.tag}"
 
@@ -521,9 +449,8 @@ def test_pretrained_falls_back_from_the_hub_to_the_original_address(monkeypatch)
     weights = timm.create_model("deit_tiny_patch16_224").state_dict()
     asked = []
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", _unreachable)
-    monkeypatch.setattr(
-        "timm.models._builder.load_state_dict_from_url", lambda url, **_: asked.append(url) or {"model": dict(weights)}
-    )
+    download = lambda url, **_: asked.append(url) or {"model": dict(weights)}  # noqa: E731
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", download)
     model = timm.create_model("avit_tiny_patch16_224", pretrained=True, num_classes=5)
     assert asked == ["https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"]
     assert torch.equal(model.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
@@ -535,10 +462,3 @@ def test_unreachable_pretrained_weights_name_the_way_out(monkeypatch):
         monkeypatch.setattr(f"timm.models._builder.{loader}", _unreachable)
     with pytest.raises(RuntimeError, match="--pretrained-path"):
         timm.create_model("avit_tiny_patch16_224", pretrained=True)
-
-
-def test_the_module_knows_nothing_above_it():
-    source = (ROOT / "models_act.py").read_text()
-    for name in ("losses", "engine_act", "main_act", "datasets", "utils"):
-        assert f"import {name}" not in source
-        assert f"from {name}" not in source

@@ -9,27 +9,19 @@ import torch
 import utils
 
 
-def test_averages_weigh_batches_by_their_size():
-    averages = utils.MetricAverages()
+def test_averages_weigh_batches_by_their_size_and_go_on_from_their_state():
+    averages, resumed = utils.MetricAverages(), utils.MetricAverages()
     averages.add(3, loss=torch.tensor(1.0), share=torch.tensor([0.0, 1.0]))
-    averages.add(1, loss=torch.tensor(5.0), share=torch.tensor([1.0, 1.0]))
-    assert averages.local() == {"loss": 2.0}
-    assert averages.reduced() == (4, {"loss": 2.0, "share": [0.25, 1.0]})
+    resumed.load_state_dict(averages.state_dict())
+    for each in (averages, resumed):
+        each.add(1, loss=torch.tensor(5.0), share=torch.tensor([1.0, 1.0]))
+        assert each.local() == {"loss": 2.0}
+        assert each.reduced() == (4, {"loss": 2.0, "share": [0.25, 1.0]})
 
 
 def test_averages_of_nothing():
     with pytest.raises(utils.UserError, match="not one image"):
         utils.MetricAverages().reduced()
-
-
-def test_averages_go_on_from_their_state():
-    whole, first, second = utils.MetricAverages(), utils.MetricAverages(), utils.MetricAverages()
-    for weight, value in ((3, 0.1), (4, 0.2)):
-        whole.add(weight, loss=torch.tensor(value), share=torch.tensor([value, 1.0]))
-    first.add(3, loss=torch.tensor(0.1), share=torch.tensor([0.1, 1.0]))
-    second.load_state_dict(first.state_dict())
-    second.add(4, loss=torch.tensor(0.2), share=torch.tensor([0.2, 1.0]))
-    assert second.reduced() == whole.reduced()
 
 
 def test_seeds_depend_on_every_number():
@@ -43,14 +35,14 @@ def test_seeds_depend_on_every_number():
 
 
 def test_slurm_speaks_torchruns_language(monkeypatch):
-    for name in (*utils.LAUNCHER, "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
-    slurm["SLURM_LAUNCH_NODE_IPADDR"] = "192.0.2.7"
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    utils._adopt_slurm()
+    monkeypatch.setattr(
+        os, "environ", {name: value for name, value in os.environ.items() if name not in utils.LAUNCHER}
+    )
+    os.environ.update(
+        SLURM_PROCID="3", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_LAUNCH_NODE_IPADDR="192.0.2.7"
+    )
+    with pytest.raises(utils.UserError, match="cannot meet at nowhere://"), utils.process_group("cpu", "nowhere://"):
+        pass
     assert [os.environ[name] for name in utils.LAUNCHER] == ["3", "8", "1"]
     assert os.environ["MASTER_ADDR"] == "192.0.2.7"
 
@@ -59,27 +51,15 @@ def test_a_task_outside_srun_is_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")  # sbatch's own shell
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
-    utils._adopt_slurm()
-    assert "RANK" not in os.environ
+    with utils.process_group("cpu"):
+        assert "RANK" not in os.environ
+        assert utils.world_size() == 1
 
 
-@pytest.mark.parametrize("device", ["cuda", "nonsense"])
-def test_a_device_that_is_not_there(device, monkeypatch):
+def test_cuda_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(utils.UserError, match="--device"), utils.process_group(device):
+    with pytest.raises(utils.UserError, match="--device cuda: no CUDA device"), utils.process_group("cuda"):
         pass
-
-
-def test_seeds_reach_every_generator():
-    import random
-
-    import numpy as np
-
-    def draw():
-        utils.seed_everything(3)
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    assert draw() == draw()
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
@@ -96,13 +76,3 @@ def test_progress_shows_a_bar_on_a_terminal(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "Epoch 0" in captured.err
     assert captured.out == ""
-
-
-def test_nearest_names():
-    assert "avit_tiny" in utils.nearest("avit_tinny", ["avit_tiny", "resnet"])
-    assert utils.nearest("zzz", ["avit_tiny"]) == ""
-
-
-def test_one_process_gathers_itself():
-    assert utils.all_gather_objects({"a": 1}) == [{"a": 1}]
-    assert utils.world_size() == 1

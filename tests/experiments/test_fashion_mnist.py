@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_halting_micro
+from conftest import ROOT, make_fashion, save_halting_micro
 
+import visualize
 from datasets import build_dataset
 from experiments.fashion_mnist import stages
 from training.checkpoints import load_checkpoint
@@ -20,17 +20,6 @@ HERE = ROOT / "experiments" / "fashion_mnist"
 KEPT = HERE / "avit_micro_fmnist.pth"
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 FLAGS = {"model": "avit_micro_patch4_32", "lr": 0.04, "output_dir": "private"}
-
-
-def make_fashion(folder, train=120, test=20):
-    """Random pixels in Fashion-MNIST's form; every image is another."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for part, count in {"train": train, "t10k": test}.items():
-        arrays = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
-        for kind, array in zip(stages.KINDS, arrays):
-            stages._write_idx(folder / f"{part}-{kind}", array)
-    return folder
 
 
 def images_of(folder, train):
@@ -63,11 +52,6 @@ def test_what_is_kept_of_a_checkpoint(tmp_path):
         torch.testing.assert_close(kept["model"][name].float(), value, rtol=1e-3, atol=1e-6)
 
 
-def test_means_over_seeds():
-    assert stages._mean_and_error([1.0]) == "1.00"
-    assert stages._mean_and_error([1.0, 2.0, 3.0], "+") == "+2.00 ± 0.58"
-
-
 def training(acc1, macs_share, depth=6.0, seconds=100.0, **flags):
     figures = {"test_acc1": acc1, "test_depth_mean": depth, "test_gmacs": 0.02 * macs_share, "test_gmacs_static": 0.02}
     figures |= {"train_seconds": seconds, "train_macs_saved": 1 - macs_share}
@@ -86,6 +70,7 @@ def gated(prior, ponder):
 
 
 ORIGIN = {"command": "c", "seconds": 60, "commit": "abc", "machine": "2 x CPU", "torch": "2"}
+SPEEDS = {"images_per_s": 1500.4, "speed_up": 1.7, "ideal": 1.8, "speed_up_of_ideal": 0.944}
 STAGES = {
     "static": training(90.0, 1.0, 12.0),
     "control_0": training(91.0, 1.0, 12.0),
@@ -111,10 +96,7 @@ STAGES = {
     "ablation_no_ponder": training(87.5, 0.8),
     "ablation_scratch_static": training(84.0, 1.0, 12.0),
     "ablation_scratch_halting": training(80.0, 0.3),
-    "benchmark": [
-        {"form": "zipped", "images_per_s": 1500.4, "speed_up": 1.7, "ideal": 1.8, "speed_up_of_ideal": 0.944}
-        | {"batch_size": 128}
-    ],
+    "benchmark": [{"form": "zipped", "batch_size": 128, **SPEEDS}],
 }
 LINES = """
 | (a) static | 1 | 50.00 | 12.00 | 20.00 M (0.0% fewer) |
@@ -172,8 +154,9 @@ def test_the_chosen_setting_must_have_been_searched(tmp_path):
 
 def test_the_kept_network_draws_an_image_of_the_repository(tmp_path):
     assert KEPT.stat().st_size < 2**20
-    flags = [HERE / "results/depths/class7_ref.jpg", "--finetune", KEPT, "--output-dir", tmp_path]
-    subprocess.run([sys.executable, "visualize.py", *flags], cwd=ROOT, check=True)
+    visualize.main(
+        [str(HERE / "results/depths/class7_ref.jpg"), "--finetune", str(KEPT), "--output-dir", str(tmp_path)]
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"class7_ref_panel.png", "class7_ref_halting.gif"}
 
 
@@ -201,11 +184,8 @@ def chain(tmp_path, train, **settings):
     """run.sh in a copy of the repository, on `train` random images -> that copy, and a function that runs it."""
     repository = tmp_path / "repository"
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "*.pth"))
-    command = [
-        "bash",
-        str(repository / HERE.relative_to(ROOT) / "run.sh"),
-        str(make_fashion(tmp_path / "data", train=train)),
-    ]
+    data = make_fashion(tmp_path / "data", train=train)
+    command = ["bash", str(repository / HERE.relative_to(ROOT) / "run.sh"), str(data)]
 
     def run(**more):
         environment = {**os.environ, **settings, **more, "PYTHON": sys.executable}

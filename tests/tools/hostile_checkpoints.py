@@ -18,7 +18,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,12 +35,12 @@ class Command:
     """Unpickling it makes a folder."""
 
     def __init__(self, path: Path, function: Callable = os.mkdir):
-        self.function = function
         in_python = f"__import__('os').makedirs({str(path)!r}, exist_ok=True)"
-        self.argument = {os.system: f"mkdir -p {path}", eval: in_python, exec: in_python}.get(function, str(path))
+        arguments = {os.system: f"mkdir -p {path}", eval: in_python, exec: in_python}
+        self.reduced = function, (arguments.get(function, str(path)),)
 
     def __reduce__(self):
-        return self.function, (self.argument,)
+        return self.reduced
 
 
 def torch_bytes(content: object, **options) -> bytes:
@@ -61,10 +60,9 @@ def with_pickle(archive: bytes, change: Callable[[bytes], bytes]) -> bytes:
 
 
 def tar_of(name: str, content: bytes) -> bytes:
-    result = io.BytesIO()
+    result, member = io.BytesIO(), tarfile.TarInfo(name)
+    member.size = len(content)
     with tarfile.open(fileobj=result, mode="w") as tar:
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
     return result.getvalue()
 
@@ -76,10 +74,8 @@ def nested(depth: int) -> bytes:
 
 def bomb(levels: int) -> list:
     """A list that would print as 2 ** levels numbers."""
-    bottom = [0, 0]
-    for _ in range(levels):
-        bottom = [bottom, bottom]
-    return bottom
+    inner = bomb(levels - 1) if levels > 1 else 0
+    return [inner, inner]
 
 
 class Kinds:
@@ -124,16 +120,16 @@ class Kinds:
         return with_pickle(self.whole, change)
 
     def foreign_objects(self, choose):
-        content = choose.choice((Path("x"), random.Random(3), random.Random, torch.nn.Linear(2, 2), io.BytesIO, type))
-        return torch_bytes({"model": self.weights, "args": content})
+        contents = (Path("x"), random.Random(3), random.Random, torch.nn.Linear(2, 2), io.BytesIO, type)
+        return torch_bytes({"model": self.weights, "args": choose.choice(contents)})
 
     def not_a_dictionary(self, choose):
-        content = (3, "text", None, [self.weights], torch.ones(3), (1, 2), True, 2.5, [], set())
-        return torch_bytes(choose.choice(content))
+        return torch_bytes(
+            choose.choice((3, "text", None, [self.weights], torch.ones(3), (1, 2), True, 2.5, [], set()))
+        )
 
     def no_weights(self, choose):
-        content = ({}, {"model": {}}, {"model": 3}, {"model": {"a": 1}}, {"model": [1]}, {3: 4}, {"model": None})
-        return torch_bytes(choose.choice(content))
+        return torch_bytes(choose.choice(({}, {3: 4}, *({"model": wrong} for wrong in ({}, 3, {"a": 1}, [1], None)))))
 
     def tensors_that_are_no_weights(self, choose):
         odd = (
@@ -179,55 +175,50 @@ class Kinds:
         return choose.choice((page, gzip.compress(self.whole), tar_of("pickle", pickled), tar_of("storages", b"x")))
 
     def broken_safetensors(self, choose):
-        data, kind = bytearray(self.safe), choose.randrange(4)
-        if kind == 0:
-            data[:8] = struct.pack("<Q", choose.randrange(len(data), 2**63))
-        elif kind == 1:
-            return bytes(data[: choose.randrange(9, len(data) - 1)])
-        elif kind == 2:
-            header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}).encode()
-            return struct.pack("<Q", len(header)) + header + bytes(4)
-        else:
-            data[8 + choose.randrange(1, 300)] ^= 255
-        return bytes(data)
+        data = bytearray(self.safe)
+        header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}).encode()
+        data[8 + choose.randrange(1, 300)] ^= 255
+        enormous_header = struct.pack("<Q", choose.randrange(len(data), 2**63)) + self.safe[8:]
+        enormous_shape = struct.pack("<Q", len(header)) + header + bytes(4)
+        truncated = self.safe[: choose.randrange(9, len(data) - 1)]
+        return choose.choice((bytes(data), enormous_header, enormous_shape, truncated))
 
 
-def try_file(path: Path) -> str:
+KINDS = [name for name in vars(Kinds) if not name.startswith("_")]
+
+
+def try_file(kinds: Kinds, name: str, choose: random.Random) -> str:
     """Through the loader and into a model, as every command does: 'refused', or what else happened."""
+    path, result = kinds.trap.with_name("checkpoint.pth"), "accepted"
+    path.write_bytes(getattr(kinds, name)(choose))
     try:
         checkpoint = checkpoints.Checkpoint.load(str(path))
         with contextlib.redirect_stdout(io.StringIO()):
             checkpoints.resolve_gate({}, checkpoint.gate_sources())
         checkpoints.load_weights(halting_model(), checkpoint.state_dict(), str(path), replace_head=False)
     except UserError as error:
-        return "refused" if len(str(error)) < 5000 else "refused at length"
+        result = "refused" if len(str(error)) < 5000 else "refused at length"
     except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
+        result = f"{type(error).__name__}: {error}"
+    if kinds.trap.exists():
+        kinds.trap.rmdir()
+        result = "CODE WAS RUN"
+    return result
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=600)
-    args = parser.parse_args(argv)
-    choose = random.Random(0)
+    files, refused, choose = parser.parse_args().files, 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        trap, path = Path(folder) / "trap", Path(folder) / "checkpoint.pth"
-        kinds = Kinds(trap)
-        names = [name for name in vars(Kinds) if not name.startswith("_")]
-        results = Counter()
-        for number in range(args.files):
-            name = names[number % len(names)]
-            path.write_bytes(getattr(kinds, name)(choose))
-            result = try_file(path)
-            if trap.exists():
-                result = "CODE WAS RUN"
-                trap.rmdir()
-            results[result] += 1
+        kinds = Kinds(Path(folder) / "trap")
+        for number in range(files):
+            result = try_file(kinds, KINDS[number % len(KINDS)], choose)
+            refused += result == "refused"
             if result != "refused":
-                print(f"{number} {name}: {result[:200]}", flush=True)
-        print(f"{results['refused']} of {args.files} files of {len(names)} kinds refused")
-    sys.exit(results["refused"] != args.files)
+                print(f"{number} {KINDS[number % len(KINDS)]}: {result[:200]}", flush=True)
+    print(f"{refused} of {files} files of {len(KINDS)} kinds refused")
+    sys.exit(refused != files)
 
 
 if __name__ == "__main__":

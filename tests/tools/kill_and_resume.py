@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,16 +30,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import engine_act  # noqa: E402
 import main_act  # noqa: E402
-from training import checkpoints, loaders, loop, tensorboard  # noqa: E402
+from training import build, checkpoints, loaders, loop, tensorboard  # noqa: E402
 
+HALF_WRITTEN, ANY_TIME = "half a checkpoint", "any time"
 # Place in the code: the object and the name of what is called there, and how often a whole run calls it.
 PLACES = {
     "start of an epoch": (loaders.ImageLoader, "start_at", 3),
-    "data loading": (loaders.ImageLoader, "_note", 18),
+    "data loading": (loaders, "Batch", 18),
     "in the loader": (loaders, "collate", 6),  # with loader processes: one of them
     "forward": (engine_act.Trainer, "micro_batch", 18),
     "update": (engine_act.Trainer, "update", 18),
-    "after an update": (loop.TrainingRun, "_after_update", 18),
+    "after an update": (build.Schedule, "step_update", 21),
     "evaluation": (engine_act, "accuracy", 12),
     "state before writing": (loop.TrainingRun, "state_dict", 17),
     "flushing a checkpoint": (os, "fsync", 30),
@@ -46,8 +48,8 @@ PLACES = {
     "recording an epoch": (loop.TrainingRun, "log_epoch", 3),
     "TensorBoard": (tensorboard.TensorBoardLogger, "record", 3),
     "forgetting": (loop.TrainingRun, "delete_old_checkpoints", 3),
+    HALF_WRITTEN: (torch, "save", 15),
 }
-HALF_WRITTEN = "half a checkpoint"
 
 
 def flags(data: Path, out: Path, workers: int) -> list[str]:
@@ -58,8 +60,8 @@ def flags(data: Path, out: Path, workers: int) -> list[str]:
     return [*small.split(), *run.split(), *gate.split(), "--data-path", str(data), "--output_dir", str(out)]
 
 
-def in_a_fork(command: list[str], kill: tuple[str, int] | None = None, seconds: float | None = None) -> int:
-    """Runs main_act.py; returns the status, -9 where it was killed."""
+def in_a_fork(command: list[str], place: str | None = None, at: float = 0) -> int:
+    """Runs main_act.py; returns the status, -9 where it was killed: at that arrival there, or after so many seconds."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -67,28 +69,23 @@ def in_a_fork(command: list[str], kill: tuple[str, int] | None = None, seconds: 
             os.dup2(silence.fileno(), 1)
             os.dup2(silence.fileno(), 2)
             torch.set_num_threads(1)
-            if kill:
-                _set_trap(*kill)
+            if place in PLACES:
+                set_trap(place, at)
             main_act.main(command)
             status = 0
         os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
+    if place == ANY_TIME:
+        time.sleep(at)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _set_trap(place: str, arrival: int) -> None:
-    if place == HALF_WRITTEN:
-        owner, name = checkpoints.torch, "save"
-    else:
-        owner, name, _ = PLACES[place]
-    original, left = getattr(owner, name), arrival
+def set_trap(place: str, arrival: int) -> None:
+    owner, name, _ = PLACES[place]
+    original, arrivals = getattr(owner, name), itertools.count(1)
 
     def trap(*args, **kwargs):
-        nonlocal left
-        left -= 1
-        if left <= 0:
+        if next(arrivals) == arrival:
             if place == HALF_WRITTEN:
                 args[1].write(os.urandom(100_000))
                 args[1].flush()
@@ -107,10 +104,16 @@ def outcome(out: Path) -> dict:
     timings = {"train_seconds", "test_images_per_s", "saving_seconds"}
     log = [{key: value for key, value in line.items() if key not in timings} for line in log]
     events = EventAccumulator(str(out), size_guidance={"images": 0, "histograms": 0}).Reload()
-    points = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    points |= {tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)] for tag in events.Tags()["images"]}
-    seen = events.Tags()["histograms"]
-    points |= {tag: [(e.step, list(e.histogram_value.bucket)) for e in events.Histograms(tag)] for tag in seen}
+    kinds = {
+        "scalars": (events.Scalars, lambda e: e.value),
+        "images": (events.Images, lambda e: e.encoded_image_string),
+        "histograms": (events.Histograms, lambda e: list(e.histogram_value.bucket)),
+    }
+    points = {
+        tag: [(event.step, value(event)) for event in read(tag)]
+        for kind, (read, value) in kinds.items()
+        for tag in events.Tags()[kind]
+    }
     points.pop("train/seconds")
     files = sorted(p.name for p in out.iterdir() if "events" not in p.name and not p.name.endswith(".partial"))
     best = checkpoints.load_checkpoint(str(out / "best.pth"))["model"]
@@ -128,36 +131,28 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes, in turn")
-    args = parser.parse_args(argv)
-    choose = random.Random(0)
+    args, choose = parser.parse_args(), random.Random(0)
+    kills, survived, loaders_killed, failed, extra = 0, 0, 0, 0, []
     with tempfile.TemporaryDirectory() as folder:
         data = make_image_folder(Path(folder) / "data", classes=3, train=8, val=3)
         start = time.perf_counter()
         assert in_a_fork(flags(data, Path(folder) / "whole", 0)) == 0, "the undisturbed run failed"
         whole_seconds = time.perf_counter() - start
         expected = outcome(Path(folder) / "whole")
-        kills, survived, loaders_killed, failed, extra = 0, 0, 0, 0, []
-        for number in range(args.kills):
-            workers = args.workers[number % len(args.workers)]
-            command = flags(data, Path(folder) / str(number), workers)
-            places = [*PLACES, HALF_WRITTEN, "any time"]
-            place = places[number % len(places)]
+        for number, place in zip(range(args.kills), itertools.cycle([*PLACES, ANY_TIME])):
+            workers, out = args.workers[number % len(args.workers)], Path(folder) / str(number)
+            seconds = choose.uniform(0.05, 0.95) * whole_seconds
+            at = seconds if place == ANY_TIME else choose.randint(1, PLACES[place][2])
             start = time.perf_counter()
-            if place == "any time":
-                at = choose.uniform(0.05, 0.95) * whole_seconds
-                status = in_a_fork(command, seconds=at)
-            else:
-                at = choose.randint(1, PLACES.get(place, (None, None, 15))[2])
-                status = in_a_fork(command, kill=(place, at))
-            resumed = in_a_fork(command)
+            status, resumed = in_a_fork(flags(data, out, workers), place, at), in_a_fork(flags(data, out, workers))
             extra.append(time.perf_counter() - start - whole_seconds)
             of_loader = place == "in the loader" and workers > 0  # then the run ends by that process's death
             killed = status == -signal.SIGKILL or (of_loader and status != 0)
-            equal = resumed == 0 and same(outcome(Path(folder) / str(number)), expected)
+            equal = resumed == 0 and same(outcome(out), expected)
             kills += killed
             failed += status != 0 and not killed
             survived += equal and killed
@@ -165,9 +160,9 @@ def main(argv: list[str] | None = None) -> None:
             told = "survived" if equal else f"FAILED (resumed with status {resumed})"
             told = told if killed else f"not killed, its status was {status}"  # it was done before its random moment
             print(f"{number:3d}  {place}, {at:.3g}, {workers} loader processes: {told}", flush=True)
-        print(f"{survived} of {kills} kills survived, {loaders_killed} of them of a loader process; ", end="")
-        print(f"an undisturbed run takes {whole_seconds:.1f} s, ", end="")
-        print(f"an interruption costs {sorted(extra)[len(extra) // 2]:.1f} s (median, without imports)")
+    print(f"{survived} of {kills} kills survived, {loaders_killed} of them of a loader process; ", end="")
+    print(f"an undisturbed run takes {whole_seconds:.1f} s, ", end="")
+    print(f"an interruption costs {sorted(extra)[len(extra) // 2]:.1f} s (median, without imports)")
     sys.exit(survived != kills or failed > 0)
 
 

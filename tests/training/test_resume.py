@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere and resumed ends as if nothing had happened, bit by bit."""
 
+import io
 import json
 import os
 import resource
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import kill_and_resume
 import pytest
 import torch
 from conftest import ROOT, make_image_folder
@@ -34,16 +34,15 @@ def test_interrupted_after_any_update(tmp_path, accum_steps):
     for moment in MOMENTS[accum_steps]:
         folder = tmp_path / str(moment)
         folder.mkdir()
-        run = make_run(folder, **options)
-        calls = iter(range(1, 100))
+        run, calls = make_run(folder, **options), iter(range(1, 100))
+        run.stop.signal = "SIGTERM"
         run.stop.asked = lambda calls=calls, moment=moment: next(calls) >= moment
-        run._interrupt = _interrupt
         with pytest.raises(Interrupted):
             run.train()
         resumed = make_run(folder, **options)
-        checkpoint = load_checkpoint(str(folder / "checkpoint.pth"))
-        resumed.trainer.model.load_state_dict(checkpoint["model"])
-        resumed.load_state_dict(Checkpoint(checkpoint, "checkpoint.pth"))
+        checkpoint = Checkpoint.load(str(folder / "checkpoint.pth"))
+        resumed.trainer.model.load_state_dict(checkpoint.content["model"])
+        resumed.load_state_dict(checkpoint)
         resumed.train()
         expected, actual = (load_checkpoint(str(f / "checkpoint.pth")) for f in (whole, folder))
         for part in expected.keys() - {"seconds"}:
@@ -54,30 +53,27 @@ def test_interrupted_after_any_update(tmp_path, accum_steps):
             assert [line[name] for line in logs[1]] == [line[name] for line in logs[0]]
 
 
-def _interrupt(place):
-    raise Interrupted
-
-
 OTHER_OPTIMIZERS = ("adamw", "sgd", "lookahead_adamw", "adafactor", "lion", "adopt")
 SLOW = [pytest.param(name, "cosine", marks=pytest.mark.slow) for name in OTHER_OPTIMIZERS]
 
 
 @pytest.mark.parametrize(("name", "sched"), [("lamb", "cosine"), ("adamw", "plateau"), *SLOW])
 def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name, sched, monkeypatch):
-    options = ("--opt", name, "--sched", sched, "--patience-epochs", 0, "--drop", 0, "--epochs", 4)
+    """Interrupted in the third epoch, plateau having lowered the rate."""
+    options = ("--opt", name, "--sched", sched, "--patience-epochs", 0, "--warmup-epochs", 0, "--drop", 0)
     run(image_folder, tmp_path / "whole", *options)
     calls = iter(range(1, 1000))
 
-    def interrupt(self):
-        if next(calls) < 8:  # in the second epoch or the third, plateau having lowered the rate
-            return False
-        self.signal = "SIGTERM"
-        return True
+    def asked(self):
+        self.signal = "SIGTERM" if next(calls) >= 24 else None
+        return self.signal is not None
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.signals.StopRequest.asked", interrupt)
+        patch.setattr("training.signals.StopRequest.asked", asked)
         run(image_folder, tmp_path / "again", *options)
-    assert load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))["epoch"] < 3
+    interrupted = load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))
+    assert (interrupted["epoch"], interrupted["batches"]) == (1, 2)  # done
+    assert interrupted["optimizer"]["param_groups"][0]["lr"] < 5e-5, "the rate is that of the start"
     run(image_folder, tmp_path / "again", *options)
     expected, actual = (load_checkpoint(str(tmp_path / n / "checkpoint.pth")) for n in ("whole", "again"))
     for part in ("model", "model_ema", "optimizer", "plateau", "best_acc1"):
@@ -87,7 +83,7 @@ def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name
 @pytest.mark.slow
 def test_kills_at_every_place():
     """See kill_and_resume.py, which can do more of them."""
-    command = [sys.executable, str(ROOT / "tests" / "tools" / "kill_and_resume.py"), "--kills", "15"]
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "kill_and_resume.py"), "--kills", "15"]  # once each
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 of 15 kills survived" in done.stdout or "14 of 14 kills survived" in done.stdout
@@ -117,7 +113,7 @@ def test_torchrun_brings_back_a_job_whose_worker_was_killed(tmp_path):
 
 
 def run(data, out, *more):
-    main_act.main([*flags(data, out, 0), *map(str, more)])
+    main_act.main([*flags(data, out, 0), "--checkpoint-steps", "0", *map(str, more)])
 
 
 def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, capsys):
@@ -138,10 +134,10 @@ def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, 
 
 
 def test_the_last_epochs_are_kept(image_folder, tmp_path):
-    run(image_folder, tmp_path / "out", "--epochs", 4)
+    run(image_folder, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*.pth"))
-    assert kept == ["checkpoint-2.pth", "checkpoint-3.pth"]
-    assert load_checkpoint(str(tmp_path / "out" / "checkpoint-2.pth"))["epoch"] == 2
+    assert kept == ["checkpoint-1.pth", "checkpoint-2.pth"]
+    assert load_checkpoint(str(tmp_path / "out" / "checkpoint-1.pth"))["epoch"] == 1
 
 
 def test_another_run_in_the_folder_is_told(image_folder, tmp_path, capsys):
@@ -178,9 +174,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
     assert not list(out.glob("*.partial"))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoint of a run of one epoch, in bytes."""
+    folder = tmp_path_factory.mktemp("saved")
+    run = make_run(folder, epochs=1)
+    run.trainer.optimizer.param_groups[0]["momentum"] = 0.9
+    run.train()
+    return (folder / "checkpoint.pth").read_bytes()
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        lambda c: c.clear(),
+        lambda c: c.update(optimizer=3),
         lambda c: c.pop("batches"),
         lambda c: c.update(epoch="x"),
         lambda c: c.update(epoch=float("inf")),
@@ -202,11 +210,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
         lambda c: c.update(batches=1, averages={"weight": 1, "sums": {}}),
     ],
 )
-def test_training_state_that_does_not_fit_is_refused(tmp_path, change):
-    first = make_run(tmp_path, epochs=1)
-    first.trainer.optimizer.param_groups[0]["momentum"] = 0.9
-    first.train()
-    checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
+def test_training_state_that_does_not_fit_is_refused(saved, change):
+    checkpoint = torch.load(io.BytesIO(saved))
     change(checkpoint)
     with pytest.raises(UserError, match=r"^--resume c\.pth: no training state that fits"):
         make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
@@ -218,4 +223,3 @@ def test_the_script_sees_a_difference(tmp_path):
     assert same(a, {"x": torch.ones(3), "y": [1, {"z": 2.0}]})
     assert not same(a, {"x": torch.ones(3), "y": [1, {"z": 2.5}]})
     assert not same(a, {"x": torch.tensor([1.0, 1.0, 1.0000001]), "y": [1, {"z": 2.0}]})
-    assert kill_and_resume.HALF_WRITTEN not in kill_and_resume.PLACES
