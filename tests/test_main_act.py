@@ -307,3 +307,18 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     for group in ("model", "optimizer", "schedule", "augmentation", "distillation", "data", "run", "A-ViT", "demo"):
         assert f"\n{group}:" in text
+
+
+def test_flags_from_a_file(tmp_path):
+    (tmp_path / "a.args").write_text(
+        "# a recipe\n--batch_size 7  # of them\n\n--output-dir 'a b'\n--opt_betas 0.8 0.9\n"
+    )
+    args = arguments.parse_args(["--lr", "0.1", f"@{tmp_path / 'a.args'}", "--batch-size", "8"])
+    assert (args.lr, args.batch_size, args.output_dir, args.opt_betas) == (0.1, 8, "a b", [0.8, 0.9])
+
+
+@pytest.mark.parametrize("content", [None, b"--no-such-flag\n", b"@a.args\n", b"--lr 'x\n", b"\xff\xfe"])
+def test_a_file_of_flags_that_is_none(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "a.args").write_bytes(content)
+    mistake(capsys, f"@{tmp_path / 'a.args'}")

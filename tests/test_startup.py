@@ -34,5 +34,7 @@ def test_an_evaluation_imports_what_it_uses(image_folder):
 
 @pytest.mark.slow
 def test_cpu_time_before_the_work():
-    done = subprocess.run([sys.executable, "tests/tools/startup.py"], cwd=ROOT, capture_output=True, check=False)
+    """With room for the noise of a machine that does other things too."""
+    command = [sys.executable, "tests/tools/startup.py", "--runs", "3", "--tolerance", "1.2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -4,12 +4,12 @@ from PIL import Image
 
 from datasets import evaluation_transform
 from training.arguments import parse_args
-from training.build import build_optimizer, training_set
+from training.build import build_optimizer, training_and_validation_set
 
 
 def test_no_aug_takes_training_images_as_in_evaluation(image_folder):
     flags = ["--data-path", str(image_folder), "--input-size", "24", "--reprob", "1", "--aa", "rand-m9"]
-    plain, varied = (training_set(parse_args([*flags, *more])) for more in (["--no-aug"], []))
+    plain, varied = (training_and_validation_set(parse_args([*flags, *more]))[0] for more in (["--no-aug"], []))
     pixels = evaluation_transform((24, 24))(Image.open(plain.samples[3][0]))
     assert all(torch.equal(plain[3][0], pixels) for _ in range(5))
     assert len({varied[3][0].sum().item() for _ in range(5)}) > 1
