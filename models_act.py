@@ -443,103 +443,49 @@ def _cfg(source: str | None = None, **kwargs) -> dict:
     return {k: v for k, v in config.items() if k not in own} | {"hf_hub_id": f"timm/{source}", **kwargs}
 
 
-# Every model that starts from somebody's weights, and whose.
-SOURCES = {
-    "avit_tiny_patch16_224": "deit_tiny_patch16_224.fb_in1k",
-    "avit_small_patch16_224": "deit_small_patch16_224.fb_in1k",
-    "avit_base_patch16_224": "deit_base_patch16_224.fb_in1k",
-    "avit_base_patch16_384": "deit_base_patch16_384.fb_in1k",
-    "avit_tiny_distilled_patch16_224": "deit_tiny_distilled_patch16_224.fb_in1k",
-    "avit_small_distilled_patch16_224": "deit_small_distilled_patch16_224.fb_in1k",
-    "avit_base_distilled_patch16_224": "deit_base_distilled_patch16_224.fb_in1k",
-    "avit_base_distilled_patch16_384": "deit_base_distilled_patch16_384.fb_in1k",
-    "avit3_small_patch16_224": "deit3_small_patch16_224.fb_in1k",
-    "avit3_small_patch16_384": "deit3_small_patch16_384.fb_in1k",
-    "avit3_medium_patch16_224": "deit3_medium_patch16_224.fb_in1k",
-    "avit3_base_patch16_224": "deit3_base_patch16_224.fb_in1k",
-    "avit3_base_patch16_384": "deit3_base_patch16_384.fb_in1k",
-}
-MICRO_CFG = _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", fixed_input_size=True)
-default_cfgs = generate_default_cfgs(
-    {"avit_micro_patch4_32": MICRO_CFG}
-    | {f"{name}.{source.replace('.', '_')}": _cfg(source) for name, source in SOURCES.items()}
-)
-
 TINY = {"embed_dim": 192, "num_heads": 3}
 SMALL = {"embed_dim": 384, "num_heads": 6}
 MEDIUM = {"embed_dim": 512, "num_heads": 8}
 BASE = {"embed_dim": 768, "num_heads": 12}
 DISTILLED = {"model_cls": AdaptiveVisionTransformerDistilled}
 DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
+# For images of 32 x 32 pixels or so; timm's default initialisation hardly trains at this width.
+MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "weight_init": "reset"}
+MICRO_CFG = _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", fixed_input_size=True)
+
+# Every model: whose weights it starts from, and its sizes.
+MODELS = {
+    "avit_micro_patch4_32": (None, MICRO),
+    "avit_tiny_patch16_224": ("deit_tiny_patch16_224.fb_in1k", TINY),
+    "avit_small_patch16_224": ("deit_small_patch16_224.fb_in1k", SMALL),
+    "avit_base_patch16_224": ("deit_base_patch16_224.fb_in1k", BASE),
+    "avit_base_patch16_384": ("deit_base_patch16_384.fb_in1k", BASE),
+    "avit_tiny_distilled_patch16_224": ("deit_tiny_distilled_patch16_224.fb_in1k", DISTILLED | TINY),
+    "avit_small_distilled_patch16_224": ("deit_small_distilled_patch16_224.fb_in1k", DISTILLED | SMALL),
+    "avit_base_distilled_patch16_224": ("deit_base_distilled_patch16_224.fb_in1k", DISTILLED | BASE),
+    "avit_base_distilled_patch16_384": ("deit_base_distilled_patch16_384.fb_in1k", DISTILLED | BASE),
+    "avit3_small_patch16_224": ("deit3_small_patch16_224.fb_in1k", DEIT3 | SMALL),
+    "avit3_small_patch16_384": ("deit3_small_patch16_384.fb_in1k", DEIT3 | SMALL),
+    "avit3_medium_patch16_224": ("deit3_medium_patch16_224.fb_in1k", DEIT3 | MEDIUM),
+    "avit3_base_patch16_224": ("deit3_base_patch16_224.fb_in1k", DEIT3 | BASE),
+    "avit3_base_patch16_384": ("deit3_base_patch16_384.fb_in1k", DEIT3 | BASE),
+}
+SOURCES = {name: source for name, (source, _) in MODELS.items() if source}
+default_cfgs = generate_default_cfgs(
+    {"avit_micro_patch4_32": MICRO_CFG}
+    | {f"{name}.{source.replace('.', '_')}": _cfg(source) for name, source in SOURCES.items()}
+)
 
 
-@register_model
-def avit_micro_patch4_32(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    """For images of 32 x 32 pixels or so; timm's default initialisation hardly trains at this width."""
-    args = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "weight_init": "reset"}
-    return _create_avit("avit_micro_patch4_32", pretrained, **{**args, **kwargs})
+def _register(name: str, sizes: dict) -> None:
+    """Makes the function of that name by which timm, and whoever imports it, creates the model."""
+
+    def create(pretrained: bool = False, **kwargs) -> AdaptiveTokens:
+        return _create_avit(name, pretrained, **{**sizes, **kwargs})
+
+    create.__name__ = create.__qualname__ = name
+    globals()[name] = register_model(create)
 
 
-@register_model
-def avit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit_tiny_patch16_224", pretrained, **{**TINY, **kwargs})
-
-
-@register_model
-def avit_small_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit_small_patch16_224", pretrained, **{**SMALL, **kwargs})
-
-
-@register_model
-def avit_base_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit_base_patch16_224", pretrained, **{**BASE, **kwargs})
-
-
-@register_model
-def avit_base_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit_base_patch16_384", pretrained, **{**BASE, **kwargs})
-
-
-@register_model
-def avit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_tiny_distilled_patch16_224", pretrained, **{**DISTILLED, **TINY, **kwargs})
-
-
-@register_model
-def avit_small_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_small_distilled_patch16_224", pretrained, **{**DISTILLED, **SMALL, **kwargs})
-
-
-@register_model
-def avit_base_distilled_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_base_distilled_patch16_224", pretrained, **{**DISTILLED, **BASE, **kwargs})
-
-
-@register_model
-def avit_base_distilled_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformerDistilled:
-    return _create_avit("avit_base_distilled_patch16_384", pretrained, **{**DISTILLED, **BASE, **kwargs})
-
-
-@register_model
-def avit3_small_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit3_small_patch16_224", pretrained, **{**SMALL, **DEIT3, **kwargs})
-
-
-@register_model
-def avit3_small_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit3_small_patch16_384", pretrained, **{**SMALL, **DEIT3, **kwargs})
-
-
-@register_model
-def avit3_medium_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit3_medium_patch16_224", pretrained, **{**MEDIUM, **DEIT3, **kwargs})
-
-
-@register_model
-def avit3_base_patch16_224(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit3_base_patch16_224", pretrained, **{**BASE, **DEIT3, **kwargs})
-
-
-@register_model
-def avit3_base_patch16_384(pretrained: bool = False, **kwargs) -> AdaptiveVisionTransformer:
-    return _create_avit("avit3_base_patch16_384", pretrained, **{**BASE, **DEIT3, **kwargs})
+for _name, (_, _sizes) in MODELS.items():
+    _register(_name, _sizes)
