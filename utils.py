@@ -66,8 +66,8 @@ def process_group(device_type: str | None, dist_url: str = "env://", size: int |
     Understands torchrun, torch.distributed.launch and srun. `size` and a `dist_url` of
     tcp://host:port are for processes started by hand, with RANK in their environment.
     """
+    _adopt_slurm()  # before the device, whose number follows from it
     device = _device(device_type)
-    _adopt_slurm()
     size = int(os.environ.get("WORLD_SIZE", size or 1))
     if size == 1:
         yield device

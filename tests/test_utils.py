@@ -47,6 +47,20 @@ def test_slurm_speaks_torchruns_language(monkeypatch):
     assert os.environ["MASTER_ADDR"] == "192.0.2.7"
 
 
+def test_each_slurm_task_takes_a_device_of_its_own(monkeypatch):
+    """With a faked CUDA of four devices; the process group fails, as there is no NCCL here."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for task in range(4):
+        slurm = {"SLURM_PROCID": str(4 + task), "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": str(task)}
+        monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in utils.LAUNCHER} | slurm)
+        with pytest.raises(utils.UserError, match="cannot meet"), utils.process_group("cuda", "nowhere://"):
+            pass
+    assert chosen == [0, 1, 2, 3]
+
+
 def test_a_task_outside_srun_is_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")  # sbatch's own shell
