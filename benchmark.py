@@ -83,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         with utils.process_group(args.device) as device:
-            utils.amp_dtype_name(args.amp, device)
             results = run(args, device)
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

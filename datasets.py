@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import math
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import extract_archive
 
 import utils
 from utils import LocalError, UserError, main_process_first
@@ -71,7 +70,7 @@ MAX_ASPECT_RATIO = 20  # a longer side than so many times the shorter one is cut
 
 
 class UnreadableImage(LocalError):
-    """A file that is no image, or a broken or monstrous one."""
+    """A file that is no image, a broken one, or one of too many pixels."""
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -201,20 +200,33 @@ def has_image_name(path: str | Path) -> bool:
     return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
+class FashionMNISTFiles(FashionMNIST):
+    """torchvision's, of a folder that itself holds the *-ubyte.gz files, as they are."""
+
+    def _check_exists(self) -> bool:
+        return True
+
+    def _load_data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        part = Path(self.root) / ("train" if self.train else "t10k")
+        return _read_idx(f"{part}-images-idx3-ubyte.gz", ndim=3), _read_idx(f"{part}-labels-idx1-ubyte.gz", ndim=1)
+
+
+def _read_idx(path: str, ndim: int) -> torch.Tensor:
+    """An IDX file of bytes (yann.lecun.com/exdb/mnist): big-endian magic, sizes, values."""
+    try:
+        data = gzip.decompress(Path(path).read_bytes())
+        magic, *shape = np.frombuffer(data, ">i4", count=1 + ndim).tolist()
+        if magic != 0x800 + ndim:
+            raise ValueError("wrong magic number")
+        return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8, offset=4 * (1 + ndim)).reshape(shape))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: not a Fashion-MNIST file: {error}") from error
+
+
 def _fashion_mnist(folder: Path, train: bool, transform) -> FashionMNIST:
-    """Of the four *-ubyte.gz files in the folder itself, or as torchvision lays them out there."""
-    files = sorted(folder.glob("*-ubyte.gz"))
-    if not files:
-        return _downloaded(FashionMNIST, folder, train, transform)
-    with tempfile.TemporaryDirectory() as root:  # torchvision reads everything at once
-        raw = Path(root, "FashionMNIST", "raw")
-        raw.mkdir(parents=True)
-        try:
-            for file in files:
-                extract_archive(str(file), str(raw))
-            return FashionMNIST(root, train, transform)
-        except (OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError, zlib.error) as error:
-            raise UserError(f"--data-path {folder}: no whole Fashion-MNIST in its *-ubyte.gz files: {error}") from error
+    if (folder / "t10k-images-idx3-ubyte.gz").exists():
+        return FashionMNISTFiles(str(folder), train, transform)
+    return _downloaded(FashionMNIST, folder, train, transform)
 
 
 def _downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
@@ -381,7 +393,7 @@ PLACED = {"DIGITS"}  # these place their object in the image themselves
 WITH_LIBRARY = {"DIGITS"}  # these need no folder
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """UserError for an unknown data set, or where the package that reads it is missing."""
     if "/" in name:
         return _check_reader(name)
@@ -422,7 +434,7 @@ def build_dataset(
     by default.
     UserError for a missing or empty folder, or another layout.
     """
-    _check_name(name)
+    check_name(name)
     transform = evaluation_transform(size)
     if train and augmentation is not None:
         try:

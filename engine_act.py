@@ -75,11 +75,11 @@ class Trainer:
         return total, parts, halting
 
     def update(self, step: str, losses: Sequence[dict[str, Tensor]] = (), stop: bool = False) -> Vote:
-        """One optimizer step with the gradients accumulated so far; the one wait for the device of a training step.
+        """One optimizer step with the gradients accumulated so far; its one wait for the device, but for zipping's.
 
         step: its name; losses: of each micro-batch, by name; stop: whether this process was asked to stop.
         FloatingPointError, in every process, where a loss or a gradient is not finite in any. With gradient scaling
-        such a step is skipped; it is an error after too many in a row.
+        such a step is skipped, and the scale is lowered where a gradient overflows; too many in a row are an error.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model_without_ddp.parameters() if p.grad is not None])
@@ -187,7 +187,7 @@ def _counters(group: dict) -> dict:
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """The mean is its own adjoint: forward and backward are the same all-reduce."""
+    """Forward and backward are the same all-reduce, as in torch.distributed.nn, which is deprecated since 2.14."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -247,7 +247,8 @@ def train_one_epoch(
     after_update: called after each optimizer step, when `epoch` is up to date, with whether any process was asked to
     stop; may raise to do so; stop: whether this process is asked.
     All random numbers of a step follow from its place in training. FloatingPointError, in every
-    process, where a loss or a gradient is not finite.
+    process, where a loss or a gradient is not finite; where gradient scaling skips such a step instead, one whose loss
+    is not finite in some process counts in no mean.
     """
     trainer.model.train()
     seconds_before, start = epoch.seconds, time.perf_counter()

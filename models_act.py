@@ -453,7 +453,7 @@ DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "weight_init": "reset"}
 MICRO_CFG = _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", fixed_input_size=True)
 
-# Every model: whose weights it starts from, and its sizes.
+# Every model: whose weights it starts from, and its sizes. Each becomes a function of this module.
 MODELS = {
     "avit_micro_patch4_32": (None, MICRO),
     "avit_tiny_patch16_224": ("deit_tiny_patch16_224.fb_in1k", TINY),
@@ -489,3 +489,4 @@ def _register(name: str, sizes: dict) -> None:
 
 for _name, (_, _sizes) in MODELS.items():
     _register(_name, _sizes)
+del _name, _sizes

@@ -224,10 +224,10 @@ def is_plain_tensor(value: object) -> bool:
     return is_plain and value.device.type == "cpu" and not value.is_complex()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all. LocalError, naming the path, where it cannot be written."""
+def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Whole or not at all, see `atomic_write`. LocalError, naming the path, where it cannot be written."""
     with writing(path):
-        atomic_write(path, lambda file: file.write(content), durable=False)
+        atomic_write(path, lambda file: file.write(content), durable)
 
 
 # Numbers and progress ----------------------------------------------------------------------------
@@ -308,20 +308,25 @@ def now(device: torch.device) -> float:
 def seconds_in_turn(
     calls: dict[str, Callable[[], None]], device: torch.device, rounds: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds that each call takes, once in every round, in turn, after a first round to warm up.
+    """Seconds that each call takes, once in every round, in turn, when all have been called once to warm up.
 
-    min_seconds: a call is repeated for as long as that, and the mean counts.
+    min_seconds: calls are repeated until the slowest takes that long, and their mean counts.
     """
-    seconds, repeats = {name: [] for name in calls}, 1
-    for number in range(-1, rounds):
+
+    def measure(call: Callable[[], None], repeats: int) -> float:
+        start = now(device)
+        for _ in range(repeats):
+            call()
+        return (now(device) - start) / repeats
+
+    for call in calls.values():
+        call()
+    slowest = max(measure(call, 1) for call in calls.values()) if min_seconds else math.inf
+    repeats = max(math.ceil(min_seconds / max(slowest, 1e-9)), 1)
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
         for name, call in calls.items():
-            start = now(device)
-            for _ in range(repeats):
-                call()
-            seconds[name].append((now(device) - start) / repeats)
-        if number == -1:
-            slowest = max(times.pop() for times in seconds.values())
-            repeats = max(math.ceil(min_seconds / max(slowest, 1e-9)), 1)
+            seconds[name].append(measure(call, repeats))
     return seconds
 
 

@@ -65,19 +65,23 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     from matplotlib import colormaps
 
     import utils
-    from training.checkpoints import Checkpoint
+    from datasets import check_name
+    from training.checkpoints import Checkpoint, check_model_name
 
     if args.cmap not in colormaps:
         raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.nearest(args.cmap, colormaps)}")
     args.amp = utils.amp_dtype_name(args.amp, device)
     args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
-    utils.prepare_output_dir(args.output_dir)
     if utils.world_size() > 1 and not args.summary:
         raise utils.UserError("only --summary is for several processes: start this without torchrun")
     if args.curves:
+        utils.prepare_output_dir(args.output_dir)
         return draw_curves([Path(run) for run in args.curves], Path(args.output_dir))
+    check_name(args.data_set)
     checkpoint = Checkpoint.load(args.finetune)
     args.model = args.model or checkpoint.model_name()
+    check_model_name(args.model)
+    utils.prepare_output_dir(args.output_dir)
     return (draw_summary if args.summary else draw_images)(args, checkpoint, device)
 
 
@@ -92,7 +96,7 @@ def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.
         utils.warn(problem)
     if not files:
         raise utils.UserError(f"no image found: {'; '.join(problems)}")
-    classes = checkpoint.class_names()
+    classes = checkpoint.names_by_class()
     names = class_names(list(classes), None, args.class_index) if args.class_index else list(classes.values())
     drawing = make_drawing(args, checkpoint, names, device)
     drawn = draw_files(drawing, files, list(classes), args.batch_size, args.animation)

@@ -96,12 +96,18 @@ def test_fashion_mnist_from_its_four_files(tmp_path):
     assert target == val.targets[1]
 
 
+def test_the_test_images_of_fashion_mnist_need_no_others(tmp_path):
+    for file in make_fashion(tmp_path, train=6, test=4).glob("train-*"):
+        file.unlink()
+    assert len(build_dataset("FMNIST", str(tmp_path), False, (28, 28))) == 4
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))], ids=["empty", "no gzip", "labels"]
 )
 def test_broken_fashion_mnist_file(tmp_path, content):
     (make_fashion(tmp_path, train=6, test=4) / "t10k-images-idx3-ubyte.gz").write_bytes(content)
-    with pytest.raises(UserError, match="no whole Fashion-MNIST"):
+    with pytest.raises(UserError, match="not a Fashion-MNIST file"):
         build_dataset("FMNIST", str(tmp_path), False, (28, 28))
 
 

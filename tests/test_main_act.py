@@ -311,10 +311,10 @@ def test_help_names_every_flag(capsys):
 
 def test_flags_from_a_file(tmp_path):
     (tmp_path / "a.args").write_text(
-        "# a recipe\n--batch_size 7  # of them\n\n--output-dir 'a b'\n--opt_betas 0.8 0.9\n"
+        "# a recipe\n--batch_size 7  # of them\n\n--output-dir 'a b#1'\n--opt_betas 0.8 0.9\n"
     )
     args = arguments.parse_args(["--lr", "0.1", f"@{tmp_path / 'a.args'}", "--batch-size", "8"])
-    assert (args.lr, args.batch_size, args.output_dir, args.opt_betas) == (0.1, 8, "a b", [0.8, 0.9])
+    assert (args.lr, args.batch_size, args.output_dir, args.opt_betas) == (0.1, 8, "a b#1", [0.8, 0.9])
 
 
 @pytest.mark.parametrize("content", [None, b"--no-such-flag\n", b"@a.args\n", b"--lr 'x\n", b"\xff\xfe"])

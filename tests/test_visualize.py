@@ -230,4 +230,4 @@ def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
     histogram = events.Histograms("test/depth")[-1].histogram_value
     assert histogram.sum == pytest.approx(last["test_depth_mean"])
     assert sum(histogram.bucket) == pytest.approx(1)
-    assert list(Checkpoint.load(str(out / "checkpoint.pth")).class_names()) == ["class_0", "class_1", "class_2"]
+    assert list(Checkpoint.load(str(out / "checkpoint.pth")).names_by_class()) == ["class_0", "class_1", "class_2"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -22,14 +23,18 @@ GATE_DEFAULTS = {"gate_scale": 10.0, "gate_center": 30.0}
 class Parser(argparse.ArgumentParser):
     """Every flag with dashes or underscores, no abbreviations, errors in one line with status 2.
 
-    @FILE stands for the flags in a file, one or more a line; # begins a comment.
+    fromfile_prefix_chars="@": @FILE stands for the flags in a file, one or more a line; # begins a comment.
     """
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=_Formatter, fromfile_prefix_chars="@", **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        files = [arg for arg in args if self.fromfile_prefix_chars and arg.startswith("@")]
+        missing = [file for file in files if not os.path.isfile(file[1:])]
+        if missing:
+            self.error(f"{missing[0]}: no such file of flags")
         try:
             return super().parse_args([_with_dashes(arg) for arg in args], namespace)
         except UnicodeDecodeError as error:
@@ -38,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """What a line of a file of flags says. Such a file names no other."""
         try:
-            args = shlex.split(arg_line, comments=True)
+            args = shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
         except ValueError as error:
             self.error(f"a line of a file of flags: {error}: {arg_line}")
         if any(arg.startswith("@") for arg in args):
@@ -107,6 +112,7 @@ def make_parser() -> Parser:
     groups += (network_flags, _avit, gallery_flags, _demo, _ignored)
     return Parser(
         prog="main_act.py",
+        fromfile_prefix_chars="@",
         description="Train, evaluate or look at A-ViT: adaptive tokens for vision transformers.",
         parents=[group() for group in groups],
     )
@@ -230,6 +236,7 @@ def network_flags() -> Parser:
     add("--amp", choices=("none", "fp16", "bf16"), help="mixed precision (default: fp16 on cuda, none on cpu)")
     add("--world-size", type=at_least_one, metavar="N", help="processes, where the launcher does not say")
     add("--dist-url", default="env://", metavar="URL", help="how processes meet")
+    add = parser.add_argument_group("model").add_argument
     add("--use-ema", action="store_true", help="load model_ema instead of model from a checkpoint")
     add = parser.add_argument_group("A-ViT").add_argument
     gate = "in h = sigmoid(scale * x - center) (default: the checkpoint's, or {:g})"

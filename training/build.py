@@ -1,4 +1,4 @@
-"""What a command is made of: data, model, losses, optimizer and schedule, from the flags of arguments.py."""
+"""From the flags to objects: data, model, losses, optimizer and schedule."""
 
 from __future__ import annotations
 

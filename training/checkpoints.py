@@ -34,15 +34,16 @@ PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
 
 
 class Checkpoint:
-    """A checkpoint of ours, of the original, of timm or DeiT, or weights alone; nothing else knows its keys.
+    """A checkpoint of ours, of the original, of timm or DeiT, or weights alone: what it tells of its network.
 
     location: path or https URL; flag: of the command line that named it, for `--resume` and its like.
 
-    What ours hold, and who writes and reads it (of others, only the first two and `args` are read):
+    What ours hold (of others, only the first two and `args` are read):
     model, model_ema: the weights, and their average or None;
     gate: gate_scale, gate_center and halt_eps, None of a static network;
     classes: their names; args: the flags of the run, by name;
-    model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
+    and for going on, what each part of a run keeps up in its own `state_dict` and `load_state_dict`:
+    model, model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
     epoch, batches, seconds, averages: `engine_act.Epoch`;
     bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
     best_acc1, previous_test, processes: `training.loop.TrainingRun`.
@@ -110,7 +111,7 @@ class Checkpoint:
             raise UserError(f"{self.location}: fits none of our models, which are {', '.join(known)}")
         return fitting[0]
 
-    def class_names(self) -> dict[str, str]:
+    def names_by_class(self) -> dict[str, str]:
         """The classes that it knows, in order, each with a name to show: its own, or ImageNet's, or numbers.
 
         UserError without a head.
@@ -158,7 +159,7 @@ class Checkpoint:
         name = name or self.model_name()
         gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources())
         img_size = img_size or self.image_size() or default_image_size(name)
-        num_classes = num_classes or len(self.class_names())
+        num_classes = num_classes or len(self.names_by_class())
         model = create_model(name, img_size, num_classes=num_classes, **gate, **options)
         load_weights(model, self.state_dict(use_ema), self.location, replace_head, self.image_size())
         return model

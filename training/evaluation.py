@@ -87,8 +87,8 @@ def save(result: dict, predictions: bytes, output_dir: Path | None) -> None:
     """eval.json and predictions.csv, by the main process, where there is a folder. UserError if it cannot."""
     if output_dir is None or not utils.is_main():
         return
-    utils.write_bytes(output_dir / "predictions.csv", predictions)
-    utils.write_bytes(output_dir / "eval.json", (json.dumps(result, indent=2) + "\n").encode())
+    utils.write_bytes(output_dir / "predictions.csv", predictions, durable=True)
+    utils.write_bytes(output_dir / "eval.json", (json.dumps(result, indent=2) + "\n").encode(), durable=True)
 
 
 def report(result: dict) -> None:

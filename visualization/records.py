@@ -117,10 +117,13 @@ class Selection:
 
     def add(self, records: Iterable[ImageRecord]) -> None:
         for record in records:
-            if self.measure(record) is not None:
-                own = replace(record, pixels=record.pixels.copy())  # not the whole batch's
-                kept = sorted([*self.kept.get(record.target, ()), own], key=self._order)
-                self.kept[record.target] = kept[: self.per_class]
+            kept = self.kept.setdefault(record.target, [])
+            is_full = len(kept) == self.per_class
+            if self.measure(record) is None or (is_full and self._order(record) > self._order(kept[-1])):
+                continue
+            kept.append(replace(record, pixels=record.pixels.copy()))  # not the whole batch's
+            kept.sort(key=self._order)
+            del kept[self.per_class :]
 
     def _order(self, record: ImageRecord) -> tuple[float, int]:
         return -self.measure(record), record.index

@@ -13,6 +13,7 @@ import argparse
 import gzip
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import statistics
@@ -72,7 +73,10 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
         found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv")[1])
     text = json.dumps(found, indent=1) + "\n"
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text)
+    with partial.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     partial.rename(file)
 
 

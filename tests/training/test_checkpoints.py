@@ -211,7 +211,7 @@ def test_what_our_checkpoints_record(tmp_path):
     checkpoint = Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, **entries)))
     assert checkpoint.model_name() == "avit_micro_patch4_32"
     assert checkpoint.image_size() == (16, 40)
-    assert checkpoint.class_names() == {"a": "a", "b": "b", "c": "c"}
+    assert checkpoint.names_by_class() == {"a": "a", "b": "b", "c": "c"}
     assert not checkpoint.is_static
     assert Checkpoint(checkpoint.content | {"gate": None}, "c").is_static
 
@@ -231,15 +231,15 @@ def test_what_cannot_be_trusted_is_found_out(tmp_path, entries):
     checkpoint = Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, **entries)))
     assert checkpoint.model_name() == "avit_micro_patch4_32"
     assert checkpoint.image_size() is None
-    assert list(checkpoint.class_names()) == ["class 0", "class 1", "class 2"]
+    assert list(checkpoint.names_by_class()) == ["class 0", "class 1", "class 2"]
 
 
 def test_the_published_checkpoints_model_and_classes():
     weights = timm.create_model("avit_tiny_patch16_224").state_dict()
     checkpoint = Checkpoint({"model": weights, "args": argparse.Namespace(model="avit_tiny")}, "tiny-10-30.pth")
     assert checkpoint.model_name() == "avit_tiny_patch16_224"
-    assert checkpoint.class_names()["n01443537"].startswith("goldfish")
-    assert len(checkpoint.class_names()) == 1000
+    assert checkpoint.names_by_class()["n01443537"].startswith("goldfish")
+    assert len(checkpoint.names_by_class()) == 1000
 
 
 def test_weights_of_no_model_of_ours():
@@ -256,4 +256,4 @@ def test_weights_without_a_head(tmp_path, head):
     del checkpoint["model"]["head.weight"]
     checkpoint["model"] |= {} if head is None else {"head.weight": head}
     with pytest.raises(UserError, match="have no head"):
-        Checkpoint(checkpoint, str(path)).class_names()
+        Checkpoint(checkpoint, str(path)).names_by_class()
