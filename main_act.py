@@ -61,27 +61,15 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 
     # losses, optimizer, schedule
     trainer = build.build_trainer(args, model, num_classes, device)
-    train_loader = training_loader(
-        train_images,
-        args.batch_size,
-        seed=args.seed,
-        repeated_aug=args.repeated_aug,
-        max_bad_images=args.max_bad_images,
-        **loading,
-    )
+    order = {"seed": args.seed, "repeated_aug": args.repeated_aug, "max_bad_images": args.max_bad_images}
+    train_loader = training_loader(train_images, args.batch_size, **order, **loading)
     test_loader = evaluation_loader(test_images, args.batch_size, **loading)
     updates = loop.updates_per_epoch(train_loader, args.accum_steps)
     schedule = build.build_schedule(args, trainer.optimizer, updates)
 
     # loop
-    options = loop.RunOptions(
-        epochs=args.epochs,
-        output_dir=Path(args.output_dir) if args.output_dir else None,
-        tensorboard=args.tensorboard,
-        checkpoint_steps=args.checkpoint_steps,
-        keep=args.keep,
-        flags=dict(vars(args)),
-    )
+    output_dir = Path(args.output_dir) if args.output_dir else None
+    options = loop.RunOptions(args.epochs, output_dir, args.tensorboard, args.checkpoint_steps, args.keep, vars(args))
     training_run = loop.TrainingRun(trainer, schedule, train_loader, test_loader, options)
     if start is not None and start.flag == "resume":
         training_run.load_state_dict(start)

@@ -235,7 +235,7 @@ class TrainingRun:
             "processes": utils.world_size(),
             "gate": gate if model.halting else None,
             "classes": self.classes,
-            "args": self.options.flags,
+            "args": dict(self.options.flags),
         }
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
