@@ -21,7 +21,7 @@ STATIC=$HERE/avit_micro_fmnist_static.pth ADAPTIVE=$HERE/avit_micro_fmnist.pth
 
 # The recipe. All of it was chosen on 5,000 held-out training images, the test set of the folders `full` and `subset`.
 STATIC_EPOCHS=${STATIC_EPOCHS:-4} TUNING_EPOCHS=${TUNING_EPOCHS:-6} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
-SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-3} SEEDS=${SEEDS:-0 1 2}
+SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-3} SEEDS=${SEEDS:-0 1 2} ROUNDS=${ROUNDS:-31}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
 RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug"
 FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0
@@ -167,7 +167,7 @@ once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the 
 }
 HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
-  --batch-size 64 256 1024 --runs 31 --finetune $ADAPTIVE --json $OUT/benchmark.json
+  --batch-size 64 256 1024 --runs "$ROUNDS" --finetune $ADAPTIVE --json $OUT/benchmark.json
 once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
   $(for setting in $SEARCH; do echo "$RUNS/search_${setting//:/_}"; done) --output-dir $OUT/search
 once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \

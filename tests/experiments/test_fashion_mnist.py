@@ -208,6 +208,7 @@ def test_a_stage_that_fails_ends_the_chain(tmp_path):
 def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     setting = "10:10:0.005"  # some tokens halt by chance, after so few steps too
     short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SCRATCH_EPOCHS": "1", "SEEDS": "0"}
+    short["ROUNDS"] = "1"  # of the benchmark
     repository, run = chain(tmp_path, 600, **short, CHOSEN=setting, SEARCH=setting)
     first = run()
     assert first.returncode == 0, first.stderr
