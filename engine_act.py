@@ -210,24 +210,45 @@ MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
 
 @dataclass
 class Epoch:
-    """How far an epoch has come: batches done, in how many seconds, and what has been averaged over them."""
+    """How far an epoch has come: batches done, in how many seconds, and what has been averaged over them.
+
+    waiting_seconds: of the seconds, those in which this process waited for its loader.
+    """
 
     number: int
     batches: int = 0
     seconds: float = 0.0
+    waiting_seconds: float = 0.0
     averages: MetricAverages = field(default_factory=MetricAverages)
+
+    @property
+    def own_data_wait(self) -> float:
+        """Share of the seconds so far in which this process waited for its loader."""
+        return self.waiting_seconds / max(self.seconds, 1e-9)
+
+    def data_wait(self) -> float:
+        """That of the process that has waited most; every process must call it.
+
+        The others lose as much: they wait for it in the all-reduce of the gradients. Where now one process is late and
+        now another, more is lost than this share.
+        """
+        return max(utils.all_gather_objects(self.own_data_wait))
 
     def state_dict(self) -> dict:
         """The entries of a checkpoint that this keeps up; every process must call it."""
         state = {"epoch": self.number - 1, "batches": self.batches, "seconds": self.seconds}  # the last that is done
-        return state | {"averages": self.averages.state_dict()}
+        return state | {"data_wait": self.data_wait(), "averages": self.averages.state_dict()}
 
     def load_state_dict(self, checkpoint: dict) -> None:
         """KeyError, ValueError or the like where it does not fit."""
         number, batches, seconds = int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), checkpoint["seconds"]
         if not (0 <= number <= MAX_EPOCHS and 0 <= batches <= MAX_BATCHES and 0 <= seconds < math.inf):
             raise ValueError(f"epoch {number}, batch {batches}, {seconds} s")
+        data_wait = float(checkpoint.get("data_wait", 0))  # older ones do not tell
+        if not 0 <= data_wait <= 1:
+            raise ValueError(f"data_wait is {data_wait}")
         self.number, self.batches, self.seconds = number, batches, float(seconds)
+        self.waiting_seconds = data_wait * self.seconds
         if utils.is_main():
             self.averages.load_state_dict(checkpoint["averages"])
             if batches and self.averages.sums["loss"].ndim:
@@ -243,6 +264,8 @@ def train_one_epoch(
 ) -> dict[str, float | list[float]]:
     """Trains on the batches of the loader, the rest of the epoch; returns means over the whole of it, by name.
 
+    Beside them `seconds`, and `data_wait`, the share of these that was spent waiting for the loader, see `Epoch`.
+
     loader: yields images [B, 3, H, W] and targets [B], and what else it likes;
     after_update: called after each optimizer step, when `epoch` is up to date, with whether any process was asked to
     stop; may raise to do so; stop: whether this process is asked.
@@ -251,7 +274,8 @@ def train_one_epoch(
     is not finite in some process counts in no mean.
     """
     trainer.model.train()
-    seconds_before, start = epoch.seconds, time.perf_counter()
+    seconds_before, waiting_before, start = epoch.seconds, epoch.waiting_seconds, time.perf_counter()
+    loader = utils.Awaited(loader)
     batches = iter(utils.with_progress(loader, f"Epoch {epoch.number}", _progress(trainer, epoch), done=epoch.batches))
     while group := list(islice(batches, trainer.accum_steps)):
         utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
@@ -269,10 +293,11 @@ def train_one_epoch(
                 epoch.averages.add(count, loss=parts.pop("loss"), **parts, **halting)
         epoch.batches += len(group)
         epoch.seconds = seconds_before + time.perf_counter() - start
+        epoch.waiting_seconds = waiting_before + loader.seconds
         after_update(vote.stop)
     _, means = epoch.averages.reduced()
     skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
-    rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds}
+    rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds, "data_wait": epoch.data_wait()}
     return {**means, **skipped, **rate}
 
 
@@ -291,7 +316,7 @@ def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
         if trainer.scaler.is_enabled():
             shown["skipped"] = str(trainer.skipped_steps)
         rate = (averages.weight - weight_before) / (time.perf_counter() - start)
-        return {**shown, "images/s": f"{rate * utils.world_size():.0f}"}
+        return {**shown, "data_wait": f"{epoch.own_data_wait:.0%}", "images/s": f"{rate * utils.world_size():.0f}"}
 
     return metrics
 

@@ -343,6 +343,23 @@ def warn(message: str, everywhere: bool = False) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
+class Awaited:
+    """The batches of a loader; `seconds`: how long they have been waited for, the start of its workers included."""
+
+    def __init__(self, loader: Iterable):
+        self.loader, self.seconds = loader, 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        start = time.perf_counter()
+        for batch in self.loader:
+            self.seconds += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+
+
 def with_progress(
     batches, title: str, describe: Callable[[], dict[str, str]], every: int = 50, done: int = 0
 ) -> Iterator:

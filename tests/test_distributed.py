@@ -163,9 +163,13 @@ def test_two_nodes(tmp_path):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def one_step(model, batch):
+def make_trainer(model):
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.1, 0.1)
-    trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu"))
+    return Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu"))
+
+
+def one_step(model, batch):
+    trainer = make_trainer(model)
     train_one_epoch(trainer, [batch], Epoch(0))
     return trainer.model_without_ddp.state_dict()
 
@@ -184,6 +188,20 @@ def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
     together = torch.load(tmp_path / "state.pth")
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _epoch_with_one_slow_loader(rank, path):
+    epoch = Epoch(0, seconds=1000.0, waiting_seconds=900.0 * rank)
+    trainer = make_trainer(DistributedDataParallel(halting_model()))
+    means = train_one_epoch(trainer, [(images(4), torch.arange(4))], epoch)
+    torch.save([means["data_wait"], epoch.state_dict()["data_wait"]], path / str(rank))
+
+
+def test_the_slowest_loader_is_told(tmp_path):
+    """By every process: it is what holds them up."""
+    in_processes(_epoch_with_one_slow_loader, tmp_path)
+    for rank in "01":
+        assert torch.load(tmp_path / rank) == pytest.approx([0.9, 0.9], abs=0.05)
 
 
 def _labels_of_a_share(rank, root, path):

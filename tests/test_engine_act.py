@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
+import utils
 from engine_act import Epoch, Trainer, evaluate, train_one_epoch
 from models_act import macs_per_image
 from utils import UserError
@@ -82,6 +84,59 @@ def test_training_lowers_the_loss_and_reports_its_parts():
 def test_the_seconds_of_an_epoch_are_those_of_all_attempts():
     result = train_one_epoch(make_trainer(), loader(), Epoch(0, seconds=1000.0))
     assert 1000 < result["seconds"] < 1100
+
+
+class Clock:
+    """Stands still but where it is told to go on."""
+
+    seconds = 0.0
+
+    def go_on(self, seconds):
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("time.perf_counter", lambda: clock.seconds)
+    return clock
+
+
+class SlowLoader(list):
+    """Its workers take 4 s to start, and each batch takes 1 s."""
+
+    def __init__(self, clock, batches):
+        super().__init__(batches)
+        self.clock = clock
+
+    def __iter__(self):
+        self.clock.go_on(4)
+        for batch in super().__iter__():
+            self.clock.go_on(1)
+            yield batch
+
+
+def test_waiting_for_the_loader_is_told_from_training(clock, monkeypatch, capsys):
+    """A step takes 2 s, and the line of progress after it another 10, in which nobody waits for the loader."""
+    monkeypatch.setattr(utils, "with_progress", partial(utils.with_progress, every=1))
+    monkeypatch.setattr(utils.MetricAverages, "local", lambda averages: clock.go_on(10) or {})
+    trainer = make_trainer()
+    micro_batch = trainer.micro_batch
+    trainer.micro_batch = lambda *batch: clock.go_on(2) or micro_batch(*batch)
+    batches = SlowLoader(clock, [(images(2), torch.arange(2))] * 3)
+    result = train_one_epoch(trainer, batches, Epoch(0))
+    shown = [line.partition("data_wait ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown == [f"{share:.0%}" for share in (5 / 7, 6 / 20, 7 / 33)]
+    assert result["data_wait"] == pytest.approx(7 / 33)
+    resumed = train_one_epoch(trainer, batches, Epoch(0, seconds=67.0, waiting_seconds=43.0))
+    assert resumed["data_wait"] == pytest.approx(50 / 100), "an attempt before counts as well"
+
+
+def test_the_time_of_an_epoch_is_kept_in_its_state():
+    epoch, resumed = Epoch(3, 5, seconds=100.0, waiting_seconds=25.0), Epoch(0)
+    epoch.averages.add(1, loss=torch.tensor(1.0))
+    resumed.load_state_dict(epoch.state_dict())
+    assert (resumed.seconds, resumed.waiting_seconds) == (100.0, 25.0)
 
 
 def test_accumulation_equals_one_large_batch():

@@ -38,7 +38,7 @@ def trained(image_folder, tmp_path):
 POINTS = """
 train/loss train/lr train/cnt_token_mean train/cnt_token_max train/cnt_token_min train/ponder_loss_token
 train/distr_prior_loss train/expected_depth_ratio test/acc_top1 test/acc_top5 test/loss train/live_share/block_01
-train/layer_scores/block_12 train/class_token_depth train/classification_loss
+train/layer_scores/block_12 train/class_token_depth train/classification_loss train/data_wait
 """
 
 
@@ -52,6 +52,7 @@ def test_train_evaluate_resume_demo(trained, tmp_path, capsys):
     (line,) = log_of(out)
     expected = {"epoch", "n_parameters", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"}
     assert expected | {"test_depth_mean", "test_ema_acc1", "train_ponder_loss_token"} <= line.keys()
+    assert 0 < line["train_data_wait"] < 1
     assert set(POINTS.split()) <= set(EventAccumulator(str(out)).Reload().Tags()["scalars"])
 
     run("--data-path", data, "--output_dir", out, "--epochs", 3, "--resume", out / "checkpoint.pth")

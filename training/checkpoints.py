@@ -44,7 +44,7 @@ class Checkpoint:
     classes: their names; args: the flags of the run, by name;
     and for going on, what each part of a run keeps up in its own `state_dict` and `load_state_dict`:
     model, model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
-    epoch, batches, seconds, averages: `engine_act.Epoch`;
+    epoch, batches, seconds, data_wait, averages: `engine_act.Epoch`;
     bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
     best_acc1, previous_test, processes: `training.loop.TrainingRun`.
     """

@@ -98,10 +98,10 @@ def set_trap(place: str, arrival: int) -> None:
 def outcome(out: Path) -> dict:
     """Everything that a run leaves, but for what measures time."""
     checkpoint = checkpoints.load_checkpoint(str(out / "checkpoint.pth"))
-    checkpoint.pop("args")
-    checkpoint.pop("seconds")
+    for name in ("args", "seconds", "data_wait"):
+        checkpoint.pop(name)
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-    timings = {"train_seconds", "test_images_per_s", "saving_seconds"}
+    timings = {"train_seconds", "train_data_wait", "test_images_per_s", "saving_seconds"}
     log = [{key: value for key, value in line.items() if key not in timings} for line in log]
     events = EventAccumulator(str(out), size_guidance={"images": 0, "histograms": 0}).Reload()
     kinds = {
@@ -114,7 +114,8 @@ def outcome(out: Path) -> dict:
         for kind, (read, value) in kinds.items()
         for tag in events.Tags()[kind]
     }
-    points.pop("train/seconds")
+    for tag in ("train/seconds", "train/data_wait"):
+        points.pop(tag)
     files = sorted(p.name for p in out.iterdir() if "events" not in p.name and not p.name.endswith(".partial"))
     best = checkpoints.load_checkpoint(str(out / "best.pth"))["model"]
     return {"checkpoint": checkpoint, "log": log, "points": points, "files": files, "best": best}

@@ -45,7 +45,7 @@ def test_interrupted_after_any_update(tmp_path, accum_steps):
         resumed.load_state_dict(checkpoint)
         resumed.train()
         expected, actual = (load_checkpoint(str(f / "checkpoint.pth")) for f in (whole, folder))
-        for part in expected.keys() - {"seconds"}:
+        for part in expected.keys() - {"seconds", "data_wait"}:
             assert same(actual[part], expected[part]), (moment, part)
         logs = [[json.loads(line) for line in (f / "log.txt").read_text().splitlines()] for f in (whole, folder)]
         assert [line["epoch"] for line in logs[1]] == [0, 1]
@@ -206,6 +206,9 @@ def saved(tmp_path_factory):
         lambda c: c.update(best_acc1=float("nan")),
         lambda c: c.update(epoch=10**30),
         lambda c: c.update(batches=-1),
+        lambda c: c.update(data_wait=1.5),
+        lambda c: c.update(data_wait=float("nan")),
+        lambda c: c.update(data_wait="long"),
         lambda c: c.update(batches=1, averages={"weight": 1, "sums": {"loss": torch.ones(3)}}),
         lambda c: c.update(batches=1, averages={"weight": 1, "sums": {}}),
     ],
@@ -215,6 +218,15 @@ def test_training_state_that_does_not_fit_is_refused(saved, change):
     change(checkpoint)
     with pytest.raises(UserError, match=r"^--resume c\.pth: no training state that fits"):
         make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
+
+
+def test_a_checkpoint_that_does_not_tell_of_waiting_is_resumed(saved):
+    checkpoint = torch.load(io.BytesIO(saved))
+    del checkpoint["data_wait"]
+    run = make_run()
+    run.load_state_dict(Checkpoint(checkpoint, "c.pth"))
+    assert run.epoch.number == 1
+    assert run.epoch.data_wait() == 0
 
 
 def test_the_script_sees_a_difference(tmp_path):
