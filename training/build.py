@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
@@ -172,8 +173,9 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, 
     mixup = build_mixup(args, num_classes)
     teacher = build_teacher(args, model, num_classes)
     ema_device = "cpu" if args.model_ema_force_cpu else None
+    ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)  # no second copy of the gradients
     return Trainer(
-        model=nn.parallel.DistributedDataParallel(model) if utils.world_size() > 1 else model,
+        model=ddp(model) if utils.world_size() > 1 else model,
         criterion=build_criterion(args, model, mixup is not None).to(device),
         optimizer=build_optimizer(args, model),
         device=device,
