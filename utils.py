@@ -67,8 +67,8 @@ def process_group(device_type: str | None, dist_url: str = "env://", size: int |
     tcp://host:port are for processes started by hand, with RANK in their environment.
     """
     _adopt_slurm()  # before the device, whose number follows from it
-    device = _device(device_type)
     size = int(os.environ.get("WORLD_SIZE", size or 1))
+    device = _device(device_type, size)
     if size == 1:
         yield device
         return
@@ -76,11 +76,12 @@ def process_group(device_type: str | None, dist_url: str = "env://", size: int |
         raise UserError(f"--world_size {size}: start the processes with torchrun, or set RANK for each")
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = {"world_size": size, "rank": int(os.environ["RANK"]), "timeout": PROCESS_TIMEOUT}
+    bound = {"device_id": device} if backend == "nccl" else {}  # NCCL would guess it from the rank
     try:
         store, *_ = next(dist.rendezvous(dist_url, **options))
         # torchrun's store outlives the processes that it brings back, and so would the addresses in it
         attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, **options)
+        dist.init_process_group(backend, store=attempt, **options, **bound)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot meet at {dist_url}: {error}") from error
     yield device
@@ -97,7 +98,7 @@ def _adopt_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
-def _device(device_type: str | None) -> torch.device:
+def _device(device_type: str | None, processes: int) -> torch.device:
     try:
         device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -108,6 +109,9 @@ def _device(device_type: str | None) -> torch.device:
         raise UserError(f"--device {device_type}: expected cuda or cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+    if device.index is not None and processes > 1:
+        each = f"each of the {processes} processes takes a device of its own"
+        raise UserError(f"--device {device_type}: {each}; give --device cuda")
     count = torch.cuda.device_count()
     index = local_rank() if device.index is None else device.index
     index = 0 if count == 1 and device.index is None and "SLURM_PROCID" in os.environ else index  # one each
