@@ -50,12 +50,14 @@ def test_slurm_speaks_torchruns_language(monkeypatch):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Fakes CUDA with four devices; those that are chosen."""
-    chosen = []
+    """Fakes CUDA with four devices; those that are chosen. What is switched on for CUDA is restored."""
+    chosen, precision = [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    return chosen
+    yield chosen
+    torch.set_float32_matmul_precision(precision)
 
 
 def test_each_slurm_task_takes_a_device_of_its_own(monkeypatch, chosen):
@@ -81,6 +83,24 @@ def test_cuda_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(utils.UserError, match="--device cuda: no CUDA device"), utils.process_group("cuda"):
         pass
+
+
+def switches():
+    return (
+        torch.backends.cudnn.benchmark,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,  # of convolutions
+    )
+
+
+def test_cuda_multiplies_in_tf32_and_tries_its_convolutions(chosen, recwarn):
+    before = switches()
+    with utils.process_group("cpu"):
+        assert switches() == before == (False, "highest", True)
+    with utils.process_group("cuda") as device:
+        assert device == torch.device("cuda", 0)
+        assert switches() == (True, "high", True)
+    assert not recwarn.list
 
 
 def test_one_process_takes_the_device_that_is_named(chosen):
