@@ -12,11 +12,14 @@ have timm's names, so DeiT's load as they are.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+import torch.nn.functional as F
+from timm.layers import Attention, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
 from timm.models import (
     VisionTransformer,
     VisionTransformerDistilled,
@@ -29,8 +32,10 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
-from zipping import MaskedTokens, ZippedTokens
+from zipping import DeviceTokens, HostTokens, MaskedTokens, can_pack, pack
 
 __all__ = [
     "AdaptiveTokens",
@@ -60,48 +65,75 @@ class Halting(NamedTuple):
 class HaltingStep(NamedTuple):
     """One block's halting arithmetic, a value per token: see `halting_step`."""
 
-    score: Tensor
-    probability: Tensor
     cumulative: Tensor
-    continues: Tensor
+    score: Tensor
+    before: Tensor
+    halts: Tensor
+
+    @property
+    def probability(self) -> Tensor:
+        """p_l (Eq. 8): the remainder where the token halts."""
+        return torch.where(self.halts, 1 - self.before, self.score)
 
 
-def halting_step(
-    x: Tensor, cumulative: Tensor, *, gate_scale: float, gate_center: float, halt_eps: float, last: bool
-) -> HaltingStep:
+class Gate(NamedTuple):
+    """What a halting score follows from, as tensors of no dimension: a number would be made one in every block."""
+
+    scale: float
+    minus_center: Tensor
+    limit: Tensor  # 1 - halt_eps
+
+    @classmethod
+    def of(cls, scale: float, center: float, halt_eps: float, device: torch.device) -> Gate:
+        return cls(scale, torch.full((), -center, device=device), torch.full((), 1 - halt_eps, device=device))
+
+
+def halting_step(x: Tensor, before: Tensor, gate: Gate, last: bool) -> HaltingStep:
     """The halting arithmetic after one block, for live tokens (Eq. 4 to 8 of the paper).
 
-    x: [..., C], the block's output; cumulative: [...] float32, the sum of the token's earlier
-    scores. Returns, each [...]: `score`, h_l in float32; `probability`, p_l; `cumulative`, with
-    this block's score (1 in the last block); `continues`, bool, False where that reaches
-    1 - halt_eps: the token halts.
+    x: [..., C], the block's output; before: [...] float32, the sum of the token's earlier scores.
+    Returns, each [...]: `score`, h_l in float32; `before`; `cumulative`, c_l, the sum of both; `halts`,
+    bool, True where that reaches 1 - halt_eps, and everywhere in the last block. A score that is not a
+    number halts no token: it goes on, and the logits show it.
     """
-    score = torch.sigmoid(gate_scale * x[..., 0].float() - gate_center)
-    now = cumulative + (torch.ones_like(score) if last else score)
-    continues = now < 1 - halt_eps
-    return HaltingStep(score, torch.where(continues, score, 1 - cumulative), now, continues)
+    score = torch.sigmoid(torch.add(gate.minus_center, x[..., 0].float(), alpha=gate.scale))
+    cumulative = before + score
+    halts = cumulative >= gate.limit
+    return HaltingStep(cumulative, score, before, torch.ones_like(halts) if last else halts)
 
 
-class _HaltingTrace:
-    """Collects, block by block, what `Halting` reports."""
+class _Trace:
+    """Collects what the blocks do to the tokens; what is reported of all of them is put together at the end."""
 
-    def __init__(self, tokens: MaskedTokens | ZippedTokens, num_prefix_tokens: int, num_blocks: int):
-        self.num_prefix_tokens = num_prefix_tokens
-        self.num_blocks = num_blocks
-        self.depth = torch.zeros(tokens.live.shape, device=tokens.live.device)
-        self.score_before_halting = torch.zeros_like(self.depth)  # h_1 + ... + h_{depth-1}
-        self.layer_scores: list[Tensor] = []
+    def __init__(self):
+        self.stores: list[MaskedTokens | HostTokens | DeviceTokens] = []
+        self.steps: list[HaltingStep] = []
+        self.prefix_states: list[Tensor] = []  # [B, P, C] after each block, anything where a token has left
 
-    def add(self, tokens: MaskedTokens | ZippedTokens, step: HaltingStep) -> None:
-        self.depth = self.depth + tokens.live
-        score, score_before_halting = tokens.unpack(step.score, step.score * step.continues)
-        self.score_before_halting = self.score_before_halting + score_before_halting
-        self.layer_scores.append(score[:, self.num_prefix_tokens :].mean())
+    def joined(self) -> HaltingStep:
+        """The steps of all blocks, one after the other; nothing needs the cumulative scores."""
+        score, before, halts = (torch.cat([getattr(s, name) for s in self.steps]) for name in HaltingStep._fields[1:])
+        return HaltingStep(None, score, before, halts)
 
-    def halting(self) -> Halting:
-        unreached = self.num_blocks - len(self.layer_scores)
-        layer_scores = torch.stack(self.layer_scores + [self.score_before_halting.new_zeros(())] * unreached)
-        return Halting(self.depth, self.depth + (1 - self.score_before_halting), layer_scores)
+    def tables(self, *values: Tensor) -> list[Tensor]:
+        """values: as in `joined` -> each [L, B, N], zero where a token has left."""
+        return self.stores[0].tables(self.stores, *values)
+
+    def mean_field(self, probability: Tensor) -> Tensor:
+        """probability: [L, B, N] -> sum_l p_l x_l of the prefix tokens (Eq. 5), [B, P, C]."""
+        states = torch.stack(self.prefix_states)
+        probability = probability[:, :, : states.shape[2], None]
+        return (probability * states).masked_fill(probability == 0, 0).sum(dim=0)
+
+
+def _halting(probability: Tensor, halts: Tensor, score: Tensor, num_prefix_tokens: int, num_blocks: int) -> Halting:
+    """probability, halts, score: [L, B, N], of the blocks that were run, of `num_blocks`."""
+    block = torch.arange(1, len(halts) + 1, device=halts.device)[:, None, None]
+    depth = (block * halts).sum(dim=0).float()
+    remainder = (probability * halts).sum(dim=0)
+    layer_scores = score[:, :, num_prefix_tokens:].mean(dim=(1, 2))
+    unreached = layer_scores.new_zeros(num_blocks - len(halts))
+    return Halting(depth, depth + remainder, torch.cat([layer_scores, unreached]))
 
 
 class AdaptiveTokens:
@@ -112,8 +144,9 @@ class AdaptiveTokens:
     gate_scale, gate_center: h = sigmoid(gate_scale * x[..., 0] - gate_center);
     halt_eps: a token halts when its scores sum to 1 - halt_eps or more;
     halting: False gives the static ViT, every token through every block;
-    zip_tokens: halted tokens leave the computation (else they are masked, at full cost, as also on
-    meta tensors and in torch.export and torch.jit.trace, which need static shapes);
+    zip_tokens: halted tokens leave the computation (else they are masked, at full cost, as also in
+    torch.export and torch.jit.trace, which need static shapes, where there is no kernel, and, with
+    a warning, where a hook or another module in a block may look at several tokens);
     early_exit: at inference, when logits alone are asked for, an image whose prefix tokens have
     all halted leaves as a whole; zipped form only.
     Everything else is timm's. ValueError for an option that halting cannot honour.
@@ -150,7 +183,7 @@ class AdaptiveTokens:
         reads_prefix = self.global_pool == "token"
         features, halting = self._features(
             x,
-            first=self.num_prefix_tokens if reads_prefix else None,
+            prefix_only=reads_prefix,
             return_halting=return_halting,
             early_exit=self.early_exit and reads_prefix and not self.training and not return_halting,
         )
@@ -194,7 +227,7 @@ class AdaptiveTokens:
         embedded = self._embed(x)
         states = dict.fromkeys(taken, torch.zeros_like(embedded))  # of blocks that no token reaches
         num_blocks = last + 1 if stop_early else len(self.blocks)
-        output, _ = self._mean_field(embedded, None, states=states, num_blocks=num_blocks)
+        output, _ = self._mean_field(embedded, states=states, num_blocks=num_blocks)
         found = [self.norm(states[index]) if norm else states[index] for index in taken]
         prefix = [state[:, : self.num_prefix_tokens] for state in found]
         patches = [state[:, self.num_prefix_tokens :] for state in found]
@@ -222,71 +255,89 @@ class AdaptiveTokens:
         )
 
     def _features(
-        self, x: Tensor, first: int | None = None, return_halting: bool = False, early_exit: bool = False
+        self, x: Tensor, prefix_only: bool = False, return_halting: bool = False, early_exit: bool = False
     ) -> tuple[Tensor, Halting | None]:
-        """Features of the `first` tokens of each image (all by default), and their halting if asked."""
+        """Features of all tokens, or of the prefix tokens, [B, N or P, C], and the halting of all if asked."""
         if not self.halting:
             features = super().forward_features(x)
             return features, self._static_halting(features) if return_halting else None
-        output, halting = self._mean_field(self._embed(x), first, return_halting, early_exit)
+        options = {"prefix_only": prefix_only, "return_halting": return_halting, "early_exit": early_exit}
+        output, halting = self._mean_field(self._embed(x), **options)
         return self.norm(output), halting
 
     def _embed(self, x: Tensor) -> Tensor:
         """x: [B, in_chans, H, W] -> [B, N, C], what enters the first block."""
         return self.norm_pre(self._pos_embed(self.patch_embed(x)))
 
-    def _mean_field(
+    def _mean_field(self, x: Tensor, **options) -> tuple[Tensor, Halting | None]:
+        """`_run_blocks`, out of torch.compile's sight in the zipped form: there would be a graph for each size."""
+        if self.zip_tokens and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return torch.compiler.disable(self._run_blocks)(x, **options)
+        return self._run_blocks(x, **options)
+
+    def _run_blocks(
         self,
         x: Tensor,
-        first: int | None,
+        prefix_only: bool = False,
         return_halting: bool = False,
         early_exit: bool = False,
         states: dict[int, Tensor] | None = None,
         num_blocks: int | None = None,
     ) -> tuple[Tensor, Halting | None]:
-        """x: [B, N, C] through the blocks -> sum_l p_l x_l for the `first` tokens (Eq. 5).
+        """x: [B, N, C] through the blocks -> sum_l p_l x_l (Eq. 5), [B, N, C], or [B, P, C] of prefix tokens.
 
         states: for each block index in it, gets the state after that block, [B, N, C], zero where a
         token has left;
         num_blocks: how many blocks to run, all by default.
         """
-        zipped = self.zip_tokens and not _needs_static_shapes(x)
-        tokens, rows = (ZippedTokens if zipped else MaskedTokens).pack(x)
-        cumulative = torch.zeros(rows.shape[:-1], device=x.device)
-        output = torch.zeros(1, device=x.device)
-        trace = _HaltingTrace(tokens, self.num_prefix_tokens, self.num_blocks) if return_halting else None
+        tokens, rows = (pack if self._can_zip(x) else MaskedTokens.pack)(x, self.num_prefix_tokens)
+        dense = rows.shape  # in which every token has its place
+        before = torch.zeros(dense[:-1], device=x.device)
+        output = None if prefix_only else x.new_zeros(dense, dtype=torch.promote_types(x.dtype, before.dtype))
+        gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
+        trace = _Trace()
         for number, block in enumerate(self.blocks[:num_blocks], start=1):
             rows = self._run_block(block, rows, tokens)
-            step = halting_step(
-                rows,
-                cumulative,
-                gate_scale=self.gate_scale,
-                gate_center=self.gate_center,
-                halt_eps=self.halt_eps,
-                last=number == self.num_blocks,
-            )
-            probability, state = tokens.unpack(step.probability, rows, first=first)
-            output = output + probability.unsqueeze(-1) * state
-            if return_halting:
-                trace.add(tokens, step)
+            step = halting_step(rows, before, gate, last=number == self.num_blocks)
+            trace.stores.append(tokens)
+            trace.steps.append(step)
+            if prefix_only:
+                trace.prefix_states.append(tokens.prefix(rows))
+            else:
+                output = tokens.add_to(output, step.probability.unsqueeze(-1) * rows)
             if states is not None and number - 1 in states:
-                (states[number - 1],) = tokens.unpack(rows)
+                states[number - 1] = tokens.add_to(rows.new_zeros(dense), rows).view_as(x)
             if number == self.num_blocks:
                 break
-            keep_mask = step.continues
-            if early_exit and zipped:
-                prefix_stays = tokens.unpack(keep_mask, first=self.num_prefix_tokens)[0].any(dim=1)  # [B]
-                keep_mask = keep_mask & tokens.spread(prefix_stays)
-            tokens, (rows, cumulative) = tokens.keep(keep_mask, rows, step.cumulative)
+            tokens, (rows, before) = tokens.drop(step.halts, rows, step.cumulative, early_exit=early_exit)
             if rows.shape[0] == 0 and not (self.training or torch.is_grad_enabled()):
                 break  # else the blocks to come draw their random numbers, and get zero gradients
-        return output.to(x.dtype), trace.halting() if return_halting else None
+        steps = trace.joined()
+        tables = trace.tables(steps.probability, *((steps.halts, steps.score) if return_halting else ()))
+        output = trace.mean_field(tables[0]) if prefix_only else output.view_as(x)
+        halting = _halting(*tables, self.num_prefix_tokens, self.num_blocks) if return_halting else None
+        return output.to(x.dtype), halting
 
-    def _run_block(self, block: Block, rows: Tensor, tokens: MaskedTokens | ZippedTokens) -> Tensor:
-        run = partial(_zipped_block if isinstance(tokens, ZippedTokens) else _masked_block, block)
+    def _can_zip(self, x: Tensor) -> bool:
+        """x: [B, N, C]; whether halted tokens leave, not only because `zip_tokens` wants it."""
+        to_serve_other_images = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if not self.zip_tokens or to_serve_other_images or not can_pack(x):
+            return False
+        obstacle = _obstacle(self.blocks)
+        if obstacle:
+            warnings.warn(f"halted tokens are masked, which saves nothing: {obstacle}", stacklevel=2)
+        return not obstacle
+
+    def _run_block(self, block: Block, rows: Tensor, tokens: MaskedTokens | HostTokens | DeviceTokens) -> Tensor:
+        if isinstance(tokens, MaskedTokens):
+            run = _masked_block
+        elif torch.is_grad_enabled() or self.training or not _is_plain(block):
+            run = _zipped_block
+        else:
+            run = _plain_block
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, rows, tokens)
-        return run(rows, tokens)
+            return checkpoint(run, block, rows, tokens)
+        return run(block, rows, tokens)
 
     def _static_halting(self, features: Tensor) -> Halting:
         """All weight on the last block: no score before it, remainder 1."""
@@ -334,39 +385,110 @@ def _refuse_unsupported(
             raise ValueError(f"an adaptive vision transformer does not support {name}={value!r}")
 
 
-def _needs_static_shapes(x: Tensor) -> bool:
-    """Where shapes cannot follow the depths: without values, and in a graph that is to serve other images."""
-    return x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
+# Blocks on rows ----------------------------------------------------------------------------------
 
 
 def _masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
     """x: [B, N, C] -> [B, N, C]; timm's own block, halted tokens masked as keys."""
-    return block(x, attn_mask=tokens.attention_mask())
+    return block(x, attn_mask=tokens.attention_mask)
 
 
-def _zipped_block(block: Block, rows: Tensor, tokens: ZippedTokens) -> Tensor:
-    """rows: [T, C] -> [T, C]; what timm's block does, on live tokens alone."""
-    attended = block.ls1(_zipped_attention(block.attn, block.norm1(rows), tokens))
-    rows = rows + _drop_path(block.drop_path1, attended, tokens)
-    return rows + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(rows))), tokens)
+def _zipped_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
+    """rows: [T, C] -> [T, C]; what timm's block does, on live tokens alone, as if they were one image."""
+    x = rows.unsqueeze(0)
+    attended = block.ls1(block.attn(block.norm1(x), attn_mask=tokens.attention_mask))
+    x = x + _drop_path(block.drop_path1, attended, tokens)
+    x = x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), tokens)
+    return x.squeeze(0)
 
 
-def _zipped_attention(attn: Attention, rows: Tensor, tokens: ZippedTokens) -> Tensor:
-    """rows: [T, C] -> [T, C]"""
-    qkv = attn.qkv(rows).view(-1, 3, attn.num_heads, attn.head_dim)  # [T, 3, H, D]
-    if not isinstance(attn.q_norm, nn.Identity):
-        q, k, v = qkv.unbind(1)
-        qkv = torch.stack([attn.q_norm(q), attn.k_norm(k), v], dim=1)
-    out = tokens.attend(qkv, attn.attn_drop.p if attn.training else 0.0).flatten(1)
-    return attn.proj_drop(attn.proj(attn.norm(out)))
-
-
-def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: ZippedTokens) -> Tensor:
-    """Stochastic depth per image: draws for all images, like timm's on a dense batch."""
+def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
+    """branch: [1, T, C]; stochastic depth per image: draws for all images, like timm's on a dense batch."""
     if isinstance(drop_path, nn.Identity) or not drop_path.training:
         return branch
-    scale = drop_path(branch.new_ones(len(tokens.lengths), 1))  # [B, 1]
+    scale = drop_path(branch.new_ones(tokens.size[0], 1))  # [B, 1]
     return branch * tokens.spread(scale)
+
+
+def _plain_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
+    """rows: [T, C] -> [T, C]; `_zipped_block` in evaluation, for `_is_plain` blocks.
+
+    For small batches: the layers that have nothing to do, and the calls of modules in modules, take
+    as long as everything that halting adds.
+    """
+    attn, mlp = block.attn, block.mlp
+    x = rows.unsqueeze(0)
+    qkv = _linear(attn.qkv, _norm(block.norm1, x)).unflatten(2, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [1, H, T, D]
+    attended = tokens.attend(q, k, v) if len(rows) else q
+    x = x + _linear(attn.proj, attended.transpose(1, 2).flatten(2))
+    hidden = F.gelu(_linear(mlp.fc1, _norm(block.norm2, x)), approximate=mlp.act.approximate)
+    return (x + _linear(mlp.fc2, hidden)).squeeze(0)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+IDLE_LAYERS = (nn.Identity, nn.Dropout, DropPath)  # in evaluation
+PLAIN_LAYERS = {"norm1": LayerNorm, "attn": Attention, "qkv": nn.Linear, "proj": nn.Linear}
+PLAIN_LAYERS |= {"norm2": LayerNorm, "mlp": Mlp, "fc1": nn.Linear, "act": nn.GELU, "fc2": nn.Linear}
+MLPS = (Mlp, GluMlp, SwiGLU)
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether in evaluation the block does no more than `_plain_block`: a DeiT's does, one with LoRA does not."""
+    layers = {}
+    for part in (block, block.attn, block.mlp):
+        for name, layer in part._modules.items():
+            if "forward" in layer.__dict__:
+                return False
+            if type(layer) not in IDLE_LAYERS:
+                layers[name] = type(layer)
+    return layers == PLAIN_LAYERS and not block.norm1._fast_norm and not _has_any_global_hook()
+
+
+def _obstacle(blocks: nn.Sequential) -> str | None:
+    """Why these blocks cannot run on rows of live tokens, where somebody has changed them.
+
+    A hook, and whatever takes the place of a block, its attention or its MLP, may look at tokens by
+    their places in an image, or at several at once. A layer inside of these, as LoRA wraps it, works
+    on one token at a time, and may be replaced.
+    """
+    for name, block in blocks._modules.items():  # not as attributes, which take longer: this is done in every pass
+        if type(block) is not Block:
+            return f"block {name} is a {type(block).__name__}, not timm's Block"
+        attn, mlp = block._modules["attn"], block._modules["mlp"]
+        if type(attn) is not Attention or type(mlp) not in MLPS:
+            return f"attention or MLP of block {name} is not timm's: {type(attn).__name__}, {type(mlp).__name__}"
+        if "forward" in block.__dict__ or "forward" in attn.__dict__ or "forward" in mlp.__dict__:
+            return f"a forward method in block {name} was replaced"
+        if not attn.fused_attn:
+            return f"attention of block {name} is not the fused one (fused_attn)"
+    return "a module in a block has a hook" if _has_hooks(blocks) else None
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_seen_without_hooks = WeakKeyDictionary()  # modules, and the number of the next hook in this process then
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether the module or one inside it has a hook.
+
+    torch numbers hooks: where there were none, there are none until it has made another. To look at
+    every module in every pass would take longer than a block's halting.
+    """
+    next_hook = RemovableHandle.next_id
+    if _seen_without_hooks.get(module) == next_hook:
+        return False
+    if any(part.__dict__[hooks] for part in module.modules() for hooks in HOOKS):
+        return True
+    _seen_without_hooks[module] = next_hook
+    return False
 
 
 # What a model costs ------------------------------------------------------------------------------

@@ -1,36 +1,66 @@
 """Live tokens of a batch: what stays, what leaves, and attention among those that stay.
 
-Two stores with one interface. `MaskedTokens` keeps every token in a dense `[B, N, ...]` and knows
-which are live; `ZippedTokens` keeps the live ones alone, as the rows of `[T, ...]`, image by image,
-so that everything computed on the rows costs less as tokens leave. Both are immutable: `keep`
-returns a new store. Nothing here knows why a token leaves, or what a row means.
+Three stores with one interface. `MaskedTokens` keeps every token in a dense `[B, N, ...]` and knows
+which are live. The others keep the live ones alone, as the rows of `[T, ...]`, image by image, so
+that everything computed on the rows costs less as tokens leave: `HostTokens` on the CPU, where a
+decision is read at once, and `DeviceTokens` on CUDA, where reading one means to wait. All are
+immutable: `drop` returns a new store. Nothing here knows why a token leaves, or what a row means.
 
-    tokens, rows = ZippedTokens.pack(x)                  # x: [B, N, C] -> rows: [T, C]
-    rows = rows + tokens.attend(qkv)                     # qkv: [T, 3, H, D], within each image
-    tokens, (rows, state) = tokens.keep(keep_mask, rows, state)
-    (y,) = tokens.unpack(rows)                           # [B, N, C], zero where a token has left
+    tokens, rows = pack(x, num_prefix_tokens=1)                      # x: [B, N, C] -> rows: [T, C]
+    rows = rows + attention(rows[None], attn_mask=tokens.attention_mask)[0]      # within each image
+    tokens, (rows, state) = tokens.drop(leaves, rows, state)         # leaves: [T] bool
+
+A store of rows holds which token each row is, where images begin, and where their prefix tokens
+are. What is reported of all blocks is put together at the end, by `tables`.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, groupby
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class MaskedTokens(NamedTuple):
-    """All tokens stay where they are; `live: [B, N]` bool says which still count."""
+def uses_device_form(x: Tensor) -> bool:
+    """Whether the live tokens of x are kept as `DeviceTokens`, else as `HostTokens`."""
+    return x.is_cuda
+
+
+def can_pack(x: Tensor) -> bool:
+    """x: [B, N, C]; whether its live tokens can be rows: on the CPU, and on CUDA but for float64, without a kernel."""
+    if x.device.type not in ("cpu", "cuda") or (uses_device_form(x) and x.dtype == torch.float64):
+        return False
+    return len(x) > 0
+
+
+def pack(x: Tensor, num_prefix_tokens: int) -> tuple[HostTokens | DeviceTokens, Tensor]:
+    """x: [B, N, C] -> the store in which every token is live, in the form of its device, and its rows [B * N, C]."""
+    return (DeviceTokens if uses_device_form(x) else HostTokens).pack(x, num_prefix_tokens)
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """All tokens stay where they are: a row is a token, live or not.
+
+    live: [B, N] bool, which tokens still count;
+    num_prefix_tokens: P, how many tokens come before the patches of an image.
+    """
 
     live: Tensor
+    num_prefix_tokens: int
 
     @classmethod
-    def pack(cls, x: Tensor) -> tuple[MaskedTokens, Tensor]:
+    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[MaskedTokens, Tensor]:
         """x: [B, N, C] -> the store in which every token is live, and x itself."""
-        return cls(x.new_ones(x.shape[:2], dtype=torch.bool)), x
+        return cls(x.new_ones(x.shape[:2], dtype=torch.bool), num_prefix_tokens), x
 
+    @property
     def attention_mask(self) -> Tensor:
         """[B, 1, 1, N] bool, True where a token may be attended to.
 
@@ -39,132 +69,258 @@ class MaskedTokens(NamedTuple):
         """
         return (self.live | ~self.live.any(dim=1, keepdim=True))[:, None, None, :]
 
-    def unpack(self, *values: Tensor, first: int | None = None) -> tuple[Tensor, ...]:
-        """values: [B, N, ...] each -> the `first` tokens of each image (all by default), 0 where not live."""
-        live = self.live[:, :first]
-        return tuple(v[:, :first].masked_fill(~_trailing(live, v.ndim), 0) for v in values)
+    def drop(
+        self, leaves: Tensor, *values: Tensor, early_exit: bool = False
+    ) -> tuple[MaskedTokens, tuple[Tensor, ...]]:
+        """leaves: [B, N] bool; tokens that have left do not come back. The values stay as they are, and all images."""
+        return MaskedTokens(self.live & ~leaves, self.num_prefix_tokens), values
 
-    def keep(self, keep_mask: Tensor, *values: Tensor) -> tuple[MaskedTokens, tuple[Tensor, ...]]:
-        """keep_mask: [B, N] bool; tokens that have left do not come back. The values stay as they are."""
-        return MaskedTokens(self.live & keep_mask), values
+    def prefix(self, rows: Tensor) -> Tensor:
+        """rows: [B, N, C] -> [B, P, C], those of the prefix tokens."""
+        return rows[:, : self.num_prefix_tokens]
+
+    def add_to(self, total: Tensor, rows: Tensor) -> Tensor:
+        """total, rows: [B, N, C] -> their sum, without the rows of tokens that have left."""
+        return total + rows.masked_fill(~self.live[..., None], 0)
+
+    @staticmethod
+    def tables(stores: Sequence[MaskedTokens], *values: Tensor) -> list[Tensor]:
+        """values: [L * B, N], of all blocks' rows in turn -> each [L, B, N], zero where a token has left."""
+        live = torch.stack([tokens.live for tokens in stores])
+        return [value.view_as(live).masked_fill(~live, 0) for value in values]
 
 
-class ZippedTokens(NamedTuple):
-    """The live tokens as rows, image by image, in their order within the image.
+@dataclass(frozen=True)
+class _Rows:
+    """What both stores of rows have in common.
 
-    Images stand in the order of their numbers of live tokens, so that attention can take those of
-    equal numbers together, as a dense view.
-
-    images: the images in that order, as Python numbers;
-    lengths: their live tokens, ascending, as Python numbers;
-    image: [T] int64, the image that a row belongs to;
+    size: B, N;
     token: [T] int64, b * N + n, the token that a row holds;
-    row: [B, N] int64, the row that holds a token, 0 where it has left;
-    live: [B, N] bool, whether a token is still there.
+    prefix_token: [B * P] int64, the prefix tokens, live or not;
+    prefix_row: [B * P], the row that holds each of them, or any other where it has left.
     """
 
-    images: list[int]
-    lengths: list[int]
-    image: Tensor
-    token: Tensor
-    row: Tensor
-    live: Tensor
+    size: tuple[int, int]
+    token: np.ndarray | Tensor
+    prefix_token: np.ndarray | Tensor
+    prefix_row: np.ndarray | Tensor
 
-    @classmethod
-    def pack(cls, x: Tensor) -> tuple[ZippedTokens, Tensor]:
-        """x: [B, N, C] -> the store in which every token is live, and its rows [B * N, C]."""
-        batch, length = x.shape[:2]
-        token = torch.arange(batch * length, device=x.device)
-        row = token.view(batch, length)
-        live = torch.ones_like(row, dtype=torch.bool)
-        return cls(list(range(batch)), [length] * batch, token // length, token, row, live), x.flatten(0, 1)
-
-    def unpack(self, *values: Tensor, first: int | None = None) -> tuple[Tensor, ...]:
-        """values: [T, ...] each -> [B, first, ...], the first tokens of each image, 0 where one has left."""
-        batch, length = self.row.shape
-        if len(self.token) == batch * length:  # nothing has left
-            return tuple(v.view(batch, length, *v.shape[1:])[:, :first] for v in values)
-        row, gone = self.row[:, :first], ~self.live[:, :first]
-        if len(self.token) == 0:  # an empty sum ties the zeros to the graph: gradients are 0, not None
-            return tuple(v.new_zeros(*row.shape, *v.shape[1:]) + v.sum(dim=0) for v in values)
-        index = row.flatten()
-        found = (v.index_select(0, index).view(*row.shape, *v.shape[1:]) for v in values)
-        return tuple(v.masked_fill(_trailing(gone, v.ndim), 0) for v in found)
+    @property
+    def attention_mask(self) -> AttentionWithinImages:
+        return AttentionWithinImages(self)
 
     def spread(self, per_image: Tensor) -> Tensor:
         """per_image: [B, ...] -> [T, ...], each row with its image's value."""
-        return per_image.index_select(0, self.image)
+        return per_image.index_select(0, self._index(self.token // self.size[1]))
 
-    def keep(self, keep_mask: Tensor, *values: Tensor) -> tuple[ZippedTokens, tuple[Tensor, ...]]:
-        """keep_mask: [T] bool; values: [T, ...] each -> the remaining rows.
+    def prefix(self, rows: Tensor) -> Tensor:
+        """rows: [T, C] -> [B, P, C], those of the prefix tokens, some other where one has left."""
+        batch = self.size[0]
+        if len(rows) == 0:  # an empty sum ties the zeros to the graph: gradients are 0, not None
+            return rows.new_zeros(batch, len(self.prefix_row) // batch, rows.shape[1]) + rows.sum(dim=0)
+        if len(self.prefix_row) == 1:  # it is the first row while it is there
+            return rows[None, :1]
+        return rows.index_select(0, self._index(self.prefix_row)).unflatten(0, (batch, -1))
 
-        Waits for the device once: the shapes to come are read from it.
-        """
-        counts = self.image.new_zeros(len(self.images)).index_add_(0, self.image, keep_mask.long())  # [B]
-        count_of = counts.tolist()
-        lengths, total = [count_of[image] for image in self.images], sum(count_of)
-        if total == len(keep_mask):
-            return self, values
-        if lengths == sorted(lengths):
-            images, kept = self.images, torch.nonzero_static(keep_mask, size=total).squeeze(1)
-        else:
-            images, lengths = sorted(range(len(count_of)), key=count_of.__getitem__), sorted(lengths)
-            kept = self._kept(keep_mask, counts.sort(stable=True).indices, total)
-        token = self.token.index_select(0, kept)
-        row = torch.zeros_like(self.row).flatten().index_copy_(0, token, torch.arange(total, device=token.device))
-        live = torch.zeros_like(self.live).flatten().index_fill_(0, token, True)
-        image = self.image.index_select(0, kept)
-        tokens = ZippedTokens(images, lengths, image, token, row.view_as(self.row), live.view_as(self.live))
-        return tokens, tuple(v.index_select(0, kept) for v in values)
+    def add_to(self, total: Tensor, rows: Tensor) -> Tensor:
+        """total: [B * N, C], which is overwritten, rows: [T, C] -> their sum, each row where its token is."""
+        return total.index_add_(0, self._index(self.token), rows)
 
-    def _kept(self, keep_mask: Tensor, order: Tensor, total: int) -> Tensor:
-        """keep_mask: [T] bool, order: [B] images -> [total], the rows that stay, in that order of images."""
-        remains = self.unpack(keep_mask)[0].index_select(0, order)  # [B, N] bool
-        rows = self.row.index_select(0, order).flatten()
-        return rows.index_select(0, torch.nonzero_static(remains.flatten(), size=total).squeeze(1))
-
-    def attend(self, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-        """qkv: [T, 3, H, D] -> [T, H, D], scaled dot-product attention within each image."""
-        return ragged_attention(qkv, self.lengths, dropout_p)
+    @classmethod
+    def tables(cls, stores: Sequence[_Rows], *values: Tensor) -> list[Tensor]:
+        """values: [sum of T], of all blocks' rows in turn -> each [L, B, N], zero where a token has left."""
+        shape = (len(stores), *stores[0].size)
+        starts = range(0, math.prod(shape), math.prod(shape[1:]))
+        index = cls._index(cls._joined([start + tokens.token for start, tokens in zip(starts, stores)]))
+        return [v.new_zeros(math.prod(shape)).index_copy(0, index, v).view(shape) for v in values]
 
 
-def _trailing(mask: Tensor, ndim: int) -> Tensor:
-    """mask with trailing dimensions of size 1, to broadcast against `ndim` dimensions."""
-    return mask.view(*mask.shape, *[1] * (ndim - mask.ndim))
+@dataclass(frozen=True)
+class HostTokens(_Rows):
+    """The live tokens as rows, on the CPU; its numbers are NumPy's, made where decisions are read.
 
+    Images stand in the order of their numbers of rows, so that attention can take those of equal
+    numbers together.
 
-def ragged_attention(qkv: Tensor, lengths: list[int], dropout_p: float = 0.0) -> Tensor:
-    """qkv: [T, 3, H, D], queries, keys, values -> [T, H, D], attention within each image's rows.
-
-    lengths: consecutive rows of each image, ascending, as in ZippedTokens.
-
-    On CUDA one call on jagged nested tensors. On the CPU one call for each run of images of equal
-    length, a dense view: no padding, no mask, no copy but that of the results. Equal lengths are
-    one dense call everywhere.
+    lengths: how many rows each image has that has any, ascending.
     """
-    if len(qkv) == 0:
-        return qkv.sum(dim=1)  # no kernel, but a gradient
-    if lengths[0] == lengths[-1]:
-        return _dense_attention(qkv, len(lengths), dropout_p)
-    if qkv.is_cuda:
-        return _jagged_attention(qkv, lengths, dropout_p)
-    runs = [(length, len(list(images))) for length, images in groupby(lengths) if length]
-    parts = qkv.split([length * images for length, images in runs])
-    return torch.cat([_dense_attention(part, images, dropout_p) for part, (_, images) in zip(parts, runs)])
+
+    lengths: list[int]
+
+    @classmethod
+    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[HostTokens, Tensor]:
+        """x: [B, N, C] -> the store in which every token is live, and its rows [B * N, C]."""
+        batch, length = x.shape[:2]
+        token = np.arange(batch * length)
+        prefix = token.reshape(batch, length)[:, :num_prefix_tokens].ravel()
+        return cls((batch, length), token, prefix, prefix, [length] * batch), x.flatten(0, 1)
+
+    def drop(self, leaves: Tensor, *values: Tensor, early_exit: bool = False) -> tuple[HostTokens, tuple[Tensor, ...]]:
+        """leaves: [T] bool; values: [T, ...] each -> the store, and the values, of the rows that stay.
+
+        early_exit: an image whose prefix tokens have all left leaves as a whole.
+        """
+        stays = ~leaves.numpy()
+        if early_exit and len(stays):
+            live = stays[self.prefix_row] & (self.token[self.prefix_row] == self.prefix_token)
+            stays &= live.reshape(self.size[0], -1).any(axis=1)[self.token // self.size[1]]
+        kept = stays.nonzero()[0]
+        if len(kept) == len(stays):
+            return self, values
+        kept, lengths = self._by_length(stays, kept)
+        new_row = np.zeros_like(self.token)
+        new_row[kept] = np.arange(len(kept))
+        tokens = HostTokens(self.size, self.token[kept], self.prefix_token, new_row[self.prefix_row], lengths)
+        index = torch.from_numpy(kept)
+        return tokens, tuple(value.index_select(0, index) for value in values)
+
+    def _by_length(self, stays: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """stays: [T] bool, kept: where -> `kept` in the images' new order, and their numbers of rows, ascending."""
+        if len(kept) == 0 or len(self.lengths) == 1:
+            return kept, [len(kept)] if len(kept) else []
+        counts = np.add.reduceat(stays, np.cumsum(self.lengths) - self.lengths, dtype=np.int64)
+        order = np.argsort(counts, kind="stable")
+        lengths = counts[order]
+        if (order[:-1] > order[1:]).any():
+            start, new_start = (np.cumsum(counts) - counts)[order], np.cumsum(lengths) - lengths
+            kept = kept[np.arange(len(kept)) + np.repeat(start - new_start, lengths)]
+        return kept, lengths[lengths > 0].tolist()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """q, k, v: [1, H, T, D] -> [1, H, T, D], scaled dot-product attention within each image."""
+        return ragged_attention(q, k, v, self.lengths, dropout_p)
+
+    _index, _joined = staticmethod(torch.from_numpy), staticmethod(np.concatenate)
 
 
-def _dense_attention(qkv: Tensor, images: int, dropout_p: float) -> Tensor:
-    """qkv: [B * n, 3, H, D] -> [B * n, H, D] for `images` images of equal length."""
-    q, k, v = qkv.view(images, -1, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, n, D]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+@dataclass(frozen=True)
+class DeviceTokens(_Rows):
+    """The live tokens as rows, on CUDA. Images stay in their order; numbers stay on the device.
+
+    bounds: [I + 1] int32, where the rows of the I images that have any begin, and the end of the last.
+    """
+
+    bounds: Tensor
+
+    @classmethod
+    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[DeviceTokens, Tensor]:
+        """x: [B, N, C] -> the store in which every token is live, and its rows [B * N, C]."""
+        batch, length = x.shape[:2]
+        token = torch.arange(batch * length, device=x.device)
+        bounds = torch.arange(0, batch * length + 1, length, device=x.device, dtype=torch.int32)
+        prefix = token.view(batch, length)[:, :num_prefix_tokens].flatten()
+        return cls((batch, length), token, prefix, prefix, bounds), x.flatten(0, 1)
+
+    def drop(
+        self, leaves: Tensor, *values: Tensor, early_exit: bool = False
+    ) -> tuple[DeviceTokens, tuple[Tensor, ...]]:
+        """leaves: [T] bool; values: [T, ...] each -> the store, and the values, of the rows that stay.
+
+        early_exit: an image whose prefix tokens have all left leaves as a whole.
+        Waits for the device once, for how many rows, and images with rows, there will be.
+        """
+        stays = ~leaves
+        if early_exit and len(stays):
+            live = self.token.index_select(0, self.prefix_row) == self.prefix_token
+            live &= stays.index_select(0, self.prefix_row)
+            stays &= self.spread(live.view(self.size[0], -1).any(dim=1))
+        new_row = torch.zeros(len(stays) + 1, dtype=torch.int32, device=stays.device)
+        torch.cumsum(stays, 0, dtype=torch.int32, out=new_row[1:])  # [T + 1], how many rows stay before each
+        bounds = new_row.index_select(0, self.bounds)
+        has_rows = bounds[1:] > bounds[:-1]  # [I]
+        numbers = torch.add(has_rows.sum(), new_row[-1], alpha=1 << 32).item()  # both in one, for one wait
+        num_rows, num_images = divmod(numbers, 1 << 32)
+        if num_rows == len(stays):
+            return self, values
+        if num_images < len(has_rows):  # kernels need not understand images without rows
+            bounds = torch.cat([bounds[:1], bounds[1:].index_select(0, _where(has_rows, num_images))])
+        kept = _where(stays, num_rows)
+        prefix_row = new_row.index_select(0, self.prefix_row).clamp(max=max(num_rows - 1, 0))
+        tokens = DeviceTokens(self.size, self.token.index_select(0, kept), self.prefix_token, prefix_row, bounds)
+        return tokens, tuple(value.index_select(0, kept) for value in values)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """q, k, v: [1, H, T, D] -> [1, H, T, D], scaled dot-product attention within each image."""
+        return varlen_attention(q, k, v, self.bounds, self.size[1], dropout_p)
+
+    @staticmethod
+    def _index(numbers: Tensor) -> Tensor:
+        return numbers
+
+    _joined = staticmethod(torch.cat)
 
 
-def _jagged_attention(qkv: Tensor, lengths: list[int], dropout_p: float = 0.0) -> Tensor:
-    """qkv: [T, 3, H, D] -> [T, H, D], one kernel over all images that have rows."""
-    lengths = [length for length in lengths if length]
-    offsets = torch.tensor([0, *accumulate(lengths)]).to(qkv.device, non_blocking=True)
-    bounds = {"min_seqlen": lengths[0], "max_seqlen": lengths[-1]}
-    q, k, v = (
-        torch.nested.nested_tensor_from_jagged(t.contiguous(), offsets, **bounds).transpose(1, 2) for t in qkv.unbind(1)
-    )
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).values()
+def _where(mask: Tensor, count: int) -> Tensor:
+    """mask: [T] bool with `count` True -> where they are, [count] int64, without a wait."""
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
+# Attention within images -------------------------------------------------------------------------
+
+
+class AttentionWithinImages:
+    """Given to an attention module in place of a mask: each row attends to the rows of its own image.
+
+    F.scaled_dot_product_attention hands over to such an object; all else that the module does with
+    rows, [1, T, C], as if they were one image, is right for each row by itself.
+    """
+
+    def __init__(self, tokens: HostTokens | DeviceTokens):
+        self.tokens = tokens
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return NotImplemented
+        q, k, v = args[:3]  # [1, H, T, D]
+        if q.shape[2] == 0:
+            return q + k + v  # no kernel, but a gradient
+        return kwargs["attn_mask"].tokens.attend(q, k, v, kwargs.get("dropout_p", 0.0))
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, dropout_p: float = 0.0) -> Tensor:
+    """Attention within each image by one of CUDA's kernels for sequences of different lengths.
+
+    q, k, v: [1, H, T, D], strided as they are; bounds: [I + 1] int32, where images begin and the last ends;
+    longest: no image has more rows -> [1, H, T, D].
+
+    The operators that torch's nested tensors call: flash attention in half precision, from compute
+    capability 8.0 on, else the memory-efficient one.
+    """
+    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
+    limits = (bounds, bounds, longest, longest, dropout_p)
+    if dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and _supports_flash_attention(q.device):
+        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False)[0].unsqueeze(0)
+    else:
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad)[0]
+    return out.transpose(1, 2)
+
+
+def _supports_flash_attention(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout_p: float = 0.0) -> Tensor:
+    """Attention within each image by dense calls, one for each run of images of equal length.
+
+    q, k, v: [1, H, T, D]; lengths: how many consecutive rows each image has, ascending -> [1, H, T, D].
+    A call sees its rows as a view: no padding, no mask, no copy but that of the results.
+    """
+    runs = [(length, len(list(images))) for length, images in groupby(lengths)]
+    if len(runs) == 1:
+        return _dense_attention(q, k, v, *runs[0], dropout_p).transpose(1, 2)
+    sizes = [length * images for length, images in runs]
+    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
+    results = [_dense_attention(*part, *run, dropout_p) for part, run in zip(parts, runs)]
+    return torch.cat(results, dim=1).transpose(1, 2)
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, images: int, dropout_p: float) -> Tensor:
+    """q, k, v: [1, H, images * length, D] -> [1, images * length, H, D]"""
+    if images > 1:
+        q, k, v = (x.unflatten(2, (images, length)).squeeze(0).transpose(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # [images, H, length, D]
+    return out.transpose(1, 2).flatten(0, 1).unsqueeze(0) if images > 1 else out.transpose(1, 2)

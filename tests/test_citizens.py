@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 import models_act
 from benchmark import set_synthetic_depths
 
+pytestmark = pytest.mark.usefixtures("live_tokens_form")
 REGISTERED = timm.list_models("avit*")
 SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64, "num_classes": 5}
 SMALL |= {"gate_scale": 4.0, "gate_center": 12.0}
@@ -170,12 +172,17 @@ def test_compiled_masked_form_is_one_graph_and_halts_alike(backend):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_zipped_form_may_be_compiled_too():
+def test_the_zipped_form_stays_eager_in_a_compiled_model():
+    """Else there would be a graph for each number of live tokens."""
     model = halting_model().eval()
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
-    logits, halting = compiled(images(), return_halting=True)
-    assert torch.equal(halting.depth, model(images(), return_halting=True)[1].depth)
-    assert_close(logits, model(images()))
+    graphs = set()
+    for seed in range(4):
+        logits, halting = compiled(images(seed=seed), return_halting=True)
+        assert torch.equal(halting.depth, model(images(seed=seed), return_halting=True)[1].depth)
+        assert_close(logits, model(images(seed=seed)))
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing warns of every Python number

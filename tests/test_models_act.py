@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import timm
@@ -7,13 +8,15 @@ from conftest import assert_halting, halting_model, images
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.models import get_pretrained_cfg
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import set_synthetic_depths
-from models_act import AdaptiveVisionTransformer, AdaptiveVisionTransformerDistilled, halting_step, macs_per_image
+from models_act import AdaptiveVisionTransformer, AdaptiveVisionTransformerDistilled, Gate, halting_step, macs_per_image
 
+pytestmark = pytest.mark.usefixtures("live_tokens_form")
 BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
@@ -69,11 +72,12 @@ def test_model_follows_the_definition(zip_tokens):
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=12))
 def test_halting_probabilities_sum_to_one(channel):
     cumulative, total, live = torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool)
+    gate = Gate.of(scale=1.0, center=0.0, halt_eps=0.01, device=total.device)
     for number, value in enumerate(channel, start=1):
         x = torch.tensor([[value, 0.0]])
-        step = halting_step(x, cumulative, gate_scale=1.0, gate_center=0.0, halt_eps=0.01, last=number == len(channel))
+        step = halting_step(x, cumulative, gate, last=number == len(channel))
         total = total + step.probability * live
-        live, cumulative = live & step.continues, step.cumulative
+        live, cumulative = live & ~step.halts, step.cumulative
     assert not live.any()
     assert_close(total, torch.ones(1))
 
@@ -178,6 +182,16 @@ def test_another_size_with_dynamic_img_size():
     assert len(halting.depth.unique()) >= 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_other_precisions_and_no_images(dtype):
+    masked, zipped = forms(halting_model().eval().to(dtype))
+    close = {"rtol": 0.02, "atol": 0.02} if dtype != torch.float64 else {}
+    assert_close(zipped(images().to(dtype)), masked(images().to(dtype)), **close)
+    logits, halting = zipped(images(0).to(dtype), return_halting=True)
+    assert (logits.dtype, logits.shape, halting.depth.shape) == (dtype, (0, 7), (0, 17))
+
+
 def test_extremes():
     """Nothing halts; everything halts at block 1; a class token alone is first, or last."""
     x = images()
@@ -244,19 +258,6 @@ def test_unreached_blocks_get_zero_gradients(training):
         assert not parameter.grad.any(), name
 
 
-@torch.no_grad()
-def test_the_device_is_waited_for_once_per_block(monkeypatch):
-    model = halting_model().eval()
-    blocks = int(model(images(), return_halting=True)[1].depth.max())
-    waits = []
-    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu", "numpy"):
-        original = getattr(torch.Tensor, name)
-        spy = lambda self, *a, o=original, n=name, **k: waits.append(n) or o(self, *a, **k)  # noqa: E731
-        monkeypatch.setattr(torch.Tensor, name, spy)
-    model(images(), return_halting=True)
-    assert waits == ["tolist"] * min(blocks, model.num_blocks - 1)  # after the last there is nothing to read
-
-
 def flops(use):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         use()
@@ -275,6 +276,162 @@ def test_early_exit_changes_no_logits():
     assert flops(lambda: early(images())) < flops(lambda: late(images()))
     for ask in (lambda model: model(images(), return_halting=True), lambda model: model.forward_features(images())):
         assert flops(lambda ask=ask: ask(early)) == flops(lambda ask=ask: ask(late))
+
+
+# What users change in the blocks -----------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """A residual branch around a block, as adapter tuning adds it; it looks at neighbouring tokens too."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, **options):
+        y = self.block(x, **options)
+        return y + 0.5 * y.roll(1, dims=1)
+
+
+class Scaled(nn.Module):
+    """In place of a part of a block: what it gives, times a half."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x, *args, **options):
+        return 0.5 * self.part(x, *args, **options)
+
+
+class LoRA(nn.Module):
+    """A low-rank update of the queries, written for [B, N, C], as people write it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.down = linear, nn.Linear(linear.in_features, 2)
+        self.up = nn.Linear(2, linear.in_features)
+
+    def forward(self, x):
+        out = self.linear(x).clone()
+        out[:, :, : x.shape[2]] += self.up(self.down(x))
+        return out
+
+
+def replace_forward(module):
+    original = module.forward
+    module.forward = lambda *args, **options: 0.5 * original(*args, **options)
+
+
+def wrap(part, wrapper):
+    def change(block):
+        setattr(block, part, wrapper(getattr(block, part)))
+
+    return change
+
+
+OF_ONE_TOKEN = {  # zipped as before
+    "LoRA": lambda block: wrap("qkv", LoRA)(block.attn),
+    "a wrapped layer": lambda block: wrap("fc1", Scaled)(block.mlp),
+    "a layer's forward": lambda block: replace_forward(block.mlp.fc2),
+    "an idle layer's forward": lambda block: replace_forward(block.ls2),
+    "another norm": lambda block: setattr(block, "norm1", nn.RMSNorm(24)),
+    "layer scale": lambda block: setattr(block, "ls1", timm.layers.LayerScale(24, init_values=0.3)),
+}
+OF_SEVERAL_TOKENS = {  # masked, with the reason
+    "attention": (wrap("attn", Scaled), "Scaled"),
+    "MLP": (wrap("mlp", Scaled), "Scaled"),
+    "a block's forward": (replace_forward, "forward"),
+    "attention's forward": (lambda block: replace_forward(block.attn), "forward"),
+    "an editing hook": (lambda block: block.register_forward_hook(lambda m, a, out: out * 0.5), "hook"),
+    "a hook on a layer": (lambda block: block.attn.qkv.register_forward_hook(lambda m, a, out: out.flip(1)), "hook"),
+    "a pre-hook": (lambda block: block.mlp.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)), "hook"),
+    "attention that is not fused": (lambda block: setattr(block.attn, "fused_attn", False), "fused"),
+}
+
+
+def changed(change, x, training=False):
+    """Two models that are alike, the second masked; the change comes after a first pass, as a user's may."""
+    model = halting_model().train(training)
+    with torch.no_grad():
+        before = model(x)
+    pair = forms(model)[::-1]
+    for form in pair:
+        torch.manual_seed(0)
+        change(form.blocks[2])
+    return before, *pair
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("change", OF_ONE_TOKEN.values(), ids=OF_ONE_TOKEN)
+def test_a_changed_layer_has_its_effect_on_live_tokens(change, training):
+    before, zipped, masked = changed(change, images(), training)
+    halting = assert_same(masked, zipped, images())
+    assert_halting(halting)
+    with torch.no_grad():
+        assert not torch.allclose(zipped(images()), before)
+        assert flops(lambda: zipped(images())) < flops(lambda: masked(images()))
+
+
+@pytest.mark.parametrize(("change", "reason"), OF_SEVERAL_TOKENS.values(), ids=OF_SEVERAL_TOKENS)
+def test_what_may_look_at_several_tokens_is_masked_with_one_warning(change, reason):
+    before, zipped, masked = changed(change, images())
+    with pytest.warns(UserWarning, match=reason) as warned:
+        logits, halting = zipped(images(), return_halting=True)
+    assert len(warned) == 1
+    assert_halting(halting)
+    expected, _ = masked(images(), return_halting=True)
+    assert torch.equal(logits, expected)
+    assert reason == "fused" or not torch.allclose(logits, before)
+
+
+def test_an_adapter_around_a_block_is_masked():
+    _, zipped, masked = changed(lambda block: None, images())
+    for model in (zipped, masked):
+        model.blocks[2] = Adapter(model.blocks[2])
+    with pytest.warns(UserWarning, match="block 2 is a Adapter"):
+        assert torch.equal(zipped(images()), masked(images()))
+
+
+def test_hooks_see_what_they_see_in_the_masked_form_and_can_be_removed():
+    model = halting_model().eval()
+    model(images())  # without hooks: that is remembered
+    shapes = []
+    modules = [module for block in model.blocks for module in block.modules() if "drop" not in repr(module).lower()]
+    handles = [m.register_forward_hook(lambda m, args, out: shapes.append(args[0].shape[:2])) for m in modules]
+    with pytest.warns(UserWarning, match="hook"):
+        model(images())
+    assert len(shapes) >= len(modules)
+    assert {shape for shape in shapes if len(shape) == 2} >= {(6, 17)}
+    for handle in handles:
+        handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+
+
+def test_global_hooks_see_the_layers_that_run():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        halting_model().eval()(images())
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) > 4
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@torch.no_grad()
+def test_a_score_that_is_no_number_halts_nothing(training):
+    """A broken network must not look cheap."""
+    for model in forms(halting_model(mean=3).train(training)):
+        model.blocks[1].mlp.fc2.bias[0] = float("nan")
+        logits, halting = model(images(), return_halting=True)
+        assert halting.depth.unique().tolist() == [1, 8]
+        in_time = halting.depth[:, 0] == 1  # class tokens that have halted before
+        assert torch.equal(logits.isnan().all(dim=1), ~in_time)
+        assert torch.equal(halting.ponder_cost.isnan(), halting.depth == 8)
 
 
 # The rest of the interface -----------------------------------------------------------------------

@@ -1,99 +1,144 @@
+import emulated_attention
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from zipping import MaskedTokens, ZippedTokens, _jagged_attention, ragged_attention
+import zipping
+from zipping import DeviceTokens, HostTokens, MaskedTokens, ragged_attention, varlen_attention
+
+STORES = pytest.mark.parametrize("store", [HostTokens, DeviceTokens])
 
 
 @st.composite
-def rounds_of_staying(draw):
-    """A dense batch and, for a few rounds, which of its tokens stay: [rounds, B, N] bool."""
-    batch, length, rounds = draw(st.integers(1, 5)), draw(st.integers(1, 7)), draw(st.integers(1, 4))
+def rounds_of_leaving(draw):
+    """A dense batch, how many prefix tokens it has, and for a few rounds which tokens leave: [rounds, B, N] bool."""
+    batch, length, rounds = draw(st.integers(1, 5)), draw(st.integers(2, 7)), draw(st.integers(1, 4))
     share, seed = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])), draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
-    keep_mask = torch.rand(rounds, batch, length, generator=generator) >= share
-    return torch.randn(batch, length, 3, generator=generator), keep_mask
+    leaves = torch.rand(rounds, batch, length, generator=generator) < share
+    return torch.randn(batch, length, 3, generator=generator), draw(st.integers(1, 2)), leaves
 
 
-@given(rounds_of_staying())
-def test_both_stores_keep_the_same_tokens(case):
-    x, rounds = case
-    masked, dense = MaskedTokens.pack(x)
-    zipped, rows = ZippedTokens.pack(x)
-    for keep_mask in rounds:
-        masked, _ = masked.keep(keep_mask, dense)
-        on_rows = torch.empty(len(rows), dtype=torch.bool)
-        on_rows[zipped.row[zipped.live]] = keep_mask[zipped.live]
-        zipped, (rows,) = zipped.keep(on_rows, rows)
-        assert torch.equal(zipped.live, masked.live)
-        assert torch.equal(rows[zipped.row[zipped.live]], x[masked.live])
-        assert torch.equal(zipped.image[zipped.row[zipped.live]], masked.live.nonzero()[:, 0])
-        assert zipped.lengths == sorted(masked.live.sum(dim=1).tolist())
-        assert [masked.live[image].sum() for image in zipped.images] == zipped.lengths
-        runs = zipped.image.unique_consecutive(return_counts=True)[1].tolist()
-        assert runs == [length for length in zipped.lengths if length]  # image by image
-        for first in (None, 1):
-            assert torch.equal(zipped.unpack(rows, first=first)[0], masked.unpack(dense, first=first)[0])
-        per_image = torch.arange(len(x)) + 1.0
-        assert torch.equal(zipped.unpack(zipped.spread(per_image))[0], masked.live * per_image[:, None])
+@STORES
+@given(rounds_of_leaving(), st.booleans())
+def test_stores_of_rows_hold_the_live_tokens_image_by_image(store, case, early_exit):
+    x, num_prefix, rounds = case
+    batch, length = x.shape[:2]
+    masked, dense = MaskedTokens.pack(x, num_prefix)
+    tokens, rows = store.pack(x, num_prefix)
+    stores, masked_stores = [tokens], [masked]
+    for leaves in rounds:
+        token = torch.as_tensor(tokens.token)
+        tokens, (rows,) = tokens.drop(leaves.flatten()[token], rows, early_exit=early_exit)
+        masked, _ = masked.drop(leaves, dense)
+        if early_exit:
+            masked = MaskedTokens(masked.live & masked.live[:, :num_prefix].any(dim=1, keepdim=True), num_prefix)
+        stores, masked_stores = [*stores, tokens], [*masked_stores, masked]
+
+        token = torch.as_tensor(tokens.token)
+        image = token // length
+        live = masked.live.flatten().nonzero().squeeze(1)
+        assert torch.equal(token.sort().values, live)
+        assert torch.equal(rows, x.flatten(0, 1)[token])
+        images, counts = image.unique_consecutive(return_counts=True)
+        assert len(images.unique()) == len(images), "the rows of an image stand together"
+        assert all((part.diff() > 0).all() for part in token.split(counts.tolist())), "in the order of its tokens"
+        if store is HostTokens:
+            assert tokens.lengths == counts.tolist() == sorted(counts.tolist())
+        else:
+            assert tokens.bounds.diff().tolist() == counts.tolist()
+            assert images.tolist() == sorted(images.tolist())
+        assert torch.equal(tokens.spread(torch.arange(batch)), image)
+        prefix, expected = tokens.prefix(rows), masked.prefix(dense)
+        assert torch.equal(prefix[masked.live[:, :num_prefix]], expected[masked.live[:, :num_prefix]])
+        total = tokens.add_to(torch.zeros(batch * length, 3), rows)
+        assert torch.equal(total.view_as(x), masked.add_to(torch.zeros_like(x), dense))
+
+    values = torch.arange(len(stores) * batch * length).view(-1, batch, length) + 1.0
+    of_rows = [of_block.flatten()[torch.as_tensor(tokens.token)] for of_block, tokens in zip(values, stores)]
+    (table,) = store.tables(stores, torch.cat(of_rows))
+    (expected,) = MaskedTokens.tables(masked_stores, values.flatten(0, 1))
+    assert torch.equal(table, expected)
 
 
-def each_image_alone(qkv, lengths):
-    parts = (part.permute(1, 2, 0, 3).unbind() for part in qkv.split(lengths))
-    return torch.cat([F.scaled_dot_product_attention(q, k, v).transpose(0, 1) for q, k, v in parts])
-
-
-def assert_attention(attention, lengths, heads, width):
-    """Values and gradients are those of each image alone."""
-    lengths = sorted(lengths)
-    qkv = torch.randn(sum(lengths), 3, heads, width, requires_grad=True)
-    out = attention(qkv, lengths)
-    weights = torch.randn_like(out)
-    (grad,) = torch.autograd.grad((out * weights).sum(), qkv)
-    if len(out):
-        expected = each_image_alone(qkv, [length for length in lengths if length])
-        (expected_grad,) = torch.autograd.grad((expected * weights).sum(), qkv)
-        assert_close(out, expected)
-        assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-
-
-LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
-
-
-@given(LENGTHS, st.sampled_from([1, 4]), st.sampled_from([4, 16]))
-def test_attention_stays_within_images(lengths, heads, width):
-    assert_attention(ragged_attention, lengths, heads, width)
-
-
-@pytest.mark.parametrize("lengths", [[3, 5, 5, 9], [0, 0, 4, 1], [7]])
-def test_attention_on_jagged_nested_tensors(lengths):
-    """What CUDA gets, on the CPU, where only the plain kernel can serve."""
-    with sdpa_kernel(SDPBackend.MATH):
-        assert_attention(_jagged_attention, lengths, 2, 8)
-
-
-def test_no_rows_call_no_kernel(monkeypatch):
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("a kernel was called"))
-    qkv = torch.zeros(0, 3, 2, 4, requires_grad=True)
-    assert ragged_attention(qkv, [0, 0]).shape == (0, 2, 4)
-    ragged_attention(qkv, [0, 0]).sum().backward()
-    assert qkv.grad is not None
-
-
-def test_unpacking_no_rows_is_zero_with_a_gradient():
-    tokens, rows = ZippedTokens.pack(torch.randn(2, 3, 4, requires_grad=True))
-    tokens, (rows,) = tokens.keep(torch.zeros(6, dtype=torch.bool), rows)
-    (out,) = tokens.unpack(rows)
-    assert out.shape == (2, 3, 4)
+@STORES
+def test_prefix_of_no_rows_is_zero_with_a_gradient(store):
+    tokens, rows = store.pack(torch.randn(2, 3, 4, requires_grad=True), 1)
+    tokens, (rows,) = tokens.drop(torch.ones(6, dtype=torch.bool), rows)
+    out = tokens.prefix(rows)
+    assert out.shape == (2, 1, 4)
     assert not out.any()
     assert out.requires_grad
 
 
+# Attention within images -------------------------------------------------------------------------
+
+
+def each_image_alone(q, k, v, lengths):
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)
+
+
+def varlen(q, k, v, lengths):
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return varlen_attention(q, k, v, bounds, longest=50)  # any bound will do
+
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted)
+
+
+@pytest.mark.parametrize("attention", [ragged_attention, varlen])
+@given(LENGTHS, st.sampled_from([1, 4]), st.sampled_from([4, 16]))
+def test_attention_stays_within_images(attention, lengths, heads, width):
+    qkv = torch.randn(1, sum(lengths), 3, heads, width, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # as timm's attention has them
+    out, expected = attention(q, k, v, lengths), each_image_alone(q, k, v, lengths)
+    weights = torch.randn_like(out)
+    grad, expected_grad = (torch.autograd.grad((o * weights).sum(), qkv, retain_graph=True)[0] for o in (out, expected))
+    assert_close(out, expected)
+    assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+    assert out.transpose(1, 2).is_contiguous(), "what follows would have to copy it"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[5], [2, 2], [1, 3, 4]])
+def test_the_device_gets_one_kernel_and_no_copies(dtype, lengths):
+    """One image too: dense attention would plan anew for each number of rows. q, k and v stay strided."""
+    qkv = torch.randn(1, sum(lengths), 3, 2, 16).to(dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    emulated_attention.calls.clear()
+    out = varlen(q, k, v, lengths)
+    assert out.dtype == dtype
+    operator = "efficient" if dtype == torch.float32 else "flash"
+    assert emulated_attention.calls == [(operator, dtype, (3 * 2 * 16, 16, 1))]
+
+
+def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch):
+    monkeypatch.setattr(zipping, "_supports_flash_attention", lambda device: False)
+    q, k, v = torch.randn(3, 1, 2, 6, 16).half()
+    emulated_attention.calls.clear()
+    varlen(q, k, v, [2, 4])
+    assert [call[0] for call in emulated_attention.calls] == ["efficient"]
+
+
+def test_mixed_precision_casts_what_a_norm_has_left_in_float32():
+    q, k, v = torch.randn(3, 1, 2, 6, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = varlen(q, k, v.bfloat16(), [2, 4])
+    assert out.dtype == torch.bfloat16
+
+
+def test_a_mask_that_reaches_another_function_is_refused():
+    tokens, _ = HostTokens.pack(torch.randn(1, 3, 4), 1)
+    with pytest.raises(TypeError):
+        torch.softmax(torch.randn(3, 3) + tokens.attention_mask, dim=-1)
+
+
 def test_an_image_without_live_tokens_attends_to_all():
-    tokens, x = MaskedTokens.pack(torch.randn(2, 3, 4))
-    tokens, _ = tokens.keep(torch.tensor([[False] * 3, [False, True, True]]), x)
-    assert tokens.attention_mask()[:, 0, 0].tolist() == [[True] * 3, [False, True, True]]
+    tokens, x = MaskedTokens.pack(torch.randn(2, 3, 4), 1)
+    tokens, _ = tokens.drop(torch.tensor([[True] * 3, [True, False, False]]), x)
+    assert tokens.attention_mask[:, 0, 0].tolist() == [[True] * 3, [False, True, True]]
