@@ -3,9 +3,12 @@
     python benchmark.py --model avit_tiny_patch16_224 --batch-size 1 32 --mean-depth 7.3
     python benchmark.py --train --batch-size 32 --mean-depth 12 7.3 --json out.json
     python benchmark.py --finetune CKPT --data-path DATA             # depths of real images
+    python benchmark.py --count --batch-size 1 6                     # operations, not seconds
 
 Every round times each form once, in turn; figures are medians over the rounds. Speed-up is over
-timm's network; ideal is the ratio of the multiply-adds.
+timm's network; ideal is the ratio of the multiply-adds. The floor is timm's network again, whose
+images lose as many tokens before each block as halt in A-ViT, without a score, a sum or an index:
+what blocks of these sizes cost on this machine.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ def make_parser() -> Parser:
     add("--train", action="store_true", help="time training steps (forward, backward, AdamW)")
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="mixed precision")
+    add("--count", action="store_true", help="count the operations that halting adds to a block, instead of timing")
     add("--runs", type=at_least_one, default=7, metavar="N", help="rounds")
     add("--json", metavar="FILE", help="write the figures there")
     add("--plot", metavar="FILE", help="draw speed-up against mean depth, and time against batch size, there")
@@ -48,18 +52,26 @@ if __name__ == "__main__":
     make_parser().parse_args()  # --help and mistakes are answered before the imports below, which take seconds
 
 import copy
+import itertools
+from collections import Counter
+from unittest.mock import patch
 
 import timm
 import torch
 from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
+import zipping
 from datasets import build_dataset, spread_sample
-from models_act import macs_per_image
+from losses import AdaptiveLoss
+from models_act import AdaptiveTokens, macs_per_image
 from training.checkpoints import Checkpoint, check_model_name
 from utils import autocast
+
+STATIC, FLOOR, EARLY_EXIT = "static (timm)", "floor", "zipped, early exit"  # rows of a table
 
 MIN_SECONDS = 0.2  # that one timing takes at least, by repetition
 MIN_IMAGES = 32  # that one timing sees at least, in batches: single images differ in depth
@@ -97,12 +109,15 @@ def run(args, device: torch.device) -> list[dict]:
     check_model_name(args.model)
     results = []
     for case in cases(args, device):
-        rows = measure(case, device, args.amp, args.train, args.runs)
-        what = "training step" if args.train else "inference"
         size = "x".join(map(str, case.images.shape[-2:]))
         mean_depth = case.depth.mean().item()
-        print(f"\n{args.model}, {size}, {what}, batch {case.batch_size}, mean depth {mean_depth:.2f}, {args.amp}")
-        print(format_rows(rows), flush=True)
+        title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {mean_depth:.2f}, {args.amp}"
+        if args.count:
+            rows = count(case, device, args.amp)
+            print(f"\n{title}: operations per block beyond a static block's\n{format_counts(rows)}", flush=True)
+        else:
+            rows = measure(case, device, args.amp, args.train, args.runs)
+            print(f"\n{title}, {'training step' if args.train else 'inference'}\n{format_rows(rows)}", flush=True)
         about = {"model": args.model, "train": args.train, "amp": args.amp, "device": str(device)}
         results += [{**about, "batch_size": case.batch_size, "mean_depth": mean_depth, **row} for row in rows]
     return results
@@ -113,13 +128,13 @@ def cases(args, device: torch.device) -> Iterator[Case]:
     for batch_size in args.batch_size:
         count = batch_size * math.ceil(MIN_IMAGES / batch_size)
         if args.finetune:
-            yield _case(batch_size, *_real(args, count, device))
+            yield make_case(batch_size, *_real(args, count, device))
             continue
         for mean_depth in args.mean_depth:
             model = timm.create_model(args.model, **({"img_size": args.input_size} if args.input_size else {}))
             set_synthetic_depths(model, mean_depth, spread=2.0)
             images = torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-            yield _case(batch_size, model.to(device), images.to(device))
+            yield make_case(batch_size, model.to(device), images.to(device))
 
 
 def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
@@ -131,7 +146,7 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
 
 
 @torch.no_grad()
-def _case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
+def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
     model.eval()
     depth = torch.cat([model(batch, return_halting=True)[1].depth for batch in images.split(batch_size)])
     return Case(batch_size, depth, images, model)
@@ -157,20 +172,21 @@ def static_twin(model: nn.Module) -> nn.Module:
 
 def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int) -> list[dict]:
     """A row for each form: images/s (median, lowest, highest), speed-up, multiply-adds, memory."""
-    forms = {"static (timm)": static_twin(case.model), "masked": copy.deepcopy(case.model)}
+    twin = static_twin(case.model)
+    forms = {STATIC: twin, FLOOR: Floor(copy.deepcopy(twin), case), "masked": copy.deepcopy(case.model)}
     forms["masked"].zip_tokens = False
     forms["zipped"] = copy.deepcopy(case.model)
     forms["zipped"].early_exit = False
     if not train:
-        forms["zipped, early exit"] = copy.deepcopy(case.model)
+        forms[EARLY_EXIT] = copy.deepcopy(case.model)
     calls = {name: _training_step(m, case, amp) if train else _inference(m, case, amp) for name, m in forms.items()}
     seconds = utils.seconds_in_turn(calls, device, rounds, MIN_SECONDS)
     macs = _multiply_adds(case)
-    static = statistics.median(seconds["static (timm)"])
+    static, floor = (statistics.median(seconds[name]) for name in (STATIC, FLOOR))
     rows = []
     for name, times in seconds.items():
         median = statistics.median(times)
-        ideal = macs["static (timm)"] / macs[name]
+        ideal = macs[STATIC] / macs[name]
         rows.append(
             {
                 "form": name,
@@ -180,10 +196,32 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
                 "gmacs": macs[name] / 1e9,
                 "ideal": ideal,
                 "speed_up_of_ideal": static / median / ideal,
+                "speed_of_floor": floor / median,
                 "memory_mib": _memory(calls[name], forms[name], case, train),
             }
         )
     return rows
+
+
+class Floor(nn.Module):
+    """A static network that runs each block on the first tokens alone: as many, on average, as live in the case."""
+
+    def __init__(self, network: VisionTransformer, case: Case):
+        super().__init__()
+        self.network = network
+        self.num_classes = network.num_classes
+        blocks = torch.arange(case.model.num_blocks)[:, None, None]
+        live = [(depth.cpu() > blocks).sum(dim=(1, 2)) for depth in case.depth.split(case.batch_size)]  # [L] per batch
+        counts = [-(-live_rows // case.batch_size) for live_rows in torch.stack(live)]
+        self.num_tokens = itertools.cycle([c.tolist() for c in counts])
+
+    def forward(self, images: Tensor) -> Tensor:
+        network = self.network
+        x = network.norm_pre(network._pos_embed(network.patch_embed(images)))
+        for block, count in zip(network.blocks, next(self.num_tokens)):
+            if count:
+                x = block(x[:, :count])
+        return network.forward_head(network.norm(x))
 
 
 def _inference(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
@@ -199,17 +237,24 @@ def _inference(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
 
 
 def _training_step(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
-    """Forward, backward and AdamW, at learning rate 0, so that the depths stay those that were imposed."""
+    """Forward, loss, backward and AdamW, at learning rate 0, so that the depths stay those that were imposed."""
     model.train()
+    device = case.images.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    targets = torch.arange(case.batch_size, device=case.images.device) % model.num_classes
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    criterion = AdaptiveLoss(nn.CrossEntropyLoss(), case.model.num_blocks).to(device)
+    targets = torch.arange(case.batch_size, device=device) % model.num_classes
+    halting = {"return_halting": True} if isinstance(model, AdaptiveTokens) else {}
 
     def call() -> None:
         for images in case.batches:
-            with autocast(images.device, amp):
-                loss = nn.functional.cross_entropy(model(images), targets)
-            loss.backward()
-            optimizer.step()
+            with autocast(device, amp):
+                outputs = model(images, **halting)
+                logits, *others = outputs if halting else (outputs,)
+                loss, _ = criterion(logits, targets, *others)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
 
     return call
@@ -222,7 +267,7 @@ def _multiply_adds(case: Case) -> dict[str, float]:
     static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
     adaptive = macs_per_image(model, depth).mean().item()
     early = macs_per_image(model, depth.minimum(last_needed)).mean().item()
-    return {"static (timm)": static, "masked": static, "zipped": adaptive, "zipped, early exit": early}
+    return {STATIC: static, FLOOR: adaptive, "masked": static, "zipped": adaptive, EARLY_EXIT: early}
 
 
 def _memory(call: Callable[[], None], model: nn.Module, case: Case, train: bool) -> float | None:
@@ -253,13 +298,86 @@ def _saved_for_backward(call: Callable[[], None], model: nn.Module) -> int:
 
 
 def format_rows(rows: list[dict]) -> str:
-    header = f"{'':20}{'images/s':>10}{'spread':>16}{'speed-up':>10}{'GMACs':>9}{'ideal':>8}{'of ideal':>10}{'MiB':>9}"
+    columns = ("images/s", 10), ("spread", 16), ("speed-up", 10), ("GMACs", 9), ("ideal", 8), ("of ideal", 10)
+    columns += ("of floor", 10), ("MiB", 9)
+    header = " " * 20 + "".join(f"{name:>{width}}" for name, width in columns)
     lines = [header]
     for row in rows:
         spread = "{:.1f}-{:.1f}".format(*row["images_per_s_range"])
         memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
         figures = f"{row['images_per_s']:>10.1f}{spread:>16}{row['speed_up']:>10.2f}{row['gmacs']:>9.3f}"
-        lines.append(f"{row['form']:20}{figures}{row['ideal']:>8.2f}{row['speed_up_of_ideal']:>10.2f}{memory:>9}")
+        shares = f"{row['ideal']:>8.2f}{row['speed_up_of_ideal']:>10.2f}{row['speed_of_floor']:>10.2f}"
+        lines.append(f"{row['form']:20}{figures}{shares}{memory:>9}")
+    return "\n".join(lines)
+
+
+# Operations --------------------------------------------------------------------------------------
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that torch is asked for, by name, and apart `waits` for the device and `copies` to it.
+
+    Left out are views, and what gives a tensor memory or a name and does no work. On a CPU, other
+    operators stand in for CUDA's attention.
+    """
+
+    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_unsafe_view", "promote_types")
+    VARLEN = ("_flash_attention_forward", "_efficient_attention_forward")
+
+    def __init__(self):
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.waits = self.copies = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name == "_local_scalar_dense":
+            self.waits += 1
+        elif name == "lift_fresh":  # a tensor of numbers that the host has
+            self.copies += 1
+        elif not function.is_view and name not in self.FREE:
+            self.operations["attention" if "attention" in name else name] += 1
+        if name in self.VARLEN and not args[0].is_cuda:
+            q, k, v = (x.view(1, *x.shape[-3:]).transpose(1, 2) for x in args[:3])
+            out = zipping.ragged_attention(q, k, v, args[4].diff().tolist())
+            others = [torch.empty(0) if "Tensor" in str(r.type) else 0 for r in function._schema.returns[1:]]
+            return out.transpose(1, 2).view_as(args[0]), *others
+        return function(*args, **(kwargs or {}))
+
+
+def count(case: Case, device: torch.device, amp: str) -> list[dict]:
+    """A row for each form, and for logits alone and with halting: operations per block beyond a static block's."""
+    model, images = copy.deepcopy(case.model).eval(), case.batches[0]
+    model.early_exit = False
+    static = _operations(static_twin(model).eval(), images, amp)
+    rows = []
+    for form in ("device",) if device.type == "cuda" else ("CPU", "device"):
+        with patch.object(zipping, "uses_device_form", lambda x, form=form: form == "device"):
+            for what, options in {"logits": {}, "with halting": {"return_halting": True}}.items():
+                found = _operations(model, images, amp, **options)
+                names = (found.operations | static.operations).keys()
+                beyond = {n: (found.operations[n] - static.operations[n]) / model.num_blocks for n in names}
+                row = {"form": f"{form} form, {what}", "operations": sum(beyond.values()), "by_name": beyond}
+                if form == "device":  # on a CPU nothing is waited for, and numbers need no copy
+                    row |= {"waits": found.waits / model.num_blocks, "copies": found.copies / model.num_blocks}
+                rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def _operations(model: nn.Module, images: Tensor, amp: str, **options) -> OperationCounter:
+    with autocast(images.device, amp), OperationCounter() as counter:
+        model(images, **options)
+    return counter
+
+
+def format_counts(rows: list[dict]) -> str:
+    lines = [f"{'':28}{'operations':>11}{'waits':>7}{'copies':>8}  by name"]
+    for row in rows:
+        by_name = sorted(row["by_name"].items(), key=lambda item: -abs(item[1]))
+        names = ", ".join(f"{name} {value:.1f}" for name, value in by_name if abs(value) >= 0.05)
+        waits, copies = (f"{row[key]:.1f}" if key in row else "" for key in ("waits", "copies"))
+        lines.append(f"{row['form']:28}{row['operations']:>11.1f}{waits:>7}{copies:>8}  {names}")
     return "\n".join(lines)
 
 
@@ -278,7 +396,7 @@ def plot(results: list[dict], path: str) -> None:
     by_depth.axhline(1, color="black", linewidth=0.8)
     by_depth.set(xlabel="mean depth of a token", ylabel=f"speed-up over static, batch {largest}", ylim=(0, None))
     by_depth.legend()
-    for form, color in (("static (timm)", "black"), ("zipped", "tab:blue")):
+    for form, color in ((STATIC, "black"), ("zipped", "tab:blue")):
         shallowest = min(row["mean_depth"] for row in results if row["batch_size"] == largest)
         rows = [r for r in results if r["form"] == form and abs(r["mean_depth"] - shallowest) < 1]
         rows.sort(key=lambda row: row["batch_size"])

@@ -1,8 +1,9 @@
+import copy
 import json
 
 import pytest
 import torch
-from conftest import halting_model, save_halting_micro
+from conftest import halting_model, images, save_halting_micro
 
 import benchmark
 
@@ -19,11 +20,13 @@ def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
     flags += ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")] + ["--train"] * train
     benchmark.main(flags)
     rows = json.loads((tmp_path / "b.json").read_text())
-    forms = ["static (timm)", "masked", "zipped"] + ["zipped, early exit"] * (not train)
+    forms = ["static (timm)", "floor", "masked", "zipped"] + ["zipped, early exit"] * (not train)
     assert [row["form"] for row in rows] == forms * 4
     for row in rows:
         assert row["images_per_s_range"][0] <= row["images_per_s"] <= row["images_per_s_range"][1]
         assert row["speed_up_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
+        if row["form"] == "floor":
+            assert row["speed_of_floor"] == 1
         assert (row["memory_mib"] is not None) == train
     by_form = {row["form"]: row for row in rows[: len(forms)]}
     assert by_form["zipped"]["gmacs"] < by_form["static (timm)"]["gmacs"]
@@ -33,6 +36,62 @@ def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
         assert by_form["zipped, early exit"]["gmacs"] <= by_form["zipped"]["gmacs"]
     assert (tmp_path / "b.png").stat().st_size > 1000
     assert "of ideal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@torch.no_grad()
+def test_the_floor_runs_timms_blocks_on_as_many_rows(batch_size):
+    model = halting_model(early_exit=False).eval()
+    case = benchmark.make_case(batch_size, model, images(6))
+    rows = {"floor": [], "zipped": []}
+    floor = benchmark.Floor(benchmark.static_twin(model), case).eval()
+    for form, network in (("floor", floor.network), ("zipped", model)):
+        for block in network.blocks:
+            qkv = block.attn.qkv.forward
+            block.attn.qkv.forward = lambda x, f=form, qkv=qkv: rows[f].append(x.shape[:2].numel()) or qkv(x)
+    for batch in case.batches:
+        floor(batch)
+        model(batch)
+    lengths = [-(-n // batch_size) * batch_size for n in rows["zipped"]]  # so many for each image
+    assert rows["floor"] == lengths
+
+
+def test_a_step_of_mixed_precision_survives_gradients_that_overflow():
+    """Unscaled, one infinite gradient makes AdamW write NaN at any rate, and then every token halts at once."""
+    model = halting_model()
+    model.head.weight.data *= 3e4
+    before = copy.deepcopy(model.state_dict())
+    step = benchmark._training_step(model, benchmark.make_case(2, model, images(2)), "fp16")
+    step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_training_step_asks_for_halting_as_training_does(monkeypatch):
+    model, asked = halting_model(), []
+    case = benchmark.make_case(2, model, images(2))
+    monkeypatch.setattr(model, "forward", lambda x, f=model.forward, **o: asked.append(o) or f(x, **o))
+    benchmark._training_step(model, case, "none")()
+    assert asked == [{"return_halting": True}]
+
+
+def test_operations_that_halting_adds_are_few(tmp_path, capsys):
+    """The limits are those that were aimed at: on a GPU an operation is a launch."""
+    flags = ["--count", "--batch-size", "1", "6", "--input-size", "112", "--json", str(tmp_path / "counts.json")]
+    benchmark.main([*flags, "--mean-depth", "6", "9"])
+    assert "operations per block" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "counts.json").read_text())
+    assert [row["form"] for row in rows[:2]] == ["CPU form, logits", "CPU form, with halting"]
+    for row in rows:
+        limit = 26 if row["form"].startswith("device") else 8 if row["batch_size"] == 1 else 20
+        assert 0 < row["operations"] < limit, row
+        if row["form"].startswith("device"):
+            assert row["waits"] <= 1
+            assert row["copies"] == 0
+
+
+def test_operations_in_half_precision(capsys):
+    benchmark.main(["--count", "--model", "avit_micro_patch4_32", "--batch-size", "2", "--amp", "bf16"])
+    assert "device form" in capsys.readouterr().out
 
 
 def test_depths_of_real_images(image_folder, tmp_path):
