@@ -1,0 +1,148 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_startup import imports_of
+
+import cuda_check
+import zipping
+
+SMALL = ["--device", "cpu", "--small"]
+
+
+def run(*argv, status=0):
+    """Runs it in this process, and expects that exit status."""
+    if status == 0:
+        return cuda_check.main([*SMALL, *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cuda_check.main([*SMALL, *argv])
+    assert stopped.value.code == status
+
+
+def test_every_part_on_the_cpu(tmp_path):
+    file = tmp_path / "found.json"
+    command = [sys.executable, "cuda_check.py", *SMALL, "--output", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    head, *parts = done.stdout.split("\n[")
+    assert head.startswith("device cpu, torch ")
+    assert {part.partition("]")[0]: part.count("\n  ") > 0 for part in parts} == dict.fromkeys(cuda_check.PARTS, True)
+    assert " checks passed, 0 failed, in " in parts[-1]
+    found = json.loads(file.read_text())
+    assert all(check["passed"] for check in found["checks"])
+    assert {row["part"] for row in found["checks"] + found["measured"]} == set(cuda_check.PARTS)
+    speed = [(row["train"], row["form"]) for row in found["measured"] if row["part"] == "speed"]
+    forms = ["static (timm)", "zipped", "zipped, early exit"]
+    assert speed == [*((False, form) for form in forms), *((True, form) for form in forms[:2])]
+
+
+def test_a_check_that_fails(tmp_path, monkeypatch, capsys):
+    attention = zipping.ragged_attention
+    monkeypatch.setattr(zipping, "ragged_attention", lambda *args: 1.1 * attention(*args))
+    file = tmp_path / "found.json"
+    run("--only", "attention", "--output", str(file), status=1)
+    out = capsys.readouterr().out
+    assert "  FAIL  float32, heads of 64: attention 1.0e-01 (at most 5e-05), its gradient 1.0e-01 (at most" in out
+    assert "\n0 checks passed, 4 failed, in " in out
+    assert out.endswith("\n  FAIL  attention: bf16, heads of 16\n")
+    assert not any(check["passed"] for check in json.loads(file.read_text())["checks"])
+
+
+def test_numbers_that_are_none_pass_no_limit(monkeypatch, capsys):
+    attention = zipping.ragged_attention
+    monkeypatch.setattr(zipping, "ragged_attention", lambda *args: attention(*args) * float("nan"))
+    run("--only", "attention", status=1)
+    assert "attention nan (at most 5e-05)" in capsys.readouterr().out
+
+
+def test_a_part_that_breaks_does_not_keep_the_next_from_running(monkeypatch, capsys):
+    monkeypatch.setitem(cuda_check.FUNCTIONS, "attention", lambda check: 1 / 0)
+    run("--only", "attention", "empty", status=1)
+    out = capsys.readouterr().out
+    assert "  FAIL  part runs to its end: " in out
+    assert "ZeroDivisionError" in out
+    assert "[empty]" in out.partition("ZeroDivisionError")[2]
+
+
+def test_images_without_rows_are_not_judged(monkeypatch, capsys):
+    def attention(*args):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(zipping, "ragged_attention", attention)
+    run("--only", "empty")
+    assert "  float32: no such kernel\n  bf16: no such kernel\n0 checks passed, 0 failed" in capsys.readouterr().out
+
+
+def test_a_training_that_stops_is_a_failed_check(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_check, "RECIPE", "missing.args")
+    run("--only", "command", status=1)
+    assert "  FAIL  to epoch 1: status 2" in capsys.readouterr().out
+
+
+CASES = [cuda_check.Case("micro", 8, compiled=True), cuda_check.Case("micro", 8, train=True)]
+
+
+def test_the_compiled_network_is_one_form_more(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compiled.append(options) or network)
+    monkeypatch.setattr(cuda_check, "SMALL_CASES", CASES[:1])
+    run("--only", "speed")
+    assert "inference 8, static, compiled   " in capsys.readouterr().out
+    assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
+
+
+def test_what_no_longer_fits_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_check, "SMALL_CASES", CASES)
+    run("--only", "speed", "--seconds", "10")
+    out = capsys.readouterr().out
+    assert "micro float32 inference 8 with the compiled network: left out, 10 s are left and 62 may be needed" in out
+    assert "micro float32 training 8, zipped  " in out
+
+
+def test_too_little_memory_is_a_line(monkeypatch, capsys):
+    fits = iter([False, False, False, True])  # static and zipped, in two cases
+
+    def peak_mib(call, device):
+        if not next(fits):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call()
+
+    monkeypatch.setattr(cuda_check, "SMALL_CASES", CASES[1:] * 2)
+    monkeypatch.setattr(cuda_check, "peak_mib", peak_mib)
+    run("--only", "speed")
+    out = capsys.readouterr().out
+    assert out.count("micro float32 training 8, static (timm): out of memory\n") == 2
+    assert out.count("micro float32 training 8, zipped: out of memory\n") == 1
+    assert out.count("micro float32 training 8, zipped  ") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: no CUDA device is available here; use --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (["--device", "cpx"], "--device: unknown device 'cpx'; expected cuda or cpu"),
+        (["--only", "parity", "speeed"], "argument --only: invalid choice: 'speeed'"),
+        (["--seconds", "0"], "argument --seconds: must be at least 1, got 0"),
+        (["--only", "empty", "--output", "/no/such/folder/x.json"], "/no/such/folder/x.json: cannot be written: "),
+    ],
+)
+def test_mistakes_get_one_line(argv, message, capsys):
+    run(*argv, status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cuda_check.py: error: {message}")
+
+
+def test_without_a_gpu_it_wants_to_be_told():
+    assert cuda_check.make_parser().parse_args([]).device == "cuda"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--no-such-flag"]])
+def test_help_and_mistakes_do_not_wait_for_torch(argv):
+    assert not {"torch", "timm"} & imports_of(["cuda_check.py", *argv])
