@@ -13,9 +13,9 @@ have timm's names, so DeiT's load as they are.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,8 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
-from zipping import DeviceTokens, HostTokens, MaskedTokens, can_pack, pack
+from zipping import ATTENTION, DeviceTokens, HostTokens, MaskedTokens, can_pack, pack
 
 __all__ = [
     "AdaptiveTokens",
@@ -85,7 +84,8 @@ class Gate(NamedTuple):
 
     @classmethod
     def of(cls, scale: float, center: float, halt_eps: float, device: torch.device) -> Gate:
-        return cls(scale, torch.full((), -center, device=device), torch.full((), 1 - halt_eps, device=device))
+        options = {"dtype": torch.float32, "device": device}
+        return cls(scale, torch.full((), -center, **options), torch.full((), 1 - halt_eps, **options))
 
 
 def halting_step(x: Tensor, before: Tensor, gate: Gate, last: bool) -> HaltingStep:
@@ -96,7 +96,7 @@ def halting_step(x: Tensor, before: Tensor, gate: Gate, last: bool) -> HaltingSt
     bool, True where that reaches 1 - halt_eps, and everywhere in the last block. A score that is not a
     number halts no token: it goes on, and the logits show it.
     """
-    score = torch.sigmoid(torch.add(gate.minus_center, x[..., 0].float(), alpha=gate.scale))
+    score = torch.sigmoid(torch.add(gate.minus_center, x.select(-1, 0).float(), alpha=gate.scale))
     cumulative = before + score
     halts = cumulative >= gate.limit
     return HaltingStep(cumulative, score, before, torch.ones_like(halts) if last else halts)
@@ -111,9 +111,11 @@ class _Trace:
         self.prefix_states: list[Tensor] = []  # [B, P, C] after each block, anything where a token has left
 
     def joined(self) -> HaltingStep:
-        """The steps of all blocks, one after the other; nothing needs the cumulative scores."""
-        score, before, halts = (torch.cat([getattr(s, name) for s in self.steps]) for name in HaltingStep._fields[1:])
-        return HaltingStep(None, score, before, halts)
+        """The steps of all blocks, one after the other; cumulative scores, which nobody asks for, are left out."""
+        score, before, halts = (
+            torch.cat([getattr(step, name) for step in self.steps]) for name in ("score", "before", "halts")
+        )
+        return HaltingStep(cumulative=None, score=score, before=before, halts=halts)
 
     def tables(self, *values: Tensor) -> list[Tensor]:
         """values: as in `joined` -> each [L, B, N], zero where a token has left."""
@@ -126,14 +128,16 @@ class _Trace:
         return (probability * states).masked_fill(probability == 0, 0).sum(dim=0)
 
 
-def _halting(probability: Tensor, halts: Tensor, score: Tensor, num_prefix_tokens: int, num_blocks: int) -> Halting:
-    """probability, halts, score: [L, B, N], of the blocks that were run, of `num_blocks`."""
+def _halting(halts: Tensor, score: Tensor, num_prefix_tokens: int, num_blocks: int) -> Halting:
+    """halts, score: [L, B, N], of the blocks that were run, of `num_blocks`."""
     block = torch.arange(1, len(halts) + 1, device=halts.device)[:, None, None]
-    depth = (block * halts).sum(dim=0).float()
-    remainder = (probability * halts).sum(dim=0)
+    depth = (block * halts).sum(dim=0)
+    remainder = 1 - (score * ~halts).sum(dim=0)
     layer_scores = score[:, :, num_prefix_tokens:].mean(dim=(1, 2))
-    unreached = layer_scores.new_zeros(num_blocks - len(halts))
-    return Halting(depth, depth + remainder, torch.cat([layer_scores, unreached]))
+    if len(halts) < num_blocks:  # nothing was left to run, or the model is pruned, and tokens may not have halted
+        depth = depth.where(depth > 0, len(halts))
+        layer_scores = F.pad(layer_scores, (0, num_blocks - len(halts)))
+    return Halting(depth.float(), depth + remainder, layer_scores)
 
 
 class AdaptiveTokens:
@@ -290,14 +294,19 @@ class AdaptiveTokens:
         token has left;
         num_blocks: how many blocks to run, all by default.
         """
-        tokens, rows = (pack if self._can_zip(x) else MaskedTokens.pack)(x, self.num_prefix_tokens)
+        ways = self._ways(x)
+        make_store = MaskedTokens.pack if _masked_block in ways else pack
+        tokens, rows = make_store(x, self.num_prefix_tokens)
         dense = rows.shape  # in which every token has its place
-        before = torch.zeros(dense[:-1], device=x.device)
+        before = torch.zeros(dense[:-1], dtype=torch.float32, device=x.device)
         output = None if prefix_only else x.new_zeros(dense, dtype=torch.promote_types(x.dtype, before.dtype))
         gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
         trace = _Trace()
-        for number, block in enumerate(self.blocks[:num_blocks], start=1):
-            rows = self._run_block(block, rows, tokens)
+        for number, (block, way) in enumerate(zip(self.blocks[:num_blocks], ways), start=1):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                rows = checkpoint(way, block, rows, tokens)
+            else:
+                rows = way(block, rows, tokens)
             step = halting_step(rows, before, gate, last=number == self.num_blocks)
             trace.stores.append(tokens)
             trace.steps.append(step)
@@ -315,29 +324,23 @@ class AdaptiveTokens:
         steps = trace.joined()
         tables = trace.tables(steps.probability, *((steps.halts, steps.score) if return_halting else ()))
         output = trace.mean_field(tables[0]) if prefix_only else output.view_as(x)
-        halting = _halting(*tables, self.num_prefix_tokens, self.num_blocks) if return_halting else None
+        halting = _halting(*tables[1:], self.num_prefix_tokens, self.num_blocks) if return_halting else None
         return output.to(x.dtype), halting
 
-    def _can_zip(self, x: Tensor) -> bool:
-        """x: [B, N, C]; whether halted tokens leave, not only because `zip_tokens` wants it."""
+    def _ways(self, x: Tensor) -> list[Callable]:
+        """x: [B, N, C] -> how each block runs: all masked, or each on rows of live tokens, plain where it may be."""
         to_serve_other_images = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if not self.zip_tokens or to_serve_other_images or not can_pack(x):
-            return False
-        obstacle = _obstacle(self.blocks)
+            return [_masked_block] * len(self.blocks)
+        is_plain = [_is_plain(block) for block in self.blocks._modules.values()]
+        obstacle = _replaced_function() or (None if all(is_plain) else _obstacle(self.blocks))
         if obstacle:
-            warnings.warn(f"halted tokens are masked, which saves nothing: {obstacle}", stacklevel=2)
-        return not obstacle
-
-    def _run_block(self, block: Block, rows: Tensor, tokens: MaskedTokens | HostTokens | DeviceTokens) -> Tensor:
-        if isinstance(tokens, MaskedTokens):
-            run = _masked_block
-        elif torch.is_grad_enabled() or self.training or not _is_plain(block):
-            run = _zipped_block
-        else:
-            run = _plain_block
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, block, rows, tokens)
-        return run(block, rows, tokens)
+            message = f"halted tokens are masked, which saves nothing: {obstacle}"
+            warnings.warn(message, stacklevel=8)  # whoever called the model
+            return [_masked_block] * len(self.blocks)
+        in_full = torch.is_grad_enabled() or _has_any_global_hook()
+        in_short = [plain and not (in_full or block.training) for plain, block in zip(is_plain, self.blocks)]
+        return [_plain_block if short else _zipped_block for short in in_short]
 
     def _static_halting(self, features: Tensor) -> Halting:
         """All weight on the last block: no score before it, remainder 1."""
@@ -394,18 +397,20 @@ def _masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
 
 
 def _zipped_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
-    """rows: [T, C] -> [T, C]; what timm's block does, on live tokens alone, as if they were one image."""
-    x = rows.unsqueeze(0)
-    attended = block.ls1(block.attn(block.norm1(x), attn_mask=tokens.attention_mask))
-    x = x + _drop_path(block.drop_path1, attended, tokens)
+    """rows: [T, C] -> [T, C]; timm's block, on live tokens alone, as if they were one image.
+
+    Stochastic depth is drawn for all images, as on a dense batch, and given to the rows.
+    """
+    x, mask = rows.unsqueeze(0), tokens.attention_mask
+    if not any(isinstance(layer, DropPath) and layer.training for layer in (block.drop_path1, block.drop_path2)):
+        return block(x, attn_mask=mask).squeeze(0)
+    x = x + _drop_path(block.drop_path1, block.ls1(block.attn(block.norm1(x), attn_mask=mask)), tokens)
     x = x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), tokens)
     return x.squeeze(0)
 
 
 def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
-    """branch: [1, T, C]; stochastic depth per image: draws for all images, like timm's on a dense batch."""
-    if isinstance(drop_path, nn.Identity) or not drop_path.training:
-        return branch
+    """branch: [1, T, C] -> the same, zero for images that skip it, the others' scaled."""
     scale = drop_path(branch.new_ones(tokens.size[0], 1))  # [B, 1]
     return branch * tokens.spread(scale)
 
@@ -418,7 +423,7 @@ def _plain_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) 
     """
     attn, mlp = block.attn, block.mlp
     x = rows.unsqueeze(0)
-    qkv = _linear(attn.qkv, _norm(block.norm1, x)).unflatten(2, (3, attn.num_heads, attn.head_dim))
+    qkv = _linear(attn.qkv, _norm(block.norm1, x)).view(1, len(rows), 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [1, H, T, D]
     attended = tokens.attend(q, k, v) if len(rows) else q
     x = x + _linear(attn.proj, attended.transpose(1, 2).flatten(2))
@@ -434,61 +439,80 @@ def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-IDLE_LAYERS = (nn.Identity, nn.Dropout, DropPath)  # in evaluation
-PLAIN_LAYERS = {"norm1": LayerNorm, "attn": Attention, "qkv": nn.Linear, "proj": nn.Linear}
-PLAIN_LAYERS |= {"norm2": LayerNorm, "mlp": Mlp, "fc1": nn.Linear, "act": nn.GELU, "fc2": nn.Linear}
+def _layers(block: Block) -> tuple[nn.Module, ...]:
+    """What a block, its attention and its MLP are made of; not as attributes, which take longer."""
+    parts = block._modules
+    return (*parts.values(), *parts["attn"]._modules.values(), *parts["mlp"]._modules.values())
+
+
+PLAIN_LAYERS = {  # the types of a DeiT's, with and without stochastic depth
+    tuple(map(type, _layers(Block(8, 1, drop_path=rate, norm_layer=LayerNorm, device="meta")))) for rate in (0.0, 0.1)
+}
 MLPS = (Mlp, GluMlp, SwiGLU)
+PARTS = {"": (Block,), "attn": (Attention,), "mlp": MLPS}  # of which kinds the parts of a block must be
+PARTS |= {"drop_path1": (nn.Identity, DropPath), "drop_path2": (nn.Identity, DropPath)}
+LINEAR_PLACES = (".qkv.", ".proj.", ".fc1.", ".fc2.")  # where people put others that work on one token at a time
+FORWARDS = {kind: kind.forward for kind in (Block, Attention, *MLPS, DropPath, nn.Linear, LayerNorm, nn.GELU)}
 
 
-def _is_plain(block: Block) -> bool:
-    """Whether in evaluation the block does no more than `_plain_block`: a DeiT's does, one with LoRA does not."""
-    layers = {}
-    for part in (block, block.attn, block.mlp):
-        for name, layer in part._modules.items():
-            if "forward" in layer.__dict__:
-                return False
-            if type(layer) not in IDLE_LAYERS:
-                layers[name] = type(layer)
-    return layers == PLAIN_LAYERS and not block.norm1._fast_norm and not _has_any_global_hook()
-
-
-def _obstacle(blocks: nn.Sequential) -> str | None:
-    """Why these blocks cannot run on rows of live tokens, where somebody has changed them.
-
-    A hook, and whatever takes the place of a block, its attention or its MLP, may look at tokens by
-    their places in an image, or at several at once. A layer inside of these, as LoRA wraps it, works
-    on one token at a time, and may be replaced.
-    """
-    for name, block in blocks._modules.items():  # not as attributes, which take longer: this is done in every pass
-        if type(block) is not Block:
-            return f"block {name} is a {type(block).__name__}, not timm's Block"
-        attn, mlp = block._modules["attn"], block._modules["mlp"]
-        if type(attn) is not Attention or type(mlp) not in MLPS:
-            return f"attention or MLP of block {name} is not timm's: {type(attn).__name__}, {type(mlp).__name__}"
-        if "forward" in block.__dict__ or "forward" in attn.__dict__ or "forward" in mlp.__dict__:
-            return f"a forward method in block {name} was replaced"
-        if not attn.fused_attn:
-            return f"attention of block {name} is not the fused one (fused_attn)"
-    return "a module in a block has a hook" if _has_hooks(blocks) else None
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_seen_without_hooks = WeakKeyDictionary()  # modules, and the number of the next hook in this process then
+def _is_plain(block: nn.Module) -> bool:
+    """Whether nobody has changed this block: in evaluation it does what `_plain_block` does."""
+    if type(block) is not Block or _is_tampered(block):
+        return False
+    layers = _layers(block)
+    for layer in layers:
+        if _is_tampered(layer) or (layer.training and not block.training):
+            return False
+    is_deits = tuple(map(type, layers)) in PLAIN_LAYERS
+    return is_deits and block.attn.fused_attn and not block.norm1._fast_norm
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether the module or one inside it has a hook.
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
-    torch numbers hooks: where there were none, there are none until it has made another. To look at
-    every module in every pass would take longer than a block's halting.
+
+def _is_tampered(module: nn.Module) -> bool:
+    """Whether it has a hook, or a `forward` of its own."""
+    return "forward" in module.__dict__ or _has_hooks(module)
+
+
+def _obstacle(blocks: nn.Sequential) -> str | None:
+    """Why blocks, some of which are not plain, cannot run on rows of live tokens, if so.
+
+    A hook, and what takes the place of a block or of a part of it, may look at tokens by their
+    places in an image, or at several at once. What takes the place of a linear layer, as LoRA does,
+    is taken to work on one token at a time.
     """
-    next_hook = RemovableHandle.next_id
-    if _seen_without_hooks.get(module) == next_hook:
-        return False
-    if any(part.__dict__[hooks] for part in module.modules() for hooks in HOOKS):
-        return True
-    _seen_without_hooks[module] = next_hook
-    return False
+    found = (
+        _obstacle_in(f"blocks.{name}.{part}".rstrip("."), part, module)
+        for name, block in blocks._modules.items()
+        for part, module in block.named_modules()
+    )
+    return next(filter(None, found), None)
+
+
+def _obstacle_in(name: str, part: str, module: nn.Module) -> str | None:
+    """name: of the module; part: its name in its block."""
+    in_linear = any(place in f".{part}." for place in LINEAR_PLACES)
+    is_known = in_linear or type(module).__module__.startswith(("timm.", "torch."))
+    if not (type(module) in PARTS[part] if part in PARTS else is_known):
+        return f"{name} is a {type(module).__name__}"
+    if _has_hooks(module):
+        return f"{name} has a hook"
+    if "forward" in module.__dict__ and not in_linear:
+        return f"{name}.forward was replaced"
+    return f"{name} does not use fused attention" if part == "attn" and not module.fused_attn else None
+
+
+def _replaced_function() -> str | None:
+    """A function of timm's or torch's that was replaced for all modules, if one was."""
+    if F.scaled_dot_product_attention is not ATTENTION:
+        return "torch.nn.functional.scaled_dot_product_attention was replaced"
+    replaced = (f"{kind.__name__}.forward was replaced" for kind, own in FORWARDS.items() if kind.forward is not own)
+    return next(replaced, None)
 
 
 # What a model costs ------------------------------------------------------------------------------

@@ -19,12 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ATTENTION = F.scaled_dot_product_attention  # torch's own, whatever its place may hold later
 
 
 def uses_device_form(x: Tensor) -> bool:
@@ -33,10 +36,10 @@ def uses_device_form(x: Tensor) -> bool:
 
 
 def can_pack(x: Tensor) -> bool:
-    """x: [B, N, C]; whether its live tokens can be rows: on the CPU, and on CUDA but for float64, without a kernel."""
-    if x.device.type not in ("cpu", "cuda") or (uses_device_form(x) and x.dtype == torch.float64):
+    """x: [B, N, C]; whether its live tokens can be rows. Not in float64 on CUDA, nor inside torch.func's transforms."""
+    if x.device.type not in ("cpu", "cuda") or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
-    return len(x) > 0
+    return len(x) > 0 and not (uses_device_form(x) and x.dtype == torch.float64)
 
 
 def pack(x: Tensor, num_prefix_tokens: int) -> tuple[HostTokens | DeviceTokens, Tensor]:
@@ -76,8 +79,8 @@ class MaskedTokens:
         return MaskedTokens(self.live & ~leaves, self.num_prefix_tokens), values
 
     def prefix(self, rows: Tensor) -> Tensor:
-        """rows: [B, N, C] -> [B, P, C], those of the prefix tokens."""
-        return rows[:, : self.num_prefix_tokens]
+        """rows: [B, N, C] -> [B, P, C], those of the prefix tokens; a copy, which does not keep the others alive."""
+        return rows[:, : self.num_prefix_tokens].clone()
 
     def add_to(self, total: Tensor, rows: Tensor) -> Tensor:
         """total, rows: [B, N, C] -> their sum, without the rows of tokens that have left."""
@@ -118,7 +121,7 @@ class _Rows:
         batch = self.size[0]
         if len(rows) == 0:  # an empty sum ties the zeros to the graph: gradients are 0, not None
             return rows.new_zeros(batch, len(self.prefix_row) // batch, rows.shape[1]) + rows.sum(dim=0)
-        if len(self.prefix_row) == 1:  # it is the first row while it is there
+        if len(self.prefix_row) == 1:  # the first row, while it is there
             return rows[None, :1]
         return rows.index_select(0, self._index(self.prefix_row)).unflatten(0, (batch, -1))
 
@@ -168,9 +171,12 @@ class HostTokens(_Rows):
         if len(kept) == len(stays):
             return self, values
         kept, lengths = self._by_length(stays, kept)
-        new_row = np.zeros_like(self.token)
-        new_row[kept] = np.arange(len(kept))
-        tokens = HostTokens(self.size, self.token[kept], self.prefix_token, new_row[self.prefix_row], lengths)
+        prefix_row = self.prefix_row
+        if len(prefix_row) > 1:
+            new_row = np.zeros_like(self.token)
+            new_row[kept] = np.arange(len(kept))
+            prefix_row = new_row[prefix_row]
+        tokens = HostTokens(self.size, self.token[kept], self.prefix_token, prefix_row, lengths)
         index = torch.from_numpy(kept)
         return tokens, tuple(value.index_select(0, index) for value in values)
 
@@ -219,8 +225,10 @@ class DeviceTokens(_Rows):
         early_exit: an image whose prefix tokens have all left leaves as a whole.
         Waits for the device once, for how many rows, and images with rows, there will be.
         """
+        if len(leaves) == 0:
+            return self, values
         stays = ~leaves
-        if early_exit and len(stays):
+        if early_exit:
             live = self.token.index_select(0, self.prefix_row) == self.prefix_token
             live &= stays.index_select(0, self.prefix_row)
             stays &= self.spread(live.view(self.size[0], -1).any(dim=1))
@@ -270,7 +278,7 @@ class AttentionWithinImages:
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
+        if function is not ATTENTION:
             return NotImplemented
         q, k, v = args[:3]  # [1, H, T, D]
         if q.shape[2] == 0:
@@ -288,17 +296,20 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     capability 8.0 on, else the memory-efficient one.
     """
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
+    has_flash = dtype in (torch.float16, torch.bfloat16) and _supports_flash_attention(q.device)
+    computed = torch.float32 if dtype == torch.bfloat16 and not has_flash else dtype  # old GPUs have no kernel for it
+    q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
     limits = (bounds, bounds, longest, longest, dropout_p)
-    if dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and _supports_flash_attention(q.device):
+    if has_flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False)[0].unsqueeze(0)
     else:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad)[0]
-    return out.transpose(1, 2)
+    return out.to(dtype).transpose(1, 2)
 
 
+@cache
 def _supports_flash_attention(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -309,18 +320,18 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropou
     q, k, v: [1, H, T, D]; lengths: how many consecutive rows each image has, ascending -> [1, H, T, D].
     A call sees its rows as a view: no padding, no mask, no copy but that of the results.
     """
+    if len(lengths) == 1:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     runs = [(length, len(list(images))) for length, images in groupby(lengths)]
-    if len(runs) == 1:
-        return _dense_attention(q, k, v, *runs[0], dropout_p).transpose(1, 2)
     sizes = [length * images for length, images in runs]
     parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
     results = [_dense_attention(*part, *run, dropout_p) for part, run in zip(parts, runs)]
-    return torch.cat(results, dim=1).transpose(1, 2)
+    return (torch.cat(results, dim=1) if len(results) > 1 else results[0]).transpose(1, 2)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, images: int, dropout_p: float) -> Tensor:
     """q, k, v: [1, H, images * length, D] -> [1, images * length, H, D]"""
     if images > 1:
-        q, k, v = (x.unflatten(2, (images, length)).squeeze(0).transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.view(-1, images, length, x.shape[3]).transpose(0, 1) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # [images, H, length, D]
     return out.transpose(1, 2).flatten(0, 1).unsqueeze(0) if images > 1 else out.transpose(1, 2)

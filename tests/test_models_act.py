@@ -1,9 +1,13 @@
 import copy
 import warnings
+import weakref
+from unittest.mock import patch
 
+import emulated_attention
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import assert_halting, halting_model, images
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+import zipping
 from benchmark import set_synthetic_depths
 from models_act import AdaptiveVisionTransformer, AdaptiveVisionTransformerDistilled, Gate, halting_step, macs_per_image
 
@@ -21,6 +26,7 @@ BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked",
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+OF_MANY_CASES = {"rtol": 1e-4, "atol": 5e-5}  # the masked form's float32 is off by 2e-5 in some
 
 
 # The definition ----------------------------------------------------------------------------------
@@ -123,8 +129,19 @@ def test_any_pattern_of_depths(mean, spread, batch, seed):
     masked, zipped = forms(halting_model(mean, spread).train())
     x = images(batch, seed=seed)
     assume(distance_from_threshold(masked, x) > 1e-4)  # rounding flips nothing
-    halting = assert_same(masked, zipped, x)
+    halting = assert_same(masked, zipped, x, tolerance=OF_MANY_CASES)
     assume(halting.depth.min() < 8)
+
+
+@settings(max_examples=10)
+@given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100))
+def test_the_forms_differ_by_no_more_than_rounding(mean, spread, batch, seed):
+    """In float64, but for scores; on the CPU: on CUDA there is no kernel for it."""
+    masked, zipped = forms(halting_model(mean, spread).train().double())
+    x = images(batch, seed=seed).double()
+    assume(distance_from_threshold(masked, x) > 1e-4)
+    with patch("zipping.uses_device_form", return_value=False):
+        assert_same(masked, zipped, x, tolerance={"rtol": 2e-6, "atol": 2e-6})
 
 
 @torch.no_grad()
@@ -215,11 +232,11 @@ def test_gradient_checkpointing():
         assert_same(plain, model, images())
 
 
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+@pytest.mark.parametrize(("training", "drop_path_rate"), [(True, 0.0), (True, 0.5), (False, 0.5)])
 @torch.no_grad()
-def test_bf16_autocast(drop_path_rate):
+def test_bf16_autocast(training, drop_path_rate):
     results = []
-    for model in forms(halting_model(drop_path_rate=drop_path_rate).train()):
+    for model in forms(halting_model(drop_path_rate=drop_path_rate).train(training)):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16):
             logits, halting = model(images(), return_halting=True)
@@ -227,7 +244,7 @@ def test_bf16_autocast(drop_path_rate):
     (logits, halting, state), (zipped_logits, zipped_halting, zipped_state) = results
     assert torch.equal(state, zipped_state)
     assert halting.ponder_cost.dtype == halting.layer_scores.dtype == torch.float32
-    if not drop_path_rate:
+    if not (training and drop_path_rate):
         assert_halting(halting)
         assert (halting.depth == zipped_halting.depth).float().mean() > 0.97
         assert_close(zipped_logits, logits, rtol=0.1, atol=0.1)
@@ -330,11 +347,17 @@ def wrap(part, wrapper):
     return change
 
 
+def put_a_hooked_layer(block):
+    """No hook is made when it comes."""
+    block.attn.qkv = HOOKED
+
+
+HOOKED = nn.Linear(24, 72)
+HOOKED.register_forward_hook(lambda m, a, out: 0.5 * out)
 OF_ONE_TOKEN = {  # zipped as before
     "LoRA": lambda block: wrap("qkv", LoRA)(block.attn),
     "a wrapped layer": lambda block: wrap("fc1", Scaled)(block.mlp),
     "a layer's forward": lambda block: replace_forward(block.mlp.fc2),
-    "an idle layer's forward": lambda block: replace_forward(block.ls2),
     "another norm": lambda block: setattr(block, "norm1", nn.RMSNorm(24)),
     "layer scale": lambda block: setattr(block, "ls1", timm.layers.LayerScale(24, init_values=0.3)),
 }
@@ -346,6 +369,10 @@ OF_SEVERAL_TOKENS = {  # masked, with the reason
     "an editing hook": (lambda block: block.register_forward_hook(lambda m, a, out: out * 0.5), "hook"),
     "a hook on a layer": (lambda block: block.attn.qkv.register_forward_hook(lambda m, a, out: out.flip(1)), "hook"),
     "a pre-hook": (lambda block: block.mlp.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)), "hook"),
+    "an idle layer's forward": (lambda block: replace_forward(block.ls2), "ls2.forward"),
+    "a layer scale of theirs": (wrap("ls1", Scaled), "ls1 is a Scaled"),
+    "a drop path of theirs": (wrap("drop_path1", Scaled), "drop_path1 is a Scaled"),
+    "a layer with a hook": (put_a_hooked_layer, "hook"),
     "attention that is not fused": (lambda block: setattr(block.attn, "fused_attn", False), "fused"),
 }
 
@@ -386,11 +413,81 @@ def test_what_may_look_at_several_tokens_is_masked_with_one_warning(change, reas
     assert reason == "fused" or not torch.allclose(logits, before)
 
 
+KINDS = (timm.models.vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp, nn.Linear, timm.layers.LayerNorm)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, F], ids=lambda kind: kind.__name__)
+@torch.no_grad()
+def test_a_function_that_is_replaced_for_all_modules_has_its_effect(monkeypatch, kind):
+    """As libraries for faster attention, or for maps of it, do."""
+    masked, zipped = forms(halting_model().eval())
+    before = zipped(images())
+    name = "scaled_dot_product_attention" if kind is F else "forward"
+    original = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda *args, **options: 0.5 * original(*args, **options))
+    with pytest.warns(UserWarning, match=f"{name} was replaced"):
+        found = zipped(images())
+    assert torch.equal(found, masked(images()))
+    assert not torch.allclose(found, before)
+
+
+def test_the_device_form_is_taken_where_it_is_asked_for(live_tokens_form):
+    emulated_attention.calls.clear()
+    halting_model()(images())
+    assert bool(emulated_attention.calls) == (live_tokens_form == "device")
+
+
+def test_attention_dropout_reaches_the_kernels(monkeypatch, live_tokens_form):
+    model, found = halting_model(attn_drop_rate=0.25), set()
+    store = zipping.DeviceTokens if live_tokens_form == "device" else zipping.HostTokens
+    monkeypatch.setattr(store, "attend", lambda self, q, k, v, dropout_p=0.0: found.add(dropout_p) or q)
+    for training in (True, False):
+        found.clear()
+        model.train(training)(images())
+        assert found == {0.25 * training}
+
+
+def test_torch_func_differentiates_the_masked_form():
+    model = halting_model().eval()
+    parameters = dict(model.named_parameters())
+    x = images(2)
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+    model(x).sum().backward()
+    assert_close(gradients["head.weight"], model.head.weight.grad, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_pass_keeps_no_block_s_output_alive():
+    model = halting_model(zip_tokens=False).eval()
+    outputs, alive = [], []
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda x, f=forward, **options: remember(f(x, **options))
+
+    def remember(x):
+        outputs.append(weakref.ref(x.untyped_storage()))
+        alive.append(sum(output() is not None for output in outputs))
+        return x
+
+    model(images())
+    assert max(alive) <= 2
+
+
+@torch.no_grad()
+def test_dropout_that_stays_on_in_evaluation_has_its_effect():
+    """Monte Carlo dropout."""
+    model = halting_model(proj_drop_rate=0.5).eval()
+    before = model(images())
+    for module in model.modules():
+        module.train(isinstance(module, nn.Dropout))
+    assert not torch.allclose(model(images()), before)
+
+
 def test_an_adapter_around_a_block_is_masked():
     _, zipped, masked = changed(lambda block: None, images())
     for model in (zipped, masked):
         model.blocks[2] = Adapter(model.blocks[2])
-    with pytest.warns(UserWarning, match="block 2 is a Adapter"):
+    with pytest.warns(UserWarning, match="blocks.2 is a Adapter"):
         assert torch.equal(zipped(images()), masked(images()))
 
 
@@ -411,14 +508,15 @@ def test_hooks_see_what_they_see_in_the_masked_form_and_can_be_removed():
         model(images())
 
 
-def test_global_hooks_see_the_layers_that_run():
+def test_global_hooks_see_the_modules_that_run():
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
     try:
         halting_model().eval()(images())
     finally:
         handle.remove()
-    assert seen.count(nn.Linear) > 4
+    assert seen.count(nn.Linear) >= 4 * 4
+    assert seen.count(timm.models.vision_transformer.Block) >= 4
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -457,6 +555,15 @@ def test_intermediates_are_the_states_of_live_tokens(zip_tokens):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_tokens_of_a_pruned_model_that_never_halt_have_its_depth():
+    whole, pruned = halting_model().eval(), halting_model().eval()
+    pruned.prune_intermediate_layers([3])
+    expected, halting = (model(images(), return_halting=True)[1] for model in (whole, pruned))
+    assert torch.equal(halting.depth, expected.depth.clamp(max=4))
+    assert (halting.ponder_cost >= halting.depth).all()
+
+
 def test_pruned_features_halt_as_the_whole_model():
     model = halting_model().eval()
     whole = model.forward_intermediates(images(), indices=[3], intermediates_only=True)
