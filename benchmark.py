@@ -5,10 +5,11 @@
     python benchmark.py --finetune CKPT --data-path DATA             # depths of real images
     python benchmark.py --count --batch-size 1 6                     # operations, not seconds
 
-Every round times each form once, in turn; figures are medians over the rounds. Speed-up is over
-timm's network; ideal is the ratio of the multiply-adds. The floor is timm's network again, whose
-images lose as many tokens before each block as halt in A-ViT, without a score, a sum or an index:
-what blocks of these sizes cost on this machine.
+Every round times each form once, in turn; figures are medians over the rounds, of ratios too.
+Speed-up is over timm's network; ideal is the ratio of the multiply-adds. The floor is timm's
+network again, whose images lose as many tokens before each block as halt in A-ViT, without a score,
+a sum or an index: what blocks of these sizes cost on this machine. Of several images each loses as
+many as they do on average, rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ if __name__ == "__main__":
 import copy
 import itertools
 from collections import Counter
+from operator import truediv
 from unittest.mock import patch
 
 import timm
@@ -93,6 +95,8 @@ class Case(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.count and (args.train or args.plot):
+        parser.error("--count counts a forward pass: it goes with neither --train nor --plot")
     try:
         with utils.process_group(args.device) as device:
             results = run(args, device)
@@ -179,24 +183,24 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
     forms["zipped"].early_exit = False
     if not train:
         forms[EARLY_EXIT] = copy.deepcopy(case.model)
-    calls = {name: _training_step(m, case, amp) if train else _inference(m, case, amp) for name, m in forms.items()}
+    make_call = training_call if train else inference_call
+    calls = {name: make_call(model, case.batches, amp) for name, model in forms.items()}
     seconds = utils.seconds_in_turn(calls, device, rounds, MIN_SECONDS)
-    macs = _multiply_adds(case)
-    static, floor = (statistics.median(seconds[name]) for name in (STATIC, FLOOR))
+    macs = multiply_adds(case.model, case.depth)
     rows = []
     for name, times in seconds.items():
-        median = statistics.median(times)
+        speed_up, of_floor = (statistics.median(map(truediv, seconds[other], times)) for other in (STATIC, FLOOR))
         ideal = macs[STATIC] / macs[name]
         rows.append(
             {
                 "form": name,
-                "images_per_s": len(case.images) / median,
+                "images_per_s": len(case.images) / statistics.median(times),
                 "images_per_s_range": [len(case.images) / max(times), len(case.images) / min(times)],
-                "speed_up": static / median,
+                "speed_up": speed_up,
                 "gmacs": macs[name] / 1e9,
                 "ideal": ideal,
-                "speed_up_of_ideal": static / median / ideal,
-                "speed_of_floor": floor / median,
+                "speed_up_of_ideal": speed_up / ideal,
+                "speed_of_floor": of_floor,
                 "memory_mib": _memory(calls[name], forms[name], case, train),
             }
         )
@@ -208,8 +212,7 @@ class Floor(nn.Module):
 
     def __init__(self, network: VisionTransformer, case: Case):
         super().__init__()
-        self.network = network
-        self.num_classes = network.num_classes
+        self.network, self.blocks, self.num_classes = network, network.blocks, network.num_classes
         blocks = torch.arange(case.model.num_blocks)[:, None, None]
         live = [(depth.cpu() > blocks).sum(dim=(1, 2)) for depth in case.depth.split(case.batch_size)]  # [L] per batch
         counts = [-(-live_rows // case.batch_size) for live_rows in torch.stack(live)]
@@ -224,35 +227,27 @@ class Floor(nn.Module):
         return network.forward_head(network.norm(x))
 
 
-def _inference(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
+def inference_call(model: nn.Module, batches: Sequence[Tensor], amp: str) -> Callable[[], None]:
     model.eval()
 
     @torch.inference_mode()
     def call() -> None:
-        for images in case.batches:
+        for images in batches:
             with autocast(images.device, amp):
                 model(images)
 
     return call
 
 
-def _training_step(model: nn.Module, case: Case, amp: str) -> Callable[[], None]:
-    """Forward, loss, backward and AdamW, at learning rate 0, so that the depths stay those that were imposed."""
-    model.train()
-    device = case.images.device
+def training_call(model: nn.Module, batches: Sequence[Tensor], amp: str) -> Callable[[], None]:
+    """Forward, losses, backward and AdamW, at learning rate 0, so that the depths stay those that were imposed."""
+    loss_of = training_loss(model, batches[0], amp)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    criterion = AdaptiveLoss(nn.CrossEntropyLoss(), case.model.num_blocks).to(device)
-    targets = torch.arange(case.batch_size, device=device) % model.num_classes
-    halting = {"return_halting": True} if isinstance(model, AdaptiveTokens) else {}
+    scaler = torch.amp.GradScaler(batches[0].device.type, enabled=amp == "fp16")
 
     def call() -> None:
-        for images in case.batches:
-            with autocast(device, amp):
-                outputs = model(images, **halting)
-                logits, *others = outputs if halting else (outputs,)
-                loss, _ = criterion(logits, targets, *others)
-            scaler.scale(loss).backward()
+        for images in batches:
+            scaler.scale(loss_of(images)).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -260,9 +255,26 @@ def _training_step(model: nn.Module, case: Case, amp: str) -> Callable[[], None]
     return call
 
 
-def _multiply_adds(case: Case) -> dict[str, float]:
-    """Per image, of each form, as computed; with early exit no token goes on after its image's prefix tokens."""
-    model, depth = case.model, case.depth
+def training_loss(model: nn.Module, images: Tensor, amp: str) -> Callable[[Tensor], Tensor]:
+    """The loss of batches like this one, with those of halting where the model halts tokens."""
+    model.train()
+    criterion = AdaptiveLoss(nn.CrossEntropyLoss(), len(model.blocks)).to(images.device)
+    targets = torch.arange(len(images), device=images.device) % model.num_classes
+    is_adaptive = isinstance(model, AdaptiveTokens)
+
+    def loss_of(images: Tensor) -> Tensor:
+        with autocast(images.device, amp):
+            outputs = model(images, return_halting=True) if is_adaptive else (model(images),)
+            return criterion(outputs[0], targets, *outputs[1:])[0]
+
+    return loss_of
+
+
+def multiply_adds(model: nn.Module, depth: Tensor) -> dict[str, float]:
+    """depth: [B, N] -> per image, of each form, as computed.
+
+    With early exit no token goes on after its image's prefix tokens.
+    """
     last_needed = depth[:, : model.num_prefix_tokens].amax(dim=1, keepdim=True)
     static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
     adaptive = macs_per_image(model, depth).mean().item()
@@ -322,6 +334,7 @@ class OperationCounter(TorchDispatchMode):
     """
 
     FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_unsafe_view", "promote_types")
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "repeat_interleave")
     VARLEN = ("_flash_attention_forward", "_efficient_attention_forward")
 
     def __init__(self):
@@ -331,7 +344,7 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
-        if name == "_local_scalar_dense":
+        if name in self.WAITS:
             self.waits += 1
         elif name == "lift_fresh":  # a tensor of numbers that the host has
             self.copies += 1

@@ -8,8 +8,6 @@ Needs no data and no network. Prints a line for each check, and goes on after on
 check failed, 2 for a mistake on the command line.
 """
 
-# ruff: noqa: E402  (--help is answered before torch is imported)
-
 from __future__ import annotations
 
 import json
@@ -25,7 +23,7 @@ PARTS = {
     "ddp": "one process of DistributedDataParallel, NCCL on CUDA",
     "command": "main_act.py from start to end, and resumed, in fp16 on CUDA",
     "lengths": "what the first sight of a number of tokens costs",
-    "launches": "launches, copies and waits per block, and the host's time",
+    "launches": "launches and waits per block, copies to the device, and how long a call takes",
     "speed": "against timm's network, eager and compiled, and memory; what no longer fits in --seconds is left out",
     "empty": "bounds with images of no rows, which are never passed: told, not judged",
 }
@@ -72,7 +70,16 @@ import main_act
 import models_act
 import utils
 import zipping
-from benchmark import set_synthetic_depths, static_twin
+from benchmark import (
+    EARLY_EXIT,
+    STATIC,
+    inference_call,
+    multiply_adds,
+    set_synthetic_depths,
+    static_twin,
+    training_call,
+    training_loss,
+)
 from engine_act import Trainer
 from losses import AdaptiveLoss
 
@@ -134,13 +141,17 @@ class Check:
             self.expect(f"{what} runs to its end", False, traceback.format_exc(limit=-4))
 
     @contextlib.contextmanager
-    def measuring(self, what: str) -> Iterator[None]:
-        """`guarded`, but too little memory is no fault."""
+    def measuring(self, what: str, is_judged: bool = True) -> Iterator[None]:
+        """`guarded`, but too little memory is no fault, nor is what is not judged: a compiler may be missing."""
         with self.guarded(what):
             try:
                 yield
             except torch.OutOfMemoryError:
                 self.tell(f"{what}: out of memory")
+            except Exception as error:
+                if is_judged:
+                    raise
+                self.tell(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         torch.cuda.empty_cache()  # does nothing without CUDA
 
     def network(self, size: str, mean: float = MEAN_DEPTH, spread: float = SPREAD, **kwargs) -> nn.Module:
@@ -424,7 +435,6 @@ def lengths(check: Check) -> None:
 
 EVENTS = {  # the profiler's names
     "launches": ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
-    "copies": ("cudaMemcpyAsync",),
     "waits": ("cudaStreamSynchronize", "cudaEventSynchronize"),
 }
 
@@ -444,15 +454,18 @@ def launches(check: Check) -> None:
             host, blocks = time.perf_counter() - start, len(network.blocks)
             kind = "forward and backward" if train else "inference"
             per_block = ", ".join(f"{counts[event] / blocks:.1f} {event}" for event in EVENTS)
-            times = f"device {counts['device_ms']:.2f} ms, host {1e3 * host:.2f} ms"
+            times = f"{counts['to_device']} copies to the device; device {counts['device_ms']:.2f} ms, "
+            times += f"until the call returns {1e3 * host:.2f} ms"
             check.tell(f"{name}, {kind}: per block {per_block}; {times}", form=name, train=train, host=host, **counts)
+            if check.device.type == "cuda":
+                check.expect(f"{name}, {kind}, launches are seen", counts["launches"] > 0, f"{counts['launches']:g}")
             if name != STATIC:
                 passed = counts["waits"] <= blocks + 1
                 check.expect(f"{name}, {kind}, at most a wait for each block", passed, f"{counts['waits']} waits")
 
 
 def profiled(call: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """How often each of EVENTS takes place in a call, and the milliseconds of the device."""
+    """How often each of EVENTS takes place in a call, its copies to the device, and the milliseconds there."""
     call()
     call()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -463,12 +476,13 @@ def profiled(call: Callable[[], None], device: torch.device) -> dict[str, float]
     events = profiler.key_averages()
     counts = {name: sum(event.count for event in events if event.key in keys) for name, keys in EVENTS.items()}
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return counts | {"device_ms": sum(event.self_device_time_total for event in kernels) / 1e3}
+    to_device = sum(event.count for event in kernels if event.key.startswith("Memcpy HtoD"))
+    return counts | {"to_device": to_device, "device_ms": sum(e.self_device_time_total for e in kernels) / 1e3}
 
 
 # Speed -------------------------------------------------------------------------------------------
 
-STATIC, COMPILED, EARLY_EXIT = "static (timm)", "static, compiled", "zipped, early exit"
+COMPILED = "static, compiled"
 MIN_SECONDS = 0.05  # that each form is measured for, in each round
 WARM_UP = 4  # calls of each form before the rounds
 MIN_IMAGES = 8  # in one call, in batches
@@ -491,12 +505,20 @@ class Case(NamedTuple):
 BATCHES = (32, 128, 1, 512, 1024)
 CASES = [  # the most important first
     *(Case("tiny", batch, train) for train in (False, True) for batch in BATCHES),
+    *(Case(size, 128, train) for size in ("base", "small") for train in (False, True)),
     *(Case("tiny", batch, compiled=True) for batch in (128, 1)),
-    *(Case("base", batch, train) for train in (False, True) for batch in BATCHES),
-    Case("base", 128, compiled=True),
-    *(Case("small", batch, train) for train in (False, True) for batch in BATCHES),
+    Case("tiny", 128, train=True, compiled=True),
+    *(
+        Case(size, batch, train)
+        for size in ("base", "small")
+        for train in (False, True)
+        for batch in (32, 1, 512, 1024)
+    ),
     *(Case("tiny", batch, amp="fp16") for batch in BATCHES),
-    *(Case(size, batch, compiled=True) for size, batch in (("small", 128), ("tiny", 1024), ("small", 1))),
+    *(
+        Case(size, batch, compiled=True)
+        for size, batch in (("base", 128), ("small", 128), ("tiny", 1024), ("small", 1))
+    ),
 ]
 SMALL_CASES = [Case("micro", 4), Case("micro", 4, train=True)]
 
@@ -540,10 +562,12 @@ def measure(check: Check, case: Case, networks: dict[str, nn.Module]) -> float |
     amp = case.amp or check.amp
     images = check.images(networks[STATIC], max(case.batch, MIN_IMAGES))
     batches = images.split(case.batch)
-    ideals = ideal_speed_ups(case.size, networks["zipped"], images[:64], amp)
+    with torch.inference_mode(), utils.autocast(images.device, amp):
+        depth = networks["zipped"].eval()(images[:64], return_halting=True)[1].depth
+    macs = multiply_adds(networks["zipped"], depth)
     calls, memory = {}, {}
     for form, network in _forms_of(case, networks).items():
-        with check.measuring(f"{case.label(amp)}, {form}"):
+        with check.measuring(f"{case.label(amp)}, {form}", is_judged=form != COMPILED):
             call = (training_call if case.train else inference_call)(network, batches, amp)
             memory[form] = peak_mib(call, check.device)
             calls[form] = call
@@ -551,7 +575,8 @@ def measure(check: Check, case: Case, networks: dict[str, nn.Module]) -> float |
     seconds = {form: statistics.median(of_form) for form, of_form in times.items()}
     for form, own in seconds.items():
         row = {**case._asdict(), "amp": amp, "form": form, "images_per_s": len(images) / own}
-        row |= {"speed_up": seconds[STATIC] / own if STATIC in seconds else None, "ideal": ideals.get(form, 1.0)}
+        row |= {"speed_up": seconds[STATIC] / own if STATIC in seconds else None}
+        row |= {"ideal": macs[STATIC] / macs.get(form, macs[STATIC])}
         row |= {"ms": 1e3 * own / len(batches), "memory_mib": memory[form]}
         check.tell(format_row(case.label(amp), row), **row)
     if case.compiled:
@@ -560,12 +585,12 @@ def measure(check: Check, case: Case, networks: dict[str, nn.Module]) -> float |
 
 
 def _forms_of(case: Case, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    if case.train:
-        return {form: network for form, network in networks.items() if form != EARLY_EXIT}
-    if not case.compiled:
-        return networks
-    static = copy.deepcopy(networks[STATIC]).eval()
-    return {**networks, COMPILED: torch.compile(static, mode="reduce-overhead", dynamic=False)}  # CUDA graphs
+    found = {form: network for form, network in networks.items() if not (case.train and form == EARLY_EXIT)}
+    if case.compiled:  # with CUDA graphs in inference
+        static, mode = copy.deepcopy(networks[STATIC]).train(case.train), "default" if case.train else "reduce-overhead"
+        static.compile(mode=mode, dynamic=False)
+        found[COMPILED] = static
+    return found
 
 
 COLUMNS = {"images_per_s": (10, 1), "speed_up": (10, 2), "ideal": (7, 2), "ms": (10, 2), "memory_mib": (11, 0)}
@@ -574,29 +599,6 @@ COLUMNS = {"images_per_s": (10, 1), "speed_up": (10, 2), "ideal": (7, 2), "ms": 
 def format_row(label: str, row: dict) -> str:
     cells = [f"{'' if row[name] is None else f'{row[name]:.{digits}f}':>{w}}" for name, (w, digits) in COLUMNS.items()]
     return f"{label + ', ' + row['form']:46}{''.join(cells)}".rstrip()
-
-
-@torch.inference_mode()
-def ideal_speed_ups(size: str, model: nn.Module, images: Tensor, amp: str) -> dict[str, float]:
-    """Ratios of multiply-adds; with early exit no token goes on after its image's prefix tokens."""
-    with utils.autocast(images.device, amp):
-        depth = model.eval()(images, return_halting=True)[1].depth
-    last_needed = depth[:, : model.num_prefix_tokens].amax(dim=1, keepdim=True)
-    depths = {"zipped": depth, EARLY_EXIT: depth.minimum(last_needed)}
-    own = {form: models_act.macs_per_image(model, depth).mean().item() for form, depth in depths.items()}
-    return {form: static_multiply_adds(size) / multiply_adds for form, multiply_adds in own.items()}
-
-
-def inference_call(network: nn.Module, batches: Sequence[Tensor], amp: str) -> Callable[[], None]:
-    network.eval()
-
-    @torch.inference_mode()
-    def call() -> None:
-        for images in batches:
-            with utils.autocast(images.device, amp):
-                network(images)
-
-    return call
 
 
 def gradient_call(network: nn.Module, batches: Sequence[Tensor], amp: str) -> Callable[[], None]:
@@ -609,37 +611,6 @@ def gradient_call(network: nn.Module, batches: Sequence[Tensor], amp: str) -> Ca
             network.zero_grad()
 
     return call
-
-
-def training_call(network: nn.Module, batches: Sequence[Tensor], amp: str) -> Callable[[], None]:
-    """Forward, losses, backward and AdamW, at learning rate 0, so that the depths stay."""
-    loss_of = training_loss(network, batches[0], amp)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(batches[0].device.type, enabled=amp == "fp16")
-
-    def call() -> None:
-        for images in batches:
-            scaler.scale(loss_of(images)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-    return call
-
-
-def training_loss(network: nn.Module, images: Tensor, amp: str) -> Callable[[Tensor], Tensor]:
-    """The loss of batches like this one, with those of halting where there is any."""
-    network.train()
-    criterion = AdaptiveLoss(nn.CrossEntropyLoss(), len(network.blocks)).to(images.device)
-    targets = torch.arange(len(images), device=images.device) % network.num_classes
-    is_adaptive = isinstance(network, models_act.AdaptiveTokens)
-
-    def loss_of(images: Tensor) -> Tensor:
-        with utils.autocast(images.device, amp):
-            outputs = network(images, return_halting=True) if is_adaptive else (network(images),)
-            return criterion(outputs[0], targets, *outputs[1:])[0]
-
-    return loss_of
 
 
 def peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
@@ -685,7 +656,8 @@ def run(args, device: torch.device) -> list[str]:
         check.part = name
         with check.guarded("part"):
             FUNCTIONS[name](check)
-            torch.cuda.empty_cache()  # does nothing without CUDA
+            if name != "empty":  # which may have left the device unusable
+                torch.cuda.empty_cache()  # does nothing without CUDA
         save(args.output, about, check)
     failed = check.failed
     print(f"{len(check.checks) - len(failed)} checks passed, {len(failed)} failed, in {check.elapsed:.0f} s")

@@ -61,16 +61,14 @@ def test_a_step_of_mixed_precision_survives_gradients_that_overflow():
     model = halting_model()
     model.head.weight.data *= 3e4
     before = copy.deepcopy(model.state_dict())
-    step = benchmark._training_step(model, benchmark.make_case(2, model, images(2)), "fp16")
-    step()
+    benchmark.training_call(model, [images(2)], "fp16")()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_training_step_asks_for_halting_as_training_does(monkeypatch):
     model, asked = halting_model(), []
-    case = benchmark.make_case(2, model, images(2))
     monkeypatch.setattr(model, "forward", lambda x, f=model.forward, **o: asked.append(o) or f(x, **o))
-    benchmark._training_step(model, case, "none")()
+    benchmark.training_call(model, [images(2)], "none")()
     assert asked == [{"return_halting": True}]
 
 
@@ -87,6 +85,24 @@ def test_operations_that_halting_adds_are_few(tmp_path, capsys):
         if row["form"].startswith("device"):
             assert row["waits"] <= 1
             assert row["copies"] == 0
+
+
+def test_waits_and_copies_are_counted():
+    x = torch.randn(5)
+    with benchmark.OperationCounter() as counter:
+        x.sum().item()
+        x.nonzero()
+        x.masked_select(x > 0)
+        torch.tensor([1.0, 2.0])
+    assert counter.waits == 3
+    assert counter.copies == 1
+
+
+def test_counting_goes_with_neither_training_nor_a_plot(capsys):
+    for flags in (["--train"], ["--plot", "p.png"]):
+        with pytest.raises(SystemExit):
+            benchmark.main(["--count", *flags])
+        assert "goes with neither" in capsys.readouterr().err
 
 
 def test_operations_in_half_precision(capsys):

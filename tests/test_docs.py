@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import benchmark
+import cuda_check
 import models_act
 import visualize
 from training.arguments import make_parser
@@ -19,7 +20,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))
 FASHION_MNIST = ROOT / "experiments" / "fashion_mnist" / "results"
-MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser, "benchmark.py": benchmark.make_parser}
+MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser}
+MAKERS |= {"benchmark.py": benchmark.make_parser, "cuda_check.py": cuda_check.make_parser}
 FLAGS = {script: set(make()._option_string_actions) for script, make in MAKERS.items()}
 LAUNCHERS_FLAGS = {"--nproc-per-node", "--max-restarts"}  # torchrun's, where a page speaks of them
 OF_A_RUN = ("data_path", "output_dir", "pretrained_path", "resume")  # what a recipe need not say

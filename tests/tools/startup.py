@@ -22,6 +22,7 @@ COMMANDS = {
     ("visualize.py", "--help"): ("torch", 0.25),
     ("benchmark.py", "--help"): ("torch", 0.25),
     ("compare.py", "--help"): ("torch", 0.25),
+    ("cuda_check.py", "--help"): ("torch", 0.25),
     ("main_act.py", "--eval", "--data-path", "/no/such/folder"): ("timm", 1.1),
 }
 
