@@ -8,8 +8,8 @@
 Every round times each form once, in turn; figures are medians over the rounds, of ratios too.
 Speed-up is over timm's network; ideal is the ratio of the multiply-adds. The floor is timm's
 network again, whose images lose as many tokens before each block as halt in A-ViT, without a score,
-a sum or an index: what blocks of these sizes cost on this machine. Of several images each loses as
-many as they do on average, rounded.
+a sum or an index: what blocks of these sizes cost on this machine. Of several images each keeps as
+many as they do on average, rounded up.
 """
 
 from __future__ import annotations

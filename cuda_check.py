@@ -1,6 +1,6 @@
 """What only a GPU can tell: whether A-ViT is right on CUDA, and how fast it is there.
 
-    python cuda_check.py --output cuda_check.json    # everything, in under 6 minutes on one GPU
+    python cuda_check.py --output cuda_check.json    # everything; made to end in 6 minutes on one GPU
     python cuda_check.py --only parity speed         # some of the parts, see --help
     python cuda_check.py --device cpu --small        # seconds: whether the command itself works
 

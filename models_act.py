@@ -297,16 +297,15 @@ class AdaptiveTokens:
         ways = self._ways(x)
         make_store = MaskedTokens.pack if _masked_block in ways else pack
         tokens, rows = make_store(x, self.num_prefix_tokens)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            ways = [partial(checkpoint, way) for way in ways]
         dense = rows.shape  # in which every token has its place
         before = torch.zeros(dense[:-1], dtype=torch.float32, device=x.device)
         output = None if prefix_only else x.new_zeros(dense, dtype=torch.promote_types(x.dtype, before.dtype))
         gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
         trace = _Trace()
         for number, (block, way) in enumerate(zip(self.blocks[:num_blocks], ways), start=1):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                rows = checkpoint(way, block, rows, tokens)
-            else:
-                rows = way(block, rows, tokens)
+            rows = way(block, rows, tokens)
             step = halting_step(rows, before, gate, last=number == self.num_blocks)
             trace.stores.append(tokens)
             trace.steps.append(step)
@@ -425,7 +424,7 @@ def _plain_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) 
     x = rows.unsqueeze(0)
     qkv = _linear(attn.qkv, _norm(block.norm1, x)).view(1, len(rows), 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [1, H, T, D]
-    attended = tokens.attend(q, k, v) if len(rows) else q
+    attended = tokens.attend(q, k, v)
     x = x + _linear(attn.proj, attended.transpose(1, 2).flatten(2))
     hidden = F.gelu(_linear(mlp.fc1, _norm(block.norm2, x)), approximate=mlp.act.approximate)
     return (x + _linear(mlp.fc2, hidden)).squeeze(0)

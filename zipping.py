@@ -95,7 +95,9 @@ class MaskedTokens:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What both stores of rows have in common.
+    """What both stores of rows have in common; a store adds where images begin.
+
+    Its `_index` makes a tensor of its kind of numbers, `_joined` joins several, `_attend` is `attend` for some rows.
 
     size: B, N;
     token: [T] int64, b * N + n, the token that a row holds;
@@ -111,6 +113,10 @@ class _Rows:
     @property
     def attention_mask(self) -> AttentionWithinImages:
         return AttentionWithinImages(self)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """q, k, v: [1, H, T, D] -> [1, H, T, D], scaled dot-product attention within each image."""
+        return self._attend(q, k, v, dropout_p) if q.shape[2] else q + k + v  # no rows, no kernel, but a gradient
 
     def spread(self, per_image: Tensor) -> Tensor:
         """per_image: [B, ...] -> [T, ...], each row with its image's value."""
@@ -192,8 +198,7 @@ class HostTokens(_Rows):
             kept = kept[np.arange(len(kept)) + np.repeat(start - new_start, lengths)]
         return kept, lengths[lengths > 0].tolist()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-        """q, k, v: [1, H, T, D] -> [1, H, T, D], scaled dot-product attention within each image."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         return ragged_attention(q, k, v, self.lengths, dropout_p)
 
     _index, _joined = staticmethod(torch.from_numpy), staticmethod(np.concatenate)
@@ -247,8 +252,7 @@ class DeviceTokens(_Rows):
         tokens = DeviceTokens(self.size, self.token.index_select(0, kept), self.prefix_token, prefix_row, bounds)
         return tokens, tuple(value.index_select(0, kept) for value in values)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-        """q, k, v: [1, H, T, D] -> [1, H, T, D], scaled dot-product attention within each image."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         return varlen_attention(q, k, v, self.bounds, self.size[1], dropout_p)
 
     @staticmethod
@@ -280,10 +284,7 @@ class AttentionWithinImages:
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not ATTENTION:
             return NotImplemented
-        q, k, v = args[:3]  # [1, H, T, D]
-        if q.shape[2] == 0:
-            return q + k + v  # no kernel, but a gradient
-        return kwargs["attn_mask"].tokens.attend(q, k, v, kwargs.get("dropout_p", 0.0))
+        return kwargs["attn_mask"].tokens.attend(*args[:3], kwargs.get("dropout_p", 0.0))
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, dropout_p: float = 0.0) -> Tensor:

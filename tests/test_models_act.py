@@ -407,6 +407,7 @@ def test_what_may_look_at_several_tokens_is_masked_with_one_warning(change, reas
     with pytest.warns(UserWarning, match=reason) as warned:
         logits, halting = zipped(images(), return_halting=True)
     assert len(warned) == 1
+    assert warned[0].filename == __file__, "who called the model is named"
     assert_halting(halting)
     expected, _ = masked(images(), return_halting=True)
     assert torch.equal(logits, expected)
@@ -440,7 +441,7 @@ def test_the_device_form_is_taken_where_it_is_asked_for(live_tokens_form):
 def test_attention_dropout_reaches_the_kernels(monkeypatch, live_tokens_form):
     model, found = halting_model(attn_drop_rate=0.25), set()
     store = zipping.DeviceTokens if live_tokens_form == "device" else zipping.HostTokens
-    monkeypatch.setattr(store, "attend", lambda self, q, k, v, dropout_p=0.0: found.add(dropout_p) or q)
+    monkeypatch.setattr(store, "_attend", lambda self, q, k, v, dropout_p: found.add(dropout_p) or q)
     for training in (True, False):
         found.clear()
         model.train(training)(images())

@@ -117,12 +117,26 @@ def test_the_device_gets_one_kernel_and_no_copies(dtype, lengths):
     assert emulated_attention.calls == [(operator, dtype, (3 * 2 * 16, 16, 1))]
 
 
-def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch):
+@pytest.mark.parametrize(("dtype", "computed"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch, dtype, computed):
+    """It has none for bfloat16 there."""
     monkeypatch.setattr(zipping, "_supports_flash_attention", lambda device: False)
-    q, k, v = torch.randn(3, 1, 2, 6, 16).half()
+    q, k, v = torch.randn(3, 1, 2, 6, 16).to(dtype)
     emulated_attention.calls.clear()
-    varlen(q, k, v, [2, 4])
-    assert [call[0] for call in emulated_attention.calls] == ["efficient"]
+    assert varlen(q, k, v, [2, 4]).dtype == dtype
+    assert [call[:2] for call in emulated_attention.calls] == [("efficient", computed)]
+
+
+@STORES
+def test_no_rows_call_no_kernel(store, monkeypatch):
+    for name in ("ragged_attention", "varlen_attention"):
+        monkeypatch.setattr(zipping, name, lambda *args: pytest.fail("a kernel was called"))
+    tokens, rows = store.pack(torch.randn(2, 3, 4), 1)
+    tokens, _ = tokens.drop(torch.ones(6, dtype=torch.bool), rows)
+    q, k, v = torch.zeros(3, 1, 2, 0, 4, requires_grad=True)
+    out = tokens.attend(q, k, v)
+    assert out.shape == q.shape
+    assert all(grad is not None for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 def test_mixed_precision_casts_what_a_norm_has_left_in_float32():
