@@ -36,7 +36,7 @@ def training_transform(size: tuple[int, int], augmentation: dict, placed: bool =
     """PIL image -> [3, H, W] float.
 
     augmentation: keywords of timm.data.create_transform: auto_augment, color_jitter, re_prob and so on;
-    placed: the data set places its object itself: no crop, no flip.
+    placed: the data set itself places what its images show: no crop, no flip.
     """
     crop_and_flip, augment, to_tensor = create_transform(size, is_training=True, separate=True, **augmentation)
     if placed:
@@ -47,9 +47,9 @@ def training_transform(size: tuple[int, int], augmentation: dict, placed: bool =
     return transforms.Compose([transforms.Lambda(_to_rgb), crop_and_flip, augment, to_tensor])
 
 
-def evaluation_transform(size: tuple[int, int]):
-    """PIL image -> [3, H, W] float, normalised with ImageNet's mean and std."""
-    if max(size) <= MAX_UNCROPPED_SIDE:
+def evaluation_transform(size: tuple[int, int], placed: bool = False):
+    """PIL image -> [3, H, W] float, normalised with ImageNet's mean and std; placed: as in `training_transform`."""
+    if placed or max(size) <= MAX_UNCROPPED_SIDE:
         normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
     else:
@@ -229,6 +229,43 @@ def _fashion_mnist(folder: Path, train: bool, transform) -> FashionMNIST:
     return _downloaded(FashionMNIST, folder, train, transform)
 
 
+class ClutteredFashionMNIST(Dataset):
+    """A Fashion-MNIST article at a random place of a larger black canvas, among cuttings of others, RGB.
+
+    What cluttered translated MNIST is to MNIST (Mnih et al., Recurrent Models of Visual Attention, NeurIPS 2014):
+    most of the image is of no use, and which part is depends on the image. An article of 28 x 28 on 56 x 56, with 8
+    cuttings of 8 x 8, each of any article, from anywhere in it; where they overlap, the brighter pixel counts. In
+    training every look at an image draws it anew, from NumPy's global state; in validation it follows from its index.
+    """
+
+    CANVAS, CUTTINGS, CUTTING = 56, 8, 8
+
+    def __init__(self, folder: Path, train: bool, transform):
+        articles = _fashion_mnist(folder, train, None)
+        self.pixels, self.targets, self.classes = articles.data.numpy(), articles.targets, articles.classes
+        self.train, self.transform = train, transform
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int):
+        random = np.random if self.train else np.random.RandomState(index)
+        canvas = np.zeros((self.CANVAS, self.CANVAS), np.uint8)
+        for _ in range(self.CUTTINGS):
+            source = self.pixels[random.randint(len(self))]
+            top, left = random.randint(source.shape[0] - self.CUTTING + 1, size=2)
+            self._paste(canvas, source[top : top + self.CUTTING, left : left + self.CUTTING], random)
+        self._paste(canvas, self.pixels[index], random)
+        return self.transform(Image.fromarray(canvas)), int(self.targets[index])
+
+    def _paste(self, canvas: np.ndarray, piece: np.ndarray, random) -> None:
+        """At a random place, whole; canvas, piece: [H, W] uint8."""
+        side = len(piece)
+        top, left = random.randint(self.CANVAS - side + 1, size=2)
+        target = canvas[top : top + side, left : left + side]
+        np.maximum(target, piece, out=target)
+
+
 def _downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
     try:
         with main_process_first():
@@ -387,9 +424,10 @@ DATA_SETS = {
     "INAT": partial(INaturalist, 2018),
     "INAT19": partial(INaturalist, 2019),
     "FMNIST": _fashion_mnist,
+    "CLUTTERED": ClutteredFashionMNIST,
     "DIGITS": Digits,
 }
-PLACED = {"DIGITS"}  # these place their object in the image themselves
+PLACED = {"DIGITS", "CLUTTERED"}  # these themselves place what their images show
 WITH_LIBRARY = {"DIGITS"}  # these need no folder
 
 
@@ -435,10 +473,11 @@ def build_dataset(
     UserError for a missing or empty folder, or another layout.
     """
     check_name(name)
-    transform = evaluation_transform(size)
+    placed = name in PLACED
+    transform = evaluation_transform(size, placed)
     if train and augmentation is not None:
         try:
-            transform = training_transform(size, augmentation, placed=name in PLACED)
+            transform = training_transform(size, augmentation, placed)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy of timm's: {error}") from error
     if "/" not in name and (split is not None or num_classes is not None):

@@ -20,7 +20,7 @@ from datasets import (
     training_transform,
 )
 from training.loaders import evaluation_loader
-from utils import UserError
+from utils import UserError, seed_everything
 
 PLAIN = {"color_jitter": 0.0, "auto_augment": None, "re_prob": 0.0}
 SIZE = (32, 32)
@@ -100,6 +100,37 @@ def test_the_test_images_of_fashion_mnist_need_no_others(tmp_path):
     for file in make_fashion(tmp_path, train=6, test=4).glob("train-*"):
         file.unlink()
     assert len(build_dataset("FMNIST", str(tmp_path), False, (28, 28))) == 4
+
+
+def test_cluttered_articles_are_drawn_anew_in_training_and_once_in_validation(tmp_path):
+    make_fashion(tmp_path, train=6, test=40)
+    train, val = (build_dataset("CLUTTERED", str(tmp_path), part, (56, 56)) for part in (True, False))
+    assert (len(train), len(val), len(val.classes)) == (6, 40, 10)
+    for image, target in (train[1], val[1]):
+        assert image.shape == (3, 56, 56)
+        assert type(target) is int
+    assert torch.equal(val[3][0], val[3][0])
+    seed_everything(1)
+    first, second = train[1][0], train[1][0]
+    assert not torch.equal(first, second)
+    seed_everything(1)
+    assert torch.equal(train[1][0], first)
+
+
+def test_an_article_stands_whole_among_cuttings(tmp_path):
+    """Its pixels are there, at one place; the rest is black but for eight cuttings."""
+    make_fashion(tmp_path, train=6, test=40)
+    val = build_dataset("CLUTTERED", str(tmp_path), False, (56, 56))
+    places = set()
+    for index in range(10):
+        canvas, article = denormalize(val[index][0])[0].long(), torch.from_numpy(val.pixels[index]).long()
+        covers = (canvas.unfold(0, 28, 1).unfold(1, 28, 1) >= article).all(dim=(2, 3))
+        assert covers.sum() == 1
+        places.add(tuple(covers.nonzero()[0].tolist()))
+        top, left = covers.nonzero()[0].tolist()
+        canvas[top : top + 28, left : left + 28] = 0
+        assert 0 < (canvas > 0).sum() <= 8 * 8 * 8
+    assert len(places) > 5
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def data_flags() -> Parser:
     """Which images, and how they are read: of every command that looks at a data set."""
     parser, add = _group("data")
     add("--data-path", metavar="DIR", help="folder of the data set")
-    names = "IMNET, INAT, INAT19, CIFAR (100 classes), CIFAR10, FMNIST, DIGITS, or timm's with its prefix"
+    names = "IMNET, INAT, INAT19, CIFAR (100 classes), CIFAR10, FMNIST, CLUTTERED, DIGITS, or timm's with its prefix"
     add("--data-set", default="IMNET", metavar="NAME", help=f"{names} (wds/, tfds/, torch/)")
     add("--val-split", metavar="NAME", help="timm's data sets: the split for evaluation (default: validation)")
     add("--num-classes", type=at_least_one, metavar="N", help="timm's data sets: for those that do not know it")
