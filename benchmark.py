@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from training.arguments import Parser, at_least_one
+from training.arguments import Parser, at_least_one, budget_share
 
 
 def make_parser() -> Parser:
@@ -37,6 +37,7 @@ def make_parser() -> Parser:
     add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="images per batch")
     add("--mean-depth", type=float, nargs="+", default=[7.3], metavar="D", help="imposed, with a spread of 2")
     add("--finetune", metavar="FILE", help="a checkpoint, for the depths of real images")
+    add("--budget", type=budget_share, metavar="SHARE", help="share of the multiply-adds that the checkpoint is to use")
     add("--data-path", metavar="DIR", help="the images' folder")
     add("--data-set", default="IMNET", metavar="NAME", help="see main_act.py --help")
     add("--train", action="store_true", help="time training steps (forward, backward, AdamW)")
@@ -143,7 +144,7 @@ def cases(args, device: torch.device) -> Iterator[Case]:
 
 def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     checkpoint = Checkpoint.load(args.finetune)
-    model = checkpoint.build_model(args.model, img_size=args.input_size and (args.input_size,) * 2)
+    model = checkpoint.build_model(args.model, img_size=args.input_size and (args.input_size,) * 2, budget=args.budget)
     known = {"num_classes": model.num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
     return model.to(device), spread_sample(data, count)[0].to(device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from losses import AdaptiveLoss
+from losses import AdaptiveLoss, BudgetController
 from models_act import Halting, macs_per_image
 from utils import MetricAverages, autocast
 
@@ -31,11 +31,16 @@ class Vote(NamedTuple):
     loss_is_wrong: bool  # some part of some loss is not finite
     gradient_is_wrong: bool
     stop: bool  # the run was asked to stop
+    cost: float  # of the step's images in all processes, as a share of the static network's multiply-adds
 
 
 @dataclass
 class Trainer:
-    """What a training step needs; `model` may be wrapped in DistributedDataParallel."""
+    """What a training step needs; `model` may be wrapped in DistributedDataParallel.
+
+    budget: sets the weight of the ponder loss, where a cost was asked for;
+    gate_jitter: in training each image's gate center is shifted by a random number from -gate_jitter to gate_jitter.
+    """
 
     model: nn.Module
     criterion: AdaptiveLoss
@@ -47,6 +52,8 @@ class Trainer:
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
     teacher: nn.Module | None = None
+    budget: BudgetController | None = None
+    gate_jitter: float = 0.0
     seed: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
     skipped_steps: int = 0  # that gradient scaling has skipped so far
@@ -67,39 +74,58 @@ class Trainer:
             teacher_logits = None if self.teacher is None else self.teacher(images)
             halting = None
             if self.model_without_ddp.halting:
-                logits, halting = self.model(images, return_halting=True)
+                logits, halting = self.model(images, return_halting=True, gate_offset=self._gate_offset(len(images)))
                 halting = halting._replace(layer_scores=mean_over_processes(halting.layer_scores))
             else:
                 logits = self.model(images)
-            total, parts = self.criterion(logits, targets, halting, teacher_logits)
+            ponder_scale = None if self.budget is None else self.budget.weight
+            total, parts = self.criterion(logits, targets, halting, teacher_logits, ponder_scale)
         return total, parts, halting
 
-    def update(self, step: str, losses: Sequence[dict[str, Tensor]] = (), stop: bool = False) -> Vote:
+    def _gate_offset(self, batch: int) -> Tensor | None:
+        """A random one for each image, [batch] float32."""
+        if not self.gate_jitter:
+            return None
+        return torch.empty(batch, device=self.device).uniform_(-self.gate_jitter, self.gate_jitter)
+
+    def update(
+        self,
+        step: str,
+        losses: Sequence[dict[str, Tensor]] = (),
+        stop: bool = False,
+        saved: Sequence[Tensor] = (),
+    ) -> Vote:
         """One optimizer step with the gradients accumulated so far; its one wait for the device, but for zipping's.
 
-        step: its name; losses: of each micro-batch, by name; stop: whether this process was asked to stop.
+        step: its name; losses: of each micro-batch, by name; stop: whether this process was asked to stop;
+        saved: of each micro-batch of an adaptive model, the share of multiply-adds saved.
         FloatingPointError, in every process, where a loss or a gradient is not finite in any. With gradient scaling
         such a step is skipped, and the scale is lowered where a gradient overflows; too many in a row are an error.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model_without_ddp.parameters() if p.grad is not None])
-        vote = self._vote(losses, norm, stop)
+        vote = self._vote(losses, norm, stop, saved)
         if vote.loss_is_wrong or vote.gradient_is_wrong:
             self._refuse_or_skip(step, losses)
         else:
             self._step(norm)
+        if self.budget is not None and not vote.loss_is_wrong:
+            self.budget.observe(vote.cost)
         self.scaler.update()
         self.optimizer.zero_grad()
         return vote
 
-    def _vote(self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool) -> Vote:
+    def _vote(self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool, saved: Sequence[Tensor]) -> Vote:
         values = [value.detach().float() for parts in losses for value in parts.values()]
         all_finite = torch.stack([torch.zeros_like(norm), *values]).isfinite().all()
-        flags = [~all_finite, ~norm.isfinite(), torch.full_like(norm, stop)]
-        flags = torch.stack([flag.float() for flag in flags])
+        cost = 1 - torch.stack([*saved]).mean() if saved else torch.ones_like(norm)
+        found = torch.stack(
+            [(~all_finite).float(), (~norm.isfinite()).float(), torch.full_like(norm, stop), cost.float()]
+        )
         if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return Vote(*map(bool, flags.tolist()))
+            dist.all_reduce(found)
+        *flags, cost = found.tolist()
+        return Vote(*(flag > 0 for flag in flags), cost / utils.world_size())
 
     def _step(self, norm: Tensor) -> None:
         if self.clip_grad:
@@ -133,6 +159,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_steps": [self.skipped_steps, self.skipped_in_a_row],
+            **(self.budget.state_dict() if self.budget is not None else {}),
         }
 
     def load_state_dict(self, checkpoint: dict) -> None:
@@ -143,6 +170,8 @@ class Trainer:
         self.skipped_steps, self.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
         if self.ema is not None and checkpoint["model_ema"] is not None:
             self.ema.module.load_state_dict(checkpoint["model_ema"])
+        if self.budget is not None and "budget_controller" in checkpoint:  # else of a run without a budget
+            self.budget.load_state_dict(checkpoint)
 
     def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, which pair images: an odd batch loses one, a single image is not mixed."""
@@ -287,7 +316,8 @@ def train_one_epoch(
             losses.append({**parts, "loss": total})
             metrics.append((len(images), halting_metrics(trainer.model_without_ddp, halting)))
         step = f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}"
-        vote = trainer.update(step, losses, stop())
+        saved = [halting["macs_saved"] for _, halting in metrics if halting]
+        vote = trainer.update(step, losses, stop(), saved)
         if not vote.loss_is_wrong:
             for (count, halting), parts in zip(metrics, losses):
                 epoch.averages.add(count, loss=parts.pop("loss"), **parts, **halting)
@@ -298,7 +328,14 @@ def train_one_epoch(
     _, means = epoch.averages.reduced()
     skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
     rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds, "data_wait": epoch.data_wait()}
-    return {**means, **skipped, **rate}
+    return {**means, **skipped, **rate, **_budget_metrics(trainer.budget)}
+
+
+def _budget_metrics(budget: BudgetController | None) -> dict[str, float]:
+    """Where the controller stands: cost and goal as shares of the static network's multiply-adds, and its weight."""
+    if budget is None or budget.cost is None:
+        return {}
+    return {"budget_cost": budget.cost, "budget_goal": budget.goal, "ponder_weight": budget.weight}
 
 
 def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
@@ -313,6 +350,8 @@ def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
         if "depth_mean" in means:
             shown["depth"] = f"{means['depth_mean']:.2f}"
             shown["saved"] = f"{means['macs_saved']:.0%}"
+        if trainer.budget is not None and trainer.budget.cost is not None:
+            shown["cost"] = f"{trainer.budget.cost:.0%} of {trainer.budget.goal:.0%}"
         if trainer.scaler.is_enabled():
             shown["skipped"] = str(trainer.skipped_steps)
         rate = (averages.weight - weight_before) / (time.perf_counter() - start)

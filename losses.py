@@ -6,6 +6,8 @@ with the classification loss optionally wrapped in DeiT's distillation.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,6 +23,68 @@ class PonderLoss(nn.Module):
     def forward(self, ponder_cost: Tensor) -> Tensor:
         """ponder_cost: [B, N] float -> scalar"""
         return ponder_cost.mean()
+
+
+class BudgetController:
+    """Sets the ponder loss's weight so that training costs what was asked for: proportional control, of both signs.
+
+    The ponder loss alone has no opponent among the patches: it pushes every score up, by a constant, whatever the
+    depth. Here its weight follows from the cost itself, vanishes at the goal, and pushes back where the cost is lower.
+
+        goal = budget + (start - budget) * (1 - ramp)   # half a cosine over the first half of training, then flat
+        weight = max_weight * clip((cost - goal) / band, -1, 1)
+
+    budget: share of the static network's multiply-adds, above 0 and at most 1; band: of the same kind;
+    updates_per_epoch: after so many with the weight at its limit and no progress the controller `is_stuck`.
+    """
+
+    def __init__(self, budget: float, updates_per_epoch: int, max_weight: float = 0.02, band: float = 0.05):
+        self.budget, self.max_weight, self.band = budget, max_weight, band
+        self.updates_per_epoch = updates_per_epoch
+        self.progress = 0.0  # share of training that is done
+        self.start: float | None = None  # cost of the first update
+        self.cost: float | None = None  # running mean over the last updates
+        self.stuck_at, self.stuck_for = 1.0, 0  # at which cost, for how many updates
+
+    @property
+    def goal(self) -> float:
+        """Cost that is aimed at now."""
+        start = self.budget if self.start is None else max(self.start, self.budget)
+        ramp = (1 - math.cos(math.pi * min(2 * self.progress, 1))) / 2
+        return self.budget + (start - self.budget) * (1 - ramp)
+
+    @property
+    def weight(self) -> float:
+        """Of the ponder loss, for the next update; 0 before the first."""
+        if self.cost is None:
+            return 0.0
+        return self.max_weight * min(max((self.cost - self.goal) / self.band, -1), 1)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether, just now, the cost has stayed away from the goal for an epoch; true once each time."""
+        return self.stuck_for == self.updates_per_epoch
+
+    def observe(self, cost: float, momentum: float = 0.9) -> None:
+        """cost: of an update's images in all processes, as a share of the static network's."""
+        self.start = cost if self.start is None else self.start
+        self.cost = cost if self.cost is None else momentum * self.cost + (1 - momentum) * cost
+        if abs(self.weight) < self.max_weight or abs(self.cost - self.stuck_at) > self.band:
+            self.stuck_at, self.stuck_for = self.cost, 0
+        else:
+            self.stuck_for += 1
+
+    def state_dict(self) -> dict:
+        """The entry of a checkpoint that this keeps up."""
+        return {"budget_controller": [self.start, self.cost, self.stuck_at, self.stuck_for]}
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """KeyError, ValueError or the like where it does not fit."""
+        start, cost, stuck_at, stuck_for = checkpoint["budget_controller"]
+        costs = [float(value) for value in (start, cost, stuck_at) if value is not None]
+        if not all(0 <= value <= 1 for value in costs) or (start is None) != (cost is None):
+            raise ValueError(f"costs are shares, not {costs}")
+        self.start, self.cost, self.stuck_at, self.stuck_for = start, cost, float(stuck_at), int(stuck_for)
 
 
 class DistributionPriorLoss(nn.Module):
@@ -88,6 +152,26 @@ class DistillationLoss(nn.Module):
         return (1 - self.alpha) * self.classification(class_logits, targets) + self.alpha * distillation
 
 
+class SelfDistillationLoss(nn.Module):
+    """Learning from the static network that training starts from, which has the same heads.
+
+    (1 - alpha) * classification + alpha * tau^2 * KL(teacher || student), distributions softened by tau, mean over
+    images (Hinton et al., arXiv 1503.02531).
+    """
+
+    def __init__(self, classification: nn.Module, alpha: float = 0.5, tau: float = 1.0):
+        super().__init__()
+        self.classification = classification
+        self.alpha, self.tau = alpha, tau
+
+    def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> Tensor:
+        """logits, teacher_logits: [B, K] -> scalar"""
+        student = F.log_softmax(logits / self.tau, dim=1)
+        teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
+        distillation = self.tau**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return (1 - self.alpha) * self.classification(logits, targets) + self.alpha * distillation
+
+
 class Teacher(nn.Module):
     """A trained classifier in evaluation mode that takes the student's images.
 
@@ -128,15 +212,18 @@ class AdaptiveLoss(nn.Module):
         targets: Tensor,
         halting: Halting | None = None,
         teacher_logits: Tensor | None = None,
+        ponder_token_scale: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the total, and its parts by name, scaled as they enter the total.
 
-        targets: [B] int64, or [B, K] soft; teacher_logits: [B, K], where distilling.
+        targets: [B] int64, or [B, K] soft; teacher_logits: [B, K], where distilling;
+        ponder_token_scale: of this batch, where it is not always the same, see `BudgetController`.
         """
         distilled = () if teacher_logits is None else (teacher_logits,)
         parts = {"classification_loss": self.classification(logits, targets, *distilled)}
         if halting is not None:
-            parts["ponder_loss_token"] = self.ponder_token_scale * self.ponder(halting.ponder_cost)
+            scale = self.ponder_token_scale if ponder_token_scale is None else ponder_token_scale
+            parts["ponder_loss_token"] = scale * self.ponder(halting.ponder_cost)
             parts["distr_prior_loss"] = self.distr_prior_alpha * self.prior(halting.layer_scores)
         return sum(parts.values()), parts
 

@@ -58,6 +58,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     # model
     start = Checkpoint.from_args(args)
     model = build.build_model(args, num_classes, start).to(device)
+    calibration = build.calibration_batches(args, train_images, device)
+    if build.chooses_gate(args, start):
+        build.set_gate(args, model, calibration, device)
 
     # losses, optimizer, schedule
     trainer = build.build_trainer(args, model, num_classes, device)
@@ -66,11 +69,12 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     test_loader = evaluation_loader(test_images, args.batch_size, **loading)
     updates = loop.updates_per_epoch(train_loader, args.accum_steps)
     schedule = build.build_schedule(args, trainer.optimizer, updates)
+    trainer.budget = build.build_budget(args, model, updates)
 
     # loop
     output_dir = Path(args.output_dir) if args.output_dir else None
     options = loop.RunOptions(args.epochs, output_dir, args.tensorboard, args.checkpoint_steps, args.keep, vars(args))
-    training_run = loop.TrainingRun(trainer, schedule, train_loader, test_loader, options)
+    training_run = loop.TrainingRun(trainer, schedule, train_loader, test_loader, options, calibration)
     if start is not None and start.flag == "resume":
         training_run.load_state_dict(start)
     if args.start_epoch is not None:

@@ -87,6 +87,10 @@ class Gate(NamedTuple):
         options = {"dtype": torch.float32, "device": device}
         return cls(scale, torch.full((), -center, **options), torch.full((), 1 - halt_eps, **options))
 
+    def shifted(self, offset: Tensor) -> Gate:
+        """offset: a value per token, of the shape that `halting_step` sees them in, added to the center."""
+        return self._replace(minus_center=self.minus_center - offset)
+
 
 def halting_step(x: Tensor, before: Tensor, gate: Gate, last: bool) -> HaltingStep:
     """The halting arithmetic after one block, for live tokens (Eq. 4 to 8 of the paper).
@@ -179,9 +183,10 @@ class AdaptiveTokens:
         self.early_exit = early_exit
         self.num_blocks = len(self.blocks)  # "the last block" stays this one if blocks are pruned
 
-    def forward(self, x: Tensor, return_halting: bool = False):
+    def forward(self, x: Tensor, return_halting: bool = False, gate_offset: Tensor | None = None):
         """x: [B, in_chans, H, W] -> logits [B, num_classes], with `return_halting` also `Halting`.
 
+        gate_offset: [B] float32, added to `gate_center` for each image: above zero its tokens stay longer.
         A distilled model in distilled training returns a pair of logits instead.
         """
         reads_prefix = self.global_pool == "token"
@@ -190,6 +195,7 @@ class AdaptiveTokens:
             prefix_only=reads_prefix,
             return_halting=return_halting,
             early_exit=self.early_exit and reads_prefix and not self.training and not return_halting,
+            gate_offset=gate_offset,
         )
         logits = self.forward_head(features)
         return (logits, halting) if return_halting else logits
@@ -258,15 +264,15 @@ class AdaptiveTokens:
             "use torch.compile on the masked form (zip_tokens=False)"
         )
 
-    def _features(
-        self, x: Tensor, prefix_only: bool = False, return_halting: bool = False, early_exit: bool = False
-    ) -> tuple[Tensor, Halting | None]:
-        """Features of all tokens, or of the prefix tokens, [B, N or P, C], and the halting of all if asked."""
+    def _features(self, x: Tensor, return_halting: bool = False, **options) -> tuple[Tensor, Halting | None]:
+        """Features of all tokens, or of the prefix tokens, [B, N or P, C], and the halting of all if asked.
+
+        options: of `_run_blocks`.
+        """
         if not self.halting:
             features = super().forward_features(x)
             return features, self._static_halting(features) if return_halting else None
-        options = {"prefix_only": prefix_only, "return_halting": return_halting, "early_exit": early_exit}
-        output, halting = self._mean_field(self._embed(x), **options)
+        output, halting = self._mean_field(self._embed(x), return_halting=return_halting, **options)
         return self.norm(output), halting
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -285,6 +291,7 @@ class AdaptiveTokens:
         prefix_only: bool = False,
         return_halting: bool = False,
         early_exit: bool = False,
+        gate_offset: Tensor | None = None,
         states: dict[int, Tensor] | None = None,
         num_blocks: int | None = None,
     ) -> tuple[Tensor, Halting | None]:
@@ -306,7 +313,8 @@ class AdaptiveTokens:
         trace = _Trace()
         for number, (block, way) in enumerate(zip(self.blocks[:num_blocks], ways), start=1):
             rows = way(block, rows, tokens)
-            step = halting_step(rows, before, gate, last=number == self.num_blocks)
+            own_gate = gate if gate_offset is None else gate.shifted(tokens.spread(gate_offset))
+            step = halting_step(rows, before, own_gate, last=number == self.num_blocks)
             trace.stores.append(tokens)
             trace.steps.append(step)
             if prefix_only:

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.curves and not args.finetune:
         parser.error("--finetune CHECKPOINT says which network to look into")
     arguments.check_size(parser, args.input_size)
+    arguments.check_budget(parser, args)
 
     from training.build import run_cli
 
@@ -132,6 +133,7 @@ def make_drawing(args: argparse.Namespace, checkpoint: Checkpoint, names: list[s
         img_size=args.input_size,
         gate_scale=args.gate_scale,
         gate_center=args.gate_center,
+        budget=args.budget,
         use_ema=args.use_ema,
         halting=args.halting and not checkpoint.is_static,
     ).to(device)

@@ -78,6 +78,11 @@ class MaskedTokens:
         """leaves: [B, N] bool; tokens that have left do not come back. The values stay as they are, and all images."""
         return MaskedTokens(self.live & ~leaves, self.num_prefix_tokens), values
 
+    @staticmethod
+    def spread(per_image: Tensor) -> Tensor:
+        """per_image: [B, ...] -> [B, 1, ...], each token with its image's value."""
+        return per_image.unsqueeze(1)
+
     def prefix(self, rows: Tensor) -> Tensor:
         """rows: [B, N, C] -> [B, P, C], those of the prefix tokens; a copy, which does not keep the others alive."""
         return rows[:, : self.num_prefix_tokens].clone()

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from losses import AdaptiveLoss, DistillationLoss, DistributionPriorLoss, PonderLoss, Teacher, classification_loss
+from losses import (
+    AdaptiveLoss,
+    BudgetController,
+    DistillationLoss,
+    DistributionPriorLoss,
+    PonderLoss,
+    SelfDistillationLoss,
+    Teacher,
+    classification_loss,
+)
 from models_act import Halting
 
 
@@ -126,3 +135,73 @@ def test_every_part_teaches_the_network():
     for name, part in parts.items():
         (grad,) = torch.autograd.grad(part, weight, retain_graph=True)
         assert grad.any(), name
+
+
+def test_learning_from_oneself_is_the_formula():
+    own, teacher, targets = torch.randn(5, 7), torch.randn(5, 7), torch.arange(5)
+    loss = SelfDistillationLoss(nn.CrossEntropyLoss(), alpha=0.3, tau=2.0)
+    p, q = (teacher / 2).softmax(1), (own / 2).softmax(1)
+    divergence = (p * (p / q).log()).sum(1).mean()
+    assert_close(loss(own, targets, teacher), 0.7 * F.cross_entropy(own, targets) + 0.3 * 4 * divergence)
+    assert_close(loss(own, targets, own), 0.7 * F.cross_entropy(own, targets))
+
+
+# The controller ----------------------------------------------------------------------------------
+
+
+@given(st.floats(0.2, 1.0), st.floats(0.3, 1.0), st.floats(0.3, 6.0))
+def test_the_controller_brings_a_cost_that_follows_its_weight_to_the_budget(budget, start, gain):
+    """The ponder loss moves the cost at a rate that the weight sets, as training does."""
+    controller, cost = BudgetController(budget, updates_per_epoch=50), start
+    for update in range(400):
+        controller.progress = update / 400
+        assert abs(controller.weight) <= controller.max_weight
+        cost = min(max(cost - gain * 0.01 * controller.weight / controller.max_weight, 0.0), 1.0)
+        controller.observe(cost)
+    assert controller.goal == budget
+    if start - gain * 2 < budget:  # else it is out of reach
+        assert abs(cost - budget) < 0.05
+
+
+def test_the_goal_falls_from_where_training_starts_to_the_budget_in_its_first_half():
+    controller = BudgetController(0.4, updates_per_epoch=10)
+    assert controller.weight == 0
+    controller.observe(0.9)
+    assert (controller.start, controller.goal) == (0.9, 0.9)
+    goals = []
+    for controller.progress in (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 1.0):
+        goals.append(controller.goal)
+    assert goals == sorted(goals, reverse=True)
+    assert goals[2] == pytest.approx(0.65)
+    assert goals[-3:] == [pytest.approx(0.4)] * 3
+
+
+def test_a_network_below_the_budget_is_pushed_up():
+    controller = BudgetController(0.8, updates_per_epoch=10)
+    controller.observe(0.5)
+    assert controller.goal == 0.8
+    assert controller.weight == -controller.max_weight
+
+
+def test_a_budget_out_of_reach_is_told_once_within_an_epoch():
+    controller, told = BudgetController(0.3, updates_per_epoch=10), []
+    controller.progress = 1.0
+    for update in range(40):
+        controller.observe(0.9)
+        told += [update] if controller.is_stuck else []
+    assert len(told) == 1
+    assert told[0] <= 11
+
+
+def test_the_controller_goes_on_from_its_state():
+    controller, again = (BudgetController(0.3, updates_per_epoch=10) for _ in range(2))
+    again.load_state_dict(controller.state_dict())
+    assert again.state_dict() == controller.state_dict()
+    for cost in (0.9, 0.8, 0.7):
+        controller.observe(cost)
+    again.load_state_dict(controller.state_dict())
+    assert again.state_dict() == controller.state_dict()
+    assert again.weight == controller.weight
+    for state in ([0.5, None, 1.0, 0], [0.5, 2.0, 1.0, 0], [0.5, float("nan"), 1.0, 0], [0.5, 0.5]):
+        with pytest.raises(ValueError, match="costs are shares|unpack"):
+            again.load_state_dict({"budget_controller": state})

@@ -285,7 +285,7 @@ finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrai
 halting=True ponder_token_scale=0.001 gate_scale=None gate_center=None distr_prior_alpha=0.01 demo=False
 zip_tokens=True early_exit=True act_mode=None warmup_epoch=None train_split=None val_split=None num_classes=None
 device=None checkpoint_steps=0 keep=0 max_bad_images=100 demo_images=1 demo_by=std demo_dir=None html=False
-class_index=None
+class_index=None target_macs=None budget=None gate=None gate_jitter=0.0
 """
 
 

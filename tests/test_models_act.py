@@ -75,6 +75,24 @@ def test_model_follows_the_definition(zip_tokens):
     assert_close(halting.ponder_cost, expected_cost, **CLOSE)
 
 
+@BOTH_FORMS
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_a_gate_offset_is_another_center_for_its_image(zip_tokens, training):
+    model = halting_model(zip_tokens=zip_tokens).train(training)
+    x = images()
+    offset = torch.linspace(-3, 3, len(x))
+    logits, halting = model(x, return_halting=True, gate_offset=offset)
+    assert_close(model(x, gate_offset=offset), logits, **CLOSE)
+    center, depths = model.gate_center, set()
+    for number, own_offset in enumerate(offset.tolist()):
+        model.gate_center = center + own_offset
+        own_logits, own_halting = model(x[number, None], return_halting=True)
+        assert_close(logits[number, None], own_logits, **CLOSE)
+        assert torch.equal(halting.depth[number, None], own_halting.depth)
+        depths.add(own_halting.depth.mean().item())
+    assert len(depths) == len(x)
+
+
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=12))
 def test_halting_probabilities_sum_to_one(channel):
     cumulative, total, live = torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool)

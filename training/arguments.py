@@ -95,6 +95,19 @@ _share = _number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 _finite = _number(float, math.isfinite, "a finite number")
 
 
+def _macs(text: str) -> float:
+    """A share, or an amount such as 2.9G or 350M, in multiply-adds."""
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1:].upper())
+    value = float(text[:-1]) * factor if factor else float(text)
+    if not (1 < value < math.inf if factor else 0 < value <= 1):
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and at most 1, or an amount as 2.9G, got {text}")
+    return value
+
+
+_macs.__name__ = "share or amount"
+budget_share = _number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
 def _augment_policy(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
@@ -199,9 +212,10 @@ def _distillation() -> Parser:
     parser, add = _group("distillation")
     add("--teacher-model", default="regnety_160", metavar="NAME", help="any timm model")
     add("--teacher-path", metavar="FILE", help="its weights, a path or https URL; timm's own by default")
-    add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="what to learn from the teacher")
+    kind = "what to learn from the teacher; self: the static network that training starts from is the teacher"
+    add("--distillation-type", choices=("none", "soft", "hard", "self"), default="none", help=kind)
     add("--distillation-alpha", type=_share, default=0.5, metavar="A", help="weight of the teacher's part")
-    add("--distillation-tau", type=_positive, default=1.0, metavar="T", help="temperature of soft distillation")
+    add("--distillation-tau", type=_positive, default=1.0, metavar="T", help="temperature, but of hard distillation")
     return parser
 
 
@@ -242,6 +256,8 @@ def network_flags() -> Parser:
     gate = "in h = sigmoid(scale * x - center) (default: the checkpoint's, or {:g})"
     add("--gate-scale", type=_finite, metavar="G", help="scale " + gate.format(GATE_DEFAULTS["gate_scale"]))
     add("--gate-center", type=_finite, metavar="G", help="center " + gate.format(GATE_DEFAULTS["gate_center"]))
+    budget = "share of the static network's multiply-adds to use, of a checkpoint that knows its gate's cost"
+    add("--budget", type=budget_share, metavar="SHARE", help=budget)
     add("--no-halting", dest="halting", action="store_false", help="the static network: every token, every block")
     return parser
 
@@ -281,6 +297,14 @@ def _avit() -> Parser:
     ponder = {"type": _amount, "default": 0.001, "metavar": "S", "help": "weight of the ponder loss"}
     add("--ponder-token-scale", "--ponder-scale-token", **ponder)
     add("--distr-prior-alpha", type=_amount, default=0.01, metavar="A", help="weight of the distribution prior")
+    target = (
+        "share of the static network's multiply-adds to train to, or an amount (2.9G): sets the ponder loss's weight"
+    )
+    add("--target-macs", type=_macs, metavar="COST", help=target)
+    choice = "auto: sign, scale and center follow from the static network; fixed: from flags, checkpoint, or the paper"
+    add("--gate", choices=("auto", "fixed"), help=f"{choice} (default: auto with --target-macs)")
+    jitter = "training: shift each image's gate center by up to this, so that one network serves many budgets"
+    add("--gate-jitter", type=_amount, default=0.0, metavar="S", help=jitter)
     _switch(add, "zip-tokens", "halted tokens leave the computation; else they are masked")
     _switch(add, "early-exit", "at inference, images whose prefix tokens have halted leave too")
     return parser
@@ -309,6 +333,14 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
     check_size(parser, args.input_size)
     if args.eval and args.demo:
         parser.error("--eval and --demo exclude each other")
+    check_budget(parser, args)
+    trains_tokens = args.halting and not (args.eval or args.demo)
+    if args.budget is not None and not (args.eval or args.demo):
+        parser.error("--budget is for --eval and --demo; --target-macs says what training is to reach")
+    if args.target_macs is not None and not trains_tokens:
+        parser.error("--target-macs is for training an adaptive network")
+    if args.gate == "auto" and (not trains_tokens or args.gate_scale is not None or args.gate_center is not None):
+        parser.error("--gate auto is for training, and excludes --gate_scale, --gate_center and --no-halting")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         parser.error("--cutmix-minmax: the smallest share comes first")
     if args.seed >= 2**31:
@@ -319,6 +351,15 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--resume auto knows the epoch: it excludes --start_epoch")
     if args.tensorboard and not args.output_dir and not (args.eval or args.demo):
         parser.error("--tensorboard needs --output_dir")
+
+
+def check_budget(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the program with status 2 where --budget and another flag both set the gate."""
+    for flag in ("gate_scale", "gate_center"):
+        if args.budget is not None and getattr(args, flag) is not None:
+            parser.error(f"--budget and --{flag} exclude each other")
+    if args.budget is not None and not args.halting:
+        parser.error("--budget and --no-halting exclude each other")
 
 
 def check_size(parser: Parser, size: list[int] | None) -> None:

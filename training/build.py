@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from functools import partial
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -18,9 +20,11 @@ from torch.utils.data import Dataset
 
 import losses
 import utils
-from datasets import build_dataset
+from datasets import PLACED, build_dataset, evaluation_transform
 from engine_act import Trainer
+from training.budget import CALIBRATION_IMAGES, FirstBatches, choose_gate, resolve_budget
 from training.checkpoints import Checkpoint, create_model, load_teacher_weights, resolve_gate
+from training.loaders import training_loader
 from utils import LocalError, UserError, warn
 
 
@@ -64,8 +68,11 @@ def build_model(args: argparse.Namespace, num_classes: int, start: Checkpoint | 
     gate = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
     if start is not None:
         use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
-        model = start.build_model(args.model, **options, **gate, use_ema=use_ema, replace_head=is_new_task)
+        options |= {"budget": args.budget, "use_ema": use_ema, "replace_head": is_new_task}
+        model = start.build_model(args.model, **options, **gate)
     else:
+        if args.budget is not None:
+            raise UserError("--budget needs a checkpoint that knows its gate's cost: give --finetune")
         if not (training or args.pretrained):
             warn("no weights given (--finetune, --resume or --pretrained): the network is random")
         model = create_model(args.model, pretrained=args.pretrained, **options, **resolve_gate(gate))
@@ -76,6 +83,25 @@ def build_model(args: argparse.Namespace, num_classes: int, start: Checkpoint | 
             warn(f"the head of {hub_classes} classes is replaced by a new one of {num_classes}")
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
+
+
+def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
+    """Whether training starts from a gate that follows from the static network; not where one is known already."""
+    if start is not None and start.flag == "resume":
+        return False
+    is_given = args.gate_scale is not None or args.gate_center is not None
+    is_known = start is not None and any(found for _, found in start.gate_sources())
+    return args.gate == "auto" or (args.gate is None and args.target_macs is not None and not (is_given or is_known))
+
+
+def set_gate(args: argparse.Namespace, model: nn.Module, batches: FirstBatches, device: torch.device) -> None:
+    """Of a model that is about to be trained, by `choose_gate`."""
+    images = next(iter(batches))[0][:GATE_IMAGES]
+    for name, value in choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device)).items():
+        setattr(model, name, value)
+
+
+GATE_IMAGES = 128
 
 
 def image_size(args: argparse.Namespace) -> tuple[int, int]:
@@ -111,6 +137,15 @@ def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
     return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
 
 
+def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> FirstBatches:
+    """Some of the training images, treated as in evaluation: to measure gates on."""
+    images = copy.copy(images)
+    images.transform = evaluation_transform(image_size(args), args.data_set in PLACED)
+    order = {"seed": args.seed, "repeated_aug": False, "max_bad_images": args.max_bad_images}
+    loader = training_loader(images, args.batch_size, **order, **loader_options(args, device))
+    return FirstBatches(loader, CALIBRATION_IMAGES)
+
+
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     return {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
 
@@ -132,16 +167,20 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 def build_criterion(args: argparse.Namespace, model: nn.Module, mixup: bool) -> losses.AdaptiveLoss:
     classification = losses.classification_loss(mixup, args.smoothing)
-    if args.distillation_type != "none":
+    if args.distillation_type == "self":
+        classification = losses.SelfDistillationLoss(classification, args.distillation_alpha, args.distillation_tau)
+    elif args.distillation_type != "none":
         kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
         classification = losses.DistillationLoss(classification, kind, alpha, tau)
     return losses.AdaptiveLoss(classification, model.num_blocks, args.ponder_token_scale, args.distr_prior_alpha)
 
 
 def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) -> losses.Teacher | None:
-    """Also puts the student into distilled training."""
+    """Puts the student into distilled training too, where a distillation token learns from the teacher."""
     if args.distillation_type == "none":
         return None
+    if args.distillation_type == "self":
+        return build_own_teacher(args, num_classes)
     if not hasattr(model, "set_distilled_training"):
         names = ", ".join(timm.list_models("avit*distilled*"))
         raise UserError(f"--distillation-type needs a distilled model, {args.model} is none; there are {names}")
@@ -169,6 +208,28 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     return teacher
 
 
+def build_own_teacher(args: argparse.Namespace, num_classes: int) -> losses.Teacher:
+    """The static network that training starts from, or started from, where it is resumed. UserError without weights."""
+    start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
+    if start is None and not args.pretrained:
+        raise UserError(
+            "--distillation-type self: the teacher is what training starts from: "
+            "give --pretrained, --pretrained-path or --finetune, also where a run is resumed"
+        )
+    options = {"num_classes": num_classes, "img_size": image_size(args), "halting": False}
+    if start is None:
+        network = create_model(args.model, pretrained=True, **options)
+    else:
+        network = start.build_model(args.model, **options, use_ema=args.use_ema)
+    return losses.Teacher(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:
+    if args.target_macs is None:
+        return None
+    return losses.BudgetController(resolve_budget(model, args.target_macs), updates_per_epoch)
+
+
 def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> Trainer:
     mixup = build_mixup(args, num_classes)
     teacher = build_teacher(args, model, num_classes)
@@ -185,6 +246,7 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, 
         mixup=mixup,
         ema=ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None,
         teacher=teacher.to(device) if teacher is not None else None,
+        gate_jitter=args.gate_jitter,
         seed=args.seed,
     )
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import models_act  # noqa: F401 - registers the models
 import utils
 from training.arguments import GATE_DEFAULTS
+from training.budget import BudgetCurve
 from utils import UserError, log, nearest, warn
 
 IMAGENET_CLASSES = 1000
@@ -41,9 +42,12 @@ class Checkpoint:
     What ours hold (of others, only the first two and `args` are read):
     model, model_ema: the weights, and their average or None;
     gate: gate_scale, gate_center and halt_eps, None of a static network;
+    budget_curves: by name of the weights, what they cost by their gate center, where measured, see `BudgetCurve`;
+    gate_ema: as `gate`, of the averaged weights, where it is another;
     classes: their names; args: the flags of the run, by name;
     and for going on, what each part of a run keeps up in its own `state_dict` and `load_state_dict`:
     model, model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
+    budget_controller: `losses.BudgetController`, where a cost was asked for;
     epoch, batches, seconds, data_wait, averages: `engine_act.Epoch`;
     bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
     best_acc1, previous_test, processes: `training.loop.TrainingRun`.
@@ -129,12 +133,33 @@ class Checkpoint:
             return dict(zip(info.label_names(), info.label_descriptions()))
         return {f"class {number}": f"class {number}" for number in range(count)}
 
-    def gate_sources(self) -> list[tuple[str, dict[str, float]]]:
+    def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
+        """Of its weights, where it holds one."""
+        curves = self.content.get("budget_curves")
+        name = "model_ema" if use_ema else "model"
+        return BudgetCurve.of(curves.get(name)) if isinstance(curves, dict) else None
+
+    def center_of_budget(self, budget: float, use_ema: bool = False) -> float:
+        """The gate center at which its weights cost that share of the static network's multiply-adds.
+
+        UserError where it holds no curve, or one that does not reach so far.
+        """
+        curve = self.budget_curve(use_ema)
+        if curve is None:
+            why = "it does not know what its gate costs; training with --target-macs measures it"
+            raise UserError(f"{self.location}: --budget: {why}")
+        if not curve.cheapest <= budget <= curve.dearest:
+            known = f"its budgets go from {curve.cheapest:.2f} to {curve.dearest:.2f}"
+            raise UserError(f"{self.location}: --budget {budget:g}: {known}")
+        return curve.center(budget)
+
+    def gate_sources(self, use_ema: bool = False) -> list[tuple[str, dict[str, float]]]:
         """Where it says something of its gate, the surest first: its record, its file's name, a foreign one's flags."""
         args = self.content.get("args")
         flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+        own = (self.content.get("gate_ema") if use_ema else None) or self.content.get("gate")
         return [
-            ("the checkpoint", _gate_numbers(self.content.get("gate"))),
+            ("the checkpoint", _gate_numbers(own)),
             ("the file name", _gate_in_name(self.location)),
             ("the checkpoint's args", {} if self.is_ours else _gate_numbers(flags)),
         ]
@@ -147,6 +172,7 @@ class Checkpoint:
         img_size: tuple[int, int] | None = None,
         gate_scale: float | None = None,
         gate_center: float | None = None,
+        budget: float | None = None,
         use_ema: bool = False,
         replace_head: bool = False,
         **options,
@@ -154,10 +180,14 @@ class Checkpoint:
         """The network with these weights, on the CPU.
 
         What is None is the checkpoint's: its model, classes, gate, and image size (where it says none, the model's).
+        budget: share of the static network's multiply-adds that sets the gate center instead, see `center_of_budget`;
         replace_head: see `load_weights`; options: of timm.create_model. UserError where something does not fit.
         """
         name = name or self.model_name()
-        gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources())
+        gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources(use_ema))
+        if budget is not None:
+            gate["gate_center"] = self.center_of_budget(budget, use_ema)
+            log(f"gate_center {gate['gate_center']:g}, for a budget of {budget:g}")
         img_size = img_size or self.image_size() or default_image_size(name)
         num_classes = num_classes or len(self.names_by_class())
         model = create_model(name, img_size, num_classes=num_classes, **gate, **options)
@@ -168,7 +198,9 @@ class Checkpoint:
         """What evaluation and fine-tuning need, the weights in half precision; private_flags: those to leave out."""
         args = {name: value for name, value in self.content["args"].items() if name not in private_flags}
         weights = {name: value.half() for name, value in self.state_dict().items()}
-        return {"model": weights, "gate": self.content["gate"], "classes": self.content["classes"], "args": args}
+        curves = {"budget_curves": {"model": curve.record()}} if (curve := self.budget_curve()) else {}
+        kept = {name: self.content[name] for name in ("gate", "classes")} | curves
+        return {"model": weights, **kept, "args": args}
 
 
 # Files -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import nn
 
 import utils
 from engine_act import Epoch, Trainer, evaluate, train_one_epoch
+from training.budget import FirstBatches, budget_curve
 from training.build import Schedule
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
@@ -63,10 +64,12 @@ class TrainingRun:
         train_loader: ImageLoader,
         test_loader: ImageLoader,
         options: RunOptions,
+        calibration: FirstBatches | None = None,
     ):
+        """calibration: training images as in evaluation, on which a run with a budget measures what its gate costs."""
         self.trainer, self.schedule = trainer, schedule
         self.train_loader, self.test_loader = train_loader, test_loader
-        self.options = options
+        self.options, self.calibration = options, calibration
         self.classes = getattr(train_loader.images, "classes", None)
         self.stop = StopRequest()
         self.tensorboard = None
@@ -75,6 +78,7 @@ class TrainingRun:
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
         self.saving_seconds = 0.0
+        self.budget_curves: dict[str, list] = {}  # of the last epoch's weights, by their name
 
     def train(self) -> None:
         """UserError if the output folder cannot be written; Interrupted where a signal asked to stop."""
@@ -84,12 +88,14 @@ class TrainingRun:
         with self.stop.listening():
             for epoch in range(self.epoch.number, self.options.epochs):
                 self.train_loader.start_at(epoch, self.epoch.batches)
-                self.schedule.step_update(self._updates())
+                self._step_schedules()
                 training = train_one_epoch(
                     self.trainer, self.train_loader, self.epoch, self._after_update, stop=self.stop.asked
                 )
                 training["bad_images"] = sum(utils.all_gather_objects(len(self.train_loader.bad_images)))
                 self.save("checkpoint.pth")  # so that nothing is lost but the evaluation, if that is interrupted
+                if self.trainer.budget is not None and epoch + 1 == self.options.epochs:
+                    self._calibrate()
                 test = self._test()
                 self.schedule.step_epoch(epoch + 1, test["acc1"])
                 self._warn_of_collapse(test)
@@ -125,8 +131,22 @@ class TrainingRun:
         per_epoch = updates_per_epoch(self.train_loader, self.trainer.accum_steps)
         return self.epoch.number * per_epoch + math.ceil(self.epoch.batches / self.trainer.accum_steps)
 
+    def _step_schedules(self) -> None:
+        updates = self._updates()
+        self.schedule.step_update(updates)
+        if self.trainer.budget is not None:
+            total = self.options.epochs * updates_per_epoch(self.train_loader, self.trainer.accum_steps)
+            self.trainer.budget.progress = updates / total
+
     def _after_update(self, stop: bool) -> None:
-        self.schedule.step_update(self._updates())
+        budget = self.trainer.budget
+        if budget is not None and budget.is_stuck:
+            warn(
+                f"--target-macs: the cost stays at {budget.cost:.3f} of the static network's, the goal is "
+                f"{budget.goal:.3f}, with the ponder loss's weight at its limit, {budget.weight:g}: "
+                f"this gate may not reach {budget.budget:.3f}"
+            )
+        self._step_schedules()
         if stop:
             self.save("checkpoint.pth")
             self._interrupt(f"in epoch {self.epoch.number}, after batch {self.epoch.batches - 1}")
@@ -140,6 +160,21 @@ class TrainingRun:
         )
         log(f"stopped by {asked} {place}; {saved}")
         raise Interrupted
+
+    def _calibrate(self) -> None:
+        """Gates at the center of the budget, and what every center costs: of the weights, and of their average."""
+        trainer = self.trainer
+        networks = {"model": trainer.model_without_ddp}
+        networks |= {} if trainer.ema is None else {"model_ema": trainer.ema.module}
+        for name, network in networks.items():
+            curve = budget_curve(network.to(trainer.device), self.calibration, trainer.device, trainer.amp)
+            before, network.gate_center = network.gate_center, curve.center(trainer.budget.budget)
+            log(
+                f"calibration of {name}: gate_center {before:g} costs {curve.cost(before):.3f} of the static network's "
+                f"multiply-adds, {network.gate_center:g} {curve.cost(network.gate_center):.3f}; "
+                f"--budget from {curve.cheapest:.2f} to {curve.dearest:.2f} can be asked for"
+            )
+            self.budget_curves[name] = curve.record()
 
     def _test(self) -> dict:
         """Of the raw weights; where an average is kept, its accuracy beside them."""
@@ -177,8 +212,9 @@ class TrainingRun:
         The checkpoint comes last: until it is there, the epoch is not done, and is done again.
         """
         number = self.epoch.number
-        is_best = test["acc1"] > self.best_acc1
-        self.best_acc1 = max(self.best_acc1, test["acc1"])
+        is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, once it is kept
+        is_best = is_candidate and test["acc1"] > self.best_acc1
+        self.best_acc1 = test["acc1"] if is_best else self.best_acc1
         self.epoch = Epoch(number + 1)
         if is_best:
             self.save("best.pth")
@@ -226,14 +262,16 @@ class TrainingRun:
 
     def state_dict(self) -> dict:
         """A checkpoint, see `Checkpoint`: tensors and plain types only; every process must call it."""
-        model = self.trainer.model_without_ddp
-        gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center, "halt_eps": model.halt_eps}
+        model, ema = self.trainer.model_without_ddp, self.trainer.ema
+        calibrated = {"gate_ema": _gate(ema.module)} if "model_ema" in self.budget_curves else {}
+        calibrated |= {"budget_curves": self.budget_curves} if self.budget_curves else {}
         parts = (self.trainer, self.schedule, self.epoch, self.train_loader)
         return {name: value for part in parts for name, value in part.state_dict().items()} | {
             "best_acc1": self.best_acc1,
             "previous_test": self.previous_test,
             "processes": utils.world_size(),
-            "gate": gate if model.halting else None,
+            "gate": _gate(model) if model.halting else None,
+            **calibrated,
             "classes": self.classes,
             "args": dict(self.options.flags),
         }
@@ -268,6 +306,10 @@ class TrainingRun:
                 changes.append(f"--{name} was {str(before)[:80]!r}, is now {self.options.flags[name]!r}")
         if changes:
             warn(f"the resumed run changes: {'; '.join(sorted(changes))}")
+
+
+def _gate(model: nn.Module) -> dict[str, float]:
+    return {"gate_scale": model.gate_scale, "gate_center": model.gate_center, "halt_eps": model.halt_eps}
 
 
 def _epoch_of(line: str) -> float:

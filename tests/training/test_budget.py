@@ -1,0 +1,264 @@
+"""A cost that is asked for: the curve of a gate, the gate to start from, and both through the command line."""
+
+import json
+
+import pytest
+import torch
+from conftest import halting_model, images, save_halting_micro
+from hypothesis import given
+from hypothesis import strategies as st
+from kill_and_resume import same
+from processes import main_in_processes
+
+import main_act
+from training.budget import BudgetCurve, budget_curve, cheapest_cost, choose_gate, costs_at, measure_curve
+from training.checkpoints import Checkpoint, load_checkpoint
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+# The curve ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.floats(0.05, 20),
+    st.floats(-30, 30),
+    st.floats(0.05, 0.3),
+    st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5),
+)
+def test_a_curve_of_any_slope_and_place_is_found(width, middle, cheapest, budgets):
+    def cost(center):
+        return cheapest + (1 - cheapest) * torch.sigmoid(torch.tensor((center - middle) / width)).item()
+
+    curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest)
+    assert list(curve.points) == sorted(curve.points)
+    for budget in budgets:
+        if curve.cheapest <= budget <= curve.dearest:
+            assert cost(curve.center(budget)) == pytest.approx(budget, abs=0.02)
+    assert curve.cheapest < cheapest + 0.05
+    assert curve.dearest > 0.95
+
+
+def test_a_curve_that_falls_at_once_ends_the_search():
+    """All tokens of all images halt in one block."""
+    asked = []
+
+    def costs_of(centers):
+        asked.extend(centers)
+        return [float(center > 0.3) for center in centers]
+
+    curve = measure_curve(costs_of, 0.0, 0.0)
+    assert (curve.cheapest, curve.dearest) == (0, 1)
+    assert len(asked) < 30
+
+
+def test_a_network_costs_what_its_curve_says():
+    model, batches = halting_model().eval(), [(images(16),), (images(5, seed=2),)]
+    curve = budget_curve(model, batches, CPU, "none")
+    center = curve.center(0.5)
+    assert model.gate_center == 12  # as it was
+    model.gate_center = center
+    with torch.no_grad():
+        depth = torch.cat([model(x, return_halting=True)[1].depth for (x,) in batches])
+    (cost,) = costs_at(model, batches, CPU, "none", [center])
+    assert cost == pytest.approx(0.5, abs=0.02)
+    assert depth.mean().item() / 8 == pytest.approx(0.5, abs=0.05)
+    assert cheapest_cost(model) == pytest.approx(curve.cheapest, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(
+            None,
+            3,
+            [],
+            [[1.0, 0.5]],
+            [[1.0, 0.5], [0.0, 0.6]],
+            [[0.0, 0.5], [1.0, float("nan")]],
+            [[0.0, 0.5], [1.0, 2.0]],
+        ),
+        *([[0.0, 0.5], [float("inf"), 1.0]], [[0.0, 0.5], [1, 1.0]], [[0.0, 0.5], "ab"], [[0.0, 0.1]] * 2000),
+    ],
+)
+def test_what_is_no_curve_is_none(record):
+    assert BudgetCurve.of(record) is None
+
+
+def test_a_curve_survives_its_record():
+    curve = BudgetCurve(((-1.0, 0.2), (0.5, 0.4), (3.0, 1.0)))
+    assert BudgetCurve.of(curve.record()) == curve
+    assert curve.center(0.7) == pytest.approx(1.75)
+
+
+# The gate to start from --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_sign_is_that_under_which_unimportant_tokens_halt(sign):
+    """The class token's channel 0 goes one way, the patches' the other: only one sign leaves the class token."""
+    model, x = halting_model().eval(), images(16)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc2.bias[0] = 0
+            block.attn.proj.bias[0] = 0
+        model.cls_token[..., 0] = -30.0 * sign
+        model.pos_embed[:, 1:, 0] += 3.0 * sign
+    gate = choose_gate(model, x, CPU, "none")
+    assert gate["gate_scale"] * sign > 0
+    model.gate_scale, model.gate_center = gate["gate_scale"], gate["gate_center"]
+    with torch.no_grad():
+        depth = model(x, return_halting=True)[1].depth
+    assert depth[:, 0].mean() > depth[:, 1:].mean()
+
+
+# Through the command line ------------------------------------------------------------------------
+
+FLAGS = [
+    "--model",
+    "avit_micro_patch4_32",
+    "--input-size",
+    "32",
+    "--num_workers",
+    "0",
+    "--batch-size",
+    "3",
+    "--epochs",
+    "2",
+]
+FLAGS += [
+    "--target-macs",
+    "0.5",
+    "--gate-jitter",
+    "0.5",
+    "--distillation-type",
+    "self",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+]
+
+
+def run(data, out, start, *flags):
+    main_act.main([*FLAGS, *map(str, ("--data-path", data, "--output_dir", out, "--pretrained-path", start, *flags))])
+    return load_checkpoint(str(out / "checkpoint.pth"))
+
+
+@pytest.fixture
+def start(tmp_path):
+    return save_halting_micro(tmp_path / "start.pth", num_classes=3)
+
+
+def evaluated_cost(data, checkpoint, out, *flags):
+    command = ["--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out, "--batch-size", 3, *flags]
+    main_act.main([*FLAGS[:6], *map(str, command)])
+    result = json.loads((out / "eval.json").read_text())
+    return result["gmacs"] / result["gmacs_static"]
+
+
+def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, capsys):
+    checkpoint = run(image_folder, tmp_path / "out", start, "--tensorboard")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
+    for line in lines:
+        assert 0 < line["train_budget_cost"] <= 1
+        assert line["train_budget_goal"] >= 0.5
+        assert abs(line["train_ponder_weight"]) <= 0.02
+    assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
+    assert "calibration of model: gate_center" in capsys.readouterr().out
+    path = tmp_path / "out" / "checkpoint.pth"
+    curve = Checkpoint.load(str(path)).budget_curve()
+    assert checkpoint["gate"]["gate_center"] == pytest.approx(curve.center(0.5))
+    costs = [evaluated_cost(image_folder, path, tmp_path / str(b), "--budget", b) for b in (0.3, 0.6)]
+    assert costs == pytest.approx([0.3, 0.6], abs=0.1)  # of nine images, other than the fifteen of the curve
+    assert evaluated_cost(image_folder, path, tmp_path / "own") == pytest.approx(0.5, abs=0.1)
+    assert evaluated_cost(image_folder, path, tmp_path / "ema", "--use-ema") == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_run_with_a_budget_goes_on_exactly(image_folder, tmp_path, start, monkeypatch):
+    expected = run(image_folder, tmp_path / "whole", start)
+    calls = iter(range(1, 1000))
+
+    def asked(self):
+        self.signal = "SIGTERM" if next(calls) >= 3 else None
+        return self.signal is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.signals.StopRequest.asked", asked)
+        interrupted = run(image_folder, tmp_path / "again", start)
+    assert interrupted["budget_controller"][1] is not None
+    assert "budget_curves" not in interrupted
+    actual = run(image_folder, tmp_path / "again", start, "--resume", "auto")
+    for part in ("model", "model_ema", "optimizer", "budget_controller", "budget_curves", "gate", "gate_ema"):
+        assert same(actual[part], expected[part]), part
+
+
+def test_processes_hold_one_cost_and_start_from_one_gate(image_folder, tmp_path, start):
+    weights = load_checkpoint(str(start))["model"]
+    torch.save(weights, start)  # which tells no gate
+    flags = [*FLAGS, "--data-path", image_folder, "--pretrained-path", start, "--output_dir", tmp_path / "out"]
+    statuses, _, errors = main_in_processes(2, [*map(str, flags)], tmp_path / "log")
+    assert statuses == [0, 0], errors
+    found = load_checkpoint(str(tmp_path / "out" / "checkpoint.pth"))
+    assert Checkpoint.load(str(tmp_path / "out" / "checkpoint.pth")).budget_curve() is not None
+    assert found["gate"]["gate_scale"] != 10
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        main_act.main([*map(str, flags)])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("main_act.py: error: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--target-macs", "0"], "a share above 0 and at most 1, or an amount"),
+        (["--target-macs", "2"], "a share above 0 and at most 1, or an amount"),
+        (["--target-macs=-1G"], "a share above 0 and at most 1, or an amount"),
+        (["--target-macs", "much"], "invalid share or amount value"),
+        (["--target-macs", "0.5", "--no-halting"], "--target-macs is for training an adaptive network"),
+        (["--target-macs", "0.5", "--eval"], "--target-macs is for training an adaptive network"),
+        (["--budget", "0.5"], "--budget is for --eval and --demo"),
+        (["--eval", "--budget", "1.5"], "above 0 and at most 1"),
+        (["--eval", "--budget", "0.5", "--gate-center", "3"], "exclude each other"),
+        (["--eval", "--budget", "0.5", "--no-halting"], "exclude each other"),
+        (["--gate", "auto", "--gate-scale", "3"], "--gate auto"),
+    ],
+)
+def test_flags_that_do_not_go_together(capsys, flags, reason):
+    assert reason in refused(capsys, *flags)
+
+
+def test_budgets_out_of_reach(capsys, image_folder, tmp_path, start):
+    common = [*FLAGS[:6], "--data-path", image_folder]
+    for target in ("0.05", "1M", "2G"):
+        assert "out of reach" in refused(capsys, *common, "--pretrained-path", start, "--target-macs", target)
+    message = refused(capsys, *common, "--eval", "--finetune", start, "--budget", 0.4)
+    assert "does not know what its gate costs" in message
+    curve = {"model": [[0.0, 0.3], [5.0, 0.9]]}
+    known = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
+    assert "its budgets go from 0.30 to 0.90" in refused(
+        capsys, *common, "--eval", "--finetune", known, "--budget", 0.2
+    )
+    assert "--budget needs a checkpoint" in refused(capsys, *common, "--eval", "--budget", 0.2)
+
+
+def test_learning_from_oneself_needs_weights(capsys, image_folder):
+    message = refused(capsys, *FLAGS[:6], "--data-path", image_folder, "--distillation-type", "self")
+    assert "the teacher is what training starts from" in message
+
+
+def test_amounts_are_shares_of_the_network():
+    from training.arguments import parse_args
+    from training.budget import resolve_budget, static_macs
+
+    model = halting_model()
+    assert parse_args(["--target-macs", "2.9G"]).target_macs == 2.9e9
+    assert resolve_budget(model, static_macs(model) / 2) == pytest.approx(0.5)
+    with pytest.raises(UserError, match="out of reach"):
+        resolve_budget(model, 2 * static_macs(model))
