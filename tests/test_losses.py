@@ -203,5 +203,5 @@ def test_the_controller_goes_on_from_its_state():
     assert again.state_dict() == controller.state_dict()
     assert again.weight == controller.weight
     for state in ([0.5, None, 1.0, 0], [0.5, 2.0, 1.0, 0], [0.5, float("nan"), 1.0, 0], [0.5, 0.5]):
-        with pytest.raises(ValueError, match="costs are shares|unpack"):
+        with pytest.raises(ValueError, match=r"costs are shares|unpack"):
             again.load_state_dict({"budget_controller": state})
