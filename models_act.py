@@ -12,6 +12,7 @@ have timm's names, so DeiT's load as they are.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -251,6 +252,19 @@ class AdaptiveTokens:
         intermediates = list(zip(patches, prefix)) if return_prefix_tokens else patches
         return intermediates if intermediates_only else (self.norm(output), intermediates)
 
+    @torch.no_grad()
+    def halt_by(self, channel: int) -> None:
+        """Lets the halting score read another channel of the tokens: swaps it with channel 0, in all weights.
+
+        As a static network the model stays what it is, but for the order of its channels.
+        """
+        order = [channel, 0]
+        for name, parameter in self.named_parameters():
+            axis = _channel_axis(name)
+            if axis is not None and channel != 0:
+                swapped = parameter.index_select(axis, torch.tensor(order, device=parameter.device))
+                parameter.index_copy_(axis, torch.tensor(order[::-1], device=parameter.device), swapped)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's interface. ValueError for a pooling that the constructor refuses."""
         if global_pool is not None:
@@ -361,6 +375,17 @@ class AdaptiveVisionTransformer(AdaptiveTokens, VisionTransformer):
 
 class AdaptiveVisionTransformerDistilled(AdaptiveTokens, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (class and distillation token) with adaptive tokens."""
+
+
+def _channel_axis(name: str) -> int | None:
+    """Which axis of a parameter of a ViT are the channels of its tokens, by its name; None where there is none."""
+    in_block = re.sub(r"^blocks\.\d+\.", "", name)
+    if re.fullmatch(r"(head|head_dist)\.weight|attn\.qkv\.weight|mlp\.fc1(_g|_x)?\.weight", in_block):
+        return 1
+    if re.fullmatch(r"(cls|dist|reg)_token|pos_embed", name):
+        return 2
+    written = r"patch_embed\.proj|attn\.proj|mlp\.fc2|norm[12]?|norm_pre|fc_norm|patch_embed\.norm"
+    return 0 if re.fullmatch(rf"({written})\.(weight|bias)|ls[12]\.gamma", in_block) else None
 
 
 def _refuse_unsupported(

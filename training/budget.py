@@ -168,48 +168,78 @@ def resolve_budget(model: AdaptiveTokens, target: float) -> float:
 
 # The gate to start from --------------------------------------------------------------------------
 
-START_COST = 0.85  # under which gates are compared
-SPREADS = (4.0, 8.0, 16.0)  # standard deviation of the gate's argument over tokens and blocks
+SPREAD = 4.0  # standard deviation of the gate's argument over tokens and blocks
+
+
+class GateChoice(NamedTuple):
+    """A gate, by the KL divergence of the network's answers from the static network's, and what it costs."""
+
+    divergence: float
+    channel: int
+    scale: float
+    center: float
+    cost: float
+
+    def apply(self, model: AdaptiveTokens) -> None:
+        model.halt_by(self.channel)
+        model.gate_scale, model.gate_center = self.scale, self.center
 
 
 @torch.inference_mode()
-def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str) -> dict[str, float]:
-    """gate_scale and gate_center with which halting changes a static network's answers least.
+def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str, cost: float) -> GateChoice:
+    """The channel and gate by which halting changes a static network's answers least, where it costs so much.
 
-    Of each sign and some scales, the center at which the network costs `START_COST`; of these, the one whose logits are
-    nearest to the static network's, by KL divergence. images: [B, 3, H, W]; every process gets the main one's choice.
+    For each channel of the tokens and each sign, the center is found on the states of the static network, which tell
+    well when tokens would halt. images: [B, 3, H, W]; every process gets the main one's choice.
     """
-    model, images = copy.deepcopy(model).to(device).eval(), images.to(device)
-    static = copy.deepcopy(model)
+    static, images = copy.deepcopy(model).to(device).eval(), images.to(device)
     static.halting = False
+    options = {"intermediates_only": True, "output_fmt": "NLC", "return_prefix_tokens": True}
     with utils.autocast(device, amp):
-        states = static.forward_intermediates(images, intermediates_only=True, output_fmt="NLC")
+        states = [torch.cat(parts[::-1], dim=1).float() for parts in static.forward_intermediates(images, **options)]
+    states = torch.stack(states)  # [L, B, N, C]
+    choices = []
+    for channel in range(states.shape[-1]):
+        values = states[..., channel]
+        for sign in (1, -1):
+            scale = sign * float(f"{SPREAD / values.std().clamp(min=1e-6).item():.2g}")
+            center = _center_of_cost(static, scale * values, cost)
+            choices.append(GateChoice(0.0, channel, scale, center, cost))
+    with utils.autocast(device, amp):
         expected = F.log_softmax(static(images).float(), dim=1)
-    channel = torch.stack([state[..., 0].float() for state in states])  # [L, B, patches]
-    mean, std = channel.mean().item(), max(channel.std().item(), 1e-6)
-    gates = []
-    for scale in (sign * float(f"{spread / std:.2g}") for sign in (1, -1) for spread in SPREADS):
-        model.gate_scale = scale
-        center, cost = _center_of_cost(model, images, device, amp, scale * mean)
-        model.gate_center = center
-        with utils.autocast(device, amp):
-            found = F.log_softmax(model(images).float(), dim=1)
-        gates.append((F.kl_div(found, expected, reduction="batchmean", log_target=True).item(), scale, center, cost))
-    divergence, scale, center, cost = utils.all_gather_objects(min(gates))[0]
+    choices = [_judged(choice, static, images, expected, amp) for choice in choices]
+    best, worst = min(choices), max(choices)
+    best = utils.all_gather_objects(best)[0]
     log(
-        f"gate auto: scale {scale:g}, center {center:g}; untuned, {cost:.0%} of the multiply-adds for a KL divergence "
-        f"of {divergence:.2g} from the static network's answers; the worst of {len(gates)} gates: {max(gates)[0]:.2g}"
+        f"gate auto: channel {best.channel}, scale {best.scale:g}, center {best.center:g}: before training, "
+        f"{best.cost:.0%} of the multiply-adds for a KL divergence of {best.divergence:.2g} from the static network's "
+        f"answers (the worst of {len(choices)} gates: {worst.divergence:.2g})"
     )
-    return {"gate_scale": scale, "gate_center": center}
+    return best
 
 
-def _center_of_cost(
-    model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str, middle: float
-) -> tuple[float, float]:
-    """The center at which the network costs START_COST, and what it costs there; middle: of the gate's argument."""
+def _center_of_cost(model: AdaptiveTokens, argument: Tensor, cost: float) -> float:
+    """The center at which tokens with these scale * x, [L, B, N], would halt so that the network costs that share."""
+    middle = argument.mean().item()
     low, high = middle - 32, middle + 32
     for _ in range(12):
         center = float(f"{(low + high) / 2:.4g}")
-        (cost,) = costs_at(model, [(images,)], device, amp, [center])
-        low, high = (center, high) if cost < START_COST else (low, center)
-    return center, cost
+        halts = torch.sigmoid(argument - center).cumsum(dim=0) >= 1 - model.halt_eps
+        halts[-1] = True
+        depth = halts.float().argmax(dim=0) + 1.0  # [B, N]
+        found = macs_per_image(model, depth).mean().item() / static_macs(model)
+        low, high = (center, high) if found < cost else (low, center)
+    return center
+
+
+def _judged(choice: GateChoice, static: AdaptiveTokens, images: Tensor, expected: Tensor, amp: str) -> GateChoice:
+    """The same with its divergence and cost as measured; expected: the static network's log-probabilities, [B, K]."""
+    model = copy.deepcopy(static)
+    model.halting = True
+    choice.apply(model)
+    with utils.autocast(images.device, amp):
+        logits, halting = model(images, return_halting=True)
+    found = F.log_softmax(logits.float(), dim=1)
+    divergence = F.kl_div(found, expected, reduction="batchmean", log_target=True).item()
+    cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)
+    return choice._replace(divergence=divergence, cost=cost)

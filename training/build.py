@@ -96,12 +96,13 @@ def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
 
 def set_gate(args: argparse.Namespace, model: nn.Module, batches: FirstBatches, device: torch.device) -> None:
     """Of a model that is about to be trained, by `choose_gate`."""
+    cost = START_COST if args.target_macs is None else resolve_budget(model, args.target_macs)
     images = next(iter(batches))[0][:GATE_IMAGES]
-    for name, value in choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device)).items():
-        setattr(model, name, value)
+    choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), cost).apply(model)
 
 
-GATE_IMAGES = 128
+GATE_IMAGES = 64
+START_COST = 0.85  # of the static network's, where no other is asked for
 
 
 def image_size(args: argparse.Namespace) -> tuple[int, int]:
@@ -209,14 +210,17 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
 
 
 def build_own_teacher(args: argparse.Namespace, num_classes: int) -> losses.Teacher:
-    """The static network that training starts from, or started from, where it is resumed. UserError without weights."""
+    """The static network that training starts, or has started, from, or another of ours. UserError without weights."""
+    options = {"num_classes": num_classes, "img_size": image_size(args), "halting": False}
+    if args.teacher_path:
+        network = Checkpoint.load(args.teacher_path).build_model(**options)
+        return losses.Teacher(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is None and not args.pretrained:
         raise UserError(
             "--distillation-type self: the teacher is what training starts from: "
             "give --pretrained, --pretrained-path or --finetune, also where a run is resumed"
         )
-    options = {"num_classes": num_classes, "img_size": image_size(args), "halting": False}
     if start is None:
         network = create_model(args.model, pretrained=True, **options)
     else:

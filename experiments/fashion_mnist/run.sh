@@ -2,15 +2,9 @@
 # The paper's claim, measured on Fashion-MNIST: experiments/fashion_mnist/run.sh DATA [search|trials]
 #
 # DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one). With `search` the chain ends
-# when the settings have been searched; with `trials` it also tries some on all images, for about an hour more. A
-# stage is one command; when it has ended there is results/STAGE.json, and it is not run again. So the chain can be
-# stopped at any time, and goes on with the same command. To measure a stage anew, remove its JSON file and its folder
-# in results/runs, where checkpoints and logs of stages under way or done are. Stages that do not need each other run
-# two at a time, a core each: that is faster than one after the other with two threads.
+# when the settings have been searched; with `trials` it also tries some on all images, for about an hour more. It may
+# be stopped at any time, and goes on with the same command, see experiments/chain.sh.
 set -euo pipefail -m
-trap 'exit 130' INT TERM
-trap 'exit 1' USR1  # a stage has failed
-trap 'for job in $(jobs -rp); do kill -- -"$job"; done; wait' EXIT
 cd "$(dirname "$0")/../.."
 DATA=${1:?folder with the four files of Fashion-MNIST}
 PART=${2:-}
@@ -32,45 +26,7 @@ SEARCH=${SEARCH:--1:12:0.00035 -1:8:0.00035 -1:8:0.0018 -1:8:0.005 -1:4:0.01 1:8
 TRIALS=${TRIALS:-0:-1:8:0.0005 0.0001:-1:8:0.00035 0.001:-1:8:0.0003 0.001:-1:8:0.00045 0.003:-1:8:0.00045 \
   0.01:-1:8:0.001 0.01:-1:8:0.0013 0.01:-1:8:0.0016 0.01:-1:8:0.0018 0.01:-1:8:0.002 0.01:-1:8:0.003}
 
-stages() {  # COMMAND...: what stages.py does
-  "$PYTHON" -m experiments.fashion_mnist.stages "$@"
-}
-
-stage() {  # STAGE COMMAND...: runs it beside one other, unless it has been
-  local name=$1 command
-  shift
-  command="${*//$PYTHON/python}"
-  command="${command//$DATA/DATA}"
-  if [ -e "$OUT/$name.json" ]; then
-    grep -qF "\"command\": \"$command\"" "$OUT/$name.json" && return
-    echo "$OUT/$name.json is of another command; remove it, to run: $command" >&2
-    exit 1
-  fi
-  until_fewer_than 2
-  echo "== $name: $command"
-  run "$name" "$command" "$@" &
-}
-
-until_fewer_than() {  # N stages run
-  while [ "$(jobs -rp | wc -l)" -ge "$1" ]; do sleep 0.5; done
-}
-
-run() {  # STAGE TEXT COMMAND...; TEXT is the command as it is recorded
-  local name=$1 command=$2 start=$SECONDS
-  shift 2
-  if [ "$(cat "$RUNS/$name.command" 2> /dev/null)" != "$command" ]; then  # what is there is of another command
-    rm -rf "${RUNS:?}/$name"
-    echo "$command" > "$RUNS/$name.command"
-  fi
-  if ! {
-    OMP_NUM_THREADS=1 "$@" && stages keep "$RUNS/$name" "$OUT/$name.json" \
-      --seconds $((SECONDS - start)) --command "$command"
-  } > "$RUNS/$name.log" 2>&1; then
-    tail -n 3 "$RUNS/$name.log" >&2
-    echo "$name has failed: $RUNS/$name.log" >&2
-    kill -USR1 $$
-  fi
-}
+. experiments/chain.sh
 
 train() {  # STAGE full|subset FLAGS...
   local name=$1 part=$2
@@ -97,14 +53,6 @@ evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
   stage "$name" "$PYTHON" main_act.py $NETWORK --data-path "$data" --eval --finetune "$checkpoint" \
     --output_dir "$RUNS/$name" "$@"
 }
-
-keep_weights() {  # RUN FILE; anew where the run is newer than what was kept
-  [ "$2" -nt "$RUNS/$1/checkpoint.pth" ] || stages export "$RUNS/$1/checkpoint.pth" "$2"
-}
-
-mkdir -p $OUT $RUNS
-[ -d "$RUNS/data" ] || stages split "$DATA" "$RUNS/data"
-stages logs $OUT $RUNS  # for the curves, of stages that another machine has run
 
 # (a) static, from scratch; its weights, in half precision, are what all others start from. Beside it an ablation: halting
 # from the start instead of fine-tuning, on a third of the images
@@ -160,11 +108,6 @@ done
 until_fewer_than 1
 
 # speed, pictures, tables: of held-out images
-once() {  # FILE COMMAND...: makes it, unless it is there; the last of what the command writes
-  local file=$1
-  shift
-  [ -e "$file" ] || { echo "== $file"; "$@"; }
-}
 HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
   --batch-size 64 256 1024 --runs "$ROUNDS" --finetune $ADAPTIVE --json $OUT/benchmark.json
@@ -176,5 +119,5 @@ once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_
   --output-dir $OUT/summary
 once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
   --demo --demo-by random --demo-dir $OUT/depths
-stages report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
+"$PYTHON" -m experiments.fashion_mnist.report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
 echo "the chain has taken $((SECONDS / 60)) minutes"

@@ -13,7 +13,8 @@ from conftest import ROOT, make_fashion, save_halting_micro
 
 import visualize
 from datasets import build_dataset
-from experiments.fashion_mnist import stages
+from experiments import stages
+from experiments.fashion_mnist import report as tables
 from training.checkpoints import load_checkpoint
 
 HERE = ROOT / "experiments" / "fashion_mnist"
@@ -125,7 +126,7 @@ LINES = """
 def test_every_figure_of_the_report(tmp_path):
     for name, stage in STAGES.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(stage))
-    stages.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
+    tables.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
     text = (tmp_path / "report.md").read_text()
     missing = [line for line in LINES.strip().splitlines() if line not in text.splitlines()]
     assert not missing, text
@@ -141,12 +142,12 @@ def test_seeds_must_pair(tmp_path):
         if name != "test_adaptive_1":
             (tmp_path / f"{name}.json").write_text(json.dumps(stage))
     with pytest.raises(ValueError, match="seeds of the control"):
-        stages.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
+        tables.report(tmp_path, tmp_path / "report.md", "-1:10:0.001")
 
 
 def test_the_chosen_setting_must_have_been_searched(tmp_path):
     with pytest.raises(SystemExit, match=r"10:10:0\.1 is not among those of the search"):
-        stages.report(tmp_path, tmp_path / "report.md", "10:10:0.1")
+        tables.report(tmp_path, tmp_path / "report.md", "10:10:0.1")
 
 
 # What the repository keeps --------------------------------------------------------------------------
