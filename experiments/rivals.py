@@ -5,8 +5,8 @@ narrow:C            # C channels, in heads of 16
 random:K:N          # N of the patches go on after block K, drawn at random
 attentive:K:N       # N of the patches go on after block K, those that the class token attends to most
 
-KIND stands for --model avit_micro_patch4_32 with that difference. Whether its tokens halt is for the flags to say; of the
-last two they never do. The rule of the last is that of EViT (Liang et al., ICLR 2022), without its fused token.
+KIND stands for --model avit_micro_patch4_32 with that difference. Whether its tokens halt is for the flags to say; of
+the last two they never do. The rule of the last is that of EViT (Liang et al., ICLR 2022), without its fused token.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import assert_halting, halting_model, images
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from timm.layers import GluMlp, SwiGLU
 from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -597,6 +598,30 @@ def test_intermediates_of_the_static_network_are_timms():
     x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
     (state,) = model.forward_intermediates(images(), indices=[1], output_fmt="NLC", intermediates_only=True)
     assert_close(state, model.blocks[1](model.blocks[0](x))[:, 1:])
+
+
+FAMILIES = [
+    {},
+    {"distilled": True},
+    {"init_values": 0.5, "no_embed_class": True},
+    {"reg_tokens": 2, "qk_norm": True},
+    {"mlp_layer": SwiGLU, "fc_norm": True, "global_pool": "token"},
+    {"mlp_layer": GluMlp, "scale_mlp_norm": True, "scale_attn_norm": True, "class_token": True},
+]
+
+
+@pytest.mark.parametrize("options", FAMILIES, ids=str)
+@torch.no_grad()
+def test_halting_by_another_channel_leaves_the_static_network_as_it_is(options):
+    model = halting_model(halting=False, **options).eval()
+    expected, weights = model(images()), copy.deepcopy(model.state_dict())
+    model.halt_by(5)
+    assert_close(model(images()), expected, **CLOSE)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+    assert {"pos_embed", "blocks.3.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "head.weight"} <= moved
+    assert_close(model._embed(images())[..., 0], halting_model(**options)._embed(images())[..., 5])
+    model.halt_by(5)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 @torch.no_grad()

@@ -9,9 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kill_and_resume import same
 from processes import main_in_processes
+from torch.nn.functional import kl_div
 
 import main_act
-from training.budget import BudgetCurve, budget_curve, cheapest_cost, choose_gate, costs_at, measure_curve
+from models_act import macs_per_image
+from training.arguments import parse_args
+from training.budget import (
+    BudgetCurve,
+    budget_curve,
+    cheapest_cost,
+    choose_gate,
+    costs_at,
+    measure_curve,
+    resolve_budget,
+    static_macs,
+)
 from training.checkpoints import Checkpoint, load_checkpoint
 from utils import UserError
 
@@ -95,22 +107,28 @@ def test_a_curve_survives_its_record():
 # The gate to start from --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_sign_is_that_under_which_unimportant_tokens_halt(sign):
-    """The class token's channel 0 goes one way, the patches' the other: only one sign leaves the class token."""
+def divergence_and_cost(model, x, static_logits):
+    with torch.no_grad():
+        logits, halting = model(x, return_halting=True)
+    divergence = kl_div(logits.log_softmax(1), static_logits.log_softmax(1), reduction="batchmean", log_target=True)
+    return divergence.item(), macs_per_image(model, halting.depth).mean().item() / static_macs(model)
+
+
+@pytest.mark.parametrize("cost", [0.4, 0.7])
+def test_the_chosen_gate_costs_and_harms_what_it_says_and_less_than_others(cost, capsys):
     model, x = halting_model().eval(), images(16)
+    model.halting = False
     with torch.no_grad():
-        for block in model.blocks:
-            block.mlp.fc2.bias[0] = 0
-            block.attn.proj.bias[0] = 0
-        model.cls_token[..., 0] = -30.0 * sign
-        model.pos_embed[:, 1:, 0] += 3.0 * sign
-    gate = choose_gate(model, x, CPU, "none")
-    assert gate["gate_scale"] * sign > 0
-    model.gate_scale, model.gate_center = gate["gate_scale"], gate["gate_center"]
-    with torch.no_grad():
-        depth = model(x, return_halting=True)[1].depth
-    assert depth[:, 0].mean() > depth[:, 1:].mean()
+        static = model(x)
+    model.halting = True
+    choice = choose_gate(model, x, CPU, "none", cost)
+    worst = float(capsys.readouterr().out.split("48 gates: ")[1].rstrip(")\n"))
+    assert choice.divergence < worst / 2
+    choice.apply(model)
+    found = divergence_and_cost(model, x, static)
+    assert found == pytest.approx((choice.divergence, choice.cost), rel=1e-3)
+    assert choice.divergence < before
+    assert choice.cost == pytest.approx(cost, abs=0.05)
 
 
 # Through the command line ------------------------------------------------------------------------
@@ -254,9 +272,6 @@ def test_learning_from_oneself_needs_weights(capsys, image_folder):
 
 
 def test_amounts_are_shares_of_the_network():
-    from training.arguments import parse_args
-    from training.budget import resolve_budget, static_macs
-
     model = halting_model()
     assert parse_args(["--target-macs", "2.9G"]).target_macs == 2.9e9
     assert resolve_budget(model, static_macs(model) / 2) == pytest.approx(0.5)

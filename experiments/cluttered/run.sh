@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Halting against what a user would do instead, on cluttered Fashion-MNIST: experiments/cluttered/run.sh DATA
+#
+# DATA is the folder with Fashion-MNIST's four *-ubyte.gz files (torchvision fills an empty one). The chain takes a day of
+# one core; it may be stopped at any time, and goes on with the same command, see experiments/chain.sh.
+set -euo pipefail -m
+cd "$(dirname "$0")/../.."
+DATA=${1:?folder with the four files of Fashion-MNIST}
+PYTHON=${PYTHON:-.venv/bin/python}
+HERE=experiments/cluttered
+OUT=$HERE/results RUNS=$HERE/results/runs
+DATA_SET=CLUTTERED SIZE=56 KEPT=(3:110 3:69 2:44) JITTER=3
+ARTICLE_EPOCHS=${ARTICLE_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
+
+static_network() {  # SEED: first the articles alone, of 49 patches, then the cluttered pictures
+  train "articles_$1" full cut:12 --data-set FMNIST --input-size 28 --no-halting --seed "$1" \
+    --epochs "$ARTICLE_EPOCHS" --warmup-epochs 1 --lr 0.04
+  until_fewer_than 1
+  train "static_$1" full cut:12 --pretrained-path "$RUNS/articles_$1/checkpoint.pth" --no-halting --seed "$1" \
+    --epochs "$STATIC_EPOCHS" --lr 0.04
+}
+
+. experiments/chain.sh
+. experiments/rivals.sh

@@ -1,0 +1,57 @@
+# Halting against what a user would do instead, at equal multiply-adds: the stages of experiments/*/run.sh.
+#
+# Each run.sh says which pictures (DATA_SET, SIZE), how the static networks come about (`static_network SEED`), and how
+# many patches a fixed rule keeps for each budget (KEPT, as K:N, see rivals.py). Every network is fine-tuned from the same
+# static one, by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training
+# images, the test set of the folders `full` and `subset`.
+SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-15}
+BUDGETS=(0.6 0.45 0.3)
+CUTS=${CUTS:-7 5 4 3}
+PICTURES="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
+RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
+HALTING="--distr_prior_alpha 0"
+
+train() {  # STAGE full|subset KIND FLAGS...; KIND: see rivals.py
+  local name=$1 part=$2 kind=$3
+  shift 3
+  stage "$name" "$PYTHON" -m experiments.rivals "$kind" $PICTURES $RECIPE --data-path "$RUNS/data/$part" \
+    --output_dir "$RUNS/$name" --resume auto "$@"
+}
+
+tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: on from these weights, taught by the static network of that seed
+  local name=$1 kind=$2 weights=$3 seed=$4
+  shift 4
+  train "$name" subset "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
+    --distillation-type self --teacher-path "$RUNS/static_$seed/checkpoint.pth" "$@"
+}
+
+evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: on the test images
+  local name=$1 kind=$2 checkpoint=$3
+  shift 3
+  stage "$name" "$PYTHON" -m experiments.rivals "$kind" $PICTURES --batch-size 256 --data-path "$DATA" --eval \
+    --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
+}
+
+for seed in $SEEDS; do
+  static_network "$seed"
+done
+until_fewer_than 1
+
+networks=()  # name:kind:halting?, of one seed
+for seed in $SEEDS; do
+  static=$RUNS/static_$seed/checkpoint.pth
+  tune "uncut_$seed" cut:12 "$static" "$seed" --no-halting
+  for number in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[number]} kept=${KEPT[number]}
+    tune "halting${budget}_$seed" cut:12 "$static" "$seed" $HALTING --target-macs "$budget"
+    for rule in attentive random; do
+      tune "$rule${budget}_$seed" "$rule:$kept" "$static" "$seed" --no-halting
+    done
+  done
+  for blocks in $CUTS; do
+    once "$RUNS/cut${blocks}_$seed.pth" stages cut "$static" "$blocks" "$RUNS/cut${blocks}_$seed.pth"
+    tune "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed.pth" "$seed" --no-halting
+  done
+  tune "anybudget_$seed" cut:12 "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
+done
+until_fewer_than 1
