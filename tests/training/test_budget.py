@@ -127,7 +127,6 @@ def test_the_chosen_gate_costs_and_harms_what_it_says_and_less_than_others(cost,
     choice.apply(model)
     found = divergence_and_cost(model, x, static)
     assert found == pytest.approx((choice.divergence, choice.cost), rel=1e-3)
-    assert choice.divergence < before
     assert choice.cost == pytest.approx(cost, abs=0.05)
 
 
