@@ -155,7 +155,7 @@ def hits(stages: Iterable[dict]) -> np.ndarray:
     return np.mean([np.array(list(stage["hits"]), dtype=float) for stage in stages], axis=0)
 
 
-def saved(figures: dict, prefix: str = "") -> float:
+def share_saved(figures: dict, prefix: str = "") -> float:
     return 1 - figures[f"{prefix}gmacs"] / figures[f"{prefix}gmacs_static"]
 
 
@@ -164,7 +164,7 @@ HELD_OUT = ("held-out top-1, %", "mean depth", "multiply-adds saved")
 
 def held_out(stage: dict) -> tuple[str, str, str]:
     last = stage["epochs"][-1]
-    return f"{last['test_acc1']:.2f}", f"{last['test_depth_mean']:.2f}", f"{saved(last, 'test_'):.1%}"
+    return f"{last['test_acc1']:.2f}", f"{last['test_depth_mean']:.2f}", f"{share_saved(last, 'test_'):.1%}"
 
 
 def main(argv: list[str] | None = None) -> None:

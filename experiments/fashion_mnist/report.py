@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compare import paired_difference
-from experiments.stages import HELD_OUT, by_seed, held_out, hits, mean_and_error, saved, table
+from experiments.stages import HELD_OUT, by_seed, held_out, hits, mean_and_error, share_saved, table
 
 
 def report(results: Path, file: Path, chosen: str) -> None:
@@ -38,7 +38,7 @@ def _test_table(stages: dict) -> str:
     rows = []
     for name, runs in {"(a) static": [stages["test_static"]], "(b) control": control, "(c) A-ViT": adaptive}.items():
         evals = [run["eval"] for run in runs]
-        saved = statistics.mean(saved(e) for e in evals)
+        saved = statistics.mean(share_saved(e) for e in evals)
         macs = f"{1e3 * statistics.mean(e['gmacs'] for e in evals):.2f} M ({saved:.1%} fewer)"
         depth = mean_and_error([e["depth_mean"] for e in evals])
         rows.append((name, str(len(runs)), mean_and_error([e["acc1"] for e in evals]), depth, macs))
