@@ -37,7 +37,6 @@ for seed in $SEEDS; do
 done
 until_fewer_than 1
 
-networks=()  # name:kind:halting?, of one seed
 for seed in $SEEDS; do
   static=$RUNS/static_$seed/checkpoint.pth
   tune "uncut_$seed" cut:12 "$static" "$seed" --no-halting
@@ -55,3 +54,30 @@ for seed in $SEEDS; do
   tune "anybudget_$seed" cut:12 "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
 done
 until_fewer_than 1
+
+# the test images, once, and the networks of the first seed side by side
+networks=()
+test_network() {  # STAGE KIND CHECKPOINT FLAGS...; STAGE ends in its seed
+  evaluate "test_$1" "${@:2}"
+  [ "${1##*_}" != "${SEEDS%% *}" ] || networks+=("${1%_*}=$2=$3")
+}
+for seed in $SEEDS; do
+  test_network "uncut_$seed" cut:12 "$RUNS/uncut_$seed/checkpoint.pth" --no-halting
+  for number in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[number]}
+    test_network "halting${budget}_$seed" cut:12 "$RUNS/halting${budget}_$seed/checkpoint.pth"
+    evaluate "test_anybudget${budget}_$seed" cut:12 "$RUNS/anybudget_$seed/checkpoint.pth" --budget "$budget"
+    for rule in attentive random; do
+      kind=$rule:${KEPT[number]}
+      test_network "$rule${budget}_$seed" "$kind" "$RUNS/$rule${budget}_$seed/checkpoint.pth" --no-halting
+    done
+  done
+  for blocks in $CUTS; do
+    test_network "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed/checkpoint.pth" --no-halting
+  done
+done
+until_fewer_than 1
+once "$OUT/speeds.json" "$PYTHON" -m experiments.speeds --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
+  --input-size "$SIZE" --rounds "$ROUNDS" --output "$OUT/speeds.json" "${networks[@]}"
+"$PYTHON" -m experiments.rivals_report "$OUT" "$TITLE"
+echo "the chain has taken $((SECONDS / 60)) minutes"

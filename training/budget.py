@@ -20,6 +20,7 @@ from training.loaders import ImageLoader
 from utils import UserError, log
 
 CALIBRATION_IMAGES = 2000
+DEAREST = 0.9  # so far a curve is measured
 MAX_POINTS = 1000  # a curve with more is none of ours
 
 
@@ -73,14 +74,14 @@ def budget_curve(model: AdaptiveTokens, batches: Iterable, device: torch.device,
 
 
 def measure_curve(
-    costs_of: Callable[[list[float]], list[float]], center: float, cheapest: float, gap: float = 0.04, rounds: int = 8
+    costs_of: Callable[[list[float]], list[float]], center: float, cheapest: float, gap: float = 0.06, rounds: int = 8
 ) -> BudgetCurve:
-    """Measures at more and more centers, until neighbours differ in cost by at most `gap`, from all cheap to all dear.
+    """Measures at more and more centers, until neighbours differ in cost by at most `gap`, from cheap to `DEAREST`.
 
     costs_of: cost at each of some centers, see `costs_at`; center: where to begin; cheapest: the least possible cost.
     """
     points: dict[float, float] = {}
-    wanted = [center + step for step in (-8, -4, -2, -1, 0, 1, 2, 4, 8)]
+    wanted = [center + step for step in (-4, -2, -1, 0, 1, 2, 4)]
     for _ in range(rounds):
         points |= zip(wanted, costs_of(wanted))
         wanted = _missing_centers(sorted(points.items()), cheapest, gap)
@@ -94,10 +95,10 @@ def measure_curve(
 def _missing_centers(points: list[tuple[float, float]], cheapest: float, gap: float) -> list[float]:
     """points: (center, cost), ascending in the center."""
     pairs = itertools.pairwise(points)
-    wanted = [(low + high) / 2 for (low, cost), (high, next_cost) in pairs if next_cost - cost > gap]
+    wanted = [(low + high) / 2 for (low, cost), (high, next_cost) in pairs if min(next_cost, DEAREST) - cost > gap]
     (first, low_cost), (last, high_cost) = points[0], points[-1]
     wanted += [first - (last - first)] if low_cost > cheapest + gap else []
-    wanted += [last + (last - first)] if high_cost < 1 - gap else []
+    wanted += [last + (last - first)] if high_cost < DEAREST else []
     return wanted
 
 

@@ -9,6 +9,7 @@ DATA=${1:?folder with the four files of Fashion-MNIST}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/cluttered
 OUT=$HERE/results RUNS=$HERE/results/runs
+TITLE="Cluttered Fashion-MNIST"
 DATA_SET=CLUTTERED SIZE=56 KEPT=(3:110 3:69 2:44) JITTER=3
 ARTICLE_EPOCHS=${ARTICLE_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 

@@ -46,10 +46,10 @@ def test_a_curve_of_any_slope_and_place_is_found(width, middle, cheapest, budget
     curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest)
     assert list(curve.points) == sorted(curve.points)
     for budget in budgets:
-        if curve.cheapest <= budget <= curve.dearest:
+        if curve.cheapest <= budget <= min(curve.dearest, 0.9):
             assert cost(curve.center(budget)) == pytest.approx(budget, abs=0.02)
-    assert curve.cheapest < cheapest + 0.05
-    assert curve.dearest > 0.95
+    assert curve.cheapest < cheapest + 0.07
+    assert curve.dearest > 0.9
 
 
 def test_a_curve_that_falls_at_once_ends_the_search():
