@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 
+import timm
 import torch
 from torch import Tensor
 
@@ -73,6 +74,8 @@ def register(kind: str) -> str:
     else:
         raise SystemExit(__doc__)
     name = "_".join(["avit_micro", what, *map(str, numbers), "patch4_32"])
+    if timm.is_model(name):
+        return name
     models_act.default_cfgs[name] = models_act.default_cfgs["avit_micro_patch4_32"]
     models_act._register(name, {**models_act.MICRO, **sizes})
     return name
