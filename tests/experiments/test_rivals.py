@@ -5,17 +5,28 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
 from conftest import ROOT, images, make_fashion, save_halting_micro
+from timm.models import _registry
 from torch.testing import assert_close
 
+import models_act
 from experiments import rivals_report, stages
 from experiments.rivals import register
 from models_act import macs_per_image
 from training.checkpoints import Checkpoint, load_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """As it was, afterwards: to other tests the rivals are no models of ours."""
+    with patch.dict(_registry._model_entrypoints), patch.dict(models_act.default_cfgs):
+        yield
+
 
 SIZE = {"img_size": 32, "num_classes": 3}
 
