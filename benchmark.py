@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count and (args.train or args.plot):
         parser.error("--count counts a forward pass: it goes with neither --train nor --plot")
+    if args.budget is not None and not args.finetune:
+        parser.error("--budget is that of a checkpoint: it needs --finetune")
     try:
         with utils.process_group(args.device) as device:
             results = run(args, device)

@@ -1,5 +1,6 @@
 """What a user might do instead of halting, for the flags of main_act.py: python -m experiments.rivals KIND FLAGS
 
+whole               # avit_micro_patch4_32 as it is
 cut:N               # the first N blocks
 narrow:C            # C channels, in heads of 16
 random:K:N          # N of the patches go on after block K, drawn at random
@@ -63,6 +64,8 @@ def register(kind: str) -> str:
     """Makes the model of that kind known to timm; returns its name."""
     what, *numbers = kind.split(":")
     numbers = [int(number) for number in numbers]
+    if kind == "whole":
+        return "avit_micro_patch4_32"
     if what == "cut":
         sizes = dict(zip(("depth",), numbers, strict=True))
     elif what == "narrow":

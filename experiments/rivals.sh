@@ -22,7 +22,7 @@ tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: on from these weights, taught by t
   local name=$1 kind=$2 weights=$3 seed=$4
   shift 4
   train "$name" subset "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
-    --distillation-type self --teacher-path "$RUNS/static_$seed/checkpoint.pth" "$@"
+    --distillation-type self --teacher-path "$(static_weights "$seed")" "$@"
 }
 
 evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: on the test images
@@ -32,17 +32,24 @@ evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: on the test images
     --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
 }
 
+static_weights() {  # SEED: in half precision, kept in the repository
+  echo "$HERE/static_$1.pth"
+}
+
 for seed in $SEEDS; do
   static_network "$seed"
 done
 until_fewer_than 1
+for seed in $SEEDS; do
+  keep_weights "static_$seed" "$(static_weights "$seed")"
+done
 
 for seed in $SEEDS; do
-  static=$RUNS/static_$seed/checkpoint.pth
-  tune "uncut_$seed" cut:12 "$static" "$seed" --no-halting
+  static=$(static_weights "$seed")
+  tune "uncut_$seed" whole "$static" "$seed" --no-halting
   for number in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[number]} kept=${KEPT[number]}
-    tune "halting${budget}_$seed" cut:12 "$static" "$seed" $HALTING --target-macs "$budget"
+    tune "halting${budget}_$seed" whole "$static" "$seed" $HALTING --target-macs "$budget"
     for rule in attentive random; do
       tune "$rule${budget}_$seed" "$rule:$kept" "$static" "$seed" --no-halting
     done
@@ -51,7 +58,7 @@ for seed in $SEEDS; do
     once "$RUNS/cut${blocks}_$seed.pth" stages cut "$static" "$blocks" "$RUNS/cut${blocks}_$seed.pth"
     tune "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed.pth" "$seed" --no-halting
   done
-  tune "anybudget_$seed" cut:12 "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
+  tune "anybudget_$seed" whole "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
 done
 until_fewer_than 1
 
@@ -62,11 +69,11 @@ test_network() {  # STAGE KIND CHECKPOINT FLAGS...; STAGE ends in its seed
   [ "${1##*_}" != "${SEEDS%% *}" ] || networks+=("${1%_*}=$2=$3")
 }
 for seed in $SEEDS; do
-  test_network "uncut_$seed" cut:12 "$RUNS/uncut_$seed/checkpoint.pth" --no-halting
+  test_network "uncut_$seed" whole "$RUNS/uncut_$seed/checkpoint.pth" --no-halting
   for number in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[number]}
-    test_network "halting${budget}_$seed" cut:12 "$RUNS/halting${budget}_$seed/checkpoint.pth"
-    evaluate "test_anybudget${budget}_$seed" cut:12 "$RUNS/anybudget_$seed/checkpoint.pth" --budget "$budget"
+    test_network "halting${budget}_$seed" whole "$RUNS/halting${budget}_$seed/checkpoint.pth"
+    evaluate "test_anybudget${budget}_$seed" whole "$RUNS/anybudget_$seed/checkpoint.pth" --budget "$budget"
     for rule in attentive random; do
       kind=$rule:${KEPT[number]}
       test_network "$rule${budget}_$seed" "$kind" "$RUNS/$rule${budget}_$seed/checkpoint.pth" --no-halting

@@ -22,8 +22,9 @@ import losses
 import utils
 from datasets import PLACED, build_dataset, evaluation_transform
 from engine_act import Trainer
-from training.budget import CALIBRATION_IMAGES, FirstBatches, choose_gate, resolve_budget
+from training.budget import CALIBRATION_IMAGES, FirstBatches, resolve_budget
 from training.checkpoints import Checkpoint, create_model, load_teacher_weights, resolve_gate
+from training.gate import choose_gate
 from training.loaders import training_loader
 from utils import LocalError, UserError, warn
 

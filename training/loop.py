@@ -23,6 +23,7 @@ from training.signals import Interrupted, StopRequest
 from utils import UserError, log, warn
 
 WATCHED = ("acc1", "depth_mean")  # from one test to the next
+DEAREST_BUDGET = 0.9  # up to which a network's costs are measured
 COLLAPSED_DEPTH = 2.5  # mean depth under which hardly anything is computed any more
 
 # Flags that may differ without another outcome.
@@ -167,8 +168,10 @@ class TrainingRun:
         networks = {"model": trainer.model_without_ddp}
         networks |= {} if trainer.ema is None else {"model_ema": trainer.ema.module}
         for name, network in networks.items():
-            curve = budget_curve(network.to(trainer.device), self.calibration, trainer.device, trainer.amp)
-            before, network.gate_center = network.gate_center, curve.center(trainer.budget.budget)
+            budget = trainer.budget.budget
+            dearest = max(DEAREST_BUDGET, budget)
+            curve = budget_curve(network, self.calibration, trainer.device, trainer.amp, dearest)
+            before, network.gate_center = network.gate_center, curve.center(budget)
             log(
                 f"calibration of {name}: gate_center {before:g} costs {curve.cost(before):.3f} of the static network's "
                 f"multiply-adds, {network.gate_center:g} {curve.cost(network.gate_center):.3f}; "

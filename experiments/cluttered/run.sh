@@ -14,10 +14,10 @@ DATA_SET=CLUTTERED SIZE=56 KEPT=(3:110 3:69 2:44) JITTER=3
 ARTICLE_EPOCHS=${ARTICLE_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 
 static_network() {  # SEED: first the articles alone, of 49 patches, then the cluttered pictures
-  train "articles_$1" full cut:12 --data-set FMNIST --input-size 28 --no-halting --seed "$1" \
+  train "articles_$1" full whole --data-set FMNIST --input-size 28 --no-halting --seed "$1" \
     --epochs "$ARTICLE_EPOCHS" --warmup-epochs 1 --lr 0.04
   until_fewer_than 1
-  train "static_$1" full cut:12 --pretrained-path "$RUNS/articles_$1/checkpoint.pth" --no-halting --seed "$1" \
+  train "static_$1" full whole --pretrained-path "$RUNS/articles_$1/checkpoint.pth" --no-halting --seed "$1" \
     --epochs "$STATIC_EPOCHS" --lr 0.04
 }
 

@@ -18,13 +18,13 @@ from training.budget import (
     BudgetCurve,
     budget_curve,
     cheapest_cost,
-    choose_gate,
     costs_at,
     measure_curve,
     resolve_budget,
     static_macs,
 )
 from training.checkpoints import Checkpoint, load_checkpoint
+from training.gate import choose_gate
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_a_curve_of_any_slope_and_place_is_found(width, middle, cheapest, budget
     def cost(center):
         return cheapest + (1 - cheapest) * torch.sigmoid(torch.tensor((center - middle) / width)).item()
 
-    curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest)
+    curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest, 0.9)
     assert list(curve.points) == sorted(curve.points)
     for budget in budgets:
         if curve.cheapest <= budget <= min(curve.dearest, 0.9):
@@ -60,7 +60,7 @@ def test_a_curve_that_falls_at_once_ends_the_search():
         asked.extend(centers)
         return [float(center > 0.3) for center in centers]
 
-    curve = measure_curve(costs_of, 0.0, 0.0)
+    curve = measure_curve(costs_of, 0.0, 0.0, 0.9)
     assert (curve.cheapest, curve.dearest) == (0, 1)
     assert len(asked) < 30
 
