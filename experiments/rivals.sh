@@ -5,7 +5,7 @@
 # static one, by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training
 # images, the test set of the folders `full` and `subset`.
 SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-15}
-BUDGETS=(0.6 0.45 0.3)
+read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
 CUTS=${CUTS:-7 5 4 3}
 PICTURES="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
 RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"

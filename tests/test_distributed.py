@@ -19,7 +19,7 @@ import losses
 from datasets import build_dataset
 from engine_act import Epoch, Trainer, train_one_epoch
 from training.arguments import parse_args
-from training.build import build_trainer
+from training.build import build_budget, build_trainer
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "2"]
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -194,12 +194,14 @@ def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
 
 # But for the prior, which is taken per micro-batch.
 BUILT = "--opt sgd --lr 6.4 --clip-grad 0.05 --accum-steps 2 --model-ema-decay 0.5 --mixup 0 --cutmix 0"
-BUILT += " --distr_prior_alpha 0"
+BUILT += " --distr_prior_alpha 0 --target-macs 0.4"
 
 
 def _train_as_built(rank, path, processes=2):
     args = parse_args([*BUILT.split(), "--batch-size", str(4 // processes)])
-    trainer = build_trainer(args, halting_model(3.5, 1.5), 7, torch.device("cpu"))
+    model = halting_model(3.5, 1.5)
+    trainer = build_trainer(args, model, 7, torch.device("cpu"))
+    trainer.budget = build_budget(args, model, updates_per_epoch=2)
     batches = [(images(4, seed=seed)[rank::processes], torch.arange(4)[rank::processes]) for seed in range(4)]
     for number in range(2):
         train_one_epoch(trainer, batches, Epoch(number))
@@ -208,12 +210,13 @@ def _train_as_built(rank, path, processes=2):
         torch.save({"bucket_view": bucket_view, **trainer.state_dict()}, path)
 
 
-def test_accumulation_clipping_and_averaging_are_those_of_one_process(tmp_path):
+def test_accumulation_clipping_averaging_and_cost_are_those_of_one_process(tmp_path):
     """With gradients that are views of what is sent, not copies."""
     in_processes(_train_as_built, tmp_path / "2")
     _train_as_built(0, tmp_path / "1", processes=1)
     one, two = (torch.load(tmp_path / name) for name in "12")
     assert two["bucket_view"]
+    assert two["budget_controller"] == pytest.approx(one["budget_controller"])
     for part in ("model", "model_ema"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -22,7 +22,7 @@ import losses
 import utils
 from datasets import PLACED, build_dataset, evaluation_transform
 from engine_act import Trainer
-from training.budget import CALIBRATION_IMAGES, FirstBatches, resolve_budget
+from training.budget import CALIBRATION_IMAGES, FirstBatches, resolve_budget, static_macs
 from training.checkpoints import Checkpoint, create_model, load_teacher_weights, resolve_gate
 from training.gate import choose_gate
 from training.loaders import training_loader
@@ -182,7 +182,10 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
-        return build_own_teacher(args, num_classes)
+        teacher = build_own_teacher(args, num_classes)
+        share = teacher_share(teacher.classifier, model, args.target_macs)
+        utils.log(f"the teacher's forward pass is {share:.0%} of a training step's multiply-adds")
+        return teacher
     if not hasattr(model, "set_distilled_training"):
         names = ", ".join(timm.list_models("avit*distilled*"))
         raise UserError(f"--distillation-type needs a distilled model, {args.model} is none; there are {names}")
@@ -227,6 +230,12 @@ def build_own_teacher(args: argparse.Namespace, num_classes: int) -> losses.Teac
     else:
         network = start.build_model(args.model, **options, use_ema=args.use_ema)
     return losses.Teacher(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def teacher_share(teacher: nn.Module, model: nn.Module, target_macs: float | None) -> float:
+    """Of a training step's multiply-adds, where a backward pass is two forward passes and the model at its budget."""
+    budget = resolve_budget(model, target_macs) if target_macs is not None else 1.0
+    return static_macs(teacher) / (static_macs(teacher) + 3 * budget * static_macs(model))
 
 
 def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:

@@ -150,6 +150,7 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
         "STATIC_EPOCHS": "1",
         "ROUNDS": "1",
         "CUTS": "7",
+        "BUDGETS": "0.6",
     }
     command = ["bash", str(repository / "experiments/cluttered/run.sh"), str(data)]
 
@@ -161,7 +162,7 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
     assert first.returncode == 0, first.stderr
     results = repository / "experiments/cluttered/results"
     assert "| static, fewer blocks | 7 | 1 |" in (results / "rivals.md").read_text()
-    assert set(json.loads((results / "speeds.json").read_text())) >= {"uncut", "halting0.45", "cut7", "random0.3"}
+    assert set(json.loads((results / "speeds.json").read_text())) >= {"uncut", "halting0.6", "cut7", "random0.6"}
     again = run()
     assert again.returncode == 0, again.stderr
     assert "==" not in again.stdout

@@ -183,7 +183,9 @@ def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, ca
         assert line["train_budget_goal"] >= 0.5
         assert abs(line["train_ponder_weight"]) <= 0.02
     assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
-    assert "calibration of model: gate_center" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "calibration of model: gate_center" in told
+    assert "the teacher's forward pass is 40% of a training step's multiply-adds" in told
     path = tmp_path / "out" / "checkpoint.pth"
     curve = Checkpoint.load(str(path)).budget_curve()
     assert checkpoint["gate"]["gate_center"] == pytest.approx(curve.center(0.5))
