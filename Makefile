@@ -22,8 +22,10 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
-evidence: .venv/installed  ## measure the paper's claim on Fashion-MNIST (DATA=folder), in up to 100 minutes
+evidence: .venv/installed  ## measure on Fashion-MNIST (DATA=folder) and on cluttered pictures of it, a day of two cores
 	PYTHON=$(BIN)/python experiments/fashion_mnist/run.sh $(DATA)
+	PYTHON=$(BIN)/python experiments/fashion_mnist/rivals.sh $(DATA)
+	PYTHON=$(BIN)/python experiments/cluttered/run.sh $(DATA)
 
 pictures: .venv/installed $(OUT)/adaptive/eval.json  ## remake example_images/ with the network of the quickstart
 	$(ACT) $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \

@@ -2,7 +2,7 @@
 
 whole               # avit_micro_patch4_32 as it is
 cut:N               # the first N blocks
-narrow:C            # C channels, in heads of 16
+narrow:C            # C channels, in three heads as before
 random:K:N          # N of the patches go on after block K, drawn at random
 attentive:K:N       # N of the patches go on after block K, those that the class token attends to most
 
@@ -70,7 +70,6 @@ def register(kind: str) -> str:
         sizes = dict(zip(("depth",), numbers, strict=True))
     elif what == "narrow":
         sizes = dict(zip(("embed_dim",), numbers, strict=True))
-        sizes["num_heads"] = sizes["embed_dim"] // 16
     elif what in ("random", "attentive"):
         sizes = dict(zip(("after", "kept"), numbers, strict=True))
         sizes |= {"model_cls": DroppingVisionTransformer, "attentive": what == "attentive"}

@@ -1,12 +1,13 @@
 # Halting against what a user would do instead, at equal multiply-adds: the stages of experiments/*/run.sh.
 #
-# Each run.sh says which pictures (DATA_SET, SIZE), how the static networks come about (`static_network SEED`), and how
-# many patches a fixed rule keeps for each budget (KEPT, as K:N, see rivals.py). Every network is fine-tuned from the same
-# static one, by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training
-# images, the test set of the folders `full` and `subset`.
+# Each run.sh says which pictures (DATA_SET, SIZE), how static networks come about (`first_training` and then
+# `static_training` of KIND SUFFIX SEED, STAGE names with that suffix), and how many patches a fixed rule keeps for each
+# budget (KEPT, as K:N, see rivals.py). Every network is fine-tuned from the same static one, a narrower one from its own,
+# by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training images, the
+# test set of the folders `full` and `subset`.
 SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-15}
 read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
-CUTS=${CUTS:-7 5 4 3}
+CUTS=${CUTS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 PICTURES="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
 RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
 HALTING="--distr_prior_alpha 0"
@@ -36,14 +37,26 @@ static_weights() {  # SEED: in half precision, kept in the repository
   echo "$HERE/static_$1.pth"
 }
 
-for seed in $SEEDS; do
-  static_network "$seed"
-done
-until_fewer_than 1
+static_networks() {  # KIND SUFFIX: of every seed
+  local seed
+  for seed in $SEEDS; do
+    first_training "$1" "$2" "$seed"
+  done
+  until_fewer_than 1
+  for seed in $SEEDS; do
+    static_training "$1" "$2" "$seed"
+  done
+  until_fewer_than 1
+}
+
+static_networks whole ""
 for seed in $SEEDS; do
   keep_weights "static_$seed" "$(static_weights "$seed")"
 done
 
+for width in $WIDTHS; do
+  static_networks "narrow:$width" "_narrow$width"
+done
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
   tune "uncut_$seed" whole "$static" "$seed" --no-halting
@@ -57,6 +70,9 @@ for seed in $SEEDS; do
   for blocks in $CUTS; do
     once "$RUNS/cut${blocks}_$seed.pth" stages cut "$static" "$blocks" "$RUNS/cut${blocks}_$seed.pth"
     tune "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed.pth" "$seed" --no-halting
+  done
+  for width in $WIDTHS; do
+    tune "narrow${width}_$seed" "narrow:$width" "$RUNS/static_narrow${width}_$seed/checkpoint.pth" "$seed" --no-halting
   done
   tune "anybudget_$seed" whole "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
 done
@@ -81,6 +97,9 @@ for seed in $SEEDS; do
   done
   for blocks in $CUTS; do
     test_network "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed/checkpoint.pth" --no-halting
+  done
+  for width in $WIDTHS; do
+    test_network "narrow${width}_$seed" "narrow:$width" "$RUNS/narrow${width}_$seed/checkpoint.pth" --no-halting
   done
 done
 until_fewer_than 1

@@ -13,11 +13,13 @@ TITLE="Cluttered Fashion-MNIST"
 DATA_SET=CLUTTERED SIZE=56 KEPT=(3:110 3:69 2:44) JITTER=3
 ARTICLE_EPOCHS=${ARTICLE_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 
-static_network() {  # SEED: first the articles alone, of 49 patches, then the cluttered pictures
-  train "articles_$1" full whole --data-set FMNIST --input-size 28 --no-halting --seed "$1" \
+first_training() {  # KIND SUFFIX SEED: the articles alone, of 49 patches
+  train "articles$2_$3" full "$1" --data-set FMNIST --input-size 28 --no-halting --seed "$3" \
     --epochs "$ARTICLE_EPOCHS" --warmup-epochs 1 --lr 0.04
-  until_fewer_than 1
-  train "static_$1" full whole --pretrained-path "$RUNS/articles_$1/checkpoint.pth" --no-halting --seed "$1" \
+}
+
+static_training() {  # KIND SUFFIX SEED
+  train "static$2_$3" full "$1" --pretrained-path "$RUNS/articles$2_$3/checkpoint.pth" --no-halting --seed "$3" \
     --epochs "$STATIC_EPOCHS" --lr 0.04
 }
 

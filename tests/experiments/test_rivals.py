@@ -100,7 +100,7 @@ def test_a_cut_network_is_the_first_blocks_of_the_whole_one(tmp_path):
 
 
 def test_narrow_networks_and_kinds_that_are_none():
-    assert static("narrow:32").blocks[0].attn.qkv.weight.shape == (96, 32)
+    assert static("narrow:27").blocks[0].attn.qkv.weight.shape == (81, 27)
     for kind in ("wide:3", "cut:1:2", "random:3"):
         with pytest.raises((SystemExit, ValueError)):
             register(kind)
@@ -151,6 +151,7 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
         "ROUNDS": "1",
         "CUTS": "7",
         "BUDGETS": "0.6",
+        "WIDTHS": "27",
     }
     command = ["bash", str(repository / "experiments/cluttered/run.sh"), str(data)]
 
