@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import halting_model, images, save_halting_micro
+from conftest import halting_model, images, make_shards, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
 from kill_and_resume import same
 from processes import main_in_processes
 from torch.nn.functional import kl_div
 
+import benchmark
 import main_act
+import visualize
 from models_act import macs_per_image
 from training.arguments import parse_args
 from training.budget import (
@@ -267,6 +269,25 @@ def test_budgets_out_of_reach(capsys, image_folder, tmp_path, start):
     assert "--budget needs a checkpoint" in refused(capsys, *common, "--eval", "--budget", 0.2)
 
 
+def test_other_commands_ask_for_budgets_too(capsys, image_folder, tmp_path):
+    curve = {"model": [[0.0, 0.3], [60.0, 0.9]]}
+    known = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
+    image = next((image_folder / "val").rglob("*.png"))
+    visualize.main([str(image), "--finetune", str(known), "--budget", "0.4", "--output-dir", str(tmp_path / "out")])
+    assert "gate_center 10, for a budget of 0.4" in capsys.readouterr().out
+    flags = ["--data-path", str(image_folder), "--finetune", str(known), "--runs", "1", "--batch-size", "2"]
+    benchmark.main([*flags, "--model", "avit_micro_patch4_32", "--budget", "0.5"])
+    assert "gate_center 20, for a budget of 0.5" in capsys.readouterr().out
+    for command, refused_flags in (
+        (visualize, [str(image), "--finetune", str(known), "--budget", "0.1", "--output-dir", str(tmp_path / "out")]),
+        (benchmark, ["--budget", "0.5"]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(refused_flags)
+        assert stopped.value.code == 2
+        assert "--budget" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_learning_from_oneself_needs_weights(capsys, image_folder):
     message = refused(capsys, *FLAGS[:6], "--data-path", image_folder, "--distillation-type", "self")
     assert "the teacher is what training starts from" in message
@@ -278,3 +299,15 @@ def test_amounts_are_shares_of_the_network():
     assert resolve_budget(model, static_macs(model) / 2) == pytest.approx(0.5)
     with pytest.raises(UserError, match="out of reach"):
         resolve_budget(model, 2 * static_macs(model))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_and_loader_processes(tmp_path, workers):
+    """Each pass of the calibration sees the same images."""
+    data = make_shards(tmp_path / "wds", images=8)
+    start = save_halting_micro(tmp_path / "start.pth", num_classes=16)
+    flags = ["--data-set", "wds/", "--num-classes", "16", "--num_workers", workers, "--gate", "auto", "--epochs", 1]
+    checkpoint = run(data, tmp_path / "out", start, *flags)
+    again = run(data, tmp_path / "again", start, *flags)
+    assert again["budget_curves"] == checkpoint["budget_curves"]
+    assert checkpoint["gate"] == again["gate"]
