@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -98,11 +100,12 @@ def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
 def set_gate(args: argparse.Namespace, model: nn.Module, batches: FirstBatches, device: torch.device) -> None:
     """Of a model that is about to be trained, by `choose_gate`."""
     cost = START_COST if args.target_macs is None else resolve_budget(model, args.target_macs)
-    images = next(iter(batches))[0][:GATE_IMAGES]
+    some = itertools.islice(batches, math.ceil(GATE_IMAGES / args.batch_size))
+    images = torch.cat([batch[0] for batch in some])[:GATE_IMAGES]
     choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), cost).apply(model)
 
 
-GATE_IMAGES = 64
+GATE_IMAGES = 256
 START_COST = 0.85  # of the static network's, where no other is asked for
 
 

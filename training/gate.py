@@ -14,7 +14,7 @@ from models_act import AdaptiveTokens, macs_per_image
 from training.budget import static_macs
 
 SPREAD = 4.0  # standard deviation of the gate's argument over tokens and blocks
-FEW_IMAGES, FINALISTS = 16, 16  # all gates are judged on so few, so many of them on all
+FEW_IMAGES, FINALISTS = 32, 16  # all gates are judged on so few, so many of them on all
 
 
 class GateChoice(NamedTuple):
