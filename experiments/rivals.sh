@@ -8,6 +8,7 @@
 SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-15}
 read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
 CUTS=${CUTS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
+CUT_BUDGETS=${CUT_BUDGETS:-0.77 0.51}  # of the first seven blocks, which cost 0.585: 0.45 and 0.3 of the whole network
 PICTURES="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
 RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
 HALTING="--distr_prior_alpha 0"
@@ -71,11 +72,26 @@ for seed in $SEEDS; do
     once "$RUNS/cut${blocks}_$seed.pth" stages cut "$static" "$blocks" "$RUNS/cut${blocks}_$seed.pth"
     tune "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed.pth" "$seed" --no-halting
   done
+  for budget in $CUT_BUDGETS; do
+    tune "cuthalting${budget}_$seed" cut:7 "$RUNS/cut7_$seed.pth" "$seed" $HALTING --target-macs "$budget"
+  done
   for width in $WIDTHS; do
     tune "narrow${width}_$seed" "narrow:$width" "$RUNS/static_narrow${width}_$seed/checkpoint.pth" "$seed" --no-halting
   done
   tune "anybudget_$seed" whole "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
 done
+until_fewer_than 1
+
+# what each part is for, on the held-out images
+seed=${SEEDS%% *}
+static=$(static_weights "$seed")
+tune ablation_prior whole "$static" "$seed" --distr_prior_alpha 0.01 --target-macs 0.45
+tune ablation_fixed_weight whole "$static" "$seed" $HALTING --gate auto --ponder_token_scale 0.001
+tune ablation_no_ponder whole "$static" "$seed" $HALTING --gate auto --ponder_token_scale 0
+tune ablation_paper_gate whole "$static" "$seed" $HALTING --gate fixed --target-macs 0.45
+tune ablation_no_teacher whole "$static" "$seed" $HALTING --target-macs 0.45 --distillation-type none
+train ablation_scratch subset whole --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 $HALTING --target-macs 0.45
+train ablation_scratch_static subset whole --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 --no-halting
 until_fewer_than 1
 
 # the test images, once, and the networks of the first seed side by side
@@ -97,6 +113,9 @@ for seed in $SEEDS; do
   done
   for blocks in $CUTS; do
     test_network "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed/checkpoint.pth" --no-halting
+  done
+  for budget in $CUT_BUDGETS; do
+    test_network "cuthalting${budget}_$seed" cut:7 "$RUNS/cuthalting${budget}_$seed/checkpoint.pth"
   done
   for width in $WIDTHS; do
     test_network "narrow${width}_$seed" "narrow:$width" "$RUNS/narrow${width}_$seed/checkpoint.pth" --no-halting

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.stages import machine, mean_and_error, table
+from experiments.stages import HELD_OUT, held_out, machine, mean_and_error, table
 
 UNCUT, HALTING, ANY_BUDGET = "uncut", "halting", "anybudget"
 METHODS = {  # stages test_METHODSETTING_SEED, and what they are
@@ -85,6 +85,29 @@ def networks_table(points: list[Point], speeds: dict[str, float]) -> str:
     return table(head, rows)
 
 
+ABLATIONS = {
+    "halting0.45_{seed}": "the recipe",
+    "ablation_prior": "with the paper's prior, 0.01",
+    "ablation_fixed_weight": "without the controller: gate auto, ponder weight 0.001",
+    "ablation_no_ponder": "without the ponder loss: gate auto",
+    "ablation_paper_gate": "with the paper's gate, 10 and 30",
+    "ablation_no_teacher": "without a teacher",
+    "ablation_scratch_static": "from scratch, static",
+    "ablation_scratch": "from scratch",
+}
+
+
+def ablations_table(results: Path) -> str:
+    """Of those that were trained, on the held-out images, first seed."""
+    seed = min((path.stem.split("_")[1] for path in results.glob("uncut_*.json")), default="0")
+    rows = []
+    for stage, name in ABLATIONS.items():
+        path = results / f"{stage.format(seed=seed)}.json"
+        if path.exists():
+            rows.append((name, *held_out(json.loads(path.read_text()))))
+    return table(("", *HELD_OUT), rows)
+
+
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
     """Accuracy of a static method at a cost, linear between its networks and the uncut one; None where it has none."""
     known = [p for p in points if p.method in (method, UNCUT) and seed in p.cost]
@@ -140,7 +163,13 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
 def report(results: Path, title: str) -> None:
     points = points_of(results)
     speeds = json.loads((results / "speeds.json").read_text()) if (results / "speeds.json").exists() else {}
-    text = [f"# {title}", networks_table(points, speeds), differences_table(points), f"Measured on {machine()}."]
+    text = [
+        f"# {title}",
+        networks_table(points, speeds),
+        differences_table(points),
+        ablations_table(results),
+        f"Measured on {machine()}.",
+    ]
     (results / "rivals.md").write_text("\n\n".join(text) + "\n")
     fewer = "multiply-adds, share of the uncut network's"
     chart(points, lambda point: mean(point.cost), fewer, title, results / "accuracy_macs.png")

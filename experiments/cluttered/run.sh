@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/cluttered
 OUT=$HERE/results RUNS=$HERE/results/runs
 TITLE="Cluttered Fashion-MNIST"
-DATA_SET=CLUTTERED SIZE=56 KEPT=(4:97 3:69 2:43) JITTER=3
+DATA_SET=CLUTTERED SIZE=56 KEPT=(4:97 3:69 2:43) JITTER=4
 ARTICLE_EPOCHS=${ARTICLE_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 
 first_training() {  # KIND SUFFIX SEED: the articles alone, of 49 patches

@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/fashion_mnist/results/rivals
 OUT=$HERE RUNS=experiments/fashion_mnist/results/runs/rivals
 TITLE="Fashion-MNIST"
-DATA_SET=FMNIST SIZE=28 KEPT=(3:24 3:13 2:8) JITTER=3
+DATA_SET=FMNIST SIZE=28 KEPT=(3:24 3:13 2:8) JITTER=4
 STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 
 first_training() {
