@@ -17,7 +17,7 @@ from models_act import AdaptiveTokens, macs_per_image
 from training.loaders import ImageLoader
 from utils import UserError
 
-CALIBRATION_IMAGES = 2000
+CALIBRATION_IMAGES = 1000
 MAX_ROUNDS = 8  # of looking at all images
 MAX_POINTS = 1000  # a curve with more is none of ours
 
