@@ -351,7 +351,7 @@ def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
             shown["depth"] = f"{means['depth_mean']:.2f}"
             shown["saved"] = f"{means['macs_saved']:.0%}"
         if trainer.budget is not None and trainer.budget.cost is not None:
-            shown["cost"] = f"{trainer.budget.cost:.0%} of {trainer.budget.goal:.0%}"
+            shown |= {"cost": f"{trainer.budget.cost:.1%}", "goal": f"{trainer.budget.goal:.1%}"}
         if trainer.scaler.is_enabled():
             shown["skipped"] = str(trainer.skipped_steps)
         rate = (averages.weight - weight_before) / (time.perf_counter() - start)
