@@ -22,7 +22,7 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
-evidence: .venv/installed  ## measure on Fashion-MNIST (DATA=folder) and on cluttered pictures of it, a day of two cores
+evidence: .venv/installed  ## measure on Fashion-MNIST (DATA=folder) and on cluttered pictures of it
 	PYTHON=$(BIN)/python experiments/fashion_mnist/run.sh $(DATA)
 	PYTHON=$(BIN)/python experiments/fashion_mnist/rivals.sh $(DATA)
 	PYTHON=$(BIN)/python experiments/cluttered/run.sh $(DATA)

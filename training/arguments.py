@@ -301,7 +301,7 @@ def _avit() -> Parser:
         "share of the static network's multiply-adds to train to, or an amount (2.9G): sets the ponder loss's weight"
     )
     add("--target-macs", type=_macs, metavar="COST", help=target)
-    choice = "auto: sign, scale and center follow from the static network; fixed: from flags, checkpoint, or the paper"
+    choice = "auto: channel, scale and center follow from the static network; fixed: of flags, checkpoint or the paper"
     add("--gate", choices=("auto", "fixed"), help=f"{choice} (default: auto with --target-macs)")
     jitter = "training: shift each image's gate center by up to this, so that one network serves many budgets"
     add("--gate-jitter", type=_amount, default=0.0, metavar="S", help=jitter)

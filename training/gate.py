@@ -75,16 +75,16 @@ def _scale(values: Tensor) -> float:
 
 def _center_of_cost(model: AdaptiveTokens, argument: Tensor, cost: float) -> float:
     """The center at which tokens with these scale * x, [L, B, N], would halt so that the network costs that share."""
-    middle = argument.mean().item()
-    low, high = middle - 32, middle + 32
+    static, middle = static_macs(model), argument.mean()
+    low, high = middle - 32, middle + 32  # on the device: one wait for each gate
     for _ in range(12):
-        center = float(f"{(low + high) / 2:.4g}")
+        center = (low + high) / 2
         halts = torch.sigmoid(argument - center).cumsum(dim=0) >= 1 - model.halt_eps
         halts[-1] = True
         depth = halts.float().argmax(dim=0) + 1.0  # [B, N]
-        found = macs_per_image(model, depth).mean().item() / static_macs(model)
-        low, high = (center, high) if found < cost else (low, center)
-    return center
+        is_cheaper = macs_per_image(model, depth).mean() / static < cost
+        low, high = torch.where(is_cheaper, center, low), torch.where(is_cheaper, high, center)
+    return float(f"{center.item():.4g}")
 
 
 def _judged(choice: GateChoice, model: AdaptiveTokens, images: Tensor, expected: Tensor, amp: str) -> GateChoice:

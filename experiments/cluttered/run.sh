@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Halting against what a user would do instead, on cluttered Fashion-MNIST: experiments/cluttered/run.sh DATA
 #
-# DATA is the folder with Fashion-MNIST's four *-ubyte.gz files (torchvision fills an empty one). The chain takes a day of
-# one core; it may be stopped at any time, and goes on with the same command, see experiments/chain.sh.
+# DATA is the folder with Fashion-MNIST's four *-ubyte.gz files (torchvision fills an empty one). The chain may be
+# stopped at any time, and goes on with the same command, see experiments/chain.sh.
 set -euo pipefail -m
 cd "$(dirname "$0")/../.."
 DATA=${1:?folder with the four files of Fashion-MNIST}
