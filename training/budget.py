@@ -18,7 +18,9 @@ from training.loaders import ImageLoader
 from utils import UserError
 
 CALIBRATION_IMAGES = 1000
-MAX_ROUNDS = 8  # of looking at all images
+MAX_ROUNDS = 16  # of looking at all images; a smooth curve is done after three or four
+GAP, FAR_GAP = 0.06, 0.03  # in cost, from which a curve is straight enough between neighbours, or far ones
+NEAR = 1.0  # centers; a score is a sigmoid of its center, so costs hardly bend on less
 MAX_POINTS = 1000  # a curve with more is none of ours
 
 
@@ -74,9 +76,9 @@ def budget_curve(
 
 
 def measure_curve(
-    costs_of: Callable[[list[float]], list[float]], center: float, cheapest: float, dearest: float, gap: float = 0.06
+    costs_of: Callable[[list[float]], list[float]], center: float, cheapest: float, dearest: float
 ) -> BudgetCurve:
-    """Measures at more and more centers, until neighbours differ in cost by at most `gap`.
+    """Measures at more and more centers, until neighbours differ in cost by at most `GAP`, far ones by less.
 
     costs_of: cost at each of some centers, see `costs_at`; center: where to begin; cheapest: the least possible
     cost; dearest: up to which cost it is measured.
@@ -85,7 +87,7 @@ def measure_curve(
     wanted = [center + step for step in (-4, -2, -1, 0, 1, 2, 4)]
     for _ in range(MAX_ROUNDS):
         points |= zip(wanted, costs_of(wanted))
-        wanted = _missing_centers(sorted(points.items()), cheapest, dearest, gap)
+        wanted = _missing_centers(sorted(points.items()), cheapest, dearest)
         if not wanted:
             break
     centers = sorted(points)
@@ -93,12 +95,15 @@ def measure_curve(
     return BudgetCurve(tuple(zip(centers, costs.tolist())))
 
 
-def _missing_centers(points: list[tuple[float, float]], cheapest: float, dearest: float, gap: float) -> list[float]:
+def _missing_centers(points: list[tuple[float, float]], cheapest: float, dearest: float) -> list[float]:
     """points: (center, cost), ascending in the center."""
-    pairs = itertools.pairwise(points)
-    wanted = [(low + high) / 2 for (low, cost), (high, next_cost) in pairs if min(next_cost, dearest) - cost > gap]
+    wanted = [
+        (low + high) / 2
+        for (low, cost), (high, next_cost) in itertools.pairwise(points)
+        if cost < dearest and next_cost - cost > (GAP if high - low <= NEAR else FAR_GAP)
+    ]
     (first, low_cost), (last, high_cost) = points[0], points[-1]
-    wanted += [first - (last - first)] if low_cost > cheapest + gap else []
+    wanted += [first - (last - first)] if low_cost > cheapest + GAP else []
     wanted += [last + (last - first)] if high_cost < dearest else []
     return wanted
 

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 @given(
-    st.floats(0.05, 20),
+    st.floats(0.3, 20),
     st.floats(-30, 30),
     st.floats(0.05, 0.3),
     st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5),
@@ -48,7 +48,7 @@ def test_a_curve_of_any_slope_and_place_is_found(width, middle, cheapest, budget
     curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest, 0.9)
     assert list(curve.points) == sorted(curve.points)
     for budget in budgets:
-        if curve.cheapest <= budget <= min(curve.dearest, 0.9):
+        if curve.cheapest <= budget <= 0.9:
             assert cost(curve.center(budget)) == pytest.approx(budget, abs=0.02)
     assert curve.cheapest < cheapest + 0.07
     assert curve.dearest > 0.9
