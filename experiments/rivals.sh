@@ -55,15 +55,11 @@ for seed in $SEEDS; do
   keep_weights "static_$seed" "$(static_weights "$seed")"
 done
 
-for width in $WIDTHS; do
-  static_networks "narrow:$width" "_narrow$width"
-done
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
   tune "uncut_$seed" whole "$static" "$seed" --no-halting
   for number in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[number]} kept=${KEPT[number]}
-    tune "halting${budget}_$seed" whole "$static" "$seed" $HALTING --target-macs "$budget"
     for rule in attentive random; do
       tune "$rule${budget}_$seed" "$rule:$kept" "$static" "$seed" --no-halting
     done
@@ -72,13 +68,24 @@ for seed in $SEEDS; do
     once "$RUNS/cut${blocks}_$seed.pth" stages cut "$static" "$blocks" "$RUNS/cut${blocks}_$seed.pth"
     tune "cut${blocks}_$seed" "cut:$blocks" "$RUNS/cut${blocks}_$seed.pth" "$seed" --no-halting
   done
+done
+for seed in $SEEDS; do
+  static=$(static_weights "$seed")
+  for budget in "${BUDGETS[@]}"; do
+    tune "halting${budget}_$seed" whole "$static" "$seed" $HALTING --target-macs "$budget"
+  done
   for budget in $CUT_BUDGETS; do
     tune "cuthalting${budget}_$seed" cut:7 "$RUNS/cut7_$seed.pth" "$seed" $HALTING --target-macs "$budget"
   done
+  tune "anybudget_$seed" whole "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
+done
+for width in $WIDTHS; do
+  static_networks "narrow:$width" "_narrow$width"
+done
+for seed in $SEEDS; do
   for width in $WIDTHS; do
     tune "narrow${width}_$seed" "narrow:$width" "$RUNS/static_narrow${width}_$seed/checkpoint.pth" "$seed" --no-halting
   done
-  tune "anybudget_$seed" whole "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
 done
 until_fewer_than 1
 
