@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kill_and_resume import same
 from processes import main_in_processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import kl_div
 
 import benchmark
@@ -184,6 +185,8 @@ def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, ca
         assert 0 < line["train_budget_cost"] <= 1
         assert line["train_budget_goal"] >= 0.5
         assert abs(line["train_ponder_weight"]) <= 0.02
+    shown = EventAccumulator(str(tmp_path / "out")).Reload().Tags()["scalars"]
+    assert {"train/budget_cost", "train/budget_goal", "train/ponder_weight"} <= set(shown)
     assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
     told = capsys.readouterr().out
     assert "calibration of model: gate_center" in told
