@@ -276,9 +276,10 @@ def training_loss(model: nn.Module, images: Tensor, amp: str) -> Callable[[Tenso
 def multiply_adds(model: nn.Module, depth: Tensor) -> dict[str, float]:
     """depth: [B, N] -> per image, of each form, as computed.
 
-    With early exit no token goes on after its image's prefix tokens.
+    With early exit no token goes on after those of its image that the head reads.
     """
-    last_needed = depth[:, : model.num_prefix_tokens].amax(dim=1, keepdim=True)
+    prefix = model.num_prefix_tokens if model.reads_prefix else depth.shape[1]
+    last_needed = depth[:, :prefix].amax(dim=1, keepdim=True)
     static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
     adaptive = macs_per_image(model, depth).mean().item()
     early = macs_per_image(model, depth.minimum(last_needed)).mean().item()

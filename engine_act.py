@@ -379,12 +379,13 @@ def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tens
     per_block = torch.arange(blocks, device=depth.device)[:, None]
     gmacs = macs_per_image(model, depth).mean() / 1e9
     gmacs_static = macs_per_image(model, torch.full_like(depth[:1], blocks)).mean() / 1e9
+    class_token = {"class_token_depth": depth[:, 0].mean()} if model.has_class_token else {}
     return {
         "depth_mean": depth.mean(),
         "depth_max": depth.amax(dim=1).mean(),
         "depth_min": depth.amin(dim=1).mean(),
         "patch_depth_mean": depth[:, prefix:].mean(),
-        "class_token_depth": depth[:, 0].mean(),
+        **class_token,
         "live_share": (depth.flatten() > per_block).double().mean(dim=1),  # [L], of the tokens
         "layer_scores": halting.layer_scores,
         "gmacs": gmacs,

@@ -4,6 +4,7 @@
     model = timm.create_model("avit_tiny_patch16_224")
     logits = model(images)                                   # [B, num_classes]
     logits, halting = model(images, return_halting=True)     # depth, ponder cost: [B, N]
+    model = models_act.adapt(any_plain_vit_of_timm, gate_scale=5.0, gate_center=10.0)
 
 The paper: Yin et al., A-ViT: Adaptive Tokens for Efficient Vision Transformer, CVPR 2022,
 arXiv 2112.07658. The classes are timm's ViT and DeiT with another way through the blocks; weights
@@ -12,6 +13,7 @@ have timm's names, so DeiT's load as they are.
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -43,6 +45,7 @@ __all__ = [
     "AdaptiveVisionTransformerDistilled",
     "Halting",
     "HaltingStep",
+    "adapt",
     "halting_step",
     "macs_per_image",
 ]
@@ -145,6 +148,17 @@ def _halting(halts: Tensor, score: Tensor, num_prefix_tokens: int, num_blocks: i
     return Halting(depth.float(), depth + remainder, layer_scores)
 
 
+HALTING = {  # options of a model, and their defaults
+    "gate_scale": 10.0,
+    "gate_center": 30.0,
+    "halt_eps": 0.01,
+    "halting": True,
+    "zip_tokens": True,
+    "early_exit": True,
+}
+POOLINGS = ("token", "avg", "")
+
+
 class AdaptiveTokens:
     """Makes any of timm's plain ViT or DeiT classes adaptive: put it before that class in the bases.
 
@@ -161,28 +175,22 @@ class AdaptiveTokens:
     Everything else is timm's. ValueError for an option that halting cannot honour.
     """
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        *,
-        gate_scale: float = 10.0,
-        gate_center: float = 30.0,
-        halt_eps: float = 0.01,
-        halting: bool = True,
-        zip_tokens: bool = True,
-        early_exit: bool = True,
-        **kwargs,
-    ):
-        _refuse_unsupported(distilled=isinstance(self, VisionTransformerDistilled), **kwargs)
+    def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, **kwargs):
+        halting = {name: kwargs.pop(name) for name in HALTING if name in kwargs}
         super().__init__(img_size=img_size, patch_size=patch_size, **kwargs)
-        self.gate_scale = gate_scale
-        self.gate_center = gate_center
-        self.halt_eps = halt_eps
-        self.halting = halting
-        self.zip_tokens = zip_tokens
-        self.early_exit = early_exit
+        self._set_halting(halting)
+
+    def _set_halting(self, options: dict) -> None:
+        """Of a model that is complete but for this."""
+        _refuse(self, _unfit_part(self) or _unfit_pooling(self.global_pool))
+        for name, value in (HALTING | options).items():
+            setattr(self, name, value)
         self.num_blocks = len(self.blocks)  # "the last block" stays this one if blocks are pruned
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether the head reads prefix tokens alone; where it reads patches no image can leave as a whole."""
+        return self.global_pool == "token"
 
     def forward(self, x: Tensor, return_halting: bool = False, gate_offset: Tensor | None = None):
         """x: [B, in_chans, H, W] -> logits [B, num_classes], with `return_halting` also `Halting`.
@@ -190,12 +198,11 @@ class AdaptiveTokens:
         gate_offset: [B] float32, added to `gate_center` for each image: above zero its tokens stay longer.
         A distilled model in distilled training returns a pair of logits instead.
         """
-        reads_prefix = self.global_pool == "token"
         features, halting = self._features(
             x,
-            prefix_only=reads_prefix,
+            prefix_only=self.reads_prefix,
             return_halting=return_halting,
-            early_exit=self.early_exit and reads_prefix and not self.training and not return_halting,
+            early_exit=self.early_exit and self.reads_prefix and not self.training and not return_halting,
             gate_offset=gate_offset,
         )
         logits = self.forward_head(features)
@@ -217,11 +224,13 @@ class AdaptiveTokens:
         output_dict: bool = False,
         attn_mask: None = None,
         is_causal: bool = False,
+        return_halting: bool = False,
     ):
         """timm's interface: the states after the blocks `indices`, and the final features.
 
-        State l is x_l for tokens of depth l or more and zero for the others; the final features are
-        those of `forward_features`, unless `stop_early` leaves out blocks. ValueError for an
+        State l is x_l for tokens of depth l or more, and the last state of those that have left, so
+        that a map is whole; the final features are those of `forward_features`, unless `stop_early`
+        leaves out blocks. With `return_halting` a pair of all this and `Halting`. ValueError for an
         attention mask: which tokens attend is decided by halting.
         """
         if attn_mask is not None or is_causal:
@@ -233,24 +242,29 @@ class AdaptiveTokens:
         options = {"return_prefix_tokens": return_prefix_tokens, "norm": norm, "stop_early": stop_early}
         options |= {"output_fmt": output_fmt, "intermediates_only": intermediates_only, "output_dict": output_dict}
         if not self.halting:
-            return super().forward_intermediates(x, indices, **options)
+            found = super().forward_intermediates(x, indices, **options)
+            return (found, self._static_halting(self._embed(x))) if return_halting else found
         taken, last = feature_take_indices(len(self.blocks), indices)
-        embedded = self._embed(x)
-        states = dict.fromkeys(taken, torch.zeros_like(embedded))  # of blocks that no token reaches
+        states = dict.fromkeys(taken)
         num_blocks = last + 1 if stop_early else len(self.blocks)
-        output, _ = self._mean_field(embedded, states=states, num_blocks=num_blocks)
+        output, halting = self._mean_field(
+            self._embed(x), states=states, num_blocks=num_blocks, return_halting=return_halting
+        )
         found = [self.norm(states[index]) if norm else states[index] for index in taken]
         prefix = [state[:, : self.num_prefix_tokens] for state in found]
         patches = [state[:, self.num_prefix_tokens :] for state in found]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             result = {"image_intermediates": patches}
             result |= {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
-            return result | ({} if intermediates_only else {"image_features": self.norm(output)})
-        intermediates = list(zip(patches, prefix)) if return_prefix_tokens else patches
-        return intermediates if intermediates_only else (self.norm(output), intermediates)
+            result |= {} if intermediates_only else {"image_features": self.norm(output)}
+        else:
+            intermediates = list(zip(patches, prefix)) if return_prefix_tokens else patches
+            result = intermediates if intermediates_only else (self.norm(output), intermediates)
+        return (result, halting) if return_halting else result
 
     @torch.no_grad()
     def halt_by(self, channel: int) -> None:
@@ -268,7 +282,7 @@ class AdaptiveTokens:
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's interface. ValueError for a pooling that the constructor refuses."""
         if global_pool is not None:
-            _refuse_unsupported(distilled=False, global_pool=global_pool)
+            _refuse(self, _unfit_pooling(global_pool))
         super().reset_classifier(num_classes, global_pool)
 
     def __prepare_scriptable__(self):
@@ -311,8 +325,8 @@ class AdaptiveTokens:
     ) -> tuple[Tensor, Halting | None]:
         """x: [B, N, C] through the blocks -> sum_l p_l x_l (Eq. 5), [B, N, C], or [B, P, C] of prefix tokens.
 
-        states: for each block index in it, gets the state after that block, [B, N, C], zero where a
-        token has left;
+        states: for each block index in it, gets the state after that block, [B, N, C], the last one
+        where a token has left;
         num_blocks: how many blocks to run, all by default.
         """
         ways = self._ways(x)
@@ -324,7 +338,7 @@ class AdaptiveTokens:
         before = torch.zeros(dense[:-1], dtype=torch.float32, device=x.device)
         output = None if prefix_only else x.new_zeros(dense, dtype=torch.promote_types(x.dtype, before.dtype))
         gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
-        trace = _Trace()
+        trace, latest = _Trace(), None
         for number, (block, way) in enumerate(zip(self.blocks[:num_blocks], ways), start=1):
             rows = way(block, rows, tokens)
             own_gate = gate if gate_offset is None else gate.shifted(tokens.spread(gate_offset))
@@ -335,8 +349,9 @@ class AdaptiveTokens:
                 trace.prefix_states.append(tokens.prefix(rows))
             else:
                 output = tokens.add_to(output, step.probability.unsqueeze(-1) * rows)
-            if states is not None and number - 1 in states:
-                states[number - 1] = tokens.add_to(rows.new_zeros(dense), rows).view_as(x)
+            if states is not None:
+                latest = tokens.put(rows.new_empty(dense) if latest is None else latest, rows)
+                states |= {index: latest.view_as(x) for index in states if index >= number - 1}
             if number == self.num_blocks:
                 break
             tokens, (rows, before) = tokens.drop(step.halts, rows, step.cumulative, early_exit=early_exit)
@@ -377,6 +392,12 @@ class AdaptiveVisionTransformerDistilled(AdaptiveTokens, VisionTransformerDistil
     """timm's VisionTransformerDistilled (class and distillation token) with adaptive tokens."""
 
 
+ADAPTIVE = {
+    VisionTransformer: AdaptiveVisionTransformer,
+    VisionTransformerDistilled: AdaptiveVisionTransformerDistilled,
+}
+
+
 def _channel_axis(name: str) -> int | None:
     """Which axis of a parameter of a ViT are the channels of its tokens, by its name; None where there is none."""
     in_block = re.sub(r"^blocks\.\d+\.", "", name)
@@ -388,36 +409,44 @@ def _channel_axis(name: str) -> int | None:
     return 0 if re.fullmatch(rf"({written})\.(weight|bias)|ls[12]\.gamma", in_block) else None
 
 
-def _refuse_unsupported(
-    *,
-    distilled: bool,
-    block_fn: type = Block,
-    attn_layer: type | str = Attention,
-    mlp_layer: type = Mlp,
-    patch_drop_rate: float = 0.0,
-    class_token: bool = True,
-    global_pool: str = "token",
-    reg_tokens: int = 0,
-    pos_embed: str = "learn",
-    no_embed_class: bool = False,
-    **_,
-) -> None:
-    """ValueError, naming it, for an option of timm's VisionTransformer that halting cannot honour."""
-    refused = {
-        "block_fn": (block_fn, block_fn is not Block),
-        "attn_layer": (attn_layer, attn_layer not in (Attention, "", "attn")),
-        "mlp_layer": (mlp_layer, mlp_layer not in (Mlp, GluMlp, SwiGLU)),
-        "patch_drop_rate": (patch_drop_rate, patch_drop_rate > 0),
-        "class_token": (class_token, not class_token),
-        "global_pool": (global_pool, global_pool not in ("token", "")),
-        # timm's distilled class ignores the first two, and fails on the third
-        "reg_tokens": (reg_tokens, distilled and reg_tokens > 0),
-        "pos_embed": (pos_embed, distilled and pos_embed != "learn"),
-        "no_embed_class": (no_embed_class, distilled and no_embed_class),
-    }
-    for name, (value, is_refused) in refused.items():
-        if is_refused:
-            raise ValueError(f"an adaptive vision transformer does not support {name}={value!r}")
+def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:
+    """An adaptive copy of a plain ViT of timm's: the same weights, head, mode and device.
+
+    halting: options of `AdaptiveTokens`. ValueError, with the reason, for a model of another class, or with a part that
+    halting cannot honour; TypeError for an unknown option.
+    """
+    names = " or ".join(kind.__name__ for kind in ADAPTIVE)
+    _refuse(model, None if type(model) in ADAPTIVE else f"it is no {names} of timm's")
+    unknown = sorted(halting.keys() - HALTING)
+    if unknown:
+        raise TypeError(f"adapt() takes {', '.join(HALTING)}, not {', '.join(unknown)}")
+    model = copy.deepcopy(model)
+    model.__class__ = ADAPTIVE[type(model)]
+    model._set_halting(halting)
+    return model
+
+
+def _refuse(model: nn.Module, reason: str | None) -> None:
+    if reason:
+        raise ValueError(f"tokens of a {type(model).__name__} cannot be adaptive here: {reason}")
+
+
+def _unfit_part(model: VisionTransformer) -> str | None:
+    """What in a ViT of timm's halting cannot honour, if anything."""
+    for name, block in model.blocks.named_children():
+        for part in ("", "attn", "mlp"):
+            module = block.get_submodule(part)
+            if type(module) not in PARTS[part]:
+                return f"{f'blocks.{name}.{part}'.rstrip('.')} is a {type(module).__name__}"
+    if isinstance(model, VisionTransformerDistilled) and (model.num_reg_tokens or model.no_embed_class):
+        return "timm's distilled class has no reg_tokens and no no_embed_class"
+    if not isinstance(model.patch_drop, nn.Identity):
+        return "patch_drop_rate is above 0"
+    return None
+
+
+def _unfit_pooling(global_pool: str) -> str | None:
+    return None if global_pool in POOLINGS else f"global_pool is {global_pool!r}, not 'token', 'avg' or ''"
 
 
 # Blocks on rows ----------------------------------------------------------------------------------

@@ -91,6 +91,10 @@ class MaskedTokens:
         """total, rows: [B, N, C] -> their sum, without the rows of tokens that have left."""
         return total + rows.masked_fill(~self.live[..., None], 0)
 
+    def put(self, total: Tensor, rows: Tensor) -> Tensor:
+        """total, rows: [B, N, C] -> total with the rows of live tokens in their places."""
+        return rows.where(self.live[..., None], total)
+
     @staticmethod
     def tables(stores: Sequence[MaskedTokens], *values: Tensor) -> list[Tensor]:
         """values: [L * B, N], of all blocks' rows in turn -> each [L, B, N], zero where a token has left."""
@@ -139,6 +143,10 @@ class _Rows:
     def add_to(self, total: Tensor, rows: Tensor) -> Tensor:
         """total: [B * N, C], which is overwritten, rows: [T, C] -> their sum, each row where its token is."""
         return total.index_add_(0, self._index(self.token), rows)
+
+    def put(self, total: Tensor, rows: Tensor) -> Tensor:
+        """total: [B * N, C], rows: [T, C] -> a copy of total with each row where its token is."""
+        return total.index_copy(0, self._index(self.token), rows)
 
     @classmethod
     def tables(cls, stores: Sequence[_Rows], *values: Tensor) -> list[Tensor]:

@@ -1,4 +1,5 @@
 import copy
+import re
 import warnings
 import weakref
 from unittest.mock import patch
@@ -20,12 +21,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zipping
 from benchmark import set_synthetic_depths
-from models_act import AdaptiveVisionTransformer, AdaptiveVisionTransformerDistilled, Gate, halting_step, macs_per_image
+from models_act import (
+    AdaptiveVisionTransformer,
+    AdaptiveVisionTransformerDistilled,
+    Gate,
+    adapt,
+    halting_step,
+    macs_per_image,
+)
 
 pytestmark = pytest.mark.usefixtures("live_tokens_form")
 BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
+AVERAGED = {"global_pool": "avg", "class_token": False}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OF_MANY_CASES = {"rtol": 1e-4, "atol": 5e-5}  # the masked form's float32 is off by 2e-5 in some
 
@@ -65,9 +74,10 @@ def by_the_definition(model, x):
 
 
 @BOTH_FORMS
+@pytest.mark.parametrize("options", [{}, AVERAGED], ids=["class token", "mean of the patches"])
 @torch.no_grad()
-def test_model_follows_the_definition(zip_tokens):
-    model = halting_model(zip_tokens=zip_tokens).eval()
+def test_model_follows_the_definition(zip_tokens, options):
+    model = halting_model(zip_tokens=zip_tokens, **options).eval()
     logits, halting = model(images(), return_halting=True)
     assert_halting(halting)
     expected_logits, expected_depth, expected_cost = by_the_definition(model, images())
@@ -186,6 +196,11 @@ OPTIONS = {
     "no qkv bias": {"qkv_bias": False},
     "any image size": {"dynamic_img_size": True},
     "norm after pooling": {"fc_norm": True},
+    "mean of the patches": {"global_pool": "avg"},
+    "mean of the patches, norm before": {"global_pool": "avg", "fc_norm": False},
+    "mean of all tokens": {"global_pool": "avg", "pool_include_prefix": True},
+    "no class token": {"global_pool": "avg", "class_token": False},
+    "no class token, but registers": {"global_pool": "avg", "class_token": False, "reg_tokens": 2},
     "no final norm": {"final_norm": False},
     "stochastic depth": {"drop_path_rate": 0.5},
 }
@@ -557,16 +572,22 @@ def test_a_score_that_is_no_number_halts_nothing(training):
 
 @BOTH_FORMS
 @torch.no_grad()
-def test_intermediates_are_the_states_of_live_tokens(zip_tokens):
+def test_intermediates_are_the_last_states_of_tokens(zip_tokens):
     model = halting_model(zip_tokens=zip_tokens).eval()
     halting = model(images(), return_halting=True)[1]
     assert_halting(halting)
-    final, intermediates = model.forward_intermediates(images(), output_fmt="NLC", return_prefix_tokens=True)
+    (final, intermediates), told = model.forward_intermediates(
+        images(), output_fmt="NLC", return_prefix_tokens=True, return_halting=True
+    )
+    assert torch.equal(told.depth, halting.depth)
     assert_close(final, model.forward_features(images()), **CLOSE)
-    assert len(intermediates) == 8
-    for block, (patches, prefix) in enumerate(intermediates, start=1):
-        state = torch.cat([prefix, patches], dim=1)
-        assert torch.equal(state.abs().sum(dim=2) > 0, halting.depth >= block)
+    states = torch.stack([torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates])
+    assert len(states) == 8
+    last = states.gather(0, (halting.depth.long() - 1)[None, ..., None].expand_as(states[:1]))[0]  # x_depth
+    for block, (state, previous) in enumerate(zip(states[1:], states), start=2):
+        is_live = halting.depth >= block
+        assert torch.equal(state[~is_live], last[~is_live])
+        assert ((state - previous).abs().sum(dim=2) > 0).equal(is_live)
     maps = model.forward_intermediates(images(), indices=[2, 5], intermediates_only=True, stop_early=True)
     assert [m.shape for m in maps] == [(6, 24, 4, 4)] * 2
     assert_close(maps[1].flatten(2).transpose(1, 2), intermediates[5][0])
@@ -575,6 +596,24 @@ def test_intermediates_are_the_states_of_live_tokens(zip_tokens):
 
 
 @torch.no_grad()
+def test_intermediates_after_every_token_has_left():
+    model = halting_model(mean=2, spread=0.5).eval()
+    maps, halting = model.forward_intermediates(images(), [3, 7], intermediates_only=True, return_halting=True)
+    assert halting.depth.max() < 8
+    masked = forms(model)[0].forward_intermediates(images(), [3, 7], intermediates_only=True)
+    assert_close(maps, masked, **CLOSE)
+    assert_close(maps[1], forms(model)[0].forward_intermediates(images(), [6], intermediates_only=True)[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_intermediates_without_prefix_tokens_are_as_timms():
+    options = {"return_prefix_tokens": True, "intermediates_only": True}
+    static, model = (halting_model(halting=halting, **AVERAGED).eval() for halting in (False, True))
+    expected, found = (m.forward_intermediates(images(), **options) for m in (static, model))
+    assert [m.shape for m in found] == [m.shape for m in expected]
+    assert static.forward_intermediates(images(), return_halting=True)[1].depth.unique().tolist() == [8]
+
+
 @torch.no_grad()
 def test_tokens_of_a_pruned_model_that_never_halt_have_its_depth():
     whole, pruned = halting_model().eval(), halting_model().eval()
@@ -607,6 +646,7 @@ FAMILIES = [
     {"reg_tokens": 2, "qk_norm": True},
     {"mlp_layer": SwiGLU, "fc_norm": True, "global_pool": "token"},
     {"mlp_layer": GluMlp, "scale_mlp_norm": True, "scale_attn_norm": True, "class_token": True},
+    {"global_pool": "avg", "class_token": False},
 ]
 
 
@@ -661,23 +701,69 @@ def test_a_broken_token_harms_its_own_image_alone():
     assert_close(halting_model().eval()(x)[1:], expected[1:])
 
 
+class OtherMlp(timm.layers.Mlp):
+    pass
+
+
 REFUSED = [
-    (AdaptiveVisionTransformer, {"block_fn": timm.models.vision_transformer.ResPostBlock}),
-    (AdaptiveVisionTransformer, {"attn_layer": "diff"}),
-    (AdaptiveVisionTransformer, {"mlp_layer": timm.layers.GlobalResponseNormMlp}),
-    (AdaptiveVisionTransformer, {"patch_drop_rate": 0.1}),
-    (AdaptiveVisionTransformer, {"class_token": False, "global_pool": "avg"}),
-    (AdaptiveVisionTransformer, {"global_pool": "avg"}),
-    (AdaptiveVisionTransformerDistilled, {"reg_tokens": 2}),
-    (AdaptiveVisionTransformerDistilled, {"pos_embed": "none"}),
-    (AdaptiveVisionTransformerDistilled, {"no_embed_class": True}),
+    (
+        AdaptiveVisionTransformer,
+        {"block_fn": timm.models.vision_transformer.ResPostBlock},
+        "blocks.0 is a ResPostBlock",
+    ),
+    (AdaptiveVisionTransformer, {"attn_layer": "diff"}, "blocks.0.attn is a DiffAttention"),
+    (AdaptiveVisionTransformer, {"mlp_layer": OtherMlp}, "blocks.0.mlp is a OtherMlp"),
+    (AdaptiveVisionTransformer, {"patch_drop_rate": 0.1}, "patch_drop_rate"),
+    (AdaptiveVisionTransformer, {"global_pool": "map"}, "global_pool is 'map'"),
+    (AdaptiveVisionTransformer, {"global_pool": "max"}, "global_pool is 'max'"),
+    (AdaptiveVisionTransformerDistilled, {"reg_tokens": 2}, "reg_tokens"),
+    (AdaptiveVisionTransformerDistilled, {"no_embed_class": True}, "no_embed_class"),
 ]
 
 
-@pytest.mark.parametrize(("make", "option"), REFUSED)
-def test_options_that_cannot_be_honoured_are_refused(make, option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        make(img_size=16, patch_size=4, embed_dim=24, num_heads=3, **option)
+@pytest.mark.parametrize(("make", "option", "reason"), REFUSED)
+def test_options_that_cannot_be_honoured_are_refused(make, option, reason):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 2}
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        make(**sizes, **option)
+    timms = make.__bases__[1](**sizes, **option)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        adapt(timms)
+
+
+def test_a_pooling_that_halting_cannot_honour_is_refused_later_too():
+    with pytest.raises(ValueError, match="global_pool is 'avgmax'"):
+        halting_model().reset_classifier(3, "avgmax")
+
+
+# Any plain ViT of timm's -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_adapt_keeps_what_it_is_given():
+    torch.manual_seed(0)
+    given = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, num_classes=7)
+    given.train().blocks[2].eval()
+    model = adapt(given, gate_scale=3.0, halting=False)
+    assert type(given) is timm.models.VisionTransformer
+    assert type(model) is AdaptiveVisionTransformer
+    assert (model.gate_scale, model.gate_center, model.halting) == (3.0, 30.0, False)
+    assert [m.training for m in model.modules()] == [m.training for m in given.modules()]
+    assert torch.equal(model(images()), given(images()))
+    model.halting = True
+    model.gate_center = 1e9
+    assert_close(model(images()), given(images()), **CLOSE)
+    model.head.weight.add_(1)
+    assert not torch.equal(model.head.weight, given.head.weight)
+
+
+def test_adapt_names_what_it_cannot_take():
+    with pytest.raises(ValueError, match="ResNet cannot be adaptive here: it is no VisionTransformer or"):
+        adapt(timm.create_model("resnet10t", device="meta"))
+    with pytest.raises(TypeError, match="takes gate_scale, "):
+        adapt(timm.create_model("vit_tiny_patch16_224", device="meta"), gate=3)
+    with pytest.raises(ValueError, match="AdaptiveVisionTransformer cannot"):
+        adapt(halting_model())
 
 
 # Costs -------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def save(result: dict, predictions: bytes, output_dir: Path | None) -> None:
 
 def report(result: dict) -> None:
     """Prints what was measured, as a table."""
-    depths = f"patches {result['patch_depth_mean']:.2f}, class token {result['class_token_depth']:.2f}"
+    depths = f"patches {result['patch_depth_mean']:.2f}"
+    depths += f", class token {result['class_token_depth']:.2f}" if "class_token_depth" in result else ""
     macs, static_macs = result["gmacs"], result["gmacs_static"]
     rows = [
         ("top-1", f"{result['acc1']:.2f} %"),

@@ -63,9 +63,11 @@ def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp
 
 def _states(model: AdaptiveTokens, images: Tensor) -> Tensor:
     """Of the static network's tokens after each block, [L, B, N, C] float32."""
-    options = {"intermediates_only": True, "output_fmt": "NLC", "return_prefix_tokens": True}
-    states = model.forward_intermediates(images, **options)
-    return torch.stack([torch.cat([prefix, patches], dim=1).float() for patches, prefix in states])
+    options = {"intermediates_only": True, "output_fmt": "NLC", "return_prefix_tokens": True, "output_dict": True}
+    found = model.forward_intermediates(images, **options)
+    patches = found["image_intermediates"]
+    prefix = found.get("image_intermediates_prefix", [state[:, :0] for state in patches])
+    return torch.stack([torch.cat(both, dim=1).float() for both in zip(prefix, patches)])
 
 
 def _scale(values: Tensor) -> float:

@@ -96,10 +96,11 @@ def summary_charts(
 
     prior: [L], DistributionPriorLoss's target; examples: an image by class index, where there is one.
     """
+    class_token = statistics.class_token_depth
     return {
         "depth_histogram": _depth_histogram(statistics.depth, "patches", style),
         "live_tokens": _live_tokens(statistics),
-        "class_token_depth": _depth_histogram(statistics.class_token_depth, "class tokens", style),
+        **({} if class_token is None else {"class_token_depth": _depth_histogram(class_token, "class tokens", style)}),
         "class_depths": _class_depths(statistics, class_names, examples, style),
         "accuracy_against_depth": _accuracy_against_depth(statistics),
         "halting_scores": _halting_scores(statistics.layer_scores, prior),

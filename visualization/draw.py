@@ -66,7 +66,7 @@ def draw_summary(drawing: Drawing, loader: Iterable, title: str, facts: list[tup
     batches = [batch for own in utils.all_gather_objects(batches) for batch in own]
     if not batches:
         raise UserError("not one image could be read")
-    statistics = DatasetStatistics.of(batches)
+    statistics = DatasetStatistics.of(batches, drawing.model.has_class_token)
     example_of = {record.target: record for _, record in gather_to_main(examples.own_chosen())}
     shown = [record for _, record in gather_to_main(gallery.own_chosen())]
     if utils.is_main():
@@ -85,12 +85,12 @@ def draw_summary(drawing: Drawing, loader: Iterable, title: str, facts: list[tup
 
 
 def _facts(statistics: DatasetStatistics) -> list[tuple[str, str]]:
-    macs, static_macs = statistics.macs.mean(), statistics.static_macs
+    macs, static_macs, class_token = statistics.macs.mean(), statistics.static_macs, statistics.class_token_depth
     return [
         ("images", f"{len(statistics.target):,}"),
         ("top-1", f"{statistics.is_right.mean():.2%}"),
         ("patch depth", f"{statistics.depth.mean():.2f} of {statistics.num_blocks}"),
-        ("class token depth", f"{statistics.class_token_depth.mean():.2f}"),
+        *([] if class_token is None else [("class token depth", f"{class_token.mean():.2f}")]),
         ("multiply-adds", f"{macs_text(macs)} of {macs_text(static_macs)}"),
         ("saved", f"{1 - macs / static_macs:.1%}"),
     ]

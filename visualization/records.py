@@ -156,13 +156,14 @@ def gather_to_main(chosen: list[tuple[int, ImageRecord]]) -> list[tuple[int, Ima
 class DatasetStatistics:
     """What the network did with N images of n patches each, in no certain order.
 
-    depth: [N, n] uint8, of the patches; class_token_depth: [N] uint8; target, prediction: [N] class indices;
+    depth: [N, n] uint8, of the patches; class_token_depth: [N] uint8, where there is one;
+    target, prediction: [N] class indices;
     macs: [N] multiply-adds; static_macs: those of the static network;
     layer_scores: [L], mean halting score of the patches after each block, a halted one counting 0.
     """
 
     depth: np.ndarray
-    class_token_depth: np.ndarray
+    class_token_depth: np.ndarray | None
     target: np.ndarray
     prediction: np.ndarray
     macs: np.ndarray
@@ -170,12 +171,12 @@ class DatasetStatistics:
     layer_scores: np.ndarray
 
     @classmethod
-    def of(cls, batches: list[BatchRecords]) -> DatasetStatistics:
+    def of(cls, batches: list[BatchRecords], has_class_token: bool = True) -> DatasetStatistics:
         records = [one for batch in batches for one in batch.records]
         scores, sizes = zip(*((batch.layer_scores.numpy(), len(batch.records)) for batch in batches))
         return cls(
             depth=np.stack([one.depth.ravel() for one in records]),
-            class_token_depth=np.array([one.prefix_depth[0] for one in records]),
+            class_token_depth=np.array([one.prefix_depth[0] for one in records]) if has_class_token else None,
             target=np.array([one.target for one in records]),
             prediction=np.array([one.prediction for one in records]),
             macs=np.array([one.macs for one in records]),
