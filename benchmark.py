@@ -27,7 +27,7 @@ from training.arguments import Parser, at_least_one, budget_share
 def make_parser() -> Parser:
     parser = Parser(prog="benchmark.py", description="A-ViT against timm's static network of the same size.")
     add = parser.add_argument
-    add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
+    add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="of ours, or of a plain ViT of timm's")
     add(
         "--input-size",
         type=at_least_one,
@@ -59,19 +59,19 @@ from collections import Counter
 from operator import truediv
 from unittest.mock import patch
 
-import timm
 import torch
-from timm.models import VisionTransformer, VisionTransformerDistilled
+from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 import zipping
-from datasets import build_dataset, spread_sample
+from datasets import Preprocessing, build_dataset, spread_sample
 from losses import AdaptiveLoss
-from models_act import AdaptiveTokens, macs_per_image
-from training.checkpoints import Checkpoint, check_model_name
+from models_act import ADAPTIVE, AdaptiveTokens, macs_per_image
+from training.checkpoints import Checkpoint
+from training.models import check_model_name, create_model, default_image_size
 from utils import autocast
 
 STATIC, FLOOR, EARLY_EXIT = "static (timm)", "floor", "zipped, early exit"  # rows of a table
@@ -138,16 +138,25 @@ def cases(args, device: torch.device) -> Iterator[Case]:
             yield make_case(batch_size, *_real(args, count, device))
             continue
         for mean_depth in args.mean_depth:
-            model = timm.create_model(args.model, **({"img_size": args.input_size} if args.input_size else {}))
-            set_synthetic_depths(model, mean_depth, spread=2.0)
+            size = (args.input_size,) * 2 if args.input_size else default_image_size(args.model)
+            model = create_model(args.model, size)
+            _impose(args.model, model, mean_depth)
             images = torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
             yield make_case(batch_size, model.to(device), images.to(device))
+
+
+def _impose(name: str, model: nn.Module, mean_depth: float) -> None:
+    try:
+        set_synthetic_depths(model, mean_depth, spread=2.0)
+    except ValueError as error:
+        raise utils.UserError(f"--model {name}: {error}; give a trained network with --finetune") from error
 
 
 def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     checkpoint = Checkpoint.load(args.finetune)
     model = checkpoint.build_model(args.model, img_size=args.input_size and (args.input_size,) * 2, budget=args.budget)
     known = {"num_classes": model.num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
+    known |= {"preprocessing": Preprocessing.of_model(model)}
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
     return model.to(device), spread_sample(data, count)[0].to(device)
 
@@ -159,22 +168,11 @@ def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
     return Case(batch_size, depth, images, model)
 
 
-def static_twin(model: nn.Module) -> nn.Module:
-    """timm's own network of the same size, with the same weights."""
-    make = VisionTransformerDistilled if isinstance(model, VisionTransformerDistilled) else VisionTransformer
-    block = model.blocks[0]
-    twin = make(
-        img_size=model.patch_embed.img_size,
-        patch_size=model.patch_embed.patch_size,
-        num_classes=model.num_classes,
-        embed_dim=model.embed_dim,
-        depth=model.num_blocks,
-        num_heads=block.attn.num_heads,
-        init_values=1.0 if hasattr(block.ls1, "gamma") else None,
-        no_embed_class=model.no_embed_class,
-    )
-    twin.load_state_dict(model.state_dict(), strict=True)
-    return twin.to(model.cls_token.device)
+def static_twin(model: AdaptiveTokens) -> VisionTransformer:
+    """timm's own network of the same size, with the same weights: what `adapt` was given."""
+    twin = copy.deepcopy(model)
+    twin.__class__ = next(plain for plain, adaptive in ADAPTIVE.items() if isinstance(model, adaptive))
+    return twin
 
 
 def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int) -> list[dict]:
@@ -438,11 +436,11 @@ def set_synthetic_depths(model: VisionTransformer, mean: float, spread: float) -
     image's tokens. The shares hold for images of standard normal noise. Other weights, and so the
     rest of the computation, stay as they are.
 
-    ValueError for a model whose projections have no bias or that normalises before its blocks.
+    ValueError for a model whose projections have no bias.
     """
     blocks, grid, channels = model.blocks, model.patch_embed.num_patches, model.embed_dim
-    if blocks[0].mlp.fc2.bias is None or not isinstance(model.norm_pre, nn.Identity):
-        raise ValueError("set_synthetic_depths needs proj_bias=True and pre_norm=False")
+    if blocks[0].mlp.fc2.bias is None:
+        raise ValueError("depths are imposed by the bias of projections, and it has none")
     slope = 6.0  # rise of the gate's logit per block: steep enough to halt within one or two
     step = slope / model.gate_scale  # the same in units of channel 0
     crossing = mean - _halting_lag(slope)  # the block where the logit of an average token crosses 0
@@ -463,7 +461,10 @@ def set_synthetic_depths(model: VisionTransformer, mean: float, spread: float) -
     if model.patch_embed.proj.bias is not None:
         model.patch_embed.proj.bias[:3] = 0
 
-    _set_start(model, start, math.sqrt(0.5) * spread * step, generator)
+    is_normed = not isinstance(model.norm_pre, nn.Identity)
+    _set_start(model, 0.0 if is_normed else start, math.sqrt(0.5) * spread * step, generator)
+    if is_normed:
+        _set_norm(model, start, generator)
     _set_image_term(blocks[0], 0.5 * spread * step * math.sqrt(grid), start, channels)
 
 
@@ -480,6 +481,15 @@ def _set_start(model: VisionTransformer, start: float, position_std: float, gene
     patches = model.pos_embed[:, -model.patch_embed.num_patches :, 0]
     quantiles = torch.linspace(0, 1, patches.numel() + 2)[1:-1][torch.randperm(patches.numel(), generator=generator)]
     patches.copy_(start + position_std * math.sqrt(2) * torch.erfinv(2 * quantiles - 1))
+
+
+def _set_norm(model: VisionTransformer, start: float, generator: torch.Generator) -> None:
+    """Lets the norm before the blocks leave channels 0 to 2 about as they are, but for `start`."""
+    embed, weight = model.patch_embed, model.norm_pre.weight
+    noise = torch.randn(4, 3, *embed.img_size, generator=generator)
+    weight[:3] = model._pos_embed(embed(noise.to(weight))).std(dim=2).mean()
+    model.norm_pre.bias[:3] = 0
+    model.norm_pre.bias[0] = start
 
 
 def _set_image_term(block: Block, std: float, start: float, channels: int) -> None:

@@ -12,11 +12,19 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    create_dataset,
+    create_transform,
+    resolve_data_config,
+)
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
@@ -26,19 +34,55 @@ import utils
 from utils import LocalError, UserError, main_process_first
 
 MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
-EVALUATION_CROP = 224 / 256  # of the shorter side, whatever the model's crop_pct says
+
+
+class Preprocessing(NamedTuple):
+    """How an image is made for a network, in the words of timm's pretrained_cfg.
+
+    mean, std: [3] each, of its normalisation; interpolation: of resizing; crop_pct: the share of the shorter side that
+    evaluation sees; crop_mode: center, squash or border.
+    """
+
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 224 / 256
+    crop_mode: str = "center"
+
+    @classmethod
+    def of(cls, config: dict) -> Preprocessing:
+        """config: a pretrained_cfg; what it does not say is timm's default."""
+        found = resolve_data_config(pretrained_cfg=config)
+        return cls(*(found[name] for name in cls._fields))
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Preprocessing:
+        """ImageNet's where the model was not made by name."""
+        config = getattr(model, "pretrained_cfg", None)
+        return cls.of(config) if config else cls()
+
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """[..., 3, H, W] float as the transforms made them -> uint8."""
+        mean, std = torch.tensor([self.mean, self.std], device=images.device)[:, :, None, None]
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+IMAGENET = Preprocessing()
 
 
 # Transforms --------------------------------------------------------------------------------------
 
 
-def training_transform(size: tuple[int, int], augmentation: dict, placed: bool = False):
+def training_transform(
+    size: tuple[int, int], augmentation: dict, placed: bool = False, preprocessing: Preprocessing = IMAGENET
+):
     """PIL image -> [3, H, W] float.
 
     augmentation: keywords of timm.data.create_transform: auto_augment, color_jitter, re_prob and so on;
     placed: the data set itself places what its images show: no crop, no flip.
     """
-    crop_and_flip, augment, to_tensor = create_transform(size, is_training=True, separate=True, **augmentation)
+    options = {"mean": preprocessing.mean, "std": preprocessing.std, **augmentation}
+    crop_and_flip, augment, to_tensor = create_transform(size, is_training=True, separate=True, **options)
     if placed:
         crop_and_flip = transforms.Resize(size)
     elif max(size) <= MAX_UNCROPPED_SIDE:
@@ -47,21 +91,14 @@ def training_transform(size: tuple[int, int], augmentation: dict, placed: bool =
     return transforms.Compose([transforms.Lambda(_to_rgb), crop_and_flip, augment, to_tensor])
 
 
-def evaluation_transform(size: tuple[int, int], placed: bool = False):
-    """PIL image -> [3, H, W] float, normalised with ImageNet's mean and std; placed: as in `training_transform`."""
+def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocessing: Preprocessing = IMAGENET):
+    """PIL image -> [3, H, W] float; placed: as in `training_transform`."""
     if placed or max(size) <= MAX_UNCROPPED_SIDE:
-        normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
     else:
-        steps = [create_transform(size, interpolation="bicubic", crop_pct=EVALUATION_CROP)]
+        steps = [create_transform(size, **preprocessing._asdict())]
     return transforms.Compose([transforms.Lambda(_to_rgb), *steps])
-
-
-def denormalize(images: torch.Tensor) -> torch.Tensor:
-    """[..., 3, H, W] float as the transforms made them -> uint8."""
-    statistics = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=images.device)
-    mean, std = statistics[:, :, None, None]
-    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 # Images ------------------------------------------------------------------------------------------
@@ -463,6 +500,7 @@ def build_dataset(
     num_classes: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    preprocessing: Preprocessing = IMAGENET,
 ) -> Dataset:
     """A data set of ([3, H, W] float, class index) with its class names under `.classes`.
 
@@ -474,10 +512,10 @@ def build_dataset(
     """
     check_name(name)
     placed = name in PLACED
-    transform = evaluation_transform(size, placed)
+    transform = evaluation_transform(size, placed, preprocessing)
     if train and augmentation is not None:
         try:
-            transform = training_transform(size, augmentation, placed)
+            transform = training_transform(size, augmentation, placed, preprocessing)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy of timm's: {error}") from error
     if "/" not in name and (split is not None or num_classes is not None):

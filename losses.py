@@ -175,21 +175,28 @@ class SelfDistillationLoss(nn.Module):
 class Teacher(nn.Module):
     """A trained classifier in evaluation mode that takes the student's images.
 
-    mean, std: [3] each, what its own input was normalised with; the student's is ImageNet's.
+    mean, std: [3] each, what its own input was normalised with; student_mean, student_std: what the student's is.
     """
 
-    def __init__(self, classifier: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self,
+        classifier: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        student_mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        student_std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    ):
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
-        own_mean, own_std, mean, std = (
-            torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, mean, std)
+        mean, std, student_mean, student_std = (
+            torch.tensor(v)[:, None, None] for v in (mean, std, student_mean, student_std)
         )
-        self.register_buffer("scale", own_std / std)
-        self.register_buffer("shift", (own_mean - mean) / std)
+        self.register_buffer("scale", student_std / std)
+        self.register_buffer("shift", (student_mean - mean) / std)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W], normalised with ImageNet's mean and std -> logits [B, K]"""
+        """images: [B, 3, H, W], normalised as the student's -> logits [B, K]"""
         return self.classifier(images * self.scale + self.shift)
 
 

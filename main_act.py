@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Returns the exit status."""
     import utils
-    from training.checkpoints import check_model_name
+    from training.models import check_model_name
 
     for flag in ("act_mode", "warmup_epoch"):
         if getattr(args, flag) is not None:

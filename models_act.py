@@ -19,10 +19,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.layers import Attention, DropPath, GluMlp, LayerNorm, Mlp, PatchEmbed, SwiGLU
 from timm.models import (
     VisionTransformer,
     VisionTransformerDistilled,
@@ -36,6 +37,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from zipping import ATTENTION, DeviceTokens, HostTokens, MaskedTokens, can_pack, pack
 
@@ -586,13 +588,30 @@ def macs_per_image(model: AdaptiveTokens, depth: Tensor) -> Tensor:
     attention (2 n^2 C for n live tokens), and the heads; norms and activations are left out, as is
     usual. Of a static pass: depth L everywhere.
     """
-    embed = model.patch_embed.proj.weight.numel() * (depth.shape[1] - model.num_prefix_tokens)
+    embed = _embedding_macs(model.patch_embed, depth.shape[1] - model.num_prefix_tokens)
     heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))
     per_block = [[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks]
     blocks = torch.tensor(per_block, dtype=torch.float64).to(depth.device, non_blocking=True)
     reached = torch.arange(len(blocks), device=depth.device)[:, None, None]
     live = (depth > reached).sum(dim=2).double()  # [L, B]
     return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
+
+
+STEM_MACS: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # for these sizes of images, these multiply-adds
+
+
+def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
+    """In closed form for patches of pixels; a convolutional stem is counted by torch, on shapes alone, once."""
+    if isinstance(embed, PatchEmbed):
+        return embed.proj.weight.numel() * num_patches
+    size, macs = STEM_MACS.get(embed, (None, None))
+    if size != embed.img_size:
+        weights = {name: value.to("meta") for name, value in embed.state_dict().items()}
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(embed, weights, torch.empty(1, embed.in_chans, *embed.img_size, device="meta"))
+        macs = counter.get_total_flops() / 2
+        STEM_MACS[embed] = embed.img_size, macs
+    return macs
 
 
 def _linear_weights(module: nn.Module) -> int:
@@ -637,17 +656,21 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+EVALUATION = {"crop_pct": 224 / 256, "crop_mode": "center", "interpolation": "bicubic"}
+
+
 def _cfg(source: str | None = None, **kwargs) -> dict:
     """timm's configuration of the pretrained model `source`, for one that starts from its weights.
 
-    The hub id is spelt out: timm would complete "timm/" with the name of our model.
+    Images are evaluated as in the original, however those of its source were. The hub id is spelt
+    out: timm would complete "timm/" with the name of our model.
     """
     if source is None:
         mean_std = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        return {"url": "", "first_conv": "patch_embed.proj", "classifier": "head", **mean_std, **kwargs}
+        return {"url": "", "first_conv": "patch_embed.proj", "classifier": "head", **mean_std, **EVALUATION, **kwargs}
     own = {"architecture", "tag"}  # of the configuration, not of the weights
     config = get_pretrained_cfg(source, allow_unregistered=False).to_dict()
-    return {k: v for k, v in config.items() if k not in own} | {"hf_hub_id": f"timm/{source}", **kwargs}
+    return {k: v for k, v in config.items() if k not in own} | {"hf_hub_id": f"timm/{source}", **EVALUATION, **kwargs}
 
 
 TINY = {"embed_dim": 192, "num_heads": 3}
@@ -658,7 +681,7 @@ DISTILLED = {"model_cls": AdaptiveVisionTransformerDistilled}
 DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 # For images of 32 x 32 pixels or so; timm's default initialisation hardly trains at this width.
 MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "weight_init": "reset"}
-MICRO_CFG = _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", fixed_input_size=True)
+MICRO_CFG = _cfg(num_classes=10, input_size=(3, 32, 32), fixed_input_size=True)
 
 # Every model: whose weights it starts from, and its sizes. Each becomes a function of this module.
 MODELS = {

@@ -50,7 +50,7 @@ def make_parser() -> arguments.Parser:
     parser.add_argument("--curves", nargs="+", metavar="OUTPUT_DIR", help="charts of training runs, from their log.txt")
     add = parser.add_argument_group("network").add_argument
     add("--finetune", metavar="FILE", help="checkpoint, a path or https URL")
-    add("--model", metavar="NAME", help="registered avit model (default: the checkpoint's)")
+    add("--model", metavar="NAME", help="of ours, or of a plain ViT of timm's (default: the checkpoint's)")
     kind = {"type": arguments.at_least_one, "nargs": "+", "metavar": "PIXELS"}
     add("--input-size", **kind, help="image size; two numbers: height, width (default: the checkpoint's)")
     add = parser.add_argument_group("pictures").add_argument
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
     import utils
     from datasets import check_name
-    from training.checkpoints import Checkpoint, check_model_name
+    from training.checkpoints import Checkpoint
+    from training.models import check_model_name
 
     if args.cmap not in colormaps:
         raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.nearest(args.cmap, colormaps)}")
@@ -109,11 +110,12 @@ def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     import visualization.draw
     from datasets import build_dataset, class_names
     from training.build import loader_options
-    from training.checkpoints import default_image_size
     from training.loaders import demo_loader
+    from training.models import default_image_size, preprocessing
 
     size = args.input_size or checkpoint.image_size() or default_image_size(args.model)
     options = {"inat_category": args.inat_category, "split": args.val_split, "num_classes": args.num_classes}
+    options |= {"preprocessing": preprocessing(args.model)}
     images = build_dataset(args.data_set, args.data_path, False, size, **options)
     names = class_names(images.classes, args.data_path, args.class_index)
     drawing = make_drawing(args, checkpoint, names, device)

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import (
+    IMAGENET,
     build_dataset,
     class_names,
-    denormalize,
     evaluation_transform,
     image_name,
     spread_sample,
@@ -41,7 +41,7 @@ def test_evaluation_crops_from_a_larger_image():
     pixels[:30] = 255  # lies in the cut-off eighth (32 of 512)
     image = evaluation_transform((224, 224))(Image.fromarray(pixels))
     assert image.shape == (3, 224, 224)
-    assert denormalize(image).max() == 0
+    assert IMAGENET.denormalize(image).max() == 0
     assert evaluation_transform((64, 96))(Image.fromarray(pixels)).shape == (3, 64, 96)
 
 
@@ -49,21 +49,23 @@ def test_small_images_are_resized_whole():
     pixels = np.full((20, 28), 200, np.uint8)  # grey
     image = evaluation_transform(SIZE)(Image.fromarray(pixels))
     assert image.shape == (3, 32, 32)
-    assert (denormalize(image) == 200).all()
+    assert (IMAGENET.denormalize(image) == 200).all()
 
 
 def test_small_training_images_are_shifted_and_flipped():
     pixels = np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2) + 100
     transform = training_transform(SIZE, PLAIN)
     torch.manual_seed(0)
-    first_rows = {tuple(denormalize(transform(Image.fromarray(pixels)))[0, 16].tolist()) for _ in range(40)}
+    first_rows = {tuple(IMAGENET.denormalize(transform(Image.fromarray(pixels)))[0, 16].tolist()) for _ in range(40)}
     assert len(first_rows) > 9  # nine shifts, both directions
 
 
 def test_a_placed_object_is_neither_shifted_nor_flipped():
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     transform = training_transform(SIZE, PLAIN, placed=True)
-    assert torch.equal(denormalize(transform(Image.fromarray(pixels))).permute(1, 2, 0), torch.from_numpy(pixels))
+    assert torch.equal(
+        IMAGENET.denormalize(transform(Image.fromarray(pixels))).permute(1, 2, 0), torch.from_numpy(pixels)
+    )
 
 
 def test_digits_are_split_once_and_placed():
@@ -92,7 +94,7 @@ def test_fashion_mnist_from_its_four_files(tmp_path):
     assert (len(train), len(val), len(val.classes)) == (6, 4, 10)
     image, target = val[1]
     assert image.shape == (3, 28, 28)
-    assert torch.equal(denormalize(image)[0], val.data[1])
+    assert torch.equal(IMAGENET.denormalize(image)[0], val.data[1])
     assert target == val.targets[1]
 
 
@@ -123,7 +125,7 @@ def test_an_article_stands_whole_among_cuttings(tmp_path):
     val = build_dataset("CLUTTERED", str(tmp_path), False, (56, 56))
     places = set()
     for index in range(10):
-        canvas, article = denormalize(val[index][0])[0].long(), torch.from_numpy(val.pixels[index]).long()
+        canvas, article = IMAGENET.denormalize(val[index][0])[0].long(), torch.from_numpy(val.pixels[index]).long()
         covers = (canvas.unfold(0, 28, 1).unfold(1, 28, 1) >= article).all(dim=(2, 3))
         assert covers.sum() == 1
         places.add(tuple(covers.nonzero()[0].tolist()))

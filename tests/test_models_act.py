@@ -10,14 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_halting, halting_model, images
+from forms import CLOSE, assert_same, flops, forms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import GluMlp, SwiGLU
 from timm.models import get_pretrained_cfg
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import zipping
 from benchmark import set_synthetic_depths
@@ -35,7 +34,6 @@ BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked",
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
 AVERAGED = {"global_pool": "avg", "class_token": False}
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OF_MANY_CASES = {"rtol": 1e-4, "atol": 5e-5}  # the masked form's float32 is off by 2e-5 in some
 
 
@@ -120,38 +118,6 @@ def test_halting_probabilities_sum_to_one(channel):
 # Zipped equals masked ----------------------------------------------------------------------------
 
 
-def forms(model):
-    masked, zipped = copy.deepcopy(model), model
-    masked.zip_tokens, zipped.zip_tokens = False, True
-    return masked, zipped
-
-
-def assert_same(masked, zipped, x, seed=0, gradients=True, tolerance=CLOSE):
-    """Outputs, gradients and the random generator's state afterwards; returns what halted."""
-    results = []
-    for model in (masked, zipped):
-        torch.manual_seed(seed)
-        logits, halting = model(x, return_halting=True)
-        outputs = [*logits] if isinstance(logits, tuple) else [logits]
-        outputs += [halting.ponder_cost, halting.layer_scores]
-        model.zero_grad()
-        if gradients:
-            weights = torch.Generator().manual_seed(7)
-            sum((o * torch.randn(o.shape, generator=weights)).sum() for o in outputs).backward()
-        grads = {name: p.grad for name, p in model.named_parameters()}
-        results.append((outputs, halting, grads, torch.get_rng_state()))
-    (outputs, halting, grads, state), (other_outputs, other_halting, other_grads, other_state) = results
-    assert torch.equal(halting.depth, other_halting.depth)
-    assert torch.equal(state, other_state)
-    for a, b in zip(outputs, other_outputs):
-        assert_close(b, a, **tolerance)
-    for name, grad in grads.items() if gradients else ():
-        assert other_grads[name] is not None, name
-        scale = max(1.0, grad.abs().max().item())  # gradients of sums over many tokens: relative to the largest
-        assert_close(other_grads[name] / scale, grad / scale, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
-    return halting
-
-
 @settings(max_examples=25)
 @given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100))
 def test_any_pattern_of_depths(mean, spread, batch, seed):
@@ -192,6 +158,7 @@ OPTIONS = {
     "layer scale": {"init_values": 0.5},
     "qk norm": {"qk_norm": True},
     "attention and mlp norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "norm before the blocks": {"pre_norm": True},
     "no embedding of the class token": {"no_embed_class": True},
     "no qkv bias": {"qkv_bias": False},
     "any image size": {"dynamic_img_size": True},
@@ -216,14 +183,6 @@ def test_options_of_timm_in_both_forms(options, training):
     assert len(halting.depth.unique()) >= 4
     if "drop_path_rate" not in options or not training:
         assert_halting(halting)
-
-
-def test_pre_norm_in_both_forms():
-    model = AdaptiveVisionTransformer(
-        img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, pre_norm=True, gate_scale=3.0, gate_center=4.0
-    )
-    halting = assert_same(*forms(model.train()), images())
-    assert len(halting.depth.unique()) >= 4
 
 
 def test_another_size_with_dynamic_img_size():
@@ -307,12 +266,6 @@ def test_unreached_blocks_get_zero_gradients(training):
     for name, parameter in model.blocks[-1].named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
-
-
-def flops(use):
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        use()
-    return counter.get_total_flops()
 
 
 @torch.no_grad()
@@ -782,7 +735,9 @@ def test_multiply_adds_agree_with_the_flop_counter(distilled):
 
 
 @pytest.mark.parametrize("gate", [(10.0, 30.0), (4.0, 16.0), (5.0, 50.0)])
-@pytest.mark.parametrize("options", [{}, {"distilled": True}, {"init_values": 1e-5, "no_embed_class": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"distilled": True}, {"init_values": 1e-5, "no_embed_class": True}, {"pre_norm": True}, AVERAGED]
+)
 @torch.no_grad()
 def test_imposed_depths_have_mean_and_spread(gate, options):
     scale, center = gate
@@ -795,7 +750,7 @@ def test_imposed_depths_have_mean_and_spread(gate, options):
 
 
 def test_synthetic_depths_need_biases():
-    with pytest.raises(ValueError, match="proj_bias"):
+    with pytest.raises(ValueError, match="bias of projections"):
         set_synthetic_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import main_act
 import visualize
-from datasets import denormalize
+from datasets import IMAGENET
 from training.checkpoints import Checkpoint
 from training.loaders import demo_loader
 from visualization import heatmaps
@@ -54,7 +54,7 @@ def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
         members = (targets == c).nonzero()[:, 0]
         shown = members[depth[members].std(dim=1, correction=0).argmax()]
         picture = np.asarray(Image.open(tmp_path / f"class{c}_ref.jpg")).astype(float)
-        pixels = denormalize(x[shown]).permute(1, 2, 0).numpy()
+        pixels = IMAGENET.denormalize(x[shown]).permute(1, 2, 0).numpy()
         expected = np.asarray(heatmaps.enlarge(pixels, heatmaps.Style(8))).astype(float)
         assert np.abs(picture - expected).mean() < 10  # JPEG
 

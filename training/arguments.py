@@ -146,7 +146,7 @@ def _switch(add: Callable, name: str, help: str) -> None:
 
 def _model() -> Parser:
     parser, add = _group("model")
-    add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="registered avit model")
+    add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="of ours, or of a plain ViT of timm's")
     size = "image size; two numbers: height, width"
     add("--input-size", type=at_least_one, nargs="+", default=[224], metavar="PIXELS", help=size)
     add("--drop", type=_share, default=0.0, metavar="P", help="dropout of positions, attention projection and MLP")

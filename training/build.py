@@ -11,7 +11,6 @@ from functools import partial
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -22,12 +21,13 @@ from torch.utils.data import Dataset
 
 import losses
 import utils
-from datasets import PLACED, build_dataset, evaluation_transform
+from datasets import PLACED, Preprocessing, build_dataset, evaluation_transform
 from engine_act import Trainer
-from training.budget import CALIBRATION_IMAGES, FirstBatches, resolve_budget, static_macs
-from training.checkpoints import Checkpoint, create_model, load_teacher_weights, resolve_gate
+from training.budget import CALIBRATION_IMAGES, FirstBatches, cheapest_cost, resolve_budget, static_macs
+from training.checkpoints import Checkpoint, load_teacher_weights, resolve_gate
 from training.gate import choose_gate
 from training.loaders import training_loader
+from training.models import create_model, preprocessing
 from utils import LocalError, UserError, warn
 
 
@@ -81,9 +81,13 @@ def build_model(args: argparse.Namespace, num_classes: int, start: Checkpoint | 
         model = create_model(args.model, pretrained=args.pretrained, **options, **resolve_gate(gate))
         hub_classes = model.pretrained_cfg["num_classes"]
         if args.pretrained and hub_classes != num_classes:
+            head = f"head of {hub_classes} classes" if hub_classes else "head"
             if not training:
-                raise UserError(f"--pretrained: its head has {hub_classes} classes, the data has {num_classes}")
-            warn(f"the head of {hub_classes} classes is replaced by a new one of {num_classes}")
+                raise UserError(
+                    f"--pretrained: it has {'a' if hub_classes else 'no'} {head}, the data has {num_classes}"
+                )
+            replaced = f"the {head} is replaced by" if hub_classes else "it has no head:"
+            warn(f"--pretrained: {replaced} a new one of {num_classes} classes")
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -99,7 +103,8 @@ def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
 
 def set_gate(args: argparse.Namespace, model: nn.Module, batches: FirstBatches, device: torch.device) -> None:
     """Of a model that is about to be trained, by `choose_gate`."""
-    cost = START_COST if args.target_macs is None else resolve_budget(model, args.target_macs)
+    own = max(START_COST, (1 + cheapest_cost(model)) / 2)  # a stem of convolutions may cost more than that
+    cost = own if args.target_macs is None else resolve_budget(model, args.target_macs)
     some = itertools.islice(batches, math.ceil(GATE_IMAGES / args.batch_size))
     images = torch.cat([batch[0] for batch in some])[:GATE_IMAGES]
     choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), cost).apply(model)
@@ -123,8 +128,8 @@ def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Data
     augmentation = {  # in the words of timm.data.create_transform
         "color_jitter": args.color_jitter,
         "auto_augment": args.aa,
-        "interpolation": args.train_interpolation,
         "re_prob": args.reprob,
+        "interpolation": args.train_interpolation,
         "re_mode": args.remode,
         "re_count": args.recount,
     }
@@ -138,14 +143,14 @@ def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Data
 
 def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
     options |= {"inat_category": args.inat_category, "num_classes": args.num_classes}
-    options |= {"batch_size": args.batch_size, "seed": args.seed}
+    options |= {"batch_size": args.batch_size, "seed": args.seed, "preprocessing": preprocessing(args.model)}
     return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
 
 
 def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> FirstBatches:
     """Some of the training images, treated as in evaluation: to measure gates on."""
     images = copy.copy(images)
-    images.transform = evaluation_transform(image_size(args), args.data_set in PLACED)
+    images.transform = evaluation_transform(image_size(args), args.data_set in PLACED, preprocessing(args.model))
     order = {"seed": args.seed, "repeated_aug": False, "max_bad_images": args.max_bad_images}
     loader = training_loader(images, args.batch_size, **order, **loader_options(args, device))
     return FirstBatches(loader, CALIBRATION_IMAGES)
@@ -185,7 +190,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
-        teacher = build_own_teacher(args, num_classes)
+        teacher = build_own_teacher(args, model, num_classes)
         share = teacher_share(teacher.classifier, model, args.target_macs)
         utils.log(f"the teacher's forward pass is {share:.0%} of a training step's multiply-adds")
         return teacher
@@ -208,7 +213,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
         load_teacher_weights(classifier, Checkpoint.load(args.teacher_path))
     elif classifier.num_classes != num_classes:
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
-    teacher = losses.Teacher(classifier, classifier.pretrained_cfg["mean"], classifier.pretrained_cfg["std"])
+    teacher = _teacher_of(model, classifier)
     try:
         teacher(torch.zeros(1, 3, *image_size(args)))
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -216,12 +221,17 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     return teacher
 
 
-def build_own_teacher(args: argparse.Namespace, num_classes: int) -> losses.Teacher:
+def _teacher_of(student: nn.Module, classifier: nn.Module) -> losses.Teacher:
+    own, students = Preprocessing.of_model(classifier), Preprocessing.of_model(student)
+    return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
+
+
+def build_own_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) -> losses.Teacher:
     """The static network that training starts, or has started, from, or another of ours. UserError without weights."""
     options = {"num_classes": num_classes, "img_size": image_size(args), "halting": False}
     if args.teacher_path:
         network = Checkpoint.load(args.teacher_path).build_model(**options)
-        return losses.Teacher(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        return _teacher_of(model, network)
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is None and not args.pretrained:
         raise UserError(
@@ -232,7 +242,7 @@ def build_own_teacher(args: argparse.Namespace, num_classes: int) -> losses.Teac
         network = create_model(args.model, pretrained=True, **options)
     else:
         network = start.build_model(args.model, **options, use_ema=args.use_ema)
-    return losses.Teacher(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return _teacher_of(model, network)
 
 
 def teacher_share(teacher: nn.Module, model: nn.Module, target_macs: float | None) -> float:

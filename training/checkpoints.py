@@ -25,6 +25,7 @@ import models_act  # noqa: F401 - registers the models
 import utils
 from training.arguments import GATE_DEFAULTS
 from training.budget import BudgetCurve
+from training.models import create_model, default_image_size, misfit, own_names
 from utils import UserError, log, nearest, warn
 
 IMAGENET_CLASSES = 1000
@@ -106,13 +107,15 @@ class Checkpoint:
         return (size[0], size[-1]) if is_size and 1 <= min(size) <= max(size) <= MAX_SIDE else None
 
     def model_name(self) -> str:
-        """Of which of our models it holds the weights. UserError where of none."""
-        recorded, known = self.recorded_flag("model"), timm.list_models("avit*")
-        if isinstance(recorded, str) and recorded in known:
+        """Of which model it holds the weights, by its record, else of ours by shapes. UserError where of none."""
+        recorded = self.recorded_flag("model")
+        if isinstance(recorded, str) and misfit(recorded) is None:
             return recorded
         fitting = fitting_models(self.state_dict())
         if not fitting:
-            raise UserError(f"{self.location}: fits none of our models, which are {', '.join(known)}")
+            raise UserError(
+                f"{self.location}: fits none of our models, which are {', '.join(own_names())}; give --model"
+            )
         return fitting[0]
 
     def names_by_class(self) -> dict[str, str]:
@@ -319,33 +322,6 @@ def _gate_in_name(location: str) -> dict[str, float]:
 # Models and their weights ------------------------------------------------------------------------
 
 
-def check_model_name(name: str) -> None:
-    """UserError, with the nearest names, for a model that is not ours."""
-    known = timm.list_models("avit*")
-    if name not in known:
-        raise UserError(f"unknown model {name!r}{nearest(name, known)}")
-
-
-def default_image_size(name: str) -> tuple[int, int]:
-    """Height and width. UserError for an unknown model."""
-    check_model_name(name)
-    return timm.models.get_pretrained_cfg(name).input_size[1:]
-
-
-def create_model(name: str, img_size: tuple[int, int], **options) -> nn.Module:
-    """timm.create_model for one of ours. UserError for an unknown name, a size that patches do not fill, no weights."""
-    check_model_name(name)
-    try:
-        model = timm.create_model(name, img_size=img_size, **options)
-    except RuntimeError as error:  # no pretrained weights, or out of reach
-        raise UserError(str(error)) from error
-    patch = model.patch_embed.patch_size
-    if any(side % p for side, p in zip(img_size, patch)):
-        sizes = f"{img_size[0]} x {img_size[1]}: not a multiple of the patches' {patch[0]} x {patch[1]}"
-        raise UserError(f"--input-size {sizes}")
-    return model
-
-
 def load_weights(
     model: nn.Module,
     weights: dict[str, Tensor],
@@ -361,6 +337,10 @@ def load_weights(
     if names or shapes do not fit, and which model of ours they do fit.
     """
     own, weights = model.state_dict(), _with_our_names(weights)
+    head = {name: value for name, value in own.items() if name.startswith("head")}
+    if replace_head and not head.keys() & weights.keys():
+        warn(f"{location}: holds no head: a new one of {model.num_classes} classes is trained")
+        weights |= head
     wrong = _misfits(own, weights, _may_be_resized)
     if wrong:
         fitting = fitting_models(weights)
@@ -384,7 +364,8 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
     patches, grid = embedding.shape[1] - prefix, model.patch_embed.grid_size
     old_grid = (math.isqrt(max(patches, 0)),) * 2
     if trained_size is not None:
-        old_grid = tuple(side // patch for side, patch in zip(trained_size, model.patch_embed.patch_size))
+        ratio = model.patch_embed.feat_ratio(as_scalar=False)
+        old_grid = tuple(side // patch for side, patch in zip(trained_size, ratio))
     elif embedding.shape == model.pos_embed.shape:
         old_grid = grid
     if patches < 1 or math.prod(old_grid) != patches:
@@ -431,7 +412,7 @@ def _with_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def fitting_models(weights: dict[str, Tensor]) -> list[str]:
     """Our models of which these are the weights, those of the same image size first."""
     weights = _with_our_names(weights)
-    own = {name: _empty_state_dict(name) for name in timm.list_models("avit*")}
+    own = {name: _empty_state_dict(name) for name in own_names()}
     fitting = [name for name in own if not _misfits(own[name], weights, _may_be_resized)]
     return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
 

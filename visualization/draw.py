@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import utils
-from datasets import IMAGE_SUFFIXES, UnreadableImage, evaluation_transform, has_image_name, load_image
+from datasets import IMAGE_SUFFIXES, Preprocessing, UnreadableImage, evaluation_transform, has_image_name, load_image
 from losses import DistributionPriorLoss
 from utils import UserError, log, warn
 from visualization import heatmaps, html_pages
@@ -157,7 +157,8 @@ def _distinct_stems(files: Iterable[Path]) -> Iterator[str]:
 
 def _record_files(drawing: Drawing, files: dict[int, Path], classes: Sequence[str]) -> list[ImageRecord]:
     """The files, by their places, that can be read; the others are named. A folder with a class's name is a label."""
-    transform, images = evaluation_transform(drawing.model.patch_embed.img_size), {}
+    preprocessing, images = Preprocessing.of_model(drawing.model), {}
+    transform = evaluation_transform(drawing.model.patch_embed.img_size, preprocessing=preprocessing)
     for place, file in files.items():
         try:
             images[place] = transform(load_image(file))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from datasets import denormalize
+from datasets import Preprocessing
 from models_act import Halting, macs_per_image
 from utils import autocast
 from visualization.criteria import CRITERIA
@@ -87,7 +87,9 @@ def records_of_batch(
     depth = halting.depth.to("cpu", torch.uint8)
     prefix, patches = depth[:, : model.num_prefix_tokens], depth[:, model.num_prefix_tokens :]
     grids = patches.unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
-    pixels = denormalize(images).permute(0, 2, 3, 1).numpy() if with_pixels else itertools.repeat(None)
+    pixels = itertools.repeat(None)
+    if with_pixels:
+        pixels = Preprocessing.of_model(model).denormalize(images).permute(0, 2, 3, 1).numpy()
     numbers = (prediction.tolist(), confidence.tolist(), targets.tolist(), macs)
     rows = zip(indices, names, pixels, grids.numpy(), prefix.numpy(), *numbers)
     return [ImageRecord(*row, static_macs) for row in rows]

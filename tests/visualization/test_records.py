@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from datasets import denormalize
+from datasets import IMAGENET
 from models_act import macs_per_image
 from training.loaders import demo_loader
 from visualization.criteria import CRITERIA
@@ -35,7 +35,7 @@ def test_a_record_tells_what_the_network_did():
         assert (one.prediction, one.confidence) == (prediction[i], pytest.approx(confidence[i].item()))
         assert one.macs == pytest.approx(macs[i].item())
         assert one.macs < one.static_macs
-        assert (one.pixels == denormalize(x[i]).permute(1, 2, 0).numpy()).all()
+        assert (one.pixels == IMAGENET.denormalize(x[i]).permute(1, 2, 0).numpy()).all()
         assert one.is_wrong == (i < 5 and prediction[i] != targets[i])
 
 

@@ -1,0 +1,171 @@
+"""Any plain ViT of timm's, made adaptive by its name."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import images
+from forms import assert_same, flops, forms
+from timm.layers import PatchEmbed
+
+import benchmark
+import main_act
+import visualize
+from datasets import IMAGENET
+from models_act import AdaptiveTokens, adapt, macs_per_image
+from training.budget import cheapest_cost
+from training.checkpoints import Checkpoint
+from training.gate import choose_gate
+from training.models import create_model, misfit, other_names, preprocessing
+from utils import UserError
+
+CLIP = "vit_base_patch32_clip_224.openai"
+SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 6, "num_classes": 7}
+CPU = torch.device("cpu")
+
+
+# Every name of timm's ----------------------------------------------------------------------------
+
+
+def build_on_meta(name: str) -> AdaptiveTokens:
+    return adapt(timm.create_model(name, device="meta"))
+
+
+def options_of(model: AdaptiveTokens) -> tuple:
+    """What tells models apart but for their sizes."""
+    block = model.blocks[0]
+    parts = (model.patch_embed, model.norm_pre, model.norm, model.fc_norm, block.norm1, block.mlp, block.mlp.act)
+    parts += (block.ls1, block.attn.q_norm, model.head)
+    kinds = tuple(type(part).__name__ for part in parts)
+    biases = (block.attn.qkv.bias is None, block.mlp.fc2.bias is None)
+    tokens = (model.has_class_token, model.num_reg_tokens, model.no_embed_class, model.dynamic_img_size)
+    return type(model).__name__, model.global_pool, model.pool_include_prefix, *kinds, *biases, *tokens
+
+
+def smallest_size(model: AdaptiveTokens) -> int:
+    """Of an image: nine patches, more where a stem of convolutions needs it."""
+    patch = model.patch_embed.feat_ratio()
+    return 3 * patch if isinstance(model.patch_embed, PatchEmbed) else 4 * patch
+
+
+@pytest.mark.slow
+def test_every_name_fits_or_says_why():
+    found = {name: misfit(name) for name in other_names()}
+    reasons = {reason.split(": ", 1)[1] for reason in found.values() if reason}
+    assert sum(reason is None for reason in found.values()) >= 165
+    assert all(" is a " in reason or "global_pool is " in reason for reason in reasons), reasons
+
+
+@pytest.mark.slow
+def test_every_combination_of_options():
+    """For each the smallest of timm's models that has it, made small."""
+    representatives = {}
+    for name in (name for name in other_names() if misfit(name) is None):
+        model = build_on_meta(name)
+        size = sum(p.numel() for p in model.parameters())
+        key = options_of(model)
+        if key not in representatives or size < representatives[key][0]:
+            representatives[key] = size, name
+    assert len(representatives) >= 30
+    for _, name in representatives.values():
+        check_one(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_base_patch32_clip_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_tiny_r_s16_p8_224",
+        "vit_medium_patch16_gap_240",
+        "aimv2_large_patch14_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_one_of_a_kind(name):
+    check_one(name)
+
+
+def check_one(name: str) -> None:
+    torch.manual_seed(0)
+    size = smallest_size(build_on_meta(name))
+    static = timm.create_model(name, img_size=size, **SMALL).eval()
+    with torch.no_grad():
+        for parameter in static.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = images(4, size)
+    with torch.no_grad():
+        for zip_tokens in (False, True):
+            whole = adapt(static, gate_center=1e9, zip_tokens=zip_tokens)
+            assert torch.equal(whole(x), static(x)), name
+        model = adapt(static)
+        choose_gate(model, x, CPU, "none", (cheapest_cost(model) + 1) / 2).apply(model)
+        halting = assert_same(*forms(model), x, gradients=False)
+        assert len(halting.depth.unique()) >= 3, f"{name}: tokens do not halt at several depths"
+        depth = model(x[:1], return_halting=True)[1].depth
+        assert flops(lambda: model(x[:1], return_halting=True)) == 2 * macs_per_image(model, depth).item(), name
+        maps, told = model.forward_intermediates(x, [2, 5], intermediates_only=True, return_halting=True)
+        assert torch.equal(told.depth, halting.depth)
+        assert [m.shape for m in maps] == [(4, 48, *model.patch_embed.grid_size)] * 2
+    assert_same(*forms(model.train()), x)
+
+
+# Names at the command line -----------------------------------------------------------------------
+
+
+def test_images_are_made_as_the_model_s_own():
+    assert preprocessing("avit_small_patch16_224") == preprocessing("avit3_base_patch16_384") == IMAGENET
+    clip = preprocessing(CLIP)
+    assert clip.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
+    assert (clip.crop_pct, clip.interpolation) == (0.9, "bicubic")
+    squashed = preprocessing("vit_base_patch16_clip_384.laion2b_ft_in12k_in1k")
+    assert squashed.crop_mode == "squash"
+
+
+def test_weights_out_of_reach_are_one_line(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("unreachable\nand more")
+
+    for loader in ("load_state_dict_from_hf", "load_state_dict_from_url"):
+        monkeypatch.setattr(f"timm.models._builder.{loader}", unreachable)
+    with pytest.raises(UserError, match=f"^no pretrained weights for {CLIP}: unreachable$"):
+        create_model(CLIP, (32, 32), pretrained=True)
+
+
+def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, monkeypatch, capsys):
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    torch.manual_seed(0)
+    weights = timm.create_model("vit_tiny_patch16_224").state_dict()
+    asked = []
+    download = lambda model_id, **_: asked.append(model_id) or dict(weights)  # noqa: E731
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
+    out, data = tmp_path / "out", ["--data-path", str(image_folder), "--num_workers", "0", "--batch-size", "5"]
+    model = ["--model", name, "--input-size", "48", "--gate_scale", "5", "--gate_center", "5"]
+    main_act.main([*data, *model, "--pretrained", "--output_dir", str(out), "--epochs", "1", "--no-repeated-aug"])
+    assert asked == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    assert "a new one of 3 classes" in capsys.readouterr().err
+    path = str(out / "checkpoint.pth")
+    assert Checkpoint.load(path).model_name() == name
+
+    main_act.main([*data, *model, "--eval", "--finetune", path, "--output_dir", str(out)])
+    result = json.loads((out / "eval.json").read_text())
+    assert result["gmacs"] < result["gmacs_static"]
+
+    network = Checkpoint.load(path).build_model().eval()
+    assert network.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+    visualize.main(["--finetune", path, str(image_folder / "val"), "--output-dir", str(tmp_path / "pictures")])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 9
+    options = ["--runs", "1", "--batch-size", "9", "--mean-depth", "7"]
+    benchmark.main(["--finetune", path, "--model", name, "--data-path", str(image_folder), *options])
+    benchmark.main(["--model", name, "--input-size", "48", *options])
+    assert "zipped, early exit" in capsys.readouterr().out
+
+
+def test_depths_that_cannot_be_imposed_are_one_line(monkeypatch, capsys):
+    small = adapt(timm.create_model("aimv2_large_patch14_224", img_size=28, **SMALL))
+    monkeypatch.setattr(benchmark, "create_model", lambda *_: small)
+    with pytest.raises(SystemExit):
+        benchmark.main(["--model", "aimv2_large_patch14_224"])
+    assert "give a trained network with --finetune" in capsys.readouterr().err
