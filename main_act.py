@@ -53,17 +53,17 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 
     # data
     train_images, test_images = build.training_and_validation_set(args)
-    num_classes, loading = len(train_images.classes), build.loader_options(args, device)
+    classes, loading = train_images.classes, build.loader_options(args, device)
 
     # model
     start = Checkpoint.from_args(args)
-    model = build.build_model(args, num_classes, start).to(device)
+    model = build.build_model(args, classes, start).to(device)
     calibration = build.calibration_batches(args, train_images, device)
     if build.chooses_gate(args, start):
         build.set_gate(args, model, calibration, device)
 
     # losses, optimizer, schedule
-    trainer = build.build_trainer(args, model, num_classes, device)
+    trainer = build.build_trainer(args, model, classes, device)
     order = {"seed": args.seed, "repeated_aug": args.repeated_aug, "max_bad_images": args.max_bad_images}
     train_loader = training_loader(train_images, args.batch_size, **order, **loading)
     test_loader = evaluation_loader(test_images, args.batch_size, **loading)
@@ -81,7 +81,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         training_run.start_at(args.start_epoch)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     epoch = f"{len(train_loader)} batches of {args.batch_size} per epoch and process"
-    utils.log(f"{args.model}: {size}, {num_classes} classes, {epoch}, {utils.world_size()} process(es)")
+    utils.log(f"{args.model}: {size}, {len(classes)} classes, {epoch}, {utils.world_size()} process(es)")
     with contextlib.suppress(Interrupted):  # saved, and told, already
         training_run.train()
     return 0
@@ -99,7 +99,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
 
     # model
     start = Checkpoint.from_args(args)
-    model = build.build_model(args, len(images.classes), start).to(device)
+    model = build.build_model(args, images.classes, start).to(device)
 
     # evaluation
     output_dir = utils.prepare_output_dir(args.output_dir)
@@ -128,7 +128,7 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
 
     # model
     start = Checkpoint.from_args(args)
-    model = build.build_model(args, len(images.classes), start).to(device)
+    model = build.build_model(args, images.classes, start).to(device)
 
     # pictures
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()

@@ -184,7 +184,7 @@ class AdaptiveTokens:
 
     def _set_halting(self, options: dict) -> None:
         """Of a model that is complete but for this."""
-        _refuse(self, _unfit_part(self) or _unfit_pooling(self.global_pool))
+        _refuse(_unfit_part(self) or _unfit_pooling(self.global_pool))
         for name, value in (HALTING | options).items():
             setattr(self, name, value)
         self.num_blocks = len(self.blocks)  # "the last block" stays this one if blocks are pruned
@@ -284,7 +284,7 @@ class AdaptiveTokens:
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's interface. ValueError for a pooling that the constructor refuses."""
         if global_pool is not None:
-            _refuse(self, _unfit_pooling(global_pool))
+            _refuse(_unfit_pooling(global_pool))
         super().reset_classifier(num_classes, global_pool)
 
     def __prepare_scriptable__(self):
@@ -418,7 +418,7 @@ def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:
     halting cannot honour; TypeError for an unknown option.
     """
     names = " or ".join(kind.__name__ for kind in ADAPTIVE)
-    _refuse(model, None if type(model) in ADAPTIVE else f"it is no {names} of timm's")
+    _refuse(None if type(model) in ADAPTIVE else f"a {type(model).__name__} is no {names} of timm's")
     unknown = sorted(halting.keys() - HALTING)
     if unknown:
         raise TypeError(f"adapt() takes {', '.join(HALTING)}, not {', '.join(unknown)}")
@@ -428,9 +428,9 @@ def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:
     return model
 
 
-def _refuse(model: nn.Module, reason: str | None) -> None:
+def _refuse(reason: str | None) -> None:
     if reason:
-        raise ValueError(f"tokens of a {type(model).__name__} cannot be adaptive here: {reason}")
+        raise ValueError(f"its tokens cannot be adaptive: {reason}")
 
 
 def _unfit_part(model: VisionTransformer) -> str | None:

@@ -118,20 +118,26 @@ def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     options |= {"preprocessing": preprocessing(args.model)}
     images = build_dataset(args.data_set, args.data_path, False, size, **options)
     names = class_names(images.classes, args.data_path, args.class_index)
-    drawing = make_drawing(args, checkpoint, names, device)
+    drawing = make_drawing(args, checkpoint, names, device, images.classes)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name)]
     return int(visualization.draw.draw_summary(drawing, loader, args.data_set, facts) < loader.num_images)
 
 
-def make_drawing(args: argparse.Namespace, checkpoint: Checkpoint, names: list[str], device: torch.device) -> Drawing:
-    """The checkpoint's network, where flags say nothing else; names: of its classes."""
+def make_drawing(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    names: list[str],
+    device: torch.device,
+    classes: list[str] | None = None,
+) -> Drawing:
+    """The checkpoint's network, where flags say nothing else; names: of its classes, to show; classes: the data's."""
     from visualization.draw import Drawing
     from visualization.heatmaps import Style
 
     model = checkpoint.build_model(
         args.model,
-        num_classes=len(names),
+        classes=classes,
         img_size=args.input_size,
         gate_scale=args.gate_scale,
         gate_center=args.gate_center,

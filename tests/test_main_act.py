@@ -83,10 +83,51 @@ def test_fine_tuning_from_static_weights(image_folder, tmp_path, capsys):
     assert load_checkpoint(str(static / "checkpoint.pth"))["gate"] is None
     assert "train_ponder_loss_token" not in log_of(static)[0]
     other = make_image_folder(tmp_path / "other", classes=2)
+    for part in ("train", "val"):
+        (other / part / "class_0").rename(other / part / "another")
     flags = ("--data-path", other, "--pretrained-path", static / "checkpoint.pth", "--output_dir", adaptive)
     run(*flags, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5)
-    assert "its head of 3 classes is replaced by a new one of 2" in capsys.readouterr().err
+    assert "no head for these classes: a new one of 2 is trained" in capsys.readouterr().err
     assert load_checkpoint(str(adaptive / "checkpoint.pth"))["model"]["head.weight"].shape[0] == 2
+
+
+def test_classes_are_found_by_name(trained, tmp_path, capsys):
+    """Where the data's are fewer, or in another order: in evaluation, and where a head is kept for more training."""
+    data, out = trained
+    expected = evaluated(data, out / "best.pth", tmp_path / "all")
+    renamed = {"class_0": "z", "class_1": "y", "class_2": "x"}  # another alphabetical order
+    checkpoint = load_checkpoint(str(out / "best.pth"))
+    torch.save(checkpoint | {"classes": [renamed[name] for name in checkpoint["classes"]]}, tmp_path / "renamed.pth")
+    for part in ("train", "val"):
+        for old, new in renamed.items():
+            (data / part / old).rename(data / part / new)
+    found = evaluated(data, tmp_path / "renamed.pth", tmp_path / "renamed")
+    assert found["acc1"] == expected["acc1"]
+    assert found["loss"] == pytest.approx(expected["loss"])
+    assert "the data's classes (x, y, z) are found by name among its own (z, y, x)" in capsys.readouterr().out
+
+    in_order = evaluated(data, out / "best.pth", tmp_path / "in order")
+    assert in_order["loss"] != pytest.approx(expected["loss"])
+    told = (
+        "the data's classes (x, y, z) are none of its own (class_0, class_1, class_2): taken to be the same, in order"
+    )
+    assert told in capsys.readouterr().err
+    flags = ("--data-path", data, "--epochs", 2, "--output_dir", tmp_path / "more")
+    assert "goes on with its own classes" in mistake(capsys, *SMALL, *flags, "--resume", tmp_path / "renamed.pth")
+
+    run(*flags, "--epochs", 1, "--finetune", tmp_path / "renamed.pth", "--lr", 0)
+    head = load_checkpoint(str(tmp_path / "more" / "checkpoint.pth"))["model"]["head.weight"]
+    assert torch.allclose(head, checkpoint["model"]["head.weight"].flip(0), atol=1e-4)
+    assert not torch.allclose(head, checkpoint["model"]["head.weight"], atol=1e-2)
+
+    (data / "val" / "x").rename(data / "val" / "unknown")
+    arguments = ("--data-path", data, "--eval", "--finetune", tmp_path / "renamed.pth")
+    assert "does not know unknown of the data's classes" in mistake(capsys, *SMALL, *arguments)
+
+
+def evaluated(data, checkpoint, out):
+    run("--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out)
+    return json.loads((out / "eval.json").read_text())
 
 
 def test_finetune_keeps_dropout_and_stochastic_depth_off(trained, monkeypatch):
@@ -193,7 +234,10 @@ def mistake(capsys, *argv):
         ("--model avit_tinny_patch16_224", "did you mean avit_tiny_patch16_224"),
         ("--model resnet50", "--model resnet50: not a plain vision transformer"),
         ("--model vit_base_patch16_siglip_224", "global_pool is 'map'"),
-        ("--model vit_base_patch16_rpn_224", "ResPostBlock (did you mean vit_base_patch16_224"),
+        (
+            "--model vit_base_patch16_rpn_224",
+            "its tokens cannot be adaptive: blocks.0 is a ResPostBlock (did you mean vit_base_patch16_",
+        ),
         ("--model vit_small_patch14_dinov3", "did you mean vit_small_patch14_dinov2"),
         ("--model vit_small_patch14_dinov2.nonsense", "Invalid pretrained tag (nonsense)"),
         ("--data-set CIFAR100", "did you mean CIFAR10"),

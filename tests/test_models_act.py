@@ -684,11 +684,6 @@ def test_options_that_cannot_be_honoured_are_refused(make, option, reason):
         adapt(timms)
 
 
-def test_a_pooling_that_halting_cannot_honour_is_refused_later_too():
-    with pytest.raises(ValueError, match="global_pool is 'avgmax'"):
-        halting_model().reset_classifier(3, "avgmax")
-
-
 # Any plain ViT of timm's -------------------------------------------------------------------------
 
 
@@ -711,11 +706,11 @@ def test_adapt_keeps_what_it_is_given():
 
 
 def test_adapt_names_what_it_cannot_take():
-    with pytest.raises(ValueError, match="ResNet cannot be adaptive here: it is no VisionTransformer or"):
+    with pytest.raises(ValueError, match="a ResNet is no VisionTransformer or VisionTransformerDistilled of timm"):
         adapt(timm.create_model("resnet10t", device="meta"))
-    with pytest.raises(TypeError, match="takes gate_scale, "):
+    with pytest.raises(TypeError, match="takes gate_scale"):
         adapt(timm.create_model("vit_tiny_patch16_224", device="meta"), gate=3)
-    with pytest.raises(ValueError, match="AdaptiveVisionTransformer cannot"):
+    with pytest.raises(ValueError, match="a AdaptiveVisionTransformer is no"):
         adapt(halting_model())
 
 
@@ -784,9 +779,10 @@ def test_pretrained_configuration_is_that_of_its_source(name):
     assert own.hf_hub_id.startswith("timm/")
     assert own.architecture == name
     source = get_pretrained_cfg(own.hf_hub_id.removeprefix("timm/"), allow_unregistered=False)
-    keys = ("url", "mean", "std", "crop_pct", "interpolation", "input_size", "num_classes", "first_conv", "classifier")
+    keys = ("url", "mean", "std", "interpolation", "input_size", "num_classes", "first_conv", "classifier")
     for key in keys:
         assert getattr(own, key) == getattr(source, key), key
+    assert own.crop_pct == 224 / 256  # as the original evaluates
     assert own.hf_hub_id == f"timm/{source.architecture}.{source.tag}"
 
 

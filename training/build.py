@@ -53,13 +53,12 @@ def run_cli(
     parser.error(message, status, everywhere)
 
 
-def build_model(args: argparse.Namespace, num_classes: int, start: Checkpoint | None) -> nn.Module:
-    """The model with its starting weights, on the CPU."""
+def build_model(args: argparse.Namespace, classes: list[str], start: Checkpoint | None) -> nn.Module:
+    """The model with its starting weights, on the CPU; classes: names of the data's."""
     training = not (args.eval or args.demo)
     is_new_task = training and not (start and start.flag == "resume")
     regularised = not args.finetune
     options = {
-        "num_classes": num_classes,
         "img_size": image_size(args),
         "pos_drop_rate": args.drop * regularised,
         "proj_drop_rate": args.drop * regularised,
@@ -71,25 +70,30 @@ def build_model(args: argparse.Namespace, num_classes: int, start: Checkpoint | 
     gate = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
     if start is not None:
         use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
-        options |= {"budget": args.budget, "use_ema": use_ema, "replace_head": is_new_task}
+        options |= {"budget": args.budget, "use_ema": use_ema, "replace_head": is_new_task, "classes": classes}
         model = start.build_model(args.model, **options, **gate)
     else:
         if args.budget is not None:
             raise UserError("--budget needs a checkpoint that knows its gate's cost: give --finetune")
         if not (training or args.pretrained):
             warn("no weights given (--finetune, --resume or --pretrained): the network is random")
-        model = create_model(args.model, pretrained=args.pretrained, **options, **resolve_gate(gate))
-        hub_classes = model.pretrained_cfg["num_classes"]
-        if args.pretrained and hub_classes != num_classes:
-            head = f"head of {hub_classes} classes" if hub_classes else "head"
-            if not training:
-                raise UserError(
-                    f"--pretrained: it has {'a' if hub_classes else 'no'} {head}, the data has {num_classes}"
-                )
-            replaced = f"the {head} is replaced by" if hub_classes else "it has no head:"
-            warn(f"--pretrained: {replaced} a new one of {num_classes} classes")
+        options |= {"pretrained": args.pretrained, "num_classes": len(classes)}
+        model = create_model(args.model, **options, **resolve_gate(gate))
+        if args.pretrained:
+            _check_hub_head(model, may_be_new=training)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
+
+
+def _check_hub_head(model: nn.Module, may_be_new: bool) -> None:
+    """Tells of a head that the hub's weights do not have; UserError where it may not be new."""
+    hubs, wanted = model.pretrained_cfg["num_classes"], model.num_classes
+    if hubs == wanted:
+        return
+    found = f"--pretrained: a head of {hubs} classes" if hubs else "--pretrained: no head"
+    if not may_be_new:
+        raise UserError(f"{found}, the data has {wanted} classes")
+    warn(f"{found}: a new one of {wanted} classes is trained")
 
 
 def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
@@ -185,12 +189,12 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, mixup: bool) -> 
     return losses.AdaptiveLoss(classification, model.num_blocks, args.ponder_token_scale, args.distr_prior_alpha)
 
 
-def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) -> losses.Teacher | None:
+def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher | None:
     """Puts the student into distilled training too, where a distillation token learns from the teacher."""
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
-        teacher = build_own_teacher(args, model, num_classes)
+        teacher = build_own_teacher(args, model, classes)
         share = teacher_share(teacher.classifier, model, args.target_macs)
         utils.log(f"the teacher's forward pass is {share:.0%} of a training step's multiply-adds")
         return teacher
@@ -206,13 +210,13 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) 
     try:
         classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
         if args.teacher_path:
-            classifier.reset_classifier(num_classes)
+            classifier.reset_classifier(len(classes))
     except (OSError, RuntimeError) as error:
         raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
     if args.teacher_path:
         load_teacher_weights(classifier, Checkpoint.load(args.teacher_path))
-    elif classifier.num_classes != num_classes:
-        raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {num_classes}")
+    elif classifier.num_classes != len(classes):
+        raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {len(classes)}")
     teacher = _teacher_of(model, classifier)
     try:
         teacher(torch.zeros(1, 3, *image_size(args)))
@@ -226,11 +230,11 @@ def _teacher_of(student: nn.Module, classifier: nn.Module) -> losses.Teacher:
     return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
 
 
-def build_own_teacher(args: argparse.Namespace, model: nn.Module, num_classes: int) -> losses.Teacher:
+def build_own_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
     """The static network that training starts, or has started, from, or another of ours. UserError without weights."""
-    options = {"num_classes": num_classes, "img_size": image_size(args), "halting": False}
+    options = {"img_size": image_size(args), "halting": False}
     if args.teacher_path:
-        network = Checkpoint.load(args.teacher_path).build_model(**options)
+        network = Checkpoint.load(args.teacher_path).build_model(classes=classes, **options)
         return _teacher_of(model, network)
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is None and not args.pretrained:
@@ -239,9 +243,9 @@ def build_own_teacher(args: argparse.Namespace, model: nn.Module, num_classes: i
             "give --pretrained, --pretrained-path or --finetune, also where a run is resumed"
         )
     if start is None:
-        network = create_model(args.model, pretrained=True, **options)
+        network = create_model(args.model, pretrained=True, num_classes=len(classes), **options)
     else:
-        network = start.build_model(args.model, **options, use_ema=args.use_ema)
+        network = start.build_model(args.model, classes=classes, use_ema=args.use_ema, **options)
     return _teacher_of(model, network)
 
 
@@ -257,9 +261,9 @@ def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: 
     return losses.BudgetController(resolve_budget(model, args.target_macs), updates_per_epoch)
 
 
-def build_trainer(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> Trainer:
-    mixup = build_mixup(args, num_classes)
-    teacher = build_teacher(args, model, num_classes)
+def build_trainer(args: argparse.Namespace, model: nn.Module, classes: list[str], device: torch.device) -> Trainer:
+    mixup = build_mixup(args, len(classes))
+    teacher = build_teacher(args, model, classes)
     ema_device = "cpu" if args.model_ema_force_cpu else None
     ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)  # no second copy of the gradients
     return Trainer(

@@ -8,7 +8,7 @@ import http.client
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -118,6 +118,42 @@ class Checkpoint:
             )
         return fitting[0]
 
+    def recorded_classes(self) -> list[str] | None:
+        """The names of its classes, in order, where a checkpoint of ours says them."""
+        recorded = self.content.get("classes")
+        is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
+        return recorded if is_names and recorded and len(set(recorded)) == len(recorded) else None
+
+    def weights_for(
+        self, classes: Sequence[str], use_ema: bool = False, replace_head: bool = False
+    ) -> dict[str, Tensor]:
+        """The weights, with a head for data of these classes, in their order: matched by name where they are known.
+
+        replace_head: without a head where some are unknown, for a new one to be trained; else that is a UserError.
+        Where none is known, and there are as many, they are taken in order, with a warning.
+        """
+        weights, recorded = self.state_dict(use_ema), self.recorded_classes()
+        if recorded is None or recorded == list(classes):
+            return weights
+        number = {name: index for index, name in enumerate(recorded)}
+        unknown = [name for name in classes if name not in number]
+        of_data, own = f"the data's classes ({_first_three(classes)})", f"its own ({_first_three(recorded)})"
+        if not unknown and self.flag == "resume":
+            raise UserError(
+                f"{self.location}: a run goes on with its own classes: {of_data} are not {own} in their order"
+            )
+        if not unknown:
+            log(f"{self.location}: {of_data} are found by name among {own}")
+            rows = torch.tensor([number[name] for name in classes])
+            return {name: value[rows] if _is_of_head(name) else value for name, value in weights.items()}
+        if len(unknown) == len(classes) == len(recorded):
+            warn(f"{self.location}: {of_data} are none of {own}: taken to be the same, in order")
+        elif replace_head:
+            return {name: value for name, value in weights.items() if not _is_of_head(name)}
+        elif len(unknown) < len(classes):
+            raise UserError(f"{self.location}: does not know {_first_three(unknown)} of {of_data}, only {own}")
+        return weights
+
     def names_by_class(self) -> dict[str, str]:
         """The classes that it knows, in order, each with a name to show: its own, or ImageNet's, or numbers.
 
@@ -126,10 +162,8 @@ class Checkpoint:
         head = self.state_dict().get("head.weight")
         if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
             raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
-        count = len(head)
-        recorded = self.content.get("classes")
-        is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
-        if is_names and len(set(recorded)) == len(recorded) == count:
+        count, recorded = len(head), self.recorded_classes()
+        if recorded is not None and len(recorded) == count:
             return {name: name for name in recorded}
         if count == IMAGENET_CLASSES:
             info = ImageNetInfo("imagenet-1k")
@@ -171,7 +205,7 @@ class Checkpoint:
         self,
         name: str | None = None,
         *,
-        num_classes: int | None = None,
+        classes: Sequence[str] | None = None,
         img_size: tuple[int, int] | None = None,
         gate_scale: float | None = None,
         gate_center: float | None = None,
@@ -183,6 +217,7 @@ class Checkpoint:
         """The network with these weights, on the CPU.
 
         What is None is the checkpoint's: its model, classes, gate, and image size (where it says none, the model's).
+        classes: names of the data's, see `weights_for`;
         budget: share of the static network's multiply-adds that sets the gate center instead, see `center_of_budget`;
         replace_head: see `load_weights`; options: of timm.create_model. UserError where something does not fit.
         """
@@ -192,9 +227,12 @@ class Checkpoint:
             gate["gate_center"] = self.center_of_budget(budget, use_ema)
             log(f"gate_center {gate['gate_center']:g}, for a budget of {budget:g}")
         img_size = img_size or self.image_size() or default_image_size(name)
-        num_classes = num_classes or len(self.names_by_class())
-        model = create_model(name, img_size, num_classes=num_classes, **gate, **options)
-        load_weights(model, self.state_dict(use_ema), self.location, replace_head, self.image_size())
+        if classes is None:
+            classes, weights = [*self.names_by_class()], self.state_dict(use_ema)
+        else:
+            weights = self.weights_for(classes, use_ema, replace_head)
+        model = create_model(name, img_size, num_classes=len(classes), **gate, **options)
+        load_weights(model, weights, self.location, replace_head, self.image_size())
         return model
 
     def without_training_state(self, private_flags: Iterable[str] = ()) -> dict:
@@ -337,18 +375,18 @@ def load_weights(
     if names or shapes do not fit, and which model of ours they do fit.
     """
     own, weights = model.state_dict(), _with_our_names(weights)
-    head = {name: value for name, value in own.items() if name.startswith("head")}
+    head = {name: value for name, value in own.items() if _is_of_head(name)}
     if replace_head and not head.keys() & weights.keys():
-        warn(f"{location}: holds no head: a new one of {model.num_classes} classes is trained")
+        warn(f"{location}: holds no head for these classes: a new one of {model.num_classes} is trained")
         weights |= head
     wrong = _misfits(own, weights, _may_be_resized)
     if wrong:
         fitting = fitting_models(weights)
         hint = f"; it fits {' or '.join(fitting)}" if fitting else ""
-        raise UserError(f"{location}: does not fit the model: {_first_three(wrong)}{hint}")
+        raise UserError(f"{location}: does not fit the model: {_first_three(wrong, '; ')}{hint}")
     if "pos_embed" in own:
         weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
-    foreign_head = [name for name in own if name.startswith("head") and weights[name].shape != own[name].shape]
+    foreign_head = [name for name in own if _is_of_head(name) and weights[name].shape != own[name].shape]
     if foreign_head:
         found, expected = len(weights[foreign_head[0]]), len(own[foreign_head[0]])
         if not replace_head:
@@ -380,12 +418,16 @@ def load_teacher_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     weights, location = checkpoint.state_dict(), checkpoint.location
     wrong = _misfits(model.state_dict(), weights, resizable=lambda name: False)
     if wrong:
-        raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong)}")
+        raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong, '; ')}")
     model.load_state_dict(weights, strict=True)
 
 
 def _may_be_resized(name: str) -> bool:
-    return name == "pos_embed" or name.startswith("head")
+    return name == "pos_embed" or _is_of_head(name)
+
+
+def _is_of_head(name: str) -> bool:
+    return name.startswith("head")
 
 
 def _misfits(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list[str]:
@@ -399,9 +441,9 @@ def _misfits(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list
     return wrong
 
 
-def _first_three(wrong: list[str]) -> str:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return "; ".join(wrong[:3]) + more
+def _first_three(texts: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return separator.join(texts[:3]) + more
 
 
 def _with_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def test_a_cut_network_is_the_first_blocks_of_the_whole_one(tmp_path):
     path = save_halting_micro(tmp_path / "whole.pth", num_classes=3, classes=["a", "b", "c"], args={"model": "x"})
     stages.cut(path, 5, tmp_path / "cut.pth")
     whole = load_checkpoint(str(path))["model"]
-    found = Checkpoint.load(str(tmp_path / "cut.pth")).build_model(register("cut:5"), num_classes=3, img_size=(32, 32))
+    found = Checkpoint.load(str(tmp_path / "cut.pth")).build_model(register("cut:5"), img_size=(32, 32))
     assert len(found.blocks) == 5
     for name, value in found.state_dict().items():
         assert_close(value, whole[name], rtol=1e-3, atol=1e-3)

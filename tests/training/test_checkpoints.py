@@ -116,6 +116,28 @@ def test_another_class_count(capsys):
     assert torch.equal(model.cls_token, weights["cls_token"])
 
 
+def test_a_head_for_a_part_of_the_classes_is_made_of_its_rows():
+    weights = halting_model(num_classes=3, distilled=True).state_dict()
+    found = Checkpoint({"model": weights, "classes": ["a", "b", "c"]}, "c").weights_for(["c", "a"])
+    for name in ("head.weight", "head_dist.bias"):
+        assert torch.equal(found[name], weights[name][[2, 0]])
+    assert torch.equal(found["cls_token"], weights["cls_token"])
+    for recorded in (None, ["a", "a", "b"], ["a", 1, "c"], "abc", []):  # no names
+        found = Checkpoint({"model": weights, "classes": recorded}, "c").weights_for(["c", "a"])
+        assert torch.equal(found["head.bias"], weights["head.bias"])
+
+
+def test_weights_without_a_head_may_start_training(capsys):
+    weights = {name: value for name, value in halting_model().state_dict().items() if not name.startswith("head")}
+    model = halting_model(num_classes=5)
+    own_head = model.head.weight.clone()
+    with pytest.raises(UserError, match="head.weight is missing"):
+        load_weights(model, weights)
+    load_weights(model, weights, replace_head=True)
+    assert "no head for these classes: a new one of 5 is trained" in capsys.readouterr().err
+    assert torch.equal(model.head.weight, own_head)
+
+
 def test_position_embeddings_are_resampled():
     square, wide = halting_model().state_dict(), halting_model(img_size=(8, 32)).state_dict()  # 4 x 4, 2 x 8 patches
     larger = load_weights(halting_model(img_size=24), square)
