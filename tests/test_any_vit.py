@@ -1,11 +1,12 @@
 """Any plain ViT of timm's, made adaptive by its name."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
-from conftest import images
+from conftest import ROOT, images
 from forms import assert_same, flops, forms
 from timm.layers import PatchEmbed
 
@@ -55,6 +56,13 @@ def test_every_name_fits_or_says_why():
     reasons = {reason.split(": ", 1)[1] for reason in found.values() if reason}
     assert sum(reason is None for reason in found.values()) >= 165
     assert all(" is a " in reason or "global_pool is " in reason for reason in reasons), reasons
+    fitting = [name for name, reason in found.items() if reason is None]
+    page = (ROOT / "docs" / "models.md").read_text()
+    if f"timm {timm.__version__};" in page:
+        rows = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \| `([^`]+)` \|$", page, flags=re.MULTILINE)
+        assert sum(int(names) for names, _, _ in rows) == len(fitting)
+        assert sum(int(weights) for _, weights, _ in rows) == sum(len(timm.list_pretrained(f"{n}.*")) for n in fitting)
+        assert all(example.split(".")[0] in fitting for _, _, example in rows)
 
 
 @pytest.mark.slow
@@ -110,6 +118,32 @@ def check_one(name: str) -> None:
         assert torch.equal(told.depth, halting.depth)
         assert [m.shape for m in maps] == [(4, 48, *model.patch_embed.grid_size)] * 2
     assert_same(*forms(model.train()), x)
+
+
+# Dense tasks -------------------------------------------------------------------------------------
+
+
+def test_the_segmentation_of_the_docs_learns(monkeypatch):
+    """As written there, on a small network: which half of an image is bright, pixel by pixel."""
+    text = (ROOT / "docs" / "models.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Segmenter" in block)
+    create, steps = timm.create_model, 40
+    torch.manual_seed(0)
+    small = {"patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 6, "init_values": 0.5}
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: create("vit_tiny_patch16_224", img_size=32, **small))
+    masks = torch.zeros(8, 32, 32, dtype=torch.long)
+    for number in range(8):
+        masks[number, :, : 4 * (number + 1)] = 1
+    x = images(8, 32) + 2 * masks[:, None]
+    losses, seen = [], {"images": x, "masks": masks, "steps": steps}
+    entropy = torch.nn.functional.cross_entropy
+    spy = lambda *args: losses.append(entropy(*args)) or losses[-1]  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    exec(code, seen)
+    assert len(losses) == steps
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(seen["halting"].depth.unique()) >= 3, "tokens do not halt"
+    assert seen["logits"].shape == (8, 2, 32, 32)
 
 
 # Names at the command line -----------------------------------------------------------------------

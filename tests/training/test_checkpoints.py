@@ -131,7 +131,7 @@ def test_weights_without_a_head_may_start_training(capsys):
     weights = {name: value for name, value in halting_model().state_dict().items() if not name.startswith("head")}
     model = halting_model(num_classes=5)
     own_head = model.head.weight.clone()
-    with pytest.raises(UserError, match="head.weight is missing"):
+    with pytest.raises(UserError, match=r"head\.weight is missing"):
         load_weights(model, weights)
     load_weights(model, weights, replace_head=True)
     assert "no head for these classes: a new one of 5 is trained" in capsys.readouterr().err
