@@ -268,12 +268,20 @@ class AdaptiveTokens:
             result = intermediates if intermediates_only else (self.norm(output), intermediates)
         return (result, halting) if return_halting else result
 
+    @property
+    def can_swap_channels(self) -> bool:
+        """Whether patches are projected to their channels; a stem of convolutions may do without."""
+        return not isinstance(self.patch_embed.proj, nn.Identity)
+
     @torch.no_grad()
     def halt_by(self, channel: int) -> None:
         """Lets the halting score read another channel of the tokens: swaps it with channel 0, in all weights.
 
-        As a static network the model stays what it is, but for the order of its channels.
+        As a static network the model stays what it is, but for the order of its channels. ValueError for another
+        one where that is out of reach, see `can_swap_channels`.
         """
+        if channel != 0 and not self.can_swap_channels:
+            raise ValueError("a stem without a projection gives the channels their order: only channel 0 can be read")
         order = [channel, 0]
         for name, parameter in self.named_parameters():
             axis = _channel_axis(name)

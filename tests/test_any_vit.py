@@ -7,17 +7,18 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, images
-from forms import assert_same, flops, forms
+from forms import CLOSE, assert_same, flops, forms
 from timm.layers import PatchEmbed
+from torch import nn
+from torch.testing import assert_close
 
 import benchmark
 import main_act
 import visualize
 from datasets import IMAGENET
 from models_act import AdaptiveTokens, adapt, macs_per_image
-from training.budget import cheapest_cost
+from training.budget import budget_curve, cheapest_cost
 from training.checkpoints import Checkpoint
-from training.gate import choose_gate
 from training.models import create_model, misfit, other_names, preprocessing
 from utils import UserError
 
@@ -57,6 +58,17 @@ def test_every_name_fits_or_says_why():
     assert sum(reason is None for reason in found.values()) >= 165
     assert all(" is a " in reason or "global_pool is " in reason for reason in reasons), reasons
     fitting = [name for name, reason in found.items() if reason is None]
+    for name in fitting:
+        model = build_on_meta(name)
+        size = smallest_size(model)
+        model.reset_classifier(5)
+        if isinstance(model.patch_embed, PatchEmbed):
+            model.set_input_size((size, size))
+        else:
+            size = model.patch_embed.img_size[0]
+        logits, halting = model(torch.empty(2, 3, size, size, device="meta"), return_halting=True)
+        assert logits.shape == (2, 5), name
+        assert halting.depth.shape == (2, model.num_prefix_tokens + model.patch_embed.num_patches), name
     page = (ROOT / "docs" / "models.md").read_text()
     if f"timm {timm.__version__};" in page:
         rows = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \| `([^`]+)` \|$", page, flags=re.MULTILINE)
@@ -98,8 +110,11 @@ def test_one_of_a_kind(name):
 
 def check_one(name: str) -> None:
     torch.manual_seed(0)
-    size = smallest_size(build_on_meta(name))
-    static = timm.create_model(name, img_size=size, **SMALL).eval()
+    given = build_on_meta(name)
+    size, sizes = smallest_size(given), dict(SMALL)
+    if isinstance(given.patch_embed.proj, nn.Identity):  # the stem gives the width
+        sizes |= {"embed_dim": given.embed_dim, "num_heads": given.blocks[0].attn.num_heads}
+    static = timm.create_model(name, img_size=size, **sizes).eval()
     with torch.no_grad():
         for parameter in static.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -108,16 +123,35 @@ def check_one(name: str) -> None:
         for zip_tokens in (False, True):
             whole = adapt(static, gate_center=1e9, zip_tokens=zip_tokens)
             assert torch.equal(whole(x), static(x)), name
-        model = adapt(static)
-        choose_gate(model, x, CPU, "none", (cheapest_cost(model) + 1) / 2).apply(model)
+        if whole.can_swap_channels:
+            whole.halt_by(5)
+            assert_close(whole(x), static(x), **CLOSE)
+        model = with_a_gate(whole, x)
         halting = assert_same(*forms(model), x, gradients=False)
         assert len(halting.depth.unique()) >= 3, f"{name}: tokens do not halt at several depths"
         depth = model(x[:1], return_halting=True)[1].depth
         assert flops(lambda: model(x[:1], return_halting=True)) == 2 * macs_per_image(model, depth).item(), name
         maps, told = model.forward_intermediates(x, [2, 5], intermediates_only=True, return_halting=True)
         assert torch.equal(told.depth, halting.depth)
-        assert [m.shape for m in maps] == [(4, 48, *model.patch_embed.grid_size)] * 2
+        assert [m.shape for m in maps] == [(4, model.embed_dim, *model.patch_embed.grid_size)] * 2
     assert_same(*forms(model.train()), x)
+
+
+def test_a_stem_without_a_projection_keeps_its_channels():
+    model = adapt(timm.create_model("vit_base_mci_224", device="meta"))
+    model.halt_by(0)
+    with pytest.raises(ValueError, match="only channel 0 can be read"):
+        model.halt_by(3)
+
+
+def with_a_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
+    """One by which tokens halt so that about half of what can be saved is."""
+    static = adapt(benchmark.static_twin(model), halting=False)
+    states = static.forward_intermediates(x, intermediates_only=True)
+    model.gate_scale = 4 / torch.stack(states)[:, :, 0].std().item()
+    model.gate_center = model.gate_scale * torch.stack(states)[:, :, 0].mean().item()
+    model.gate_center = budget_curve(model, [(x,)], CPU, "none").center((cheapest_cost(model) + 1) / 2)
+    return model
 
 
 # Dense tasks -------------------------------------------------------------------------------------
@@ -195,6 +229,22 @@ def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, m
     benchmark.main(["--finetune", path, "--model", name, "--data-path", str(image_folder), *options])
     benchmark.main(["--model", name, "--input-size", "48", *options])
     assert "zipped, early exit" in capsys.readouterr().out
+
+
+def test_a_network_without_a_class_token_at_the_command_line(image_folder, tmp_path, capsys):
+    out, data = tmp_path / "out", ["--data-path", str(image_folder), "--num_workers", "0", "--batch-size", "5"]
+    model = ["--model", "vit_wee_patch16_reg1_gap_256", "--input-size", "48", "--gate_scale", "5", "--gate_center", "5"]
+    main_act.main([*data, *model, "--output_dir", str(out), "--epochs", "1", "--no-repeated-aug"])
+    (line,) = map(json.loads, (out / "log.txt").read_text().splitlines())
+    assert "test_patch_depth_mean" in line
+    assert "test_class_token_depth" not in line
+    path = ["--finetune", str(out / "checkpoint.pth")]
+    main_act.main([*data, *model[:4], "--demo", *path, "--demo-dir", str(tmp_path / "demo")])
+    capsys.readouterr()
+    summary = ["--summary", "--data-path", str(image_folder), "--html", "--output-dir", str(tmp_path / "summary")]
+    visualize.main([*path, *summary])
+    assert "class token" not in (tmp_path / "summary" / "summary.html").read_text()
+    assert not (tmp_path / "summary" / "class_token_depth.png").exists()
 
 
 def test_depths_that_cannot_be_imposed_are_one_line(monkeypatch, capsys):

@@ -44,7 +44,8 @@ def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp
         expected = F.log_softmax(model(images).float(), dim=1)
         states = _states(model, images)
     model.halting = True
-    gates = [(channel, sign * _scale(states[..., channel])) for channel in range(states.shape[-1]) for sign in (1, -1)]
+    channels = range(states.shape[-1] if model.can_swap_channels else 1)
+    gates = [(channel, sign * _scale(states[..., channel])) for channel in channels for sign in (1, -1)]
     choices = []
     for channel, scale in gates:
         center = _center_of_cost(model, scale * states[..., channel], cost)
