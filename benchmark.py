@@ -69,7 +69,7 @@ import utils
 import zipping
 from datasets import Preprocessing, build_dataset, spread_sample
 from losses import AdaptiveLoss
-from models_act import ADAPTIVE, AdaptiveTokens, macs_per_image
+from models_act import AdaptiveTokens, macs_per_image
 from training.checkpoints import Checkpoint
 from training.models import check_model_name, create_model, default_image_size
 from utils import autocast
@@ -171,7 +171,8 @@ def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
 def static_twin(model: AdaptiveTokens) -> VisionTransformer:
     """timm's own network of the same size, with the same weights: what `adapt` was given."""
     twin = copy.deepcopy(model)
-    twin.__class__ = next(plain for plain, adaptive in ADAPTIVE.items() if isinstance(model, adaptive))
+    bases = type(model).__mro__
+    twin.__class__ = next(b for b in bases if issubclass(b, VisionTransformer) and not issubclass(b, AdaptiveTokens))
     return twin
 
 
@@ -436,11 +437,13 @@ def set_synthetic_depths(model: VisionTransformer, mean: float, spread: float) -
     image's tokens. The shares hold for images of standard normal noise. Other weights, and so the
     rest of the computation, stay as they are.
 
-    ValueError for a model whose projections have no bias.
+    ValueError for a model whose projections have no bias, or whose stem has no projection.
     """
     blocks, grid, channels = model.blocks, model.patch_embed.num_patches, model.embed_dim
     if blocks[0].mlp.fc2.bias is None:
         raise ValueError("depths are imposed by the bias of projections, and it has none")
+    if isinstance(model.patch_embed.proj, nn.Identity):
+        raise ValueError("depths are imposed by the projection of patches, and it has none")
     slope = 6.0  # rise of the gate's logit per block: steep enough to halt within one or two
     step = slope / model.gate_scale  # the same in units of channel 0
     crossing = mean - _halting_lag(slope)  # the block where the logit of an average token crosses 0

@@ -14,6 +14,7 @@ have timm's names, so DeiT's load as they are.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -48,6 +49,7 @@ __all__ = [
     "Halting",
     "HaltingStep",
     "adapt",
+    "adapt_",
     "halting_step",
     "macs_per_image",
 ]
@@ -180,11 +182,11 @@ class AdaptiveTokens:
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, **kwargs):
         halting = {name: kwargs.pop(name) for name in HALTING if name in kwargs}
         super().__init__(img_size=img_size, patch_size=patch_size, **kwargs)
+        _refuse(_unfit_part(self) or _unfit_pooling(self.global_pool))
         self._set_halting(halting)
 
     def _set_halting(self, options: dict) -> None:
         """Of a model that is complete but for this."""
-        _refuse(_unfit_part(self) or _unfit_pooling(self.global_pool))
         for name, value in (HALTING | options).items():
             setattr(self, name, value)
         self.num_blocks = len(self.blocks)  # "the last block" stays this one if blocks are pruned
@@ -245,7 +247,9 @@ class AdaptiveTokens:
         options |= {"output_fmt": output_fmt, "intermediates_only": intermediates_only, "output_dict": output_dict}
         if not self.halting:
             found = super().forward_intermediates(x, indices, **options)
-            return (found, self._static_halting(self._embed(x))) if return_halting else found
+            num_patches = math.prod(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+            num_tokens = self.num_prefix_tokens + num_patches
+            return (found, self._static_halting(x, num_tokens)) if return_halting else found
         taken, last = feature_take_indices(len(self.blocks), indices)
         states = dict.fromkeys(taken)
         num_blocks = last + 1 if stop_early else len(self.blocks)
@@ -309,7 +313,7 @@ class AdaptiveTokens:
         """
         if not self.halting:
             features = super().forward_features(x)
-            return features, self._static_halting(features) if return_halting else None
+            return features, self._static_halting(features, features.shape[1]) if return_halting else None
         output, halting = self._mean_field(self._embed(x), return_halting=return_halting, **options)
         return self.norm(output), halting
 
@@ -388,9 +392,9 @@ class AdaptiveTokens:
         in_short = [plain and not (in_full or block.training) for plain, block in zip(is_plain, self.blocks)]
         return [_plain_block if short else _zipped_block for short in in_short]
 
-    def _static_halting(self, features: Tensor) -> Halting:
-        """All weight on the last block: no score before it, remainder 1."""
-        depth = features.new_full(features.shape[:2], self.num_blocks, dtype=torch.float32)
+    def _static_halting(self, x: Tensor, num_tokens: int) -> Halting:
+        """x: [B, ...]; all weight on the last block: no score before it, remainder 1."""
+        depth = x.new_full((len(x), num_tokens), self.num_blocks, dtype=torch.float32)
         return Halting(depth, depth + 1, depth.new_zeros(self.num_blocks))
 
 
@@ -425,12 +429,17 @@ def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:
     halting: options of `AdaptiveTokens`. ValueError, with the reason, for a model of another class, or with a part that
     halting cannot honour; TypeError for an unknown option.
     """
+    return adapt_(copy.deepcopy(model), **halting)
+
+
+def adapt_(model: VisionTransformer, **halting) -> AdaptiveTokens:
+    """`adapt` in place, which leaves no model of the class it was."""
     names = " or ".join(kind.__name__ for kind in ADAPTIVE)
     _refuse(None if type(model) in ADAPTIVE else f"a {type(model).__name__} is no {names} of timm's")
     unknown = sorted(halting.keys() - HALTING)
     if unknown:
         raise TypeError(f"adapt() takes {', '.join(HALTING)}, not {', '.join(unknown)}")
-    model = copy.deepcopy(model)
+    _refuse(_unfit_part(model) or _unfit_pooling(model.global_pool))
     model.__class__ = ADAPTIVE[type(model)]
     model._set_halting(halting)
     return model
@@ -609,7 +618,10 @@ STEM_MACS: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # for thes
 
 
 def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
-    """In closed form for patches of pixels; a convolutional stem is counted by torch, on shapes alone, once."""
+    """In closed form for patches of pixels; a convolutional stem is counted by torch, on shapes alone, once.
+
+    Its multiply-adds at other image sizes than its own are taken to grow with the number of patches.
+    """
     if isinstance(embed, PatchEmbed):
         return embed.proj.weight.numel() * num_patches
     size, macs = STEM_MACS.get(embed, (None, None))
@@ -619,7 +631,7 @@ def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
             torch.func.functional_call(embed, weights, torch.empty(1, embed.in_chans, *embed.img_size, device="meta"))
         macs = counter.get_total_flops() / 2
         STEM_MACS[embed] = embed.img_size, macs
-    return macs
+    return macs * num_patches / embed.num_patches
 
 
 def _linear_weights(module: nn.Module) -> int:

@@ -38,7 +38,7 @@ def options_of(model: AdaptiveTokens) -> tuple:
     """What tells models apart but for their sizes."""
     block = model.blocks[0]
     parts = (model.patch_embed, model.norm_pre, model.norm, model.fc_norm, block.norm1, block.mlp, block.mlp.act)
-    parts += (block.ls1, block.attn.q_norm, model.head)
+    parts += (block.ls1, block.attn.q_norm, block.attn.norm, getattr(block.mlp, "norm", None), model.head)
     kinds = tuple(type(part).__name__ for part in parts)
     biases = (block.attn.qkv.bias is None, block.mlp.fc2.bias is None)
     tokens = (model.has_class_token, model.num_reg_tokens, model.no_embed_class, model.dynamic_img_size)
@@ -169,7 +169,7 @@ def test_the_segmentation_of_the_docs_learns(monkeypatch):
     for number in range(8):
         masks[number, :, : 4 * (number + 1)] = 1
     x = images(8, 32) + 2 * masks[:, None]
-    losses, seen = [], {"images": x, "masks": masks, "steps": steps}
+    losses, seen = [], {"images": x, "batches": [(x, masks)] * steps}
     entropy = torch.nn.functional.cross_entropy
     spy = lambda *args: losses.append(entropy(*args)) or losses[-1]  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
@@ -200,6 +200,28 @@ def test_weights_out_of_reach_are_one_line(monkeypatch):
         monkeypatch.setattr(f"timm.models._builder.{loader}", unreachable)
     with pytest.raises(UserError, match=f"^no pretrained weights for {CLIP}: unreachable$"):
         create_model(CLIP, (32, 32), pretrained=True)
+
+
+def test_sizes_that_a_stem_cannot_take_are_one_line():
+    with pytest.raises(UserError, match=r"^--input-size 48 x 48: not for vit_tiny_r_s16_p8_224: "):
+        create_model("vit_tiny_r_s16_p8_224", (48, 48))
+
+
+def test_a_record_is_believed_where_the_weights_fit():
+    weights = timm.create_model("avit_micro_patch4_32", num_classes=3).state_dict()
+    recorded = {"model": "aimv2_3b_patch14_448", "input_size": [1024]}
+    assert Checkpoint({"model": weights, "args": recorded}, "c").model_name() == "avit_micro_patch4_32"
+
+
+@pytest.mark.parametrize("recorded", ["vit_tiny_patch16_224.augreg_in21k", "deit_tiny_patch16_224"])
+def test_images_made_otherwise_than_in_training_are_refused(recorded, capsys):
+    weights = timm.create_model("avit_tiny_patch16_224", num_classes=3, img_size=32).state_dict()
+    checkpoint = Checkpoint({"model": weights, "gate": None, "args": {"model": recorded, "input_size": [32]}}, "c")
+    with pytest.raises(UserError, match=f"give --model {recorded}$"):
+        checkpoint.build_model("avit_tiny_patch16_224")
+    checkpoint.build_model("avit_tiny_patch16_224", classes=["a", "b", "c"], replace_head=True)
+    assert f"c: was trained on images made for {recorded}" in capsys.readouterr().err
+    checkpoint.build_model(recorded.partition(".")[0])
 
 
 def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, monkeypatch, capsys):

@@ -214,7 +214,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
     except (OSError, RuntimeError) as error:
         raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
     if args.teacher_path:
-        load_teacher_weights(classifier, Checkpoint.load(args.teacher_path))
+        load_teacher_weights(classifier, Checkpoint.load(args.teacher_path), classes)
     elif classifier.num_classes != len(classes):
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {len(classes)}")
     teacher = _teacher_of(model, classifier)

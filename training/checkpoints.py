@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 
 import models_act  # noqa: F401 - registers the models
 import utils
+from datasets import placeholders
 from training.arguments import GATE_DEFAULTS
 from training.budget import BudgetCurve
-from training.models import create_model, default_image_size, misfit, own_names
+from training.models import build_on_meta, create_model, default_image_size, misfit, own_names, preprocessing
 from utils import UserError, log, nearest, warn
 
 IMAGENET_CLASSES = 1000
@@ -108,8 +108,8 @@ class Checkpoint:
 
     def model_name(self) -> str:
         """Of which model it holds the weights, by its record, else of ours by shapes. UserError where of none."""
-        recorded = self.recorded_flag("model")
-        if isinstance(recorded, str) and misfit(recorded) is None:
+        recorded = self.recorded_model()
+        if recorded is not None and not _misfits(_empty_state_dict(recorded), self.state_dict(), _may_be_resized):
             return recorded
         fitting = fitting_models(self.state_dict())
         if not fitting:
@@ -118,8 +118,23 @@ class Checkpoint:
             )
         return fitting[0]
 
+    def recorded_model(self) -> str | None:
+        """The name of the run's model, where it says one that we know."""
+        recorded = self.recorded_flag("model")
+        return recorded if isinstance(recorded, str) and misfit(recorded) is None else None
+
+    def _check_preprocessing(self, name: str, is_new_task: bool) -> None:
+        """UserError where the images of this model are not made as those of the run's; a warning in a new task."""
+        recorded = self.recorded_model()
+        if recorded is None or preprocessing(recorded) == preprocessing(name):
+            return
+        told = f"{self.location}: was trained on images made for {recorded}, those of {name} are made otherwise"
+        if not is_new_task:
+            raise UserError(f"{told}: give --model {recorded}")
+        warn(told)
+
     def recorded_classes(self) -> list[str] | None:
-        """The names of its classes, in order, where a checkpoint of ours says them."""
+        """The names of its classes, in order, where it says them."""
         recorded = self.content.get("classes")
         is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
         return recorded if is_names and recorded and len(set(recorded)) == len(recorded) else None
@@ -133,11 +148,13 @@ class Checkpoint:
         Where none is known, and there are as many, they are taken in order, with a warning.
         """
         weights, recorded = self.state_dict(use_ema), self.recorded_classes()
-        if recorded is None or recorded == list(classes):
+        heads = [value for name, value in weights.items() if _is_of_head(name)]
+        fits = recorded is not None and all(value.ndim > 0 and len(value) == len(recorded) for value in heads)
+        if not fits or recorded in (list(classes), placeholders(len(recorded))):
             return weights
         number = {name: index for index, name in enumerate(recorded)}
         unknown = [name for name in classes if name not in number]
-        of_data, own = f"the data's classes ({_first_three(classes)})", f"its own ({_first_three(recorded)})"
+        of_data, own = f"the data's classes ({_named(classes)})", f"its own ({_named(recorded)})"
         if not unknown and self.flag == "resume":
             raise UserError(
                 f"{self.location}: a run goes on with its own classes: {of_data} are not {own} in their order"
@@ -151,7 +168,7 @@ class Checkpoint:
         elif replace_head:
             return {name: value for name, value in weights.items() if not _is_of_head(name)}
         elif len(unknown) < len(classes):
-            raise UserError(f"{self.location}: does not know {_first_three(unknown)} of {of_data}, only {own}")
+            raise UserError(f"{self.location}: does not know {_named(unknown)} of {of_data}, only {own}")
         return weights
 
     def names_by_class(self) -> dict[str, str]:
@@ -168,7 +185,7 @@ class Checkpoint:
         if count == IMAGENET_CLASSES:
             info = ImageNetInfo("imagenet-1k")
             return dict(zip(info.label_names(), info.label_descriptions()))
-        return {f"class {number}": f"class {number}" for number in range(count)}
+        return {name: name for name in placeholders(count)}
 
     def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
         """Of its weights, where it holds one."""
@@ -222,6 +239,7 @@ class Checkpoint:
         replace_head: see `load_weights`; options: of timm.create_model. UserError where something does not fit.
         """
         name = name or self.model_name()
+        self._check_preprocessing(name, replace_head)
         gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources(use_ema))
         if budget is not None:
             gate["gate_center"] = self.center_of_budget(budget, use_ema)
@@ -403,7 +421,8 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
     old_grid = (math.isqrt(max(patches, 0)),) * 2
     if trained_size is not None:
         ratio = model.patch_embed.feat_ratio(as_scalar=False)
-        old_grid = tuple(side // patch for side, patch in zip(trained_size, ratio))
+        of_size = tuple(side // patch for side, patch in zip(trained_size, ratio))
+        old_grid = of_size if math.prod(of_size) == patches else old_grid  # a stem's ratio may depend on the size
     elif embedding.shape == model.pos_embed.shape:
         old_grid = grid
     if patches < 1 or math.prod(old_grid) != patches:
@@ -413,9 +432,12 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
     return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
 
 
-def load_teacher_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads weights into any network. UserError, naming the weights, if names or shapes do not fit."""
-    weights, location = checkpoint.state_dict(), checkpoint.location
+def load_teacher_weights(model: nn.Module, checkpoint: Checkpoint, classes: Sequence[str]) -> None:
+    """Loads weights into any network, for data of these classes, see `Checkpoint.weights_for`.
+
+    UserError, naming the weights, if names or shapes do not fit.
+    """
+    weights, location = checkpoint.weights_for(classes), checkpoint.location
     wrong = _misfits(model.state_dict(), weights, resizable=lambda name: False)
     if wrong:
         raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong, '; ')}")
@@ -441,6 +463,10 @@ def _misfits(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list
     return wrong
 
 
+def _named(classes: Sequence[str]) -> str:
+    return _first_three([name if name.isprintable() and len(name) < 40 else ascii(name[:40]) for name in classes])
+
+
 def _first_three(texts: Sequence[str], separator: str = ", ") -> str:
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     return separator.join(texts[:3]) + more
@@ -461,8 +487,8 @@ def fitting_models(weights: dict[str, Tensor]) -> list[str]:
 
 @cache
 def _empty_state_dict(name: str) -> dict[str, Tensor]:
-    """Of one of our models: shapes without numbers."""
-    return timm.create_model(name, device="meta").state_dict()
+    """Of a model: shapes without numbers."""
+    return build_on_meta(name).state_dict()
 
 
 def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:

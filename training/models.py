@@ -10,8 +10,8 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from datasets import Preprocessing
-from models_act import HALTING, AdaptiveTokens, adapt
-from utils import UserError
+from models_act import HALTING, AdaptiveTokens, adapt_
+from utils import UserError, nearest
 
 MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # timm's, where its plain ViTs are
 NEAR = 12  # so many of the nearest names are looked at for some that fit
@@ -27,19 +27,39 @@ def other_names() -> list[str]:
     return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
+def is_own(name: str) -> bool:
+    """With a tag, or without."""
+    return name.partition(".")[0] in own_names()
+
+
+def _build(name: str, halting: dict, **options) -> AdaptiveTokens:
+    """halting: options of `AdaptiveTokens`; options: of timm.create_model."""
+    if is_own(name):
+        return timm.create_model(name, **options, **halting)
+    return adapt_(timm.create_model(name, **options), **halting)
+
+
+def build_on_meta(name: str, **options) -> AdaptiveTokens:
+    """Shapes without numbers. ValueError for a model that cannot be adaptive; errors of timm's for a size."""
+    return _build(name, {}, device="meta", **options)
+
+
 @cache
 def misfit(name: str) -> str | None:
     """Why a name is that of no model of ours and of no ViT of timm's that can be adaptive, if so."""
-    if name in own_names():
-        return None
-    if not timm.is_model(name):
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
         return "unknown model"
-    if name.split(".", maxsplit=1)[0] not in other_names():
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", include_tags=True)]
+    if tag and tag not in tags:
+        return f"{architecture} has no weights of this tag" + nearest(tag, tags)
+    if is_own(name):
+        return None
+    if architecture not in other_names():
         return "not a plain vision transformer"
     try:
-        get_pretrained_cfg(name, allow_unregistered=False)  # is the tag known?
-        adapt(timm.create_model(name, device="meta"))
-    except (ValueError, RuntimeError) as error:
+        build_on_meta(name)
+    except ValueError as error:
         return str(error)
     return None
 
@@ -50,7 +70,8 @@ def check_model_name(name: str) -> None:
     if reason is not None:
         near = difflib.get_close_matches(name, [*own_names(), *other_names()], n=NEAR)
         fitting = ", ".join(islice((other for other in near if misfit(other) is None), 3))
-        raise UserError(f"--model {name}: {reason}" + (f" (did you mean {fitting}?)" if fitting else ""))
+        hint = f" (did you mean {fitting}?)" if fitting and "did you mean" not in reason else ""
+        raise UserError(f"--model {name}: {reason}{hint}")
 
 
 def default_image_size(name: str) -> tuple[int, int]:
@@ -71,19 +92,22 @@ def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTok
     UserError for a name that does not fit, a size that patches do not fill, or weights out of reach.
     """
     check_model_name(name)
+    _check_size(name, img_size)
     halting = {option: options.pop(option) for option in HALTING if option in options}
     try:
-        if name in own_names():
-            model = timm.create_model(name, img_size=img_size, **options, **halting)
-        else:
-            model = adapt(timm.create_model(name, img_size=img_size, **options), **halting)
+        return _build(name, halting, img_size=img_size, **options)
     except Exception as error:  # whatever the hub's client raises
         if not options.get("pretrained"):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(reason if name in own_names() else f"no pretrained weights for {name}: {reason}") from error
-    patch = model.patch_embed.feat_ratio(as_scalar=False)
+        raise UserError(reason if is_own(name) else f"no pretrained weights for {name}: {reason}") from error
+
+
+def _check_size(name: str, img_size: tuple[int, int]) -> None:
+    size = f"--input-size {img_size[0]} x {img_size[1]}"
+    try:
+        patch = build_on_meta(name, img_size=img_size).patch_embed.feat_ratio(as_scalar=False)
+    except (AssertionError, RuntimeError, ValueError) as error:  # of a stem of convolutions
+        raise UserError(f"{size}: not for {name}: {error}") from error
     if any(side % p for side, p in zip(img_size, patch)):
-        sizes = f"{img_size[0]} x {img_size[1]}: not a multiple of the patches' {patch[0]} x {patch[1]}"
-        raise UserError(f"--input-size {sizes}")
-    return model
+        raise UserError(f"{size}: not a multiple of the patches' {patch[0]} x {patch[1]}")

@@ -173,7 +173,7 @@ class DatasetStatistics:
     layer_scores: np.ndarray
 
     @classmethod
-    def of(cls, batches: list[BatchRecords], has_class_token: bool = True) -> DatasetStatistics:
+    def of(cls, batches: list[BatchRecords], has_class_token: bool) -> DatasetStatistics:
         records = [one for batch in batches for one in batch.records]
         scores, sizes = zip(*((batch.layer_scores.numpy(), len(batch.records)) for batch in batches))
         return cls(

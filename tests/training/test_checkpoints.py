@@ -122,9 +122,25 @@ def test_a_head_for_a_part_of_the_classes_is_made_of_its_rows():
     for name in ("head.weight", "head_dist.bias"):
         assert torch.equal(found[name], weights[name][[2, 0]])
     assert torch.equal(found["cls_token"], weights["cls_token"])
-    for recorded in (None, ["a", "a", "b"], ["a", 1, "c"], "abc", []):  # no names
+    nameless = [None, ["a", "a", "b"], ["a", 1, "c"], "abc", [], [*"abcd"], ["class 0", "class 1", "class 2"]]
+    for recorded in nameless:
         found = Checkpoint({"model": weights, "classes": recorded}, "c").weights_for(["c", "a"])
         assert torch.equal(found["head.bias"], weights["head.bias"])
+
+
+def test_names_of_classes_do_no_harm_to_a_terminal(capsys):
+    weights = halting_model(num_classes=2).state_dict()
+    Checkpoint({"model": weights, "classes": ["\x1b[2J", "a" * 500]}, "c").weights_for(["x", "y"])
+    told = capsys.readouterr().err
+    assert r"\x1b[2J" in told
+    assert len(told) < 200
+
+
+def test_a_teacher_s_classes_are_found_by_name():
+    teacher, weights = halting_model(num_classes=2), halting_model(num_classes=3).state_dict()
+    checkpoint = Checkpoint({"model": weights, "classes": ["a", "b", "c"]}, "c")
+    checkpoints.load_teacher_weights(teacher, checkpoint, ["c", "a"])
+    assert torch.equal(teacher.head.weight, weights["head.weight"][[2, 0]])
 
 
 def test_weights_without_a_head_may_start_training(capsys):

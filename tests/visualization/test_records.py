@@ -81,7 +81,7 @@ def test_dataset_statistics_counts_every_image_once():
     loader = demo_loader(data, 4, num_workers=0, pin_memory=False)
     batches = [record_batch(model, batch, "none") for batch in loader]
     assert [one.index for batch in batches for one in batch.records] == list(range(11))
-    statistics = DatasetStatistics.of([batch.without_pixels() for batch in batches])
+    statistics = DatasetStatistics.of([batch.without_pixels() for batch in batches], has_class_token=True)
     with torch.no_grad():
         logits, halting = model(data.tensors[0], return_halting=True)
     assert (statistics.depth == halting.depth[:, 1:].numpy()).all()
