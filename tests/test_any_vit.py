@@ -222,6 +222,8 @@ def test_images_made_otherwise_than_in_training_are_refused(recorded, capsys):
     checkpoint.build_model("avit_tiny_patch16_224", classes=["a", "b", "c"], replace_head=True)
     assert f"c: was trained on images made for {recorded}" in capsys.readouterr().err
     checkpoint.build_model(recorded.partition(".")[0])
+    foreign = Checkpoint({name: value for name, value in checkpoint.content.items() if name != "gate"}, "c")
+    foreign.build_model("avit_tiny_patch16_224", img_size=(32, 32))
 
 
 def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, monkeypatch, capsys):

@@ -132,8 +132,8 @@ def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Data
     augmentation = {  # in the words of timm.data.create_transform
         "color_jitter": args.color_jitter,
         "auto_augment": args.aa,
-        "re_prob": args.reprob,
         "interpolation": args.train_interpolation,
+        "re_prob": args.reprob,
         "re_mode": args.remode,
         "re_count": args.recount,
     }

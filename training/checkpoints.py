@@ -125,7 +125,7 @@ class Checkpoint:
 
     def _check_preprocessing(self, name: str, is_new_task: bool) -> None:
         """UserError where the images of this model are not made as those of the run's; a warning in a new task."""
-        recorded = self.recorded_model()
+        recorded = self.recorded_model() if self.is_ours else None  # DeiT's own say its names, and fit ours
         if recorded is None or preprocessing(recorded) == preprocessing(name):
             return
         told = f"{self.location}: was trained on images made for {recorded}, those of {name} are made otherwise"
