@@ -6,10 +6,12 @@ import gzip
 import importlib.util
 import json
 import math
+import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +30,9 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import utils
-from utils import LocalError, UserError, main_process_first
+from utils import LocalError, UserError, main_process_first, warn
 
 MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
 
@@ -60,6 +61,10 @@ class Preprocessing(NamedTuple):
         """ImageNet's where the model was not made by name."""
         config = getattr(model, "pretrained_cfg", None)
         return cls.of(config) if config else cls()
+
+    def of_whole_images(self) -> Preprocessing:
+        """As `evaluation_transform` makes small and placed images: resized, not cropped."""
+        return self._replace(interpolation="bilinear", crop_pct=1.0, crop_mode="squash")
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """[..., 3, H, W] float as the transforms made them -> uint8."""
@@ -91,9 +96,14 @@ def training_transform(
     return transforms.Compose([transforms.Lambda(_to_rgb), crop_and_flip, augment, to_tensor])
 
 
+def is_shown_whole(size: tuple[int, int], placed: bool) -> bool:
+    """Whether evaluation sees images to their borders; placed: as in `training_transform`."""
+    return placed or max(size) <= MAX_UNCROPPED_SIDE
+
+
 def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocessing: Preprocessing = IMAGENET):
     """PIL image -> [3, H, W] float; placed: as in `training_transform`."""
-    if placed or max(size) <= MAX_UNCROPPED_SIDE:
+    if is_shown_whole(size, placed):
         normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
     else:
@@ -117,16 +127,24 @@ def load_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(_upright(image))
     except Exception as error:  # Pillow's decoders raise what they like
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"{path}: cannot be read as an image: {reason}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its metadata say, where they can be read: they do not decide whether the image can."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's readers of metadata raise what they like
+        return image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK and 16 bit become RGB; of an animation, the first picture."""
-    if image.mode.startswith("I"):  # 16 bit, which Pillow would clip to 8
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    """Grey, palette, CMYK and more than 8 bit become RGB; of an animation, the first picture."""
+    if image.mode[:1] in "IF":  # which Pillow would clip to 8 bit
+        image = _to_8_bit(image)
     image = image.convert("RGB")
     shortest = min(image.size)
     width, height = (min(side, MAX_ASPECT_RATIO * shortest) for side in image.size)
@@ -134,6 +152,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+WHITES = (1, 255, 2**16 - 1, 2**32 - 1)  # of pixels in floating point, and of 8, 16 and 32 bit
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Of 16 or 32 bit, or floating point, whose range is the narrowest of the usual ones that holds it."""
+    pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
+    ranges = WHITES[2:] if "16" in image.mode else WHITES[1:] if image.mode.startswith("I") else WHITES
+    white = next((white for white in ranges if pixels.max() <= white), WHITES[-1])
+    return Image.fromarray((pixels * (255.999 / white)).clip(0, 255).astype(np.uint8))
 
 
 # Data sets ---------------------------------------------------------------------------------------
@@ -184,7 +213,7 @@ class INaturalist(Dataset):
             self.classes, self.samples = self._read(year, folder, train, category)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--data-path {folder}: its JSON files are not iNaturalist's: no {error}") from error
-        self.transform = transform
+        self.transform, self.root = transform, folder
 
     @staticmethod
     def _read(year: int, folder: Path, train: bool, category: str) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -210,7 +239,7 @@ class INaturalist(Dataset):
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; expected train2018.json, val2018.json (or 2019) and categories.json"
@@ -225,16 +254,80 @@ def _image_folder(folder: Path, train: bool, transform) -> ImageFolder:
     if not part.is_dir():
         raise UserError(f"--data-path {folder}: {part} is missing; {expected}")
     try:
-        return ImageFolder(part, transform=transform, loader=load_image, is_valid_file=has_image_name)
+        images = ClassFolders(part, transform=transform, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
+    warn_left_out(part, images.left_out)
+    return images
 
 
-IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
+class ClassFolders(ImageFolder):
+    """torchvision's, with the images that `find_image_files` finds in each class's folder.
+
+    left_out: what is no class or no image, by kind, and how often.
+    """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        classes = [name for name in folders if not is_hidden(name)]
+        self.left_out = Counter({HIDDEN: len(folders) - len(classes)})
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def make_dataset(self, directory, class_to_idx, *_, **__) -> list[tuple[str, int]]:
+        samples = []
+        for name, number in class_to_idx.items():
+            files, left_out = find_image_files(Path(directory, name))
+            if not files:
+                raise FileNotFoundError(f"Found no image of the class {name} in {directory}.")
+            samples += [(str(file), number) for file in files]
+            self.left_out += left_out
+        return samples
 
 
-def has_image_name(path: str | Path) -> bool:
-    return str(path).lower().endswith(IMAGE_SUFFIXES)
+HIDDEN = "hidden"  # a kind of what is left out
+SERVICE_NAMES = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SERVICE_NAMES |= {"Thumbs.db", "desktop.ini"}
+UNREAD_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only recognises them, or runs a program
+
+
+def is_hidden(name: str) -> bool:
+    """Of a file or folder that systems and programs keep beside the data."""
+    return name.startswith(".") or name in SERVICE_NAMES
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that Pillow reads, with their dot, in lower case."""
+    formats = Image.registered_extensions()
+    return frozenset(ending for ending, kind in formats.items() if kind in Image.OPEN and kind not in UNREAD_FORMATS)
+
+
+def find_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Images in a folder at any depth, by folder and name, each real folder once; what is left out, by kind."""
+    files, left_out, seen = [], Counter(), set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        left_out[HIDDEN] += sum(map(is_hidden, [*folders, *names]))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if not is_hidden(name) and suffix in image_suffixes():
+                files.append(Path(place, name))
+            elif not is_hidden(name):
+                left_out[suffix or "without a suffix"] += 1
+    return sorted(files, key=lambda file: (str(file.parent), file.name)), left_out
+
+
+def warn_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """Says once what in a folder was taken for no image."""
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(left_out.items()) if number)
+    if kinds:
+        warn(f"{folder}: left out as no images: {kinds}")
 
 
 class FashionMNISTFiles(FashionMNIST):
@@ -551,14 +644,20 @@ def class_names(classes: list[str], data_path: str | None, index_file: str | Non
     """
     found = sorted(Path(data_path).glob(CLASS_INDEX_FILES)) if data_path and index_file is None else []
     path = Path(index_file) if index_file is not None else next(iter(found), None)
-    names = {} if path is None else _read_class_index(path)
+    try:
+        names = {} if path is None else _read_class_index(path)
+    except UserError as error:
+        if index_file is not None:
+            raise
+        warn(f"{error}: not used")  # nobody asked for it
+        names = {}
     return [names.get(own, names.get(str(number), own)) for number, own in enumerate(classes)]
 
 
 def _read_class_index(path: Path) -> dict[str, str]:
     """Names by the class's own name (its folder's), or by its number."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = enumerate(content) if isinstance(content, list) else content.items()
         pairs = [(key, value) if isinstance(value, str) else value[:2] for key, value in entries]
         return {str(key): " ".join(name.split()) for key, name in pairs}
@@ -569,9 +668,9 @@ def _read_class_index(path: Path) -> dict[str, str]:
 
 
 def image_name(images: Dataset, index: int) -> str:
-    """Its file, where the data set knows files, else its number."""
+    """Its file within the data set's folder, where it knows files, else its number."""
     samples = getattr(images, "samples", None)
-    return str(samples[index][0]) if samples else f"image {index}"
+    return Path(os.path.relpath(samples[index][0], images.root)).as_posix() if samples else f"image {index}"
 
 
 def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -206,7 +206,7 @@ def test_cifar_from_its_files(tmp_path, monkeypatch):
         (lambda root: root / "missing", "no such folder"),
         (lambda root: root, "train is missing; expected"),
         (lambda root: (root / "train").mkdir() or root, "Couldn't find any class folder"),
-        (lambda root: (root / "train" / "a").mkdir(parents=True) or root, "no valid file"),
+        (lambda root: (root / "train" / "a").mkdir(parents=True) or root, "Found no image of the class a"),
         (lambda root: None, "needs --data-path"),
     ],
 )
@@ -344,10 +344,12 @@ def test_without_a_class_index_the_folders_names_count(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "7", "{", '{"0": 5}', '{"0": ["a"]}', '{"0": ["a", 5]}', "[" * 10**5, "null"])
-def test_broken_class_indices(tmp_path, content):
+def test_broken_class_indices(tmp_path, content, capsys):
     (tmp_path / "class_index.json").write_text(content)
     with pytest.raises(UserError, match="no class index"):
-        class_names(["n01"], str(tmp_path), None)
+        class_names(["n01"], None, str(tmp_path / "class_index.json"))
+    assert class_names(["n01"], str(tmp_path), None) == ["n01"]  # nobody asked for it
+    assert "not used" in capsys.readouterr().err
 
 
 def test_a_missing_class_index():

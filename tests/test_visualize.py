@@ -165,7 +165,7 @@ def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tm
         ("a.png --summary --finetune c.pth", "one of them"),
         ("a.png", "--finetune"),
         ("gone.png --finetune {c}", "gone.png: no such file or folder"),
-        ("{empty} --finetune {c}", "no image in this folder; looked for .jpg"),
+        ("{empty} --finetune {c}", "no image in this folder"),
         ("{empty}/*.png --finetune {c}", "no file matches it"),
         ("a.png --finetune {c} --cmap hott", "did you mean hot"),
         ("{photos} --finetune {c} --model avit_tiny_patch16_224", "it fits avit_micro_patch4_32"),

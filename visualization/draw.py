@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import utils
-from datasets import IMAGE_SUFFIXES, Preprocessing, UnreadableImage, evaluation_transform, has_image_name, load_image
+from datasets import Preprocessing, UnreadableImage, evaluation_transform, find_image_files, load_image, warn_left_out
 from losses import DistributionPriorLoss
 from utils import UserError, log, warn
 from visualization import heatmaps, html_pages
@@ -109,9 +109,10 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         for path in map(Path, found):
             inside = [path]
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if has_image_name(p) and p.is_file())
+                inside, left_out = find_image_files(path)
+                warn_left_out(path, left_out)
             if not inside:
-                problems.append(f"{path}: no image in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
+                problems.append(f"{path}: no image in this folder")
             files += inside
     return list(dict.fromkeys(files)), problems
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -195,7 +197,7 @@ def test_looking_at_images_passes_over_unreadable_ones_and_knows_the_places_of_t
         for image, target, place, name in zip(images, targets.tolist(), places, names):
             seen[place] = target
             assert torch.equal(image, data[place][0])
-            assert name == data.samples[place][0]
+            assert image_folder / "val" / name == Path(data.samples[place][0])
     assert seen == {1: 0, 2: 0, 3: 1, 6: 2, 7: 2, 8: 2}
     assert len(loader.bad_images) == 3
     assert capsys.readouterr().err.count("it is passed over") == 3
