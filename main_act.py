@@ -41,7 +41,10 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     utils.seed_everything(args.seed)
     if args.eval:
         return evaluate(args, device)
-    return demo(args, device) if args.demo else train(args, device)
+    if args.demo:
+        return demo(args, device)
+    with utils.only_run_in(utils.prepare_output_dir(args.output_dir)):
+        return train(args, device)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:

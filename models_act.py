@@ -161,6 +161,10 @@ HALTING = {  # options of a model, and their defaults
     "early_exit": True,
 }
 POOLINGS = ("token", "avg", "")
+NO_GRAPH = (
+    "{} is not supported: the shapes of an adaptive vision transformer depend on its input; "
+    "use torch.compile on the masked form (zip_tokens=False), or export_onnx.py"
+)
 
 
 class AdaptiveTokens:
@@ -202,6 +206,8 @@ class AdaptiveTokens:
         gate_offset: [B] float32, added to `gate_center` for each image: above zero its tokens stay longer.
         A distilled model in distilled training returns a pair of logits instead.
         """
+        if isinstance(x, torch.fx.Proxy):
+            raise NotImplementedError(NO_GRAPH.format("torch.fx"))
         features, halting = self._features(
             x,
             prefix_only=self.reads_prefix,
@@ -301,10 +307,7 @@ class AdaptiveTokens:
 
     def __prepare_scriptable__(self):
         """What torch.jit.script asks first."""
-        raise NotImplementedError(
-            "TorchScript is not supported: the shapes of an adaptive vision transformer depend on its input; "
-            "use torch.compile on the masked form (zip_tokens=False)"
-        )
+        raise NotImplementedError(NO_GRAPH.format("TorchScript"))
 
     def _features(self, x: Tensor, return_halting: bool = False, **options) -> tuple[Tensor, Halting | None]:
         """Features of all tokens, or of the prefix tokens, [B, N or P, C], and the halting of all if asked.
@@ -635,7 +638,9 @@ def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
 
 
 def _linear_weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """Also of layers that torch has quantized, whose weights are packed."""
+    layers = (m for m in module.modules() if isinstance(m, (nn.Linear, torch.ao.nn.quantized.Linear)))
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 # Registration with timm --------------------------------------------------------------------------

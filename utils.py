@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import fcntl
 import math
 import os
+import platform
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +43,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # Processes ---------------------------------------------------------------------------------------
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+TOLD_AFTER = 5.0  # seconds, from which a process that waits for the others says so
 PROCESS_TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others before it fails
 
 
@@ -51,7 +57,22 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _launchers_number("LOCAL_RANK", 0) if dist.is_initialized() else 0
+
+
+def _launchers_number(name: str, default: int) -> int:
+    """From the environment. UserError where it is none."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r} in the environment, which is no number: unset it, or start with torchrun")
+    return int(text)
+
+
+def usable_cores() -> int:
+    """That this process may use, which are fewer than there are under taskset, Slurm and in containers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_main() -> bool:
@@ -67,18 +88,26 @@ def process_group(device_type: str | None, dist_url: str = "env://", size: int |
     tcp://host:port are for processes started by hand, with RANK in their environment.
     """
     _adopt_slurm()  # before the device, whose number follows from it
-    size = int(os.environ.get("WORLD_SIZE", size or 1))
+    size = _launchers_number("WORLD_SIZE", size or 1)
     device = _device(device_type, size)
     if device.type == "cuda":
         _switch_on_fast_kernels()
-    if size == 1:
+    if size <= 1:
         yield device
         return
-    if "RANK" not in os.environ:
-        raise UserError(f"--world_size {size}: start the processes with torchrun, or set RANK for each")
+    number = _launchers_number("RANK", -1)
+    if number < 0:
+        raise UserError(f"for {size} processes: start them with torchrun, or set RANK for each, or unset WORLD_SIZE")
+    if number >= size:
+        raise UserError(f"RANK is {number} in the environment, of {size} processes: unset both, or start with torchrun")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"world_size": size, "rank": int(os.environ["RANK"]), "timeout": PROCESS_TIMEOUT}
+    options = {"world_size": size, "rank": number, "timeout": PROCESS_TIMEOUT}
     bound = {"device_id": device} if backend == "nccl" else {}  # NCCL would guess it from the rank
+    where = dist_url if dist_url != "env://" else ":".join(os.environ.get(name, "?") for name in MEETING_PLACE)
+    told = f"process {number} waits at {where} for the others of {size}, as the environment or the flags ask for"
+    waiting = threading.Timer(TOLD_AFTER, warn, (f"{told}; if it is to run alone: unset WORLD_SIZE RANK", True))
+    waiting.daemon = True
+    waiting.start()
     try:
         store, *_ = next(dist.rendezvous(dist_url, **options))
         # torchrun's store outlives the processes that it brings back, and so would the addresses in it
@@ -86,13 +115,26 @@ def process_group(device_type: str | None, dist_url: str = "env://", size: int |
         dist.init_process_group(backend, store=attempt, **options, **bound)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot meet at {dist_url}: {error}") from error
+    finally:
+        waiting.cancel()
     yield device
     dist.destroy_process_group()  # not after an error: it might wait for processes that wait for this one
 
 
+@contextmanager
+def single_process(device_type: str | None) -> Iterator[torch.device]:
+    """As `process_group`, of a command that runs alone, whatever launchers have left in the environment."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and _launchers_number("WORLD_SIZE", 1) > 1:
+        raise UserError("this command runs alone: start it without torchrun")
+    device = _device(device_type, 1)
+    if device.type == "cuda":
+        _switch_on_fast_kernels()
+    yield device
+
+
 def _adopt_slurm() -> None:
     """Under srun, sets what torchrun would: Slurm's names for the same things."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if os.environ.get("RANK") or _launchers_number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return
     slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     os.environ.update({name: os.environ[source] for name, source in zip(LAUNCHER, slurm)})
@@ -115,7 +157,9 @@ def _device(device_type: str | None, processes: int) -> torch.device:
         each = f"each of the {processes} processes takes a device of its own"
         raise UserError(f"--device {device_type}: {each}; give --device cuda")
     count = torch.cuda.device_count()
-    index = local_rank() if device.index is None else device.index
+    index = device.index
+    if index is None:
+        index = _launchers_number("LOCAL_RANK", 0) if processes > 1 else 0
     index = 0 if count == 1 and device.index is None and "SLURM_PROCID" in os.environ else index  # one each
     if index >= count:
         raise LocalError(f"--device {device_type}: device {index} is asked for, there are {count}")
@@ -208,8 +252,9 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
     """Writes a file beside its place, flushes it to the disk if it is to be durable, then renames it.
 
-    At every instant the old file is there or the new one. OSError leaves the old one.
+    At every instant the old file is there or the new one. OSError leaves the old one. A link stays one.
     """
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -223,11 +268,39 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool 
         raise
     if not durable:
         return
-    folder = os.open(path.parent, os.O_RDONLY)
+    with suppress(OSError):  # some file systems refuse it; the file is safe
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renaming too
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def only_run_in(folder: Path | None) -> Iterator[None]:
+    """Holds the folder for this run, by a lock of its main process. UserError where another run holds it.
+
+    A run that is killed leaves no lock; where the file system has no locks, nobody is kept out.
+    """
+    file, holder = (folder / ".lock").open("a+") if folder and is_main() else None, ""
     try:
-        os.fsync(folder)  # the renaming too
+        if file is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read(100) or "another process"
+    holder = all_gather_objects(holder)[0]
+    if holder:
+        raise UserError(f"--output_dir {folder}: another run is at work there ({holder}); choose another folder")
+    try:
+        yield
     finally:
-        os.close(folder)
+        if file is not None:
+            file.close()
 
 
 def is_plain_tensor(value: object) -> bool:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from training.build import run_cli
 
-    run_cli(parser, args, run)
+    run_cli(parser, args, run, alone=not args.summary)
 
 
 def make_parser() -> arguments.Parser:
@@ -74,8 +74,6 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.nearest(args.cmap, colormaps)}")
     args.amp = utils.amp_dtype_name(args.amp, device)
     args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
-    if utils.world_size() > 1 and not args.summary:
-        raise utils.UserError("only --summary is for several processes: start this without torchrun")
     if args.curves:
         utils.prepare_output_dir(args.output_dir)
         return draw_curves([Path(run) for run in args.curves], Path(args.output_dir))
@@ -143,7 +141,7 @@ def make_drawing(
         gate_center=args.gate_center,
         budget=args.budget,
         use_ema=args.use_ema,
-        halting=args.halting and not checkpoint.is_static,
+        halting=args.halting,
     ).to(device)
     style = Style(model.num_blocks, args.cmap, args.size)
     return Drawing(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)

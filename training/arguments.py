@@ -7,6 +7,7 @@ where they are first needed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
+        keep_streams_from_failing()
         args = sys.argv[1:] if args is None else args
         files = [arg for arg in args if self.fromfile_prefix_chars and arg.startswith("@")]
         missing = [file for file in files if not os.path.isfile(file[1:])]
@@ -52,10 +54,42 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str, status: int = 2, everywhere: bool = False):
         """One line on stderr, by the first process of each machine, or by every process that meets it."""
-        if os.environ.get("LOCAL_RANK", "0") != "0" and not everywhere:
+        is_alone = os.environ.get("WORLD_SIZE", "") in ("", "1")  # whatever else was left in its environment
+        if not (is_alone or everywhere or os.environ.get("LOCAL_RANK", "") in ("", "0")):
             self.exit(status)
         printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
         self.exit(status, f"{self.prog}: error: {printable}\n")
+
+
+class UnfailingStream:
+    """Standard output or error that never ends a run: where nobody listens any more, or not to such letters."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            return self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def keep_streams_from_failing() -> None:
+    """A closed stream, which is None for Python, is one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, UnfailingStream):
+            nowhere = open(os.devnull, "w") if stream is None else None  # noqa: SIM115 - for as long as the process
+            setattr(sys, name, UnfailingStream(stream or nowhere))
 
 
 class _Formatter(argparse.HelpFormatter):

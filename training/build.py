@@ -32,14 +32,18 @@ from utils import LocalError, UserError, warn
 
 
 def run_cli(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, run: Callable[[argparse.Namespace, torch.device], int]
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace, torch.device], int],
+    alone: bool = False,
 ) -> None:
-    """Runs it in its process group; it returns a status.
+    """Runs it in its process group, or alone; it returns a status.
 
     SystemExit with that where it is not 0, with 2 for what the user can mend, with 1 where training fails.
     """
     try:
-        with utils.process_group(args.device, args.dist_url, args.world_size) as device:
+        group = (args.device,) if alone else (args.device, args.dist_url, args.world_size)
+        with (utils.single_process if alone else utils.process_group)(*group) as device:
             args.device = args.device or device.type
             status = run(args, device)
         if status:
@@ -49,6 +53,11 @@ def run_cli(
         status, message, everywhere = 2, str(error), isinstance(error, LocalError)
     except FloatingPointError as error:
         status, message, everywhere = 1, str(error), False
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        status, everywhere = 1, True
+        message = "a process that loads images was killed, mostly for want of memory: give fewer --num_workers"
     # out here the error is gone, and with it the loader processes that its frames held
     parser.error(message, status, everywhere)
 
@@ -71,6 +80,7 @@ def build_model(args: argparse.Namespace, classes: list[str], start: Checkpoint 
     if start is not None:
         use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
         options |= {"budget": args.budget, "use_ema": use_ema, "replace_head": is_new_task, "classes": classes}
+        options |= {"as_trained": not training}
         model = start.build_model(args.model, **options, **gate)
     else:
         if args.budget is not None:
@@ -321,7 +331,20 @@ class Schedule:
             plateau.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
 
 
+def _warn_of_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
+    """Of settings that cannot do what they say."""
+    lr = max(group["lr"] for group in optimizer.param_groups)
+    if args.sched not in ("constant", "none") and args.min_lr > lr:
+        warn(f"--min-lr {args.min_lr:g} is above --lr for this batch, {lr:g}: the rate rises to it")
+    if args.warmup_epochs >= args.epochs > 0:
+        told = f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}"
+        warn(f"{told}: the run ends before the rate of --lr is reached, {lr:g}")
+    elif args.warmup_epochs and args.warmup_lr > lr:
+        warn(f"--warmup-lr {args.warmup_lr:g} is above --lr for this batch, {lr:g}: the rate falls to it")
+
+
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:
+    _warn_of_rates(args, optimizer)
     try:
         schedule, _ = create_scheduler_v2(
             optimizer,

@@ -84,16 +84,19 @@ class Checkpoint:
         return self.is_ours and self.content["gate"] is None
 
     def state_dict(self, use_ema: bool = False) -> dict[str, Tensor]:
-        """The weights: `model` (with `use_ema`, `model_ema`), or the whole dictionary.
+        """The weights: `model` (with `use_ema`, `model_ema`), what other programs call so, or the whole dictionary.
 
-        UserError if they are not named tensors.
+        Prefixes that wrappers give to all names are taken off. UserError if they are not named tensors.
         """
-        if use_ema and self.content.get("model_ema") is None:
+        ema, raw = (_weights_in(self.content, names) for names in (EMA_WEIGHTS, WEIGHTS))
+        if use_ema and ema is None:
             raise UserError(f"{self.location}: --use-ema: it holds no model_ema")
-        weights = self.content["model_ema"] if use_ema else self.content.get("model", self.content)
-        if not isinstance(weights, dict) or not weights or not all(map(utils.is_plain_tensor, weights.values())):
+        weights = ema if use_ema else raw or _named_tensors(self.content)
+        if weights is None and ema is not None:
+            raise UserError(f"{self.location}: holds averaged weights alone: give --use-ema")
+        if weights is None:
             raise UserError(f"{self.location}: holds no weights: expected named tensors, at the top or under 'model'")
-        return {str(name).removeprefix("module."): value for name, value in weights.items()}
+        return _without_prefixes(weights)
 
     def recorded_flag(self, name: str) -> object:
         """A flag of the run that saved it, where it says; else None. Of any type."""
@@ -229,6 +232,8 @@ class Checkpoint:
         budget: float | None = None,
         use_ema: bool = False,
         replace_head: bool = False,
+        halting: bool = True,
+        as_trained: bool = True,
         **options,
     ) -> nn.Module:
         """The network with these weights, on the CPU.
@@ -236,10 +241,14 @@ class Checkpoint:
         What is None is the checkpoint's: its model, classes, gate, and image size (where it says none, the model's).
         classes: names of the data's, see `weights_for`;
         budget: share of the static network's multiply-adds that sets the gate center instead, see `center_of_budget`;
-        replace_head: see `load_weights`; options: of timm.create_model. UserError where something does not fit.
+        replace_head: see `load_weights`; as_trained: a network that was trained without halting does not halt, unless
+        a gate is given, which is told; options: of timm.create_model. UserError where something does not fit.
         """
         name = name or self.model_name()
         self._check_preprocessing(name, replace_head)
+        if halting and as_trained and self.is_static and gate_scale is gate_center is budget is None:
+            warn(f"{self.location}: was trained without halting: it is run as a static network")
+            halting = False
         gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources(use_ema))
         if budget is not None:
             gate["gate_center"] = self.center_of_budget(budget, use_ema)
@@ -249,7 +258,7 @@ class Checkpoint:
             classes, weights = [*self.names_by_class()], self.state_dict(use_ema)
         else:
             weights = self.weights_for(classes, use_ema, replace_head)
-        model = create_model(name, img_size, num_classes=len(classes), **gate, **options)
+        model = create_model(name, img_size, num_classes=len(classes), halting=halting, **gate, **options)
         load_weights(model, weights, self.location, replace_head, self.image_size())
         return model
 
@@ -260,6 +269,36 @@ class Checkpoint:
         curves = {"budget_curves": {"model": curve.record()}} if (curve := self.budget_curve()) else {}
         kept = {name: self.content[name] for name in ("gate", "classes")} | curves
         return {"model": weights, **kept, "args": args}
+
+
+# What others wrap weights in -----------------------------------------------------------------------
+
+WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "weights")
+EMA_WEIGHTS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
+MAX_WRAPPERS = 5  # one in the other
+
+
+def _named_tensors(content: object) -> dict | None:
+    is_weights = isinstance(content, dict) and bool(content) and all(map(utils.is_plain_tensor, content.values()))
+    return content if is_weights else None
+
+
+def _weights_in(content: object, names: Sequence[str], depth: int = MAX_WRAPPERS) -> dict | None:
+    """Named tensors under the first of these names that has some, at any depth."""
+    for name in names if isinstance(content, dict) and depth else ():
+        inside = content.get(name)
+        found = _named_tensors(inside) or _weights_in(inside, WEIGHTS, depth - 1)
+        if found:
+            return found
+    return None
+
+
+def _without_prefixes(weights: dict) -> dict[str, Tensor]:
+    weights = {str(name): value for name, value in weights.items()}
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -329,6 +368,9 @@ def _local_path(location: str) -> Path:
     try:
         if path.is_file():
             return path
+        if path.is_dir():
+            inside = " (did you mean its checkpoint.pth?)" if (path / "checkpoint.pth").exists() else ""
+            raise UserError(f"{location}: is a folder, not a checkpoint{inside}")
         alike = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
         hint = nearest(path.name, (p.name for p in alike))
     except OSError as error:  # a name that is too long, a folder that may not be read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
+import multiprocessing
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -202,8 +202,11 @@ def _stream_loader(
 
 
 def _at_most_cores(num_workers: int) -> int:
-    return min(num_workers, os.cpu_count() or 1)
+    return min(num_workers, utils.usable_cores())
 
 
 def _workers(count: int, pin_memory: bool, persistent: bool = True) -> dict:
-    return {"num_workers": count, "pin_memory": pin_memory, "persistent_workers": persistent and count > 0}
+    """Processes are forked: what a signal has asked of the main one is then known to them."""
+    context = "fork" if count > 0 and "fork" in multiprocessing.get_all_start_methods() else None
+    options = {"persistent_workers": persistent and count > 0, "multiprocessing_context": context}
+    return {"num_workers": count, "pin_memory": pin_memory, **options}

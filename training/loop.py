@@ -107,7 +107,9 @@ class TrainingRun:
             self.tensorboard.close()
 
     def start_at(self, epoch: int) -> None:
-        """Goes on from the start of that epoch."""
+        """Goes on from the start of that epoch. UserError where none is left."""
+        if epoch >= self.options.epochs:
+            raise UserError(f"--start_epoch {epoch}: of {self.options.epochs} epochs (--epochs) none is left to train")
         self.epoch = Epoch(epoch)
 
     def _prepare_logs(self) -> None:
@@ -115,10 +117,12 @@ class TrainingRun:
         folder = self.options.output_dir
         with utils.writing(folder):
             path = folder / "log.txt"
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if _epoch_of(line) < self.epoch.number]
             if lines and not self.resumed:
                 warn(f"{folder} holds another run, which only --resume continues; log.txt goes on below it")
+                if not lines[-1].endswith("\n"):  # cut by a crash
+                    utils.atomic_write(path, lambda file: file.write(("".join(lines) + "\n").encode()))
             elif kept != lines:
                 utils.atomic_write(path, lambda file: file.write("".join(kept).encode()))
             if self.options.tensorboard:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what Slurm's --signal=USR1@SECONDS sends; some systems lack it
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 _asked = RawValue("b", 0)  # shared with the loader processes: whether a signal has asked this process to stop
 
 
@@ -58,7 +59,9 @@ def ignore_signals_in_worker(_: int) -> None:
 
     SIGTERM without the main process having been asked comes from that, which wants no more batches.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "alarm"):
+        return
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1))  # in a second the main process has got its own
     signal.signal(signal.SIGALRM, lambda *_: _asked.value or os._exit(0))

@@ -1,0 +1,395 @@
+"""What lies around the program: odd files and folders, environments, streams, other programs' checkpoints."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, halting_model, images, make_image_folder, save_halting_micro
+from PIL import Image
+from torch import nn
+
+import benchmark
+import compare
+import main_act
+import utils
+import visualize
+from datasets import build_dataset, class_names, find_image_files, image_suffixes, load_image
+from models_act import macs_per_image
+from training.checkpoints import Checkpoint
+from training.loaders import ReadableImages, demo_loader
+from utils import UserError
+
+MICRO = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4"]
+CLASSES = ["class_0", "class_1", "class_2"]
+
+
+def error_of(capsys, command, *argv) -> str:
+    """Its one line, at status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        command([*map(str, argv)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def start(*argv, **environment) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return save_halting_micro(tmp_path / "c.pth", 3, classes=CLASSES)
+
+
+# Folders and images ------------------------------------------------------------------------------
+
+
+def test_what_is_an_image_and_what_is_left_out(tmp_path, capsys):
+    data = make_image_folder(tmp_path / "data")
+    cats, picture = data / "val" / "class_0", Image.new("RGB", (40, 40), "red")
+    for hidden in (data / "val" / ".ipynb_checkpoints", cats / "@eaDir", cats / "deep" / ".cache"):
+        hidden.mkdir(parents=True)
+        picture.save(hidden / "x.png")
+    picture.save(cats / "._0.png")
+    for name in ("a.avif", "b.jp2", "deep/c.JPG"):
+        picture.save(cats / name)
+    picture.save(cats / "d.jpg")
+    (cats / "d.jpg").rename(cats / "d.jfif")
+    (cats / "notes.txt").write_text("no image")
+    (cats / "loop").symlink_to(cats)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "cats").symlink_to(cats)
+    dataset = build_dataset("IMNET", str(data), False, (32, 32))
+    assert dataset.classes == CLASSES
+    names = [Path(path).relative_to(cats).as_posix() for path, target in dataset.samples if target == 0]
+    assert names == ["0.png", "1.png", "2.png", "a.avif", "b.jp2", "d.jfif", "deep/c.JPG"]
+    assert "left out as no images: 1 .txt, 4 hidden" in capsys.readouterr().err
+    files, _ = find_image_files(tmp_path / "links")
+    assert len(files) == len(names)
+    assert {".jfif", ".avif", ".webp"} <= image_suffixes()
+    assert not {".eps", ".pdf", ".mpg"} & image_suffixes()
+
+
+def test_images_are_compared_whatever_the_path_of_their_folder(tmp_path, checkpoint, image_folder, monkeypatch, capsys):
+    monkeypatch.chdir(image_folder.parent)
+    for number, folder in enumerate((image_folder.name, image_folder)):
+        evaluation = ["--eval", "--finetune", checkpoint, "--data-path", folder, "--output_dir", f"out{number}"]
+        main_act.main([*MICRO, *map(str, evaluation)])
+    capsys.readouterr()
+    compare.main(["out0", "out1"])
+    assert "+0.00" in capsys.readouterr().out
+
+
+def test_metadata_do_not_decide_whether_an_image_can_be_read(tmp_path):
+    broken = b"Exif\0\0" + bytes(range(60))
+    for name in ("a.webp", "b.png", "c.jpg"):
+        Image.new("RGB", (60, 40), "red").save(tmp_path / name, exif=broken)
+        assert load_image(tmp_path / name).size == (60, 40)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "white", "name"),
+    [(np.uint16, 65535, "x.png"), (np.int32, 65535, "x.tif"), (np.int32, 255, "x.tif"), (np.float32, 1.0, "x.tif")],
+)
+def test_pixels_of_any_depth_keep_their_range(tmp_path, dtype, white, name):
+    pixels = np.linspace(0, white, 256).reshape(16, 16).astype(dtype)
+    Image.fromarray(pixels).save(tmp_path / name)
+    found = np.asarray(load_image(tmp_path / name))[..., 0].ravel()
+    assert np.abs(found - np.linspace(0, 255, 256)).max() <= 1
+
+
+def test_text_files_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "names.json").write_bytes(b'\xef\xbb\xbf{"0": "Katze"}')
+    assert class_names(["cat"], None, str(tmp_path / "names.json")) == ["Katze"]
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+def prefixed(weights: dict, prefix: str) -> dict:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+WRAPPERS = {
+    "compiled": lambda w: {"model": prefixed(w, "_orig_mod.")},
+    "compiled in DDP": lambda w: {"model": prefixed(w, "module._orig_mod.")},
+    "DDP in DP": lambda w: {"model": prefixed(w, "module.module.")},
+    "timm": lambda w: {"state_dict": w, "arch": "x", "epoch": 3},
+    "Lightning": lambda w: {"state_dict": prefixed(w, "model."), "pytorch-lightning_version": "2"},
+    "nested": lambda w: {"model": {"state_dict": prefixed(w, "module.")}, "epoch": 1},
+    "a tutorial's": lambda w: {"model_state_dict": w, "loss": 0.5},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_wraps_weights_is_taken_off(checkpoint, wrap):
+    weights = Checkpoint.load(str(checkpoint)).state_dict()
+    found = Checkpoint(wrap(dict(weights)), "x.pth").state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_averaged_weights_alone_name_their_flag(checkpoint):
+    weights = dict(Checkpoint.load(str(checkpoint)).state_dict())
+    lone = Checkpoint({"state_dict_ema": weights}, "x.pth")
+    with pytest.raises(UserError, match="averaged weights alone: give --use-ema"):
+        lone.state_dict()
+    assert lone.state_dict(use_ema=True).keys() == weights.keys()
+
+
+def test_a_folder_is_no_checkpoint(checkpoint):
+    with pytest.raises(UserError, match="is a folder, not a checkpoint"):
+        Checkpoint.load(str(checkpoint.parent))
+
+
+def test_a_network_trained_without_halting_runs_as_it_was_trained(tmp_path, image_folder, capsys):
+    path = save_halting_micro(tmp_path / "static.pth", 3, gate=None, classes=CLASSES)
+    main_act.main([*MICRO, "--eval", "--finetune", str(path), "--data-path", str(image_folder)])
+    told = capsys.readouterr()
+    assert "mean depth" in told.out
+    assert " 12.00 " in told.out
+    assert "was trained without halting" in told.err
+    checkpoint = Checkpoint.load(str(path))
+    assert not checkpoint.build_model().halting
+    assert checkpoint.build_model(gate_center=20.0).halting  # who gives a gate wants to see it at work
+    assert checkpoint.build_model(as_trained=False).halting  # training starts from it
+
+
+def test_numbers_that_are_not_finite_get_no_figures(tmp_path, image_folder, capsys):
+    path = save_halting_micro(tmp_path / "c.pth", 3)
+    content = torch.load(path)
+    content["model"]["head.bias"][0] = torch.nan
+    torch.save(content, path)
+    data = ["--finetune", str(path), "--data-path", str(image_folder)]
+    with pytest.raises(SystemExit) as stopped:
+        main_act.main([*MICRO, "--eval", *data])
+    assert stopped.value.code == 1
+    told = capsys.readouterr()
+    assert "no finite numbers" in told.err
+    assert "top-1" not in told.out
+    assert "no finite numbers" in error_of(capsys, benchmark.main, "--model", "avit_micro_patch4_32", *data)
+
+
+def test_a_link_to_a_checkpoint_stays_one(tmp_path):
+    real, link = tmp_path / "real.pth", tmp_path / "link.pth"
+    real.write_bytes(b"old")
+    link.symlink_to(real)
+    utils.atomic_write(link, lambda file: file.write(b"new"))
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+
+
+def test_a_folder_that_cannot_be_flushed_loses_nothing(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse_folders(number: int) -> None:
+        if Path(f"/proc/self/fd/{number}").resolve().is_dir():
+            raise OSError(22, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    utils.atomic_write(tmp_path / "x", lambda file: file.write(b"new"))
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
+# Processes and environments ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_odd_variables_of_launchers_are_told(name, monkeypatch, capsys, image_folder):
+    monkeypatch.setenv(name, "four")
+    told = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--eval")
+    assert f"{name} is 'four' in the environment" in told
+    monkeypatch.setenv(name, "")
+    main_act.main([*MICRO, "--data-path", str(image_folder), "--eval"])
+
+
+def test_a_rank_beyond_the_processes_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "5")
+    assert "RANK is 5 in the environment, of 2 processes" in error_of(capsys, main_act.main, *MICRO, "--eval")
+
+
+def test_a_lone_process_tells_its_errors_whatever_its_local_rank(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "no such folder" in error_of(capsys, main_act.main, *MICRO, "--data-path", "/nowhere", "--eval")
+
+
+def test_a_command_that_runs_alone_does_not_wait(tmp_path, monkeypatch):
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n')
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    visualize.main(["--curves", str(tmp_path), "--output-dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "curves.png").exists()
+
+
+def test_who_waits_for_others_says_so(image_folder):
+    environment = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29763",
+    }
+    process = start("main_act.py", *MICRO, "--data-path", image_folder, "--eval", **environment)
+    try:
+        line = process.stderr.readline()
+    finally:
+        process.kill()
+        process.communicate()
+    assert "process 0 waits at 127.0.0.1:29763 for the others of 2" in line
+
+
+HOLDING = """
+import pathlib, sys, time, utils
+with utils.only_run_in(pathlib.Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_for_one_run(tmp_path):
+    process = start("-c", HOLDING, tmp_path)
+    try:
+        assert process.stdout.readline() == "in\n"
+        told = f"another run is at work there .process {process.pid} on "
+        with pytest.raises(UserError, match=told), utils.only_run_in(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with utils.only_run_in(tmp_path):  # a run that was killed leaves no lock
+        pass
+
+
+CLOSED = "import os, sys\nos.close({number})\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_closed_stream_does_not_end_the_work(tmp_path, image_folder, checkpoint, number):
+    argv = ["main_act.py", *MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint]
+    process = start("-c", CLOSED.format(number=number), *argv, "--output_dir", tmp_path / "out")
+    process.communicate()
+    assert process.returncode == 0
+    assert (tmp_path / "out" / "eval.json").exists()
+
+
+def test_a_pipe_that_ends_and_letters_that_it_lacks_do_not_end_the_work(tmp_path, image_folder):
+    path = save_halting_micro(tmp_path / "c.pth", 3, classes=["ä", "ö", "名"])
+    argv = ["main_act.py", *MICRO, "--data-path", image_folder, "--eval", "--finetune", path, "--output_dir", tmp_path]
+    process = start(*argv, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    process.stdout.close()
+    assert re.search(r"\\xe4", process.stderr.read())
+    assert process.wait() == 0
+    assert (tmp_path / "eval.json").exists()
+
+
+WITHOUT = """
+import runpy, signal, sys
+for name in ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "alarm"):
+    delattr(signal, name)
+sys.argv.pop(0)
+runpy.run_path("main_act.py", run_name="__main__")
+"""
+
+
+def test_systems_that_lack_signals(image_folder, checkpoint):
+    argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--num_workers", "1"]
+    process = start("-c", WITHOUT, "main_act.py", *argv)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def test_no_more_loader_processes_than_cores_that_may_be_used(monkeypatch, image_folder):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert utils.usable_cores() == 1
+    data = build_dataset("IMNET", str(image_folder), False, (32, 32))
+    assert demo_loader(data, 2, num_workers=10, pin_memory=False).num_workers == 1
+
+
+class Killed(ReadableImages):
+    def __getitem__(self, place):
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(10)
+
+
+def test_a_loader_process_that_is_killed_is_one_line(image_folder, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("training.loaders.ReadableImages", Killed)
+    argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--num_workers", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        main_act.main([*map(str, argv)])
+    assert stopped.value.code == 1
+    assert "want of memory: give fewer --num_workers" in capsys.readouterr().err
+
+
+# Settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (["--epochs", "1", "--warmup-epochs", "0"], "--min-lr 1e-05 is above --lr for this batch"),
+        (
+            ["--epochs", "1", "--lr", "1", "--warmup-epochs", "5"],
+            "--warmup-epochs 5 of --epochs 1: the run ends",
+        ),
+    ],
+)
+def test_settings_that_cannot_do_what_they_say_are_told(flags, warning, image_folder, capsys):
+    main_act.main([*MICRO, "--data-path", str(image_folder), "--no-model-ema", *flags])
+    assert warning in capsys.readouterr().err
+
+
+def test_a_line_of_the_log_that_was_cut_spoils_no_other(tmp_path, image_folder):
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "test_acc1": 1.0}\n{"epoch": 1, "test_a')
+    argv = [*MICRO, "--data-path", image_folder, "--epochs", 1, "--no-model-ema", "--output_dir", tmp_path]
+    main_act.main([*map(str, argv)])
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 3
+    assert json.loads(lines[2])["epoch"] == 0
+    visualize.main(["--curves", str(tmp_path), "--output-dir", str(tmp_path / "out")])
+
+
+def test_an_epoch_beyond_the_last_is_told(image_folder, capsys):
+    told = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--epochs", 2, "--start_epoch", 5)
+    assert "of 2 epochs (--epochs) none is left to train" in told
+
+
+def test_benchmark_checks_its_flags_before_the_work(tmp_path, capsys):
+    model = ["--model", "avit_micro_patch4_32"]
+    assert "cannot be written" in error_of(capsys, benchmark.main, *model, "--json", tmp_path / "no" / "x.json")
+    assert "expected one of" in error_of(capsys, benchmark.main, *model, "--plot", tmp_path / "x.xyz")
+    assert "a finite number" in error_of(capsys, benchmark.main, *model, "--mean-depth", "nan")
+    assert "not a multiple" in error_of(capsys, benchmark.main, *model, "--input-size", 30)
+
+
+# Other tools of torch's --------------------------------------------------------------------------
+
+
+def test_a_package_called_datasets_is_not_hidden_where_this_folder_comes_last(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("def load_dataset(): ...")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import models_act; from datasets import load_dataset"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True)
+
+
+def test_torch_fx_is_answered_as_torchscript_is():
+    with pytest.raises(NotImplementedError, match=r"torch\.fx is not supported: .* use torch\.compile"):
+        torch.fx.symbolic_trace(halting_model())
+
+
+def test_multiply_adds_of_a_quantized_model():
+    model = halting_model().eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    depth = torch.full((2, 17), 5.0)
+    assert torch.equal(macs_per_image(quantized, depth), macs_per_image(model, depth))
+    assert quantized(images(2)).shape == (2, 7)
