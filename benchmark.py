@@ -4,6 +4,7 @@
     python benchmark.py --train --batch-size 32 --mean-depth 12 7.3 --json out.json
     python benchmark.py --finetune CKPT --data-path DATA             # depths of real images
     python benchmark.py --count --batch-size 1 6                     # operations, not seconds
+    python benchmark.py --onnx --batch-size 1 8 32 --threads 1 2     # ONNX Runtime beside PyTorch, on the CPU
 
 Every round times each form once, in turn; figures are medians over the rounds, of ratios too.
 Speed-up is over timm's network; ideal is the ratio of the multiply-adds. The floor is timm's
@@ -44,6 +45,12 @@ def make_parser() -> Parser:
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="mixed precision")
     add("--count", action="store_true", help="count the operations that halting adds to a block, instead of timing")
+    add(
+        "--onnx",
+        action="store_true",
+        help="compare graphs of export_onnx.py, in ONNX Runtime, with PyTorch, on the CPU",
+    )
+    add("--threads", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="of --onnx")
     add("--runs", type=at_least_one, default=7, metavar="N", help="rounds")
     add("--json", metavar="FILE", help="write the figures there")
     add("--plot", metavar="FILE", help="draw speed-up against mean depth, and time against batch size, there")
@@ -54,12 +61,16 @@ if __name__ == "__main__":
     make_parser().parse_args()  # --help and mistakes are answered before the imports below, which take seconds
 
 import copy
+import importlib.util
 import itertools
+import os
+import time
 from collections import Counter
 from operator import truediv
 from unittest.mock import patch
 
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -98,10 +109,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count and (args.train or args.plot):
         parser.error("--count counts a forward pass: it goes with neither --train nor --plot")
+    if not all(math.isfinite(depth) for depth in args.mean_depth):
+        parser.error("--mean-depth must be a finite number")
+    for flag in ("json", "plot"):
+        place = getattr(args, flag) and Path(getattr(args, flag))
+        if place and (place.is_dir() or not os.access(place.parent, os.W_OK)):
+            parser.error(f"--{flag} {place}: cannot be written there")
+    if args.plot and Path(args.plot).suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        parser.error(f"--plot {args.plot}: expected one of {', '.join(sorted(FigureCanvasBase.filetypes))}")
+    if args.onnx and (args.train or args.count or args.plot or args.amp != "none" or args.device == "cuda"):
+        parser.error("--onnx is inference on the CPU: it goes with none of --train, --count, --plot, --amp and cuda")
+    missing = [name for name in ("onnx", "onnxruntime") if args.onnx and importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{missing[0]} is missing: pip install -r requirements-export.txt onnxruntime")
     if args.budget is not None and not args.finetune:
         parser.error("--budget is that of a checkpoint: it needs --finetune")
     try:
-        with utils.process_group(args.device) as device:
+        with utils.single_process("cpu" if args.onnx else args.device) as device:
             results = run(args, device)
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
@@ -119,7 +143,9 @@ def run(args, device: torch.device) -> list[dict]:
         size = "x".join(map(str, case.images.shape[-2:]))
         mean_depth = case.depth.mean().item()
         title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {mean_depth:.2f}, {args.amp}"
-        if args.count:
+        if args.onnx:
+            rows = onnx_tables(title, case, args.threads, args.runs)
+        elif args.count:
             rows = count(case, device, args.amp)
             print(f"\n{title}: operations per block beyond a static block's\n{format_counts(rows)}", flush=True)
         else:
@@ -164,7 +190,10 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
 @torch.no_grad()
 def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
     model.eval()
-    depth = torch.cat([model(batch, return_halting=True)[1].depth for batch in images.split(batch_size)])
+    answers = [model(batch, return_halting=True) for batch in images.split(batch_size)]
+    if not all(logits.isfinite().all() for logits, _ in answers):
+        raise utils.UserError("the network's answers are no finite numbers: its speed says nothing")
+    depth = torch.cat([halting.depth for _, halting in answers])
     return Case(batch_size, depth, images, model)
 
 
@@ -323,6 +352,105 @@ def format_rows(rows: list[dict]) -> str:
         figures = f"{row['images_per_s']:>10.1f}{spread:>16}{row['speed_up']:>10.2f}{row['gmacs']:>9.3f}"
         shares = f"{row['ideal']:>8.2f}{row['speed_up_of_ideal']:>10.2f}{row['speed_of_floor']:>10.2f}"
         lines.append(f"{row['form']:20}{figures}{shares}{memory:>9}")
+    return "\n".join(lines)
+
+
+# ONNX Runtime ------------------------------------------------------------------------------------
+
+SETTLE = 0.02  # seconds, after which the threads of another library do not spin any more
+ONE_BY_ONE = ", one by one"  # a batch, by the graph of one image
+
+
+def onnx_tables(title: str, case: Case, threads: Sequence[int], rounds: int) -> list[dict]:
+    """Prints a table for each number of threads; returns the rows of all."""
+    results = []
+    before = torch.get_num_threads()
+    for number in threads:
+        torch.set_num_threads(number)
+        try:
+            rows = measure_onnx(case, number, rounds)
+        except ValueError as error:  # of a network that cannot be written
+            raise utils.UserError(str(error)) from error
+        finally:
+            torch.set_num_threads(before)
+        clock = "CPU time" if number == 1 else "wall time"
+        print(f"\n{title}, {number} thread{'s' * (number > 1)}, {clock}\n{format_onnx_rows(rows)}", flush=True)
+        results += [{"threads": number, **row} for row in rows]
+    return results
+
+
+def measure_onnx(case: Case, threads: int, rounds: int) -> list[dict]:
+    """A row for each form: milliseconds an image, speed-up over the faster static form of its library, ideal.
+
+    Forms take turns at every batch, so that a machine that is now fast, now slow is so for all; ratios are of the sums
+    of a round, and medians over the rounds. Of one thread the processor's time counts, of several the clock's.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
+    calls = _onnx_calls(case, threads)
+    batches = [batch.numpy() for batch in case.batches]
+    rounds_of = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        seconds = Counter()
+        for batch in batches:
+            for name, call in calls.items():
+                time.sleep(SETTLE * (threads > 1))
+                start = clock()
+                call(batch)
+                seconds[name] += clock() - start
+        for name in calls if number else ():  # the first round warms up
+            rounds_of[name].append(seconds[name] / len(case.images))
+    macs, rows = multiply_adds(case.model, case.depth), []
+    ideal = macs[STATIC] / macs[EARLY_EXIT]
+    for name, times in rounds_of.items():
+        library = name.partition(" ")[0]
+        static = zip(*(rounds_of[other] for other in calls if other.startswith(f"{library} static")))
+        speed_up = statistics.median(min(statics) / own for statics, own in zip(static, times))
+        own_ideal = 1.0 if "static" in name else ideal
+        row = {"form": name, "milliseconds": 1e3 * statistics.median(times), "speed_up": speed_up}
+        rows.append(row | {"ideal": own_ideal, "speed_up_of_ideal": speed_up / own_ideal})
+    return rows
+
+
+def _onnx_calls(case: Case, threads: int) -> dict[str, Callable]:
+    """Each takes a batch, [B, 3, H, W] of NumPy's."""
+    from deployment.onnx_graph import write_graph
+
+    networks = {"static": copy.deepcopy(case.model), "zipped": case.model}
+    networks["static"].halting = False
+
+    def in_torch(model: nn.Module) -> Callable:
+        @torch.inference_mode()
+        def run(batch) -> None:
+            model(torch.from_numpy(batch))
+
+        return run
+
+    calls = {"PyTorch static": in_torch(static_twin(case.model).eval()), "PyTorch zipped": in_torch(case.model)}
+    for name, model in networks.items():
+        one = _onnx_call(write_graph(model, "single"), threads)
+        if case.batch_size == 1:
+            calls[f"ONNX {name}"] = one
+            continue
+        calls[f"ONNX {name}"] = _onnx_call(write_graph(model, "batch"), threads)
+        calls[f"ONNX {name}{ONE_BY_ONE}"] = lambda batch, one=one: [one(batch[i : i + 1]) for i in range(len(batch))]
+    return calls
+
+
+def _onnx_call(graph, threads: int) -> Callable:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads spin in others' time
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda batch: session.run(["logits"], {"images": batch})
+
+
+def format_onnx_rows(rows: list[dict]) -> str:
+    lines = [f"{'':24}{'ms/image':>10}{'speed-up':>10}{'ideal':>8}{'of ideal':>10}"]
+    for row in rows:
+        shares = f"{row['speed_up']:>10.2f}{row['ideal']:>8.2f}{row['speed_up_of_ideal']:>10.2f}"
+        lines.append(f"{row['form']:24}{row['milliseconds']:>10.2f}{shares}")
     return "\n".join(lines)
 
 

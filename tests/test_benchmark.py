@@ -133,3 +133,37 @@ def test_mistakes_get_one_line(capsys):
         benchmark.main(["--finetune", "missing.pth"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "benchmark.py: error: missing.pth: no such file\n"
+
+
+def test_onnx_beside_pytorch(capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    threads = torch.get_num_threads()
+    argv = ["--model", "avit_micro_patch4_32", "--onnx", "--mean-depth", "5", "--runs", "2", "--json"]
+    benchmark.main([*argv, str(tmp_path / "out.json"), "--batch-size", "1", "4"])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    one = ["PyTorch static", "PyTorch zipped", "ONNX static", "ONNX zipped"]
+    four = [*one[:3], "ONNX static, one by one", "ONNX zipped", "ONNX zipped, one by one"]
+    assert [row["form"] for row in rows] == one * 2 + four * 2
+    assert [row["threads"] for row in rows] == [1] * 4 + [2] * 4 + [1] * 6 + [2] * 6
+    for row in rows:
+        is_static = "static" in row["form"]
+        assert row["ideal"] == 1 if is_static else row["ideal"] > 1.5
+        assert row["speed_up"] <= 1 or not is_static
+        assert row["speed_up_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
+    assert torch.get_num_threads() == threads
+    assert "2 threads, wall time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--train"], ["--count"], ["--amp", "bf16"], ["--device", "cuda"]])
+def test_onnx_is_inference_on_the_cpu(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--onnx", *flags])
+    assert stopped.value.code == 2
+    assert "--onnx is inference on the CPU" in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_exported_is_told(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--onnx", "--model", "vit_tiny_r_s16_p8_224", "--batch-size", "1"])
+    assert stopped.value.code == 2
+    assert "patch_embed is a HybridEmbed" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import benchmark
 import cuda_check
+import export_onnx
 import models_act
 import visualize
 from training.arguments import make_parser
@@ -22,6 +23,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.args"))
 FASHION_MNIST = ROOT / "experiments" / "fashion_mnist" / "results"
 MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser}
 MAKERS |= {"benchmark.py": benchmark.make_parser, "cuda_check.py": cuda_check.make_parser}
+MAKERS |= {"export_onnx.py": export_onnx.make_parser}
 FLAGS = {script: set(make()._option_string_actions) for script, make in MAKERS.items()}
 LAUNCHERS_FLAGS = {"--nproc-per-node", "--max-restarts"}  # torchrun's, where a page speaks of them
 OF_A_RUN = ("data_path", "output_dir", "pretrained_path", "resume")  # what a recipe need not say

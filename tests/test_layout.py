@@ -7,18 +7,29 @@ import pytest
 from conftest import ROOT
 
 CORE = {"models_act", "zipping", "losses", "datasets", "samplers", "utils", "engine_act"}
-COMMANDS = {"main_act", "visualize", "benchmark", "compare"}
+COMMANDS = {"main_act", "visualize", "benchmark", "compare", "export_onnx"}
 CHECKS = {"cuda_check"}  # commands that run others
 MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody
     "core": {"core"},
     "visualization": {"core", "visualization"},
     "training": {"core", "visualization", "training"},
-    "commands": {"core", "visualization", "training"},
+    "deployment": {"core", "deployment"},
+    "commands": {"core", "visualization", "training", "deployment"},
     "checks": {"core", "training", "commands"},
 }
-FOLDERS = {"training", "visualization", "experiments", "recipes", "docs", "tests", "example_images", ".ci"}
+FOLDERS = {
+    "training",
+    "visualization",
+    "deployment",
+    "experiments",
+    "recipes",
+    "docs",
+    "tests",
+    "example_images",
+    ".ci",
+}
 FILES = {f"{name}.py" for name in CORE | COMMANDS | CHECKS} | {"README.md", "LICENSE", "Makefile", "pyproject.toml"}
-FILES |= {".gitignore", "requirements.txt", "requirements-dev.txt"}
+FILES |= {".gitignore", "requirements.txt", "requirements-dev.txt", "requirements-export.txt"}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startswith(("tests/", "experiments/"))]
 
@@ -27,7 +38,7 @@ def part_of(module: str) -> str | None:
     """Of a module's full name; None where it is not ours."""
     top = module.partition(".")[0]
     parts = {"core": CORE, "commands": COMMANDS, "checks": CHECKS, "others": {"experiments", "tests"}}
-    parts |= {"training": {"training"}, "visualization": {"visualization"}}
+    parts |= {name: {name} for name in ("training", "visualization", "deployment")}
     return next((name for name, modules in parts.items() if top in modules), None)
 
 
