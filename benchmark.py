@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
         if args.plot:
             plot(results, args.plot)
-    except (utils.UserError, OSError) as error:
+    except (utils.UserError, FloatingPointError, OSError) as error:
         parser.error(str(error))
 
 
@@ -191,8 +191,8 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
 def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
     model.eval()
     answers = [model(batch, return_halting=True) for batch in images.split(batch_size)]
-    if not all(logits.isfinite().all() for logits, _ in answers):
-        raise utils.UserError("the network's answers are no finite numbers: its speed says nothing")
+    for logits, _ in answers:
+        utils.check_answers(logits)
     depth = torch.cat([halting.depth for _, halting in answers])
     return Case(batch_size, depth, images, model)
 

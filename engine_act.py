@@ -427,9 +427,7 @@ def evaluate(
             logits, halting = model(images, return_halting=True)
         seconds += utils.now(device) - start
         logits = logits.float()
-        unanswered = len(images) - int(logits.isfinite().all(dim=1).sum())
-        if unanswered:
-            raise FloatingPointError(f"{unanswered} of {len(images)} answers of the network are no finite numbers")
+        utils.check_answers(logits)
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
         averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
         if on_batch is not None:

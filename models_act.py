@@ -638,8 +638,8 @@ def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
 
 
 def _linear_weights(module: nn.Module) -> int:
-    """Also of layers that torch has quantized, whose weights are packed."""
-    layers = (m for m in module.modules() if isinstance(m, (nn.Linear, torch.ao.nn.quantized.Linear)))
+    """Also of layers that torch has quantized, whose weights are packed, and unpacked by a method."""
+    layers = (m for m in module.modules() if isinstance(m, nn.Linear) or callable(getattr(m, "weight", None)))
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 

@@ -215,6 +215,13 @@ def amp_dtype_name(amp: str | None, device: torch.device) -> str:
     return amp or ("fp16" if device.type == "cuda" else "none")
 
 
+def check_answers(logits: Tensor) -> None:
+    """logits: [B, K]; FloatingPointError where some are not finite: such a network has no accuracy, and no speed."""
+    broken = len(logits) - int(logits.isfinite().all(dim=1).sum())
+    if broken:
+        raise FloatingPointError(f"{broken} of {len(logits)} answers of the network are no finite numbers")
+
+
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

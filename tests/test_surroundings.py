@@ -23,6 +23,7 @@ import utils
 import visualize
 from datasets import build_dataset, class_names, find_image_files, image_suffixes, load_image
 from models_act import macs_per_image
+from training.arguments import parse_args
 from training.checkpoints import Checkpoint
 from training.loaders import ReadableImages, demo_loader
 from utils import UserError
@@ -110,6 +111,8 @@ def test_pixels_of_any_depth_keep_their_range(tmp_path, dtype, white, name):
 def test_text_files_with_a_byte_order_mark(tmp_path):
     (tmp_path / "names.json").write_bytes(b'\xef\xbb\xbf{"0": "Katze"}')
     assert class_names(["cat"], None, str(tmp_path / "names.json")) == ["Katze"]
+    (tmp_path / "run.args").write_bytes(b"\xef\xbb\xbf--epochs 7\n")
+    assert parse_args([f"@{tmp_path / 'run.args'}"]).epochs == 7
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -176,6 +179,10 @@ def test_numbers_that_are_not_finite_get_no_figures(tmp_path, image_folder, caps
     told = capsys.readouterr()
     assert "no finite numbers" in told.err
     assert "top-1" not in told.out
+    with pytest.raises(SystemExit):
+        visualize.main([*MICRO[2:], "--summary", *data, "--output-dir", str(tmp_path / "out")])
+    assert "no finite numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "summary.html").exists()
     assert "no finite numbers" in error_of(capsys, benchmark.main, "--model", "avit_micro_patch4_32", *data)
 
 

@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """What a line of a file of flags says. Such a file names no other."""
+        arg_line = arg_line.removeprefix("\ufeff")  # a byte order mark
         try:
             args = shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
         except ValueError as error:
