@@ -289,7 +289,10 @@ def only_run_in(folder: Path | None) -> Iterator[None]:
 
     A run that is killed leaves no lock; where the file system has no locks, nobody is kept out.
     """
-    file, holder = (folder / ".lock").open("a+") if folder and is_main() else None, ""
+    file, holder = None, ""
+    if folder and is_main():
+        with writing(folder / ".lock"):
+            file = (folder / ".lock").open("a+")
     try:
         if file is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
