@@ -25,4 +25,4 @@ static_training() {  # KIND SUFFIX SEED
 
 . experiments/chain.sh
 . experiments/rivals.sh
-keep_weights "halting0.3_${SEEDS%% *}" "$HERE/avit_micro_cluttered.pth"
+keep_weights "halting${BUDGETS[-1]}_${SEEDS%% *}" "$HERE/avit_micro_cluttered.pth"
