@@ -67,12 +67,12 @@ class Graph:
 
     def add(self, operator: str, *inputs: str, name: str | None = None, **attributes) -> str:
         """A node with one output, which may be given a name."""
-        output = name or self._new_name(operator)
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{operator}_{output}", **attributes))
-        return output
+        return self._node(operator, [name or self._new_name(operator)], inputs, attributes)[0]
 
     def add_many(self, operator: str, many: int, *inputs: str, **attributes) -> list[str]:
-        outputs = [self._new_name(operator) for _ in range(many)]
+        return self._node(operator, [self._new_name(operator) for _ in range(many)], inputs, attributes)
+
+    def _node(self, operator: str, outputs: list[str], inputs: Sequence[str], attributes: dict) -> list[str]:
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=f"{operator}_{outputs[0]}", **attributes))
         return outputs
 
@@ -168,8 +168,10 @@ def _embed(graph: Graph, model: AdaptiveTokens) -> str:
 
 
 def _read_weights(model: AdaptiveTokens) -> np.ndarray:
-    """[R, N], how much of each token the head's R inputs are: the class token, that and the distillation token, or
-    the mean of patches."""
+    """[R, N], how much of each token the head's R inputs are.
+
+    The class token, or that and the distillation token, or the mean of patches.
+    """
     num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
     weights = np.zeros((2 if hasattr(model, "head_dist") else 1, num_tokens))
     if model.reads_prefix:
