@@ -6,8 +6,9 @@ narrow:C            # C channels, in three heads as before
 random:K:N          # N of the patches go on after block K, drawn at random
 attentive:K:N       # N of the patches go on after block K, those that the class token attends to most
 
-KIND stands for --model avit_micro_patch4_32 with that difference. Whether its tokens halt is for the flags to say; of
-the last two they never do. The rule of the last is that of EViT (Liang et al., ICLR 2022), without its fused token.
+KIND stands for --model avit_micro_patch4_32 with that difference, in float32 (--amp none) on every device. Whether its
+tokens halt is for the flags to say; of the last two they never do. The rule of the last is that of EViT (Liang et al.,
+ICLR 2022), without its fused token.
 """
 
 from __future__ import annotations
@@ -84,4 +85,4 @@ def register(kind: str) -> str:
 
 
 if __name__ == "__main__":
-    main_act.main(["--model", register(sys.argv[1]), *sys.argv[2:]])
+    main_act.main(["--model", register(sys.argv[1]), "--amp", "none", *sys.argv[2:]])
