@@ -307,8 +307,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     longest: no image has more rows -> [1, H, T, D].
 
     The operators that torch's nested tensors call: flash attention in half precision, from compute
-    capability 8.0 on, else the memory-efficient one.
+    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T.
     """
+    longest = min(longest, q.shape[2])
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
     has_flash = dtype in (torch.float16, torch.bfloat16) and _supports_flash_attention(q.device)
     computed = torch.float32 if dtype == torch.bfloat16 and not has_flash else dtype  # old GPUs have no kernel for it

@@ -72,6 +72,7 @@ def efficient_forward(q, k, v, bias, bounds, _k, longest, _l, dropout_p, mask_ty
 
 
 def efficient_backward(grad, q, k, v, bias, out, bounds, _k, longest, _l, logsumexp, *_, **__):
+    assert 0 < longest <= q.shape[1], f"Invalid max_seqlen_k:{longest}"  # as on CUDA
     assert logsumexp.shape[-1] == q.shape[1], "logsumexp was not computed"
     calls.append(("efficient backward", q.dtype, q.stride()[1:]))
     return *(x[None] for x in _backward(grad[0], q[0], k[0], v[0], bounds)), torch.empty(0)
