@@ -25,7 +25,6 @@ PARTS = {
     "lengths": "what the first sight of a number of tokens costs",
     "launches": "launches and waits per block, copies to the device, and how long a call takes",
     "speed": "against timm's network, eager and compiled, and memory; what no longer fits in --seconds is left out",
-    "empty": "bounds with images of no rows, which are never passed: told, not judged",
 }
 
 
@@ -58,6 +57,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import timm
 import torch
@@ -208,10 +208,14 @@ LIMITS["none"] |= {"ponder costs": 1e-5, "gradients": 2e-4}
 LIMITS["bf16"] |= {"ponder costs": 1e-2, "gradients": 6e-2}
 LIMITS["fp16"] |= {"ponder costs": 1e-3, "gradients": 2e-2}
 LENGTHS = ([1], [5, 5, 5], [3, 1, 40, 7, 1, 7], [197, 64, 130, 129, 1, 128, 127, 63, 65, 1] * 2)  # rows of each image
+LENGTHS += ([40, 0, 197, 3, 0], [0, 0, 7, 0], [0, 1])  # images that have left as a whole
 
 
 def attention(check: Check) -> None:
     """Attention within images against that of each image by itself in float64, forward and backward."""
+    if check.device.type == "cuda":
+        kernels = zipping.uses_kernels(torch.zeros(1, device=check.device))
+        check.expect("Triton's kernels run", kernels, "they do" if kernels else "the warning says why")
     for amp in check.amps:
         for width in (64, 16):
             errors = [attention_errors(check.device, lengths, width, amp) for lengths in LENGTHS]
@@ -240,7 +244,7 @@ def attend(qkv: Tensor, lengths: list[int]) -> Tensor:
         bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=qkv.device)
         out = zipping.varlen_attention(q, k, v, bounds, longest=max(lengths) + 3)  # a bound is enough
     else:
-        out = zipping.ragged_attention(q, k, v, lengths)
+        out = zipping.ragged_attention(q, k, v, list(filter(None, lengths)))
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -248,17 +252,6 @@ def attend_one(qkv: Tensor) -> Tensor:
     """qkv: [T, 3, H, D] of one image -> [T, H, D]"""
     q, k, v = qkv.permute(1, 2, 0, 3)
     return ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v).transpose(0, 1)
-
-
-def empty(check: Check) -> None:
-    """Images of no rows. The last part: where a kernel cannot do this, it may leave the device unusable."""
-    for amp in check.amps:
-        try:
-            errors = attention_errors(check.device, [40, 0, 197, 3, 0], 64, amp)
-            told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        except RuntimeError as error:
-            told = str(error).partition("\n")[0]
-        check.tell(f"{PRECISION[amp]}: {told}")
 
 
 # The network -------------------------------------------------------------------------------------
@@ -288,15 +281,17 @@ def edges(check: Check) -> None:
 
 
 def zipped_against_masked(check: Check, name: str, model: nn.Module, images: Tensor) -> Tensor:
-    """A check for each precision; the depths [B, N] of the last."""
+    """A check for each precision, with Triton's kernels, where they run, and without; the depths [B, N] of the last."""
     masked = copy.deepcopy(model)
     masked.zip_tokens = False
+    ways = {"operations": False} | ({"kernels": True} if zipping.uses_kernels(images) else {})
     with without_tf32():
-        for amp in check.amps:
-            depth, errors = output_errors(model.eval(), masked.eval(), images, amp)
-            found, expected = (gradients(network.train(), images, amp) for network in (model, masked))
+        for (way, by_kernels), amp in itertools.product(ways.items(), check.amps):
+            with patch.object(models_act, "uses_kernels", lambda x, answer=by_kernels: answer):
+                depth, errors = output_errors(model.eval(), masked.eval(), images, amp)
+                found, expected = (gradients(network.train(), images, amp) for network in (model, masked))
             errors["gradients"] = distance(found, expected)
-            check.compare(f"{name}, {PRECISION[amp]}", errors, LIMITS[amp])
+            check.compare(f"{name}, {way}, {PRECISION[amp]}", errors, LIMITS[amp])
     return depth
 
 
@@ -627,7 +622,7 @@ def peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
 # The command -------------------------------------------------------------------------------------
 
 FUNCTIONS = dict(
-    zip(PARTS, (attention, parity, edges, training, ddp, command, lengths, launches, speed, empty), strict=True)
+    zip(PARTS, (attention, parity, edges, training, ddp, command, lengths, launches, speed), strict=True)
 )
 
 
@@ -656,8 +651,7 @@ def run(args, device: torch.device) -> list[str]:
         check.part = name
         with check.guarded("part"):
             FUNCTIONS[name](check)
-            if name != "empty":  # which may have left the device unusable
-                torch.cuda.empty_cache()  # does nothing without CUDA
+            torch.cuda.empty_cache()  # does nothing without CUDA
         save(args.output, about, check)
     failed = check.failed
     print(f"{len(check.checks) - len(failed)} checks passed, {len(failed)} failed, in {check.elapsed:.0f} s")

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipping import ATTENTION, DeviceTokens, HostTokens, MaskedTokens, can_pack, pack
+from zipping import ATTENTION, DeviceTokens, HostTokens, MaskedTokens, can_pack, pack, uses_kernels
 
 __all__ = [
     "AdaptiveTokens",
@@ -114,6 +114,43 @@ def halting_step(x: Tensor, before: Tensor, gate: Gate, last: bool) -> HaltingSt
     return HaltingStep(cumulative, score, before, torch.ones_like(halts) if last else halts)
 
 
+class _Halted(NamedTuple):
+    """What is left after one block's halting.
+
+    step: what the block's live tokens did; prefix: [B, P, C], the prefix tokens' states, anything where one has
+    left, or None; tokens, rows, before: of the tokens that go on, before the next block.
+    """
+
+    step: HaltingStep
+    prefix: Tensor | None
+    tokens: MaskedTokens | HostTokens | DeviceTokens
+    rows: Tensor
+    before: Tensor
+
+
+def _halt(
+    tokens: MaskedTokens | HostTokens | DeviceTokens,
+    rows: Tensor,
+    before: Tensor,
+    gate: Gate,
+    last: bool,
+    early_exit: bool,
+    with_prefix: bool,
+) -> _Halted:
+    """One block's halting: the decisions, and that halted tokens leave, but for the last block."""
+    step = halting_step(rows, before, gate, last)
+    prefix = tokens.prefix(rows) if with_prefix else None
+    if not last:
+        tokens, (rows, before) = tokens.drop(step.halts, rows, step.cumulative, early_exit=early_exit)
+    return _Halted(step, prefix, tokens, rows, before)
+
+
+def _halt_by_kernels(tokens: DeviceTokens, rows: Tensor, before: Tensor, gate: Gate, **options: bool) -> _Halted:
+    """`_halt` on CUDA, with prefix and one gate for all images."""
+    score, halts, prefix, *kept = tokens.halt(rows, before, gate.minus_center, gate.limit, gate.scale, **options)
+    return _Halted(HaltingStep(None, score, before, halts), prefix, *kept)
+
+
 class _Trace:
     """Collects what the blocks do to the tokens; what is reported of all of them is put together at the end."""
 
@@ -121,6 +158,12 @@ class _Trace:
         self.stores: list[MaskedTokens | HostTokens | DeviceTokens] = []
         self.steps: list[HaltingStep] = []
         self.prefix_states: list[Tensor] = []  # [B, P, C] after each block, anything where a token has left
+
+    def add(self, tokens: MaskedTokens | HostTokens | DeviceTokens, halted: _Halted) -> None:
+        """tokens: live before that."""
+        self.stores.append(tokens)
+        self.steps.append(halted.step)
+        self.prefix_states.append(halted.prefix)
 
     def joined(self) -> HaltingStep:
         """The steps of all blocks, one after the other; cumulative scores, which nobody asks for, are left out."""
@@ -356,23 +399,22 @@ class AdaptiveTokens:
         output = None if prefix_only else x.new_zeros(dense, dtype=torch.promote_types(x.dtype, before.dtype))
         gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
         trace, latest = _Trace(), None
+        in_one_go = prefix_only and states is None and gate_offset is None and isinstance(tokens, DeviceTokens)
+        by_kernels = in_one_go and uses_kernels(x)
+        halt = _halt_by_kernels if by_kernels else partial(_halt, with_prefix=prefix_only)
         for number, (block, way) in enumerate(zip(self.blocks[:num_blocks], ways), start=1):
             rows = way(block, rows, tokens)
             own_gate = gate if gate_offset is None else gate.shifted(tokens.spread(gate_offset))
-            step = halting_step(rows, before, own_gate, last=number == self.num_blocks)
-            trace.stores.append(tokens)
-            trace.steps.append(step)
-            if prefix_only:
-                trace.prefix_states.append(tokens.prefix(rows))
-            else:
-                output = tokens.add_to(output, step.probability.unsqueeze(-1) * rows)
+            last = number == self.num_blocks
+            halted = halt(tokens, rows, before, own_gate, last=last, early_exit=early_exit)
+            trace.add(tokens, halted)
+            if not prefix_only:
+                output = tokens.add_to(output, halted.step.probability.unsqueeze(-1) * rows)
             if states is not None:
                 latest = tokens.put(rows.new_empty(dense) if latest is None else latest, rows)
                 states |= {index: latest.view_as(x) for index in states if index >= number - 1}
-            if number == self.num_blocks:
-                break
-            tokens, (rows, before) = tokens.drop(step.halts, rows, step.cumulative, early_exit=early_exit)
-            if rows.shape[0] == 0 and not (self.training or torch.is_grad_enabled()):
+            _, _, tokens, rows, before = halted
+            if last or (rows.shape[0] == 0 and not (self.training or torch.is_grad_enabled())):
                 break  # else the blocks to come draw their random numbers, and get zero gradients
         steps = trace.joined()
         tables = trace.tables(steps.probability, *((steps.halts, steps.score) if return_halting else ()))

@@ -10,15 +10,16 @@ immutable: `drop` returns a new store. Nothing here knows why a token leaves, or
     rows = rows + attention(rows[None], attn_mask=tokens.attention_mask)[0]      # within each image
     tokens, (rows, state) = tokens.drop(leaves, rows, state)         # leaves: [T] bool
 
-A store of rows holds which token each row is, where images begin, and where their prefix tokens
-are. What is reported of all blocks is put together at the end, by `tables`.
+A store of rows holds which token each row is, and where images begin. On CUDA, where Triton is, its
+kernels decide and drop in one go (`zipping_triton.Halt`). What is reported of all blocks is put together at the end, by `tables`.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 
@@ -33,6 +34,25 @@ ATTENTION = F.scaled_dot_product_attention  # torch's own, whatever its place ma
 def uses_device_form(x: Tensor) -> bool:
     """Whether the live tokens of x are kept as `DeviceTokens`, else as `HostTokens`."""
     return x.is_cuda
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels run where x is."""
+    return x.is_cuda and _kernels_run(x.device)
+
+
+@cache
+def _kernels_run(device: torch.device) -> bool:
+    """Tried once: Triton may be missing, or the compiler of C that it needs."""
+    try:
+        tokens, rows = DeviceTokens.pack(torch.zeros(1, 2, 8, device=device), num_prefix_tokens=1)
+        number = rows.new_zeros(())
+        tokens.halt(rows, rows[:, 0].clone(), number, number, 1.0, last=False, early_exit=False)
+    except Exception as error:  # whatever an import, a compiler or a driver raises
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"zipping is slower than it could be: Triton's kernels do not run here ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 def can_pack(x: Tensor) -> bool:
@@ -111,13 +131,12 @@ class _Rows:
     size: B, N;
     token: [T] int64, b * N + n, the token that a row holds;
     prefix_token: [B * P] int64, the prefix tokens, live or not;
-    prefix_row: [B * P], the row that holds each of them, or any other where it has left.
+    prefix_row: [B * P], the row that holds each of them, or any other where it has left; each store has its own way.
     """
 
     size: tuple[int, int]
     token: np.ndarray | Tensor
     prefix_token: np.ndarray | Tensor
-    prefix_row: np.ndarray | Tensor
 
     @property
     def attention_mask(self) -> AttentionWithinImages:
@@ -135,8 +154,8 @@ class _Rows:
         """rows: [T, C] -> [B, P, C], those of the prefix tokens, some other where one has left."""
         batch = self.size[0]
         if len(rows) == 0:  # an empty sum ties the zeros to the graph: gradients are 0, not None
-            return rows.new_zeros(batch, len(self.prefix_row) // batch, rows.shape[1]) + rows.sum(dim=0)
-        if len(self.prefix_row) == 1:  # the first row, while it is there
+            return rows.new_zeros(batch, len(self.prefix_token) // batch, rows.shape[1]) + rows.sum(dim=0)
+        if len(self.prefix_token) == 1:  # the first row, while it is there
             return rows[None, :1]
         return rows.index_select(0, self._index(self.prefix_row)).unflatten(0, (batch, -1))
 
@@ -167,6 +186,7 @@ class HostTokens(_Rows):
     lengths: how many rows each image has that has any, ascending.
     """
 
+    prefix_row: np.ndarray
     lengths: list[int]
 
     @classmethod
@@ -219,9 +239,9 @@ class HostTokens(_Rows):
 
 @dataclass(frozen=True)
 class DeviceTokens(_Rows):
-    """The live tokens as rows, on CUDA. Images stay in their order; numbers stay on the device.
+    """The live tokens as rows, on CUDA. Images and their tokens stay in their order; numbers stay on the device.
 
-    bounds: [I + 1] int32, where the rows of the I images that have any begin, and the end of the last.
+    bounds: [B + 1] int32, where the rows of each image begin, and the end of the last; an image may have none.
     """
 
     bounds: Tensor
@@ -232,8 +252,12 @@ class DeviceTokens(_Rows):
         batch, length = x.shape[:2]
         token = torch.arange(batch * length, device=x.device)
         bounds = torch.arange(0, batch * length + 1, length, device=x.device, dtype=torch.int32)
-        prefix = token.view(batch, length)[:, :num_prefix_tokens].flatten()
-        return cls((batch, length), token, prefix, prefix, bounds), x.flatten(0, 1)
+        prefix_token = token.view(batch, length)[:, :num_prefix_tokens].flatten().contiguous()
+        return cls((batch, length), token, prefix_token, bounds), x.flatten(0, 1)
+
+    @property
+    def prefix_row(self) -> Tensor:
+        return torch.searchsorted(self.token, self.prefix_token).clamp_(max=len(self.token) - 1)
 
     def drop(
         self, leaves: Tensor, *values: Tensor, early_exit: bool = False
@@ -241,29 +265,51 @@ class DeviceTokens(_Rows):
         """leaves: [T] bool; values: [T, ...] each -> the store, and the values, of the rows that stay.
 
         early_exit: an image whose prefix tokens have all left leaves as a whole.
-        Waits for the device once, for how many rows, and images with rows, there will be.
+        Waits for the device once, for how many rows there will be.
         """
         if len(leaves) == 0:
             return self, values
         stays = ~leaves
         if early_exit:
-            live = self.token.index_select(0, self.prefix_row) == self.prefix_token
-            live &= stays.index_select(0, self.prefix_row)
+            row = self.prefix_row
+            live = self.token.index_select(0, row) == self.prefix_token
+            live &= stays.index_select(0, row)
             stays &= self.spread(live.view(self.size[0], -1).any(dim=1))
         new_row = torch.zeros(len(stays) + 1, dtype=torch.int32, device=stays.device)
         torch.cumsum(stays, 0, dtype=torch.int32, out=new_row[1:])  # [T + 1], how many rows stay before each
-        bounds = new_row.index_select(0, self.bounds)
-        has_rows = bounds[1:] > bounds[:-1]  # [I]
-        numbers = torch.add(has_rows.sum(), new_row[-1], alpha=1 << 32).item()  # both in one, for one wait
-        num_rows, num_images = divmod(numbers, 1 << 32)
+        num_rows = int(new_row[-1])
         if num_rows == len(stays):
             return self, values
-        if num_images < len(has_rows):  # kernels need not understand images without rows
-            bounds = torch.cat([bounds[:1], bounds[1:].index_select(0, _where(has_rows, num_images))])
-        kept = _where(stays, num_rows)
-        prefix_row = new_row.index_select(0, self.prefix_row).clamp(max=max(num_rows - 1, 0))
-        tokens = DeviceTokens(self.size, self.token.index_select(0, kept), self.prefix_token, prefix_row, bounds)
+        kept = torch.nonzero_static(stays, size=num_rows).squeeze(1)  # without another wait
+        bounds = new_row.index_select(0, self.bounds)
+        tokens = replace(self, token=self.token.index_select(0, kept), bounds=bounds)
         return tokens, tuple(value.index_select(0, kept) for value in values)
+
+    def halt(
+        self,
+        rows: Tensor,
+        before: Tensor,
+        minus_center: Tensor,
+        limit: Tensor,
+        scale: float,
+        last: bool,
+        early_exit: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, DeviceTokens, Tensor, Tensor]:
+        """What `models_act.halting_step`, `prefix` and, but for the last block, `drop` do after each other.
+
+        Arguments as there -> score [T], halts [T] bool, the prefix tokens' rows [B, P, C], zero where one has
+        left; the store of the rows that stay, these rows, and the sums of their scores.
+        """
+        from zipping_triton import Halt  # here, as Triton may be missing
+
+        numbers = (scale, self.size, len(self.prefix_token) // self.size[0], last, early_exit)
+        with torch.cuda.device_of(rows):
+            gate = (minus_center, limit)
+            score, halts, prefix, *kept = Halt.apply(rows, before, self.token, self.bounds, *gate, *numbers)
+        if last:
+            return score, halts, prefix, self, rows, before
+        rows, cumulative, token, bounds = kept
+        return score, halts, prefix, replace(self, token=token, bounds=bounds), rows, cumulative
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         return varlen_attention(q, k, v, self.bounds, self.size[1], dropout_p)
@@ -273,11 +319,6 @@ class DeviceTokens(_Rows):
         return numbers
 
     _joined = staticmethod(torch.cat)
-
-
-def _where(mask: Tensor, count: int) -> Tensor:
-    """mask: [T] bool with `count` True -> where they are, [count] int64, without a wait."""
-    return torch.nonzero_static(mask, size=count).squeeze(1)
 
 
 # Attention within images -------------------------------------------------------------------------

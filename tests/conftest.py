@@ -1,5 +1,9 @@
 """What the tests share: parity cases, models that really halt."""
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported, which torch may do
+
 import gzip
 import io
 import json
@@ -32,10 +36,11 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}
 PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "kernels"])
 def live_tokens_form(request, monkeypatch) -> str:
-    """Both forms of live tokens in turn, that of CUDA with its operators emulated."""
-    monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "device")
+    """Both forms of live tokens in turn, that of CUDA with its operators emulated, and with interpreted kernels."""
+    monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param != "host")
+    monkeypatch.setattr(models_act, "uses_kernels", lambda x: request.param == "kernels")
     return request.param
 
 
