@@ -61,9 +61,9 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
     found["torch"] = importlib.metadata.version("torch")
-    if (run / "log.txt").exists():
-        found["epochs"] = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
-        wanted = int(re.search(r"--epochs (\d+)", command)[1])
+    if epochs := re.search(r"--epochs (\d+)", command):
+        log, wanted = run / "log.txt", int(epochs[1])
+        found["epochs"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         if len(found["epochs"]) != wanted:
             raise SystemExit(f"{run}: {len(found['epochs'])} of {wanted} epochs: not done")
         training = sum(epoch["train_seconds"] for epoch in found["epochs"])  # of all attempts, where it was resumed
