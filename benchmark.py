@@ -76,6 +76,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models_act
 import utils
 import zipping
 from datasets import Preprocessing, build_dataset, spread_sample
@@ -483,20 +484,26 @@ class OperationCounter(TorchDispatchMode):
             self.operations["attention" if "attention" in name else name] += 1
         if name in self.VARLEN and not args[0].is_cuda:
             q, k, v = (x.view(1, *x.shape[-3:]).transpose(1, 2) for x in args[:3])
-            out = zipping.ragged_attention(q, k, v, args[4].diff().tolist())
+            out = zipping.ragged_attention(q, k, v, list(filter(None, args[4].diff().tolist())))
             others = [torch.empty(0) if "Tensor" in str(r.type) else 0 for r in function._schema.returns[1:]]
             return out.transpose(1, 2).view_as(args[0]), *others
         return function(*args, **(kwargs or {}))
 
 
 def count(case: Case, device: torch.device, amp: str) -> list[dict]:
-    """A row for each form, and for logits alone and with halting: operations per block beyond a static block's."""
+    """A row for each form, and for logits alone and with halting: operations per block beyond a static block's.
+
+    CUDA's form without Triton's kernels, which are no operations.
+    """
     model, images = copy.deepcopy(case.model).eval(), case.batches[0]
     model.early_exit = False
     static = _operations(static_twin(model).eval(), images, amp)
     rows = []
     for form in ("device",) if device.type == "cuda" else ("CPU", "device"):
-        with patch.object(zipping, "uses_device_form", lambda x, form=form: form == "device"):
+        with (
+            patch.object(zipping, "uses_device_form", lambda x, form=form: form == "device"),
+            patch.object(models_act, "uses_kernels", lambda x: False),
+        ):
             for what, options in {"logits": {}, "with halting": {"return_halting": True}}.items():
                 found = _operations(model, images, amp, **options)
                 names = (found.operations | static.operations).keys()

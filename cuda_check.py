@@ -621,9 +621,7 @@ def peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
 
 # The command -------------------------------------------------------------------------------------
 
-FUNCTIONS = dict(
-    zip(PARTS, (attention, parity, edges, training, ddp, command, lengths, launches, speed), strict=True)
-)
+FUNCTIONS = dict(zip(PARTS, (attention, parity, edges, training, ddp, command, lengths, launches, speed), strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:

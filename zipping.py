@@ -10,8 +10,9 @@ immutable: `drop` returns a new store. Nothing here knows why a token leaves, or
     rows = rows + attention(rows[None], attn_mask=tokens.attention_mask)[0]      # within each image
     tokens, (rows, state) = tokens.drop(leaves, rows, state)         # leaves: [T] bool
 
-A store of rows holds which token each row is, and where images begin. On CUDA, where Triton is, its
-kernels decide and drop in one go (`zipping_triton.Halt`). What is reported of all blocks is put together at the end, by `tables`.
+A store of rows holds which token each row is, and where images begin. What is reported of all blocks
+is put together at the end, by `tables`. On CUDA, where Triton is, its kernels decide and drop in one
+go: `DeviceTokens.halt`.
 """
 
 from __future__ import annotations

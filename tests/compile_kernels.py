@@ -23,7 +23,9 @@ def compile_for(capability: int) -> None:
                 constants = CONSTANTS | {"LAST": last, "EARLY_EXIT": not last}
                 constants = {name: constants[name] for name in kernel.arg_names if name in constants}
                 signature = {n: "constexpr" if n in constants else TYPES.get(n, dtype) for n in kernel.arg_names}
-                found = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+                found = triton.compile(
+                    ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32)
+                )
                 assert "cubin" in found.asm
                 print(kernel.__name__, dtype, f"last {last}:", found.metadata.shared, "bytes of shared memory")
 

@@ -36,11 +36,10 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}
 PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 
-@pytest.fixture(params=["host", "device", "kernels"])
+@pytest.fixture(params=["host", "device"])
 def live_tokens_form(request, monkeypatch) -> str:
-    """Both forms of live tokens in turn, that of CUDA with its operators emulated, and with interpreted kernels."""
-    monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param != "host")
-    monkeypatch.setattr(models_act, "uses_kernels", lambda x: request.param == "kernels")
+    """Both forms of live tokens in turn, that of CUDA with its operators emulated."""
+    monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "device")
     return request.param
 
 

@@ -60,20 +60,11 @@ def test_numbers_that_are_none_pass_no_limit(monkeypatch, capsys):
 
 def test_a_part_that_breaks_does_not_keep_the_next_from_running(monkeypatch, capsys):
     monkeypatch.setitem(cuda_check.FUNCTIONS, "attention", lambda check: 1 / 0)
-    run("--only", "attention", "empty", status=1)
+    run("--only", "attention", "lengths", status=1)
     out = capsys.readouterr().out
     assert "  FAIL  part runs to its end: " in out
     assert "ZeroDivisionError" in out
-    assert "[empty]" in out.partition("ZeroDivisionError")[2]
-
-
-def test_images_without_rows_are_not_judged(monkeypatch, capsys):
-    def attention(*args):
-        raise RuntimeError("no such kernel\nand more")
-
-    monkeypatch.setattr(zipping, "ragged_attention", attention)
-    run("--only", "empty")
-    assert "  float32: no such kernel\n  bf16: no such kernel\n0 checks passed, 0 failed" in capsys.readouterr().out
+    assert "[lengths]" in out.partition("ZeroDivisionError")[2]
 
 
 def test_a_training_that_stops_is_a_failed_check(monkeypatch, capsys):
@@ -130,7 +121,7 @@ def test_too_little_memory_is_a_line(monkeypatch, capsys):
         (["--device", "cpx"], "--device: unknown device 'cpx'; expected cuda or cpu"),
         (["--only", "parity", "speeed"], "argument --only: invalid choice: 'speeed'"),
         (["--seconds", "0"], "argument --seconds: must be at least 1, got 0"),
-        (["--only", "empty", "--output", "/no/such/folder/x.json"], "/no/such/folder/x.json: cannot be written: "),
+        (["--only", "lengths", "--output", "/no/such/folder/x.json"], "/no/such/folder/x.json: cannot be written: "),
     ],
 )
 def test_mistakes_get_one_line(argv, message, capsys):

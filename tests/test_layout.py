@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-CORE = {"models_act", "zipping", "losses", "datasets", "samplers", "utils", "engine_act"}
+CORE = {"models_act", "zipping", "zipping_triton", "losses", "datasets", "samplers", "utils", "engine_act"}
 COMMANDS = {"main_act", "visualize", "benchmark", "compare", "export_onnx"}
 CHECKS = {"cuda_check"}  # commands that run others
 MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody

@@ -422,12 +422,12 @@ def test_a_function_that_is_replaced_for_all_modules_has_its_effect(monkeypatch,
 def test_the_device_form_is_taken_where_it_is_asked_for(live_tokens_form):
     emulated_attention.calls.clear()
     halting_model()(images())
-    assert bool(emulated_attention.calls) == (live_tokens_form != "host")
+    assert bool(emulated_attention.calls) == (live_tokens_form == "device")
 
 
 def test_attention_dropout_reaches_the_kernels(monkeypatch, live_tokens_form):
     model, found = halting_model(attn_drop_rate=0.25), set()
-    store = zipping.HostTokens if live_tokens_form == "host" else zipping.DeviceTokens
+    store = zipping.DeviceTokens if live_tokens_form == "device" else zipping.HostTokens
     monkeypatch.setattr(store, "_attend", lambda self, q, k, v, dropout_p: found.add(dropout_p) or q)
     for training in (True, False):
         found.clear()

@@ -1,0 +1,185 @@
+"""The kernels of CUDA, interpreted on the CPU: they do what the operations in their place do."""
+
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import ROOT, halting_model, images
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import models_act
+import zipping
+from models_act import Gate, _halt, _halt_by_kernels
+from zipping import DeviceTokens
+
+pytest.importorskip("triton", reason="torch brings it on Linux")
+
+GATE = Gate.of(scale=1.5, center=0.5, halt_eps=0.01, device=torch.device("cpu"))
+
+
+@st.composite
+def live_tokens(draw):
+    """A store of CUDA's in which some tokens have left already, its rows, and the sums of their scores."""
+    batch, length, width = draw(st.integers(1, 5)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 130]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    num_prefix = draw(st.integers(1, min(3, length)))
+    tokens, rows = DeviceTokens.pack(torch.randn(batch, length, width, generator=generator), num_prefix)
+    share = draw(st.sampled_from([0.0, 0.2, 0.9, 1.0]))
+    tokens, (rows,) = tokens.drop(torch.rand(len(rows), generator=generator) < share, rows)
+    before = torch.rand(len(rows), generator=generator)
+    # no sum so near to the limit that rounding decides
+    score = torch.sigmoid(GATE.minus_center + GATE.scale * rows[:, 0])
+    assume(not ((before + score - GATE.limit).abs() < 1e-5).any())
+    return tokens, rows, before
+
+
+@settings(max_examples=60)
+@given(live_tokens(), st.booleans(), st.booleans())
+def test_kernels_do_what_operations_do(case, last, early_exit):
+    tokens, rows, before = case
+    found, expected = [], []
+    for halt, results in ((_halt_by_kernels, found), (_halt_with_prefix, expected)):
+        inputs = rows.clone().requires_grad_(), before.clone().requires_grad_()
+        step, prefix, left, kept, cumulative = halt(tokens, *inputs, GATE, last=last, early_exit=early_exit)
+        is_live = torch.isin(tokens.prefix_token, tokens.token).view(tokens.size[0], -1, 1)
+        values = [step.score, prefix * is_live, *(() if last else (kept, cumulative))]
+        torch.manual_seed(0)
+        loss = sum((value * torch.randn_like(value)).sum() for value in values)
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        results += [step.halts, left.token, left.bounds, *values, gradients[0]]
+        results += [] if last else [gradients[1]]
+    assert_close(found, expected)
+
+
+def _halt_with_prefix(*args, **kwargs):
+    return _halt(*args, **kwargs, with_prefix=True)
+
+
+def test_a_score_that_is_not_a_number_halts_no_token():
+    tokens, rows = DeviceTokens.pack(torch.full((1, 3, 4), torch.nan), 1)
+    halted = _halt_by_kernels(tokens, rows, torch.zeros(3), GATE, last=False, early_exit=True)
+    assert not halted.step.halts.any()
+    assert len(halted.rows) == 3
+
+
+def test_where_no_token_halts_nothing_is_copied():
+    tokens, rows = DeviceTokens.pack(torch.full((2, 3, 4), -9.0), 1)
+    halted = _halt_by_kernels(tokens, rows, torch.zeros(6), GATE, last=False, early_exit=False)
+    assert halted.rows.data_ptr() == rows.data_ptr()
+
+
+# The network -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """What CUDA gets, with a count of the blocks that did halt by kernels."""
+    calls = []
+
+    def halt(self, *args, original=DeviceTokens.halt, **kwargs):
+        calls.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DeviceTokens, "halt", halt)
+    monkeypatch.setattr(zipping, "uses_device_form", lambda x: True)
+    monkeypatch.setattr(models_act, "uses_kernels", lambda x: True)
+    return calls
+
+
+OPTIONS = {
+    "class token": {},
+    "distilled": {"distilled": True},
+    "registers": {"reg_tokens": 2},
+    "stochastic depth": {"drop_path_rate": 0.2},
+    "every token halts in block 1": {"mean": -5.0},
+    "no token halts": {"mean": 30.0, "spread": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_the_network_is_the_masked_one(by_kernels, options, training):
+    found, expected = [], []
+    for zip_tokens, results in ((True, found), (False, expected)):
+        model = halting_model(**options, zip_tokens=zip_tokens).train(training)
+        torch.manual_seed(1)  # of stochastic depth
+        logits, halting = model(images(), return_halting=True)
+        loss = logits.square().mean() + halting.ponder_cost.mean() + halting.layer_scores.square().sum()
+        gradients = torch.autograd.grad(loss, [*model.parameters()])
+        results += [logits, *halting, *gradients]
+    assert len(by_kernels) == model.num_blocks
+    assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_images_leave_as_a_whole(by_kernels):
+    model = halting_model().eval()
+    logits = model(images(5))
+    assert all(call["early_exit"] for call in by_kernels)
+    model.zip_tokens = False
+    assert_close(logits, model(images(5)), rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision(by_kernels):
+    model = halting_model().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, halting = model(images(), return_halting=True)
+    assert halting.ponder_cost.dtype == torch.float32
+    (logits.float().mean() + halting.ponder_cost.mean()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def test_a_network_in_half_precision(by_kernels):
+    model = halting_model().eval().bfloat16()
+    logits, halting = model(images().bfloat16(), return_halting=True)
+    assert (logits.dtype, halting.depth.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_what_the_kernels_cannot_do_runs_in_operations(by_kernels):
+    """The mean field of all tokens, states after each block, and gates that differ between images."""
+    model = halting_model()
+    model.forward_features(images())
+    model.forward_intermediates(images())
+    model(images(), gate_offset=torch.zeros(len(images())))
+    assert by_kernels == []
+
+
+# Whether they run --------------------------------------------------------------------------------
+
+
+def test_kernels_are_for_cuda():
+    assert not zipping.uses_kernels(torch.zeros(1))
+
+
+@pytest.mark.parametrize("reason", ["no C compiler", "No module named 'triton'"])
+def test_a_machine_without_triton_is_told_once(reason):
+    zipping._kernels_run.cache_clear()
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    with patch.object(DeviceTokens, "halt", side_effect=RuntimeError(f"{reason}\nat length")):
+        with pytest.warns(UserWarning, match=f"Triton's kernels do not run here \\({reason}\\)"):
+            assert not zipping.uses_kernels(x)
+        with warnings.catch_warnings(action="error"):
+            assert not zipping.uses_kernels(x)
+    zipping._kernels_run.cache_clear()
+
+
+def test_the_trial_runs_a_kernel():
+    zipping._kernels_run.cache_clear()
+    assert zipping._kernels_run(torch.device("cpu"))  # interpreted
+    zipping._kernels_run.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+def test_they_compile_for_gpus_that_are_not_here(capability):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": "/tmp"}  # not interpreted
+    command = [sys.executable, ROOT / "tests" / "compile_kernels.py", str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
