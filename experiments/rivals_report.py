@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.stages import HELD_OUT, held_out, machine, mean_and_error, table
+from experiments.stages import HELD_OUT, held_out, mean_and_error, processors, table
 
 UNCUT, HALTING, ANY_BUDGET = "uncut", "halting", "anybudget"
 METHODS = {  # stages test_METHODSETTING_SEED, and what they are
@@ -108,6 +108,14 @@ def ablations_table(results: Path) -> str:
     return table(("", *HELD_OUT), rows)
 
 
+def machines_line(results: Path) -> str:
+    """Where stages ran; images/s are always of the processors."""
+    stages = [json.loads(path.read_text()) for path in results.glob("*_*.json")]
+    machines = Counter(stage["machine"] for stage in stages if "epochs" in stage).most_common()
+    trained = " and ".join(f"{name} ({number} stages)" for name, number in machines)
+    return f"Trained on {trained or 'no machine'}; images/s of {processors()}."
+
+
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
     """Accuracy of a static method at a cost, linear between its networks and the uncut one; None where it has none."""
     known = [p for p in points if p.method in (method, UNCUT) and seed in p.cost]
@@ -168,7 +176,7 @@ def report(results: Path, title: str) -> None:
         networks_table(points, speeds),
         differences_table(points),
         ablations_table(results),
-        f"Measured on {machine()}.",
+        machines_line(results),
     ]
     (results / "rivals.md").write_text("\n\n".join(text) + "\n")
     fewer = "multiply-adds, share of the uncut network's"

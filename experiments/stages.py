@@ -95,11 +95,13 @@ def _commit() -> str:
 
 
 def machine() -> str:
-    """The GPU, where there is one, else the processors."""
+    """What a stage runs on: the GPU, where there is one, else the processors."""
     import torch  # here, as it takes seconds
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processors()
+
+
+def processors() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -121,6 +121,8 @@ def test_every_figure_of_the_report(tmp_path):
         put_test(tmp_path, f"cut7_{seed}", 78.0, 0.06)
         put_test(tmp_path, f"random0.45_{seed}", 70.0, 0.05)
     (tmp_path / "speeds.json").write_text(json.dumps({"uncut": 100.0, "halting0.45": 200.0}))
+    for stage, machine in {"uncut_0": "a GPU", "uncut_1": "2 x CPU", "cut5_0": "a GPU"}.items():
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"epochs": [], "machine": machine}))
     rivals_report.report(tmp_path, "Title")
     text = (tmp_path / "rivals.md").read_text()
     for line in (
@@ -131,6 +133,7 @@ def test_every_figure_of_the_report(tmp_path):
         "| A-ViT, trained for each budget | 55.0% |  | +4.12 ± 0.12 |  |  | -1.00 ± 0.00 |",
     ):
         assert line in text.splitlines(), text
+    assert "\nTrained on a GPU (2 stages) and 2 x CPU (1 stages); images/s of " in text
     assert (tmp_path / "accuracy_macs.png").stat().st_size > 5000
     assert (tmp_path / "accuracy_speed.png").stat().st_size > 5000
 
