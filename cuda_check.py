@@ -213,9 +213,8 @@ LENGTHS += ([40, 0, 197, 3, 0], [0, 0, 7, 0], [0, 1])  # images that have left a
 
 def attention(check: Check) -> None:
     """Attention within images against that of each image by itself in float64, forward and backward."""
-    if check.device.type == "cuda":
-        kernels = zipping.uses_kernels(torch.zeros(1, device=check.device))
-        check.expect("Triton's kernels run", kernels, "they do" if kernels else "the warning says why")
+    has_kernels = zipping.uses_kernels(torch.zeros(1, device=check.device))
+    check.tell(f"Triton's kernels {'' if has_kernels else 'do not '}run")
     for amp in check.amps:
         for width in (64, 16):
             errors = [attention_errors(check.device, lengths, width, amp) for lengths in LENGTHS]
@@ -257,12 +256,30 @@ def attend_one(qkv: Tensor) -> Tensor:
 # The network -------------------------------------------------------------------------------------
 
 
+VARIANTS = {  # networks, and options of them
+    "tiny": {},
+    "small": {},
+    "tiny_distilled": {},
+    "tiny, 384 x 384": {"img_size": 384},
+    "tiny, registers, 180 wide": {"reg_tokens": 4, "embed_dim": 180},
+}
+SMALL_VARIANTS = {"micro": {}, "micro, registers": {"reg_tokens": 4}}
+
+
 def parity(check: Check) -> None:
-    """Zipped against masked, in inference and in training, with stochastic depth."""
-    for size in ("micro",) if check.small else ("tiny", "small", "tiny_distilled"):
-        model = check.network(size, drop_path_rate=0.1)
-        depth = zipped_against_masked(check, size, model, check.images(model, 4 if check.small else 64))
-        check.expect(f"{size}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
+    """Zipped against masked, in inference and in training, with stochastic depth; and with weights of 16 bits."""
+    for name, options in (SMALL_VARIANTS if check.small else VARIANTS).items():
+        model = check.network(name.partition(",")[0], drop_path_rate=0.1, **options)
+        images = check.images(model, 4 if check.small else 16 if options else 64)
+        depth = zipped_against_masked(check, name, model, images)
+        check.expect(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
+    for amp in check.amps:
+        if dtype := utils.AMP_DTYPES[amp]:
+            halved = copy.deepcopy(model).eval().to(dtype)
+            masked = copy.deepcopy(halved)
+            masked.zip_tokens = False
+            _, errors = output_errors(halved, masked, images.to(dtype), "none")
+            check.compare(f"{name}, weights in {PRECISION[amp]}", errors, LIMITS[amp])
 
 
 EDGES = {  # mean depth, images, what holds of the depths

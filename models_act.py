@@ -70,9 +70,9 @@ class Halting(NamedTuple):
 
 
 class HaltingStep(NamedTuple):
-    """One block's halting arithmetic, a value per token: see `halting_step`."""
+    """One block's halting arithmetic, a value per token: see `halting_step`; `cumulative` is None once it is used."""
 
-    cumulative: Tensor
+    cumulative: Tensor | None
     score: Tensor
     before: Tensor
     halts: Tensor
@@ -147,6 +147,8 @@ def _halt(
 
 def _halt_by_kernels(tokens: DeviceTokens, rows: Tensor, before: Tensor, gate: Gate, **options: bool) -> _Halted:
     """`_halt` on CUDA, with prefix and one gate for all images."""
+    if len(rows) == 0:
+        return _halt(tokens, rows, before, gate, with_prefix=True, **options)
     score, halts, prefix, *kept = tokens.halt(rows, before, gate.minus_center, gate.limit, gate.scale, **options)
     return _Halted(HaltingStep(None, score, before, halts), prefix, *kept)
 

@@ -44,11 +44,16 @@ def uses_kernels(x: Tensor) -> bool:
 
 @cache
 def _kernels_run(device: torch.device) -> bool:
-    """Tried once: Triton may be missing, or the compiler of C that it needs."""
+    """Tried once, forward and backward: Triton may be missing, or the compiler of C that it needs."""
     try:
-        tokens, rows = DeviceTokens.pack(torch.zeros(1, 2, 8, device=device), num_prefix_tokens=1)
-        number = rows.new_zeros(())
-        tokens.halt(rows, rows[:, 0].clone(), number, number, 1.0, last=False, early_exit=False)
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = torch.tensor([[0.0], [9.0]], device=device, requires_grad=True)  # the second one leaves
+            tokens, _ = DeviceTokens.pack(rows.detach()[None], num_prefix_tokens=1)
+            gate = (rows.new_zeros(()), rows.new_ones(()))
+            _, _, prefix, _, kept, _ = tokens.halt(rows, rows.new_ones(2) / 4, *gate, 1.0, last=False, early_exit=False)
+            (prefix.sum() + kept.sum()).backward()
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about kernels
     except Exception as error:  # whatever an import, a compiler or a driver raises
         reason = str(error).partition("\n")[0]
         warnings.warn(f"zipping is slower than it could be: Triton's kernels do not run here ({reason})", stacklevel=2)
@@ -127,7 +132,8 @@ class MaskedTokens:
 class _Rows:
     """What both stores of rows have in common; a store adds where images begin.
 
-    Its `_index` makes a tensor of its kind of numbers, `_joined` joins several, `_attend` is `attend` for some rows.
+    Its `_index` makes a tensor of its kind of numbers, `_joined` joins several, `_added` adds a number to each of
+    several, `_attend` is `attend` for some rows.
 
     size: B, N;
     token: [T] int64, b * N + n, the token that a row holds;
@@ -173,7 +179,7 @@ class _Rows:
         """values: [sum of T], of all blocks' rows in turn -> each [L, B, N], zero where a token has left."""
         shape = (len(stores), *stores[0].size)
         starts = range(0, math.prod(shape), math.prod(shape[1:]))
-        index = cls._index(cls._joined([start + tokens.token for start, tokens in zip(starts, stores)]))
+        index = cls._index(cls._joined(cls._added([tokens.token for tokens in stores], list(starts))))
         return [v.new_zeros(math.prod(shape)).index_copy(0, index, v).view(shape) for v in values]
 
 
@@ -236,6 +242,7 @@ class HostTokens(_Rows):
         return ragged_attention(q, k, v, self.lengths, dropout_p)
 
     _index, _joined = staticmethod(torch.from_numpy), staticmethod(np.concatenate)
+    _added = staticmethod(lambda tokens, starts: [start + token for start, token in zip(starts, tokens)])
 
 
 @dataclass(frozen=True)
@@ -298,15 +305,18 @@ class DeviceTokens(_Rows):
     ) -> tuple[Tensor, Tensor, Tensor, DeviceTokens, Tensor, Tensor]:
         """What `models_act.halting_step`, `prefix` and, but for the last block, `drop` do after each other.
 
-        Arguments as there -> score [T], halts [T] bool, the prefix tokens' rows [B, P, C], zero where one has
-        left; the store of the rows that stay, these rows, and the sums of their scores.
+        Arguments as there, T above 0 -> score [T], halts [T] bool, the prefix tokens' rows [B, P, C], zero where
+        one has left; the store of the rows that stay, these rows, and the sums of their scores, or, of the last
+        block, this store, `rows` and `before`.
         """
         from zipping_triton import Halt  # here, as Triton may be missing
 
-        numbers = (scale, self.size, len(self.prefix_token) // self.size[0], last, early_exit)
+        num_prefix_tokens = len(self.prefix_token) // self.size[0]
         with torch.cuda.device_of(rows):
-            gate = (minus_center, limit)
-            score, halts, prefix, *kept = Halt.apply(rows, before, self.token, self.bounds, *gate, *numbers)
+            score, halts, prefix, *kept = Halt.apply(
+                rows, before, self.token, self.bounds, minus_center, limit,
+                scale, self.size, num_prefix_tokens, last, early_exit,
+            )  # fmt: skip
         if last:
             return score, halts, prefix, self, rows, before
         rows, cumulative, token, bounds = kept
@@ -319,7 +329,7 @@ class DeviceTokens(_Rows):
     def _index(numbers: Tensor) -> Tensor:
         return numbers
 
-    _joined = staticmethod(torch.cat)
+    _joined, _added = staticmethod(torch.cat), staticmethod(torch._foreach_add)
 
 
 # Attention within images -------------------------------------------------------------------------

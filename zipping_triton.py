@@ -19,7 +19,7 @@ ROWS = 16  # that a program of the kernels that move rows takes
 
 @triton.jit
 def _decide(
-    rows, before, token, bounds, minus_center, limit,  # what is read, see `halt`
+    rows, before, token, bounds, minus_center, limit,  # what is read, see `Halt`
     score, cumulative, halts, place, counts, prefix,  # what is written
     scale, width, length,
     LAST: tl.constexpr, EARLY_EXIT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
@@ -119,10 +119,10 @@ def _backward(
 
 
 class Halt(torch.autograd.Function):
-    """One block's halting; differentiable in the rows and the earlier scores.
+    """One block's halting; differentiable in the rows and the earlier scores, once.
 
-    rows: [T, C], before: [T] float32, token: [T] int64, bounds: [B + 1] int32, of all B images;
-    minus_center, limit: of no dimension, float32; scale: a number; size: B, N; num_prefix_tokens: P.
+    rows: [T, C] of any floating type, T above 0; before: [T] float32; token: [T] int64; bounds: [B + 1] int32, of
+    all B images; minus_center, limit: of no dimension, float32; scale: a number; size: B, N; num_prefix_tokens: P.
     Returns score [T], halts [T] bool, the prefix tokens' rows [B, P, C], zero where one has left; and, but for
     the last block, of the rows that stay: rows, cumulative scores, tokens, bounds. Waits for the device once.
     """
@@ -142,16 +142,18 @@ class Halt(torch.autograd.Function):
         last: bool,
         early_exit: bool,
     ) -> tuple[Tensor | None, ...]:
-        (count, width), (batch, length) = rows.shape, size
-        channels = min(CHANNELS, triton.next_power_of_2(width))
+        rows, (count, width), (batch, length) = rows.contiguous(), rows.shape, size
+        block, channels = triton.next_power_of_2(length), min(CHANNELS, triton.next_power_of_2(width))
         score, cumulative = torch.empty_like(before), torch.empty_like(before)
         halts = torch.empty(count, dtype=torch.uint8, device=rows.device)
-        place, counts = torch.empty_like(halts, dtype=torch.int32), torch.empty_like(bounds)
+        place, counts = halts, halts  # of which the last block makes no use
+        if not last:
+            place, counts = torch.empty_like(token, dtype=torch.int32), torch.empty_like(bounds)
         prefix = rows.new_empty(batch, num_prefix_tokens, width)
         _decide[(batch,)](
             rows, before, token, bounds, minus_center, limit, score, cumulative, halts, place, counts, prefix,
             scale, width, length, LAST=last, EARLY_EXIT=early_exit, PREFIX=num_prefix_tokens,
-            BLOCK=triton.next_power_of_2(length), CHANNELS=channels,
+            BLOCK=block, CHANNELS=channels, num_warps=min(max(block // 128, 4), 16),
         )  # fmt: skip
         new_rows, new_cumulative, new_token, new_bounds = None, None, None, None
         if not last:
@@ -166,28 +168,37 @@ class Halt(torch.autograd.Function):
                     rows, cumulative, token, place, new_bounds, new_rows, new_cumulative, new_token,
                     count, width, length, ROWS=ROWS, CHANNELS=channels,
                 )  # fmt: skip
-            ctx.mark_non_differentiable(new_token, new_bounds)
         halts = halts.view(torch.bool)
-        ctx.mark_non_differentiable(halts)
+        ctx.mark_non_differentiable(*(x for x in (halts, new_token, new_bounds) if x is not None))
+        ctx.set_materialize_grads(False)  # of what nothing is to be made: zeros that are not asked for
         ctx.save_for_backward(score, token, place, bounds if last else new_bounds)
-        ctx.numbers = scale, length, last, channels
+        shapes = [0 if x is None else x.shape for x in (score, prefix, new_rows, new_cumulative)]
+        ctx.numbers = scale, length, last, channels, shapes
         return score, halts, prefix, new_rows, new_cumulative, new_token, new_bounds
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx, grad_score: Tensor, _, grad_prefix: Tensor, grad_new_rows: Tensor, grad_new_cumulative: Tensor, *__
+        ctx,
+        grad_score: Tensor | None,
+        _,
+        grad_prefix: Tensor | None,
+        grad_new_rows: Tensor | None,
+        grad_new_cumulative: Tensor | None,
+        *__,
     ) -> tuple[Tensor | None, ...]:
         score, token, place, new_bounds = ctx.saved_tensors
-        scale, length, last, channels = ctx.numbers
-        count, width = len(score), grad_prefix.shape[2]
-        grad_rows = grad_prefix.new_empty(count, width)
-        grad_before = None if last else torch.empty_like(score)
-        read = (grad_prefix, grad_prefix) if last else (grad_new_rows, grad_new_cumulative)  # of which nothing is read
-        read = [x.contiguous() for x in (*read, grad_score, grad_prefix)]
-        if count:
-            _backward[(triton.cdiv(count, ROWS),)](
-                *read, score, token, place, new_bounds, grad_rows, score if last else grad_before,
-                scale, count, width, length, LAST=last, PREFIX=grad_prefix.shape[1], ROWS=ROWS, CHANNELS=channels,
-            )  # fmt: skip
-        return grad_rows, grad_before, *[None] * 9
+        scale, length, last, channels, shapes = ctx.numbers
+        found = (grad_score, grad_prefix, grad_new_rows, grad_new_cumulative)
+        grad_score, grad_prefix, grad_new_rows, grad_new_cumulative = (
+            score.new_zeros(shape) if gradient is None else gradient.contiguous()
+            for gradient, shape in zip(found, shapes)
+        )
+        (count,), (*_, num_prefix_tokens, width) = shapes[:2]
+        grad_rows, grad_before = grad_prefix.new_empty(count, width), torch.empty_like(score)
+        _backward[(triton.cdiv(count, ROWS),)](
+            grad_new_rows, grad_new_cumulative, grad_score, grad_prefix, score, token, place, new_bounds,
+            grad_rows, grad_before, scale, count, width, length,
+            LAST=last, PREFIX=num_prefix_tokens, ROWS=ROWS, CHANNELS=channels,
+        )  # fmt: skip
+        return grad_rows, None if last else grad_before, *[None] * 9

@@ -1,4 +1,4 @@
-"""Compiles zipping_triton's kernels for a GPU that need not be there: python tests/compile_kernels.py [CAPABILITY]"""
+"""Compiles the kernels for a GPU that need not be there: PYTHONPATH=. python tests/compile_kernels.py [CAPABILITY]"""
 
 import sys
 
