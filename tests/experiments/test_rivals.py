@@ -154,6 +154,7 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
         "ROUNDS": "1",
         "CUTS": "7",
         "BUDGETS": "0.6",
+        "CUT_BUDGETS": "0.77",
         "WIDTHS": "27",
     }
     command = ["bash", str(repository / "experiments/cluttered/run.sh"), str(data)]
