@@ -26,3 +26,5 @@ static_training() {  # KIND SUFFIX SEED
 . experiments/chain.sh
 . experiments/rivals.sh
 keep_weights "halting${BUDGETS[-1]}_${SEEDS%% *}" "$HERE/avit_micro_cluttered.pth"
+once "$OUT/depths/teaser.png" "$PYTHON" main_act.py --model avit_micro_patch4_32 $PICTURES --data-path "$RUNS/data/full" \
+  --finetune "$HERE/avit_micro_cluttered.pth" --output_dir "$RUNS/depths" --demo --demo-by random --demo-dir "$OUT/depths"
