@@ -150,7 +150,7 @@ def differences_table(points: list[Point]) -> str:
 def chart(points: list[Point], place: Callable[[Point], float | None], label: str, title: str, path: Path) -> None:
     """Accuracy against what `place` says of each network; bars are standard errors over seeds."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for method, name in METHODS.items():
+    for number, (method, name) in enumerate(METHODS.items()):
         shown = [(place(p), p) for p in points if p.method == method and place(p) is not None]
         if not shown:
             continue
@@ -158,7 +158,8 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
         error = [
             statistics.stdev(a) / len(a) ** 0.5 if len(a) > 1 else 0 for a in ([*p.accuracy.values()] for _, p in shown)
         ]
-        axes.errorbar(x, y, error, fmt=STYLES[method], label=name, capsize=3, markersize=8 if method == UNCUT else 5)
+        style = {"fmt": STYLES[method], "color": f"C{number}", "markersize": 8 if method == UNCUT else 5}
+        axes.errorbar(x, y, error, label=name, capsize=3, **style)
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 of the test images, %")
     axes.set_title(title)
