@@ -159,7 +159,7 @@ def test_rows_need_not_be_contiguous():
 
 
 def test_gradients_that_are_not_asked_for():
-    """Of scores alone: nothing is made of the rows, and no zeros stand in for their gradients."""
+    """Of scores alone, where nothing is made of the rows that stay."""
     tokens, rows = DeviceTokens.pack(torch.randn(2, 5, 3), 1)
     found = []
     for halt in (_halt_by_kernels, _halt_with_prefix):
@@ -192,7 +192,8 @@ def test_a_machine_without_triton_is_told_once(reason):
     with patch.object(DeviceTokens, "halt", side_effect=RuntimeError(f"{reason}\nat length")):
         with pytest.warns(UserWarning, match=f"Triton's kernels do not run here \\({reason}\\)"):
             assert not zipping.uses_kernels(x)
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             assert not zipping.uses_kernels(x)
     zipping._kernels_run.cache_clear()
 

@@ -138,6 +138,16 @@ def test_every_figure_of_the_report(tmp_path):
     assert (tmp_path / "accuracy_speed.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_training_that_was_stopped_is_not_kept_as_done(tmp_path, epochs):
+    (tmp_path / "log.txt").write_text('{"train_seconds": 1.0}\n' * epochs)
+    if not epochs:
+        (tmp_path / "log.txt").unlink()
+    with pytest.raises(SystemExit, match=f"{epochs} of 2 epochs: not done"):
+        stages.keep(tmp_path, tmp_path / "stage.json", seconds=1, command="python main_act.py --epochs 2")
+    assert not (tmp_path / "stage.json").exists()
+
+
 # The chain ---------------------------------------------------------------------------------------
 
 
