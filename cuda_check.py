@@ -216,7 +216,7 @@ def attention(check: Check) -> None:
     has_kernels = zipping.uses_kernels(torch.zeros(1, device=check.device))
     check.tell(f"Triton's kernels {'' if has_kernels else 'do not '}run")
     for amp in check.amps:
-        for width in (64, 16):
+        for width in (64, 16, 60):
             errors = [attention_errors(check.device, lengths, width, amp) for lengths in LENGTHS]
             worst = {name: largest([of_one[name] for of_one in errors]) for name in errors[0]}
             check.compare(f"{PRECISION[amp]}, heads of {width}", worst, LIMITS[amp])
@@ -271,8 +271,9 @@ def parity(check: Check) -> None:
     for name, options in (SMALL_VARIANTS if check.small else VARIANTS).items():
         model = check.network(name.partition(",")[0], drop_path_rate=0.1, **options)
         images = check.images(model, 4 if check.small else 16 if options else 64)
-        depth = zipped_against_masked(check, name, model, images)
-        check.expect(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
+        with check.guarded(name):  # the others are checked all the same
+            depth = zipped_against_masked(check, name, model, images)
+            check.expect(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
     for amp in check.amps:
         if dtype := utils.AMP_DTYPES[amp]:
             halved = copy.deepcopy(model).eval().to(dtype)

@@ -359,21 +359,25 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     longest: no image has more rows -> [1, H, T, D].
 
     The operators that torch's nested tensors call: flash attention in half precision, from compute
-    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T.
+    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T. Both want
+    D in steps of 8; where it is not, zeros fill it up, which change neither products nor sums.
     """
     longest = min(longest, q.shape[2])
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
     has_flash = dtype in (torch.float16, torch.bfloat16) and _supports_flash_attention(q.device)
     computed = torch.float32 if dtype == torch.bfloat16 and not has_flash else dtype  # old GPUs have no kernel for it
+    width = q.shape[-1]
     q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
+    if width % 8:
+        q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
     limits = (bounds, bounds, longest, longest, dropout_p)
-    if has_flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    if has_flash and q.shape[-1] <= 256:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False)[0].unsqueeze(0)
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False, scale=width**-0.5)[0].unsqueeze(0)
     else:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad)[0]
-    return out.to(dtype).transpose(1, 2)
+        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad, scale=width**-0.5)[0]
+    return out[..., :width].to(dtype).transpose(1, 2)
 
 
 @cache

@@ -20,24 +20,25 @@ def _images(bounds: Tensor) -> Iterator[slice]:
     return map(slice, starts[:-1], starts[1:])
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
+def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """q, k: [n, H, D] -> [H, n, n]"""
-    return (torch.einsum("qhd,khd->hqk", q.double(), k.double()) * q.shape[-1] ** -0.5).softmax(-1)
+    return (torch.einsum("qhd,khd->hqk", q.double(), k.double()) * scale).softmax(-1)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> Tensor:
+    assert q.shape[-1] * q.element_size() % 16 == 0, "no kernel found to launch!"  # as on CUDA
     out = torch.empty(q.shape, dtype=q.dtype)
     for image in _images(bounds):
-        out[image] = torch.einsum("hqk,khd->qhd", _weights(q[image], k[image]), v[image].double()).to(q.dtype)
+        out[image] = torch.einsum("hqk,khd->qhd", _weights(q[image], k[image], scale), v[image].double()).to(q.dtype)
     return out
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, ...]:
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     for image in _images(bounds):
-        weights, (g, value) = _weights(q[image], k[image]), (x[image].double() for x in (grad, v))
+        weights, (g, value) = _weights(q[image], k[image], scale), (x[image].double() for x in (grad, v))
         of_weights = torch.einsum("qhd,khd->hqk", g, value)
-        of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+        of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
         found = (
             torch.einsum("hqk,khd->qhd", of_logits, k[image].double()),
             torch.einsum("hqk,qhd->khd", of_logits, q[image].double()),
@@ -48,34 +49,35 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> 
     return grads
 
 
-def flash_forward(q, k, v, bounds, _k, longest, _l, dropout_p, is_causal, return_debug_mask, **_):
+def flash_forward(q, k, v, bounds, _k, longest, _l, dropout_p, is_causal, return_debug_mask, *, scale, **_):
     """q, k, v: [T, H, D] in half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert (dropout_p, is_causal, return_debug_mask) == (0, False, False)
     calls.append(("flash", q.dtype, q.stride()))
     empty = torch.empty(0)
-    return _forward(q, k, v, bounds), torch.zeros(q.shape[1], len(q)), empty.to(torch.uint64), empty, empty
+    return _forward(q, k, v, bounds, scale), torch.zeros(q.shape[1], len(q)), empty.to(torch.uint64), empty, empty
 
 
-def flash_backward(grad, q, k, v, out, logsumexp, bounds, *_, **__):
+def flash_backward(grad, q, k, v, out, logsumexp, bounds, *_, scale, **__):
     calls.append(("flash backward", q.dtype, q.stride()))
-    return _backward(grad, q, k, v, bounds)
+    return _backward(grad, q, k, v, bounds, scale)
 
 
-def efficient_forward(q, k, v, bias, bounds, _k, longest, _l, dropout_p, mask_type, compute_logsumexp=False, **_):
+def efficient_forward(q, k, v, bias, bounds, _k, longest, _l, dropout_p, mask_type, needs_grad=False, *, scale, **_):
     """q, k, v: [1, T, H, D]"""
     assert (bias, dropout_p, mask_type) == (None, 0, 0)
     calls.append(("efficient", q.dtype, q.stride()[1:]))
-    size = q.shape[2], q.shape[1] if compute_logsumexp else 0
+    size = q.shape[2], q.shape[1] if needs_grad else 0
+    out = _forward(q[0], k[0], v[0], bounds, scale)[None]
     number = torch.zeros((), dtype=torch.int64)
-    return _forward(q[0], k[0], v[0], bounds)[None], torch.zeros(1, *size), number, number.clone(), longest, longest
+    return out, torch.zeros(1, *size), number, number.clone(), longest, longest
 
 
-def efficient_backward(grad, q, k, v, bias, out, bounds, _k, longest, _l, logsumexp, *_, **__):
+def efficient_backward(grad, q, k, v, bias, out, bounds, _k, longest, _l, logsumexp, *_, scale, **__):
     assert 0 < longest <= q.shape[1], f"Invalid max_seqlen_k:{longest}"  # as on CUDA
     assert logsumexp.shape[-1] == q.shape[1], "logsumexp was not computed"
     calls.append(("efficient backward", q.dtype, q.stride()[1:]))
-    return *(x[None] for x in _backward(grad[0], q[0], k[0], v[0], bounds)), torch.empty(0)
+    return *(x[None] for x in _backward(grad[0], q[0], k[0], v[0], bounds, scale)), torch.empty(0)
 
 
 library.impl("_flash_attention_forward", flash_forward, "CPU")

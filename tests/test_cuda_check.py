@@ -46,8 +46,8 @@ def test_a_check_that_fails(tmp_path, monkeypatch, capsys):
     run("--only", "attention", "--output", str(file), status=1)
     out = capsys.readouterr().out
     assert "  FAIL  float32, heads of 64: attention 1.0e-01 (at most 5e-05), its gradient 1.0e-01 (at most" in out
-    assert "\n0 checks passed, 4 failed, in " in out
-    assert out.endswith("\n  FAIL  attention: bf16, heads of 16\n")
+    assert "\n0 checks passed, 6 failed, in " in out
+    assert out.endswith("\n  FAIL  attention: bf16, heads of 60\n")
     assert not any(check["passed"] for check in json.loads(file.read_text())["checks"])
 
 

@@ -92,7 +92,7 @@ LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted)
 
 
 @pytest.mark.parametrize("attention", [ragged_attention, varlen])
-@given(LENGTHS, st.sampled_from([1, 4]), st.sampled_from([4, 16]))
+@given(LENGTHS, st.sampled_from([1, 4]), st.sampled_from([5, 12, 16]))  # CUDA's kernels want multiples of 8
 def test_attention_stays_within_images(attention, lengths, heads, width):
     qkv = torch.randn(1, sum(lengths), 3, heads, width, requires_grad=True)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # as timm's attention has them
@@ -101,7 +101,7 @@ def test_attention_stays_within_images(attention, lengths, heads, width):
     grad, expected_grad = (torch.autograd.grad((o * weights).sum(), qkv, retain_graph=True)[0] for o in (out, expected))
     assert_close(out, expected)
     assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-    assert out.transpose(1, 2).is_contiguous(), "what follows would have to copy it"
+    assert width % 8 or out.transpose(1, 2).is_contiguous(), "what follows would have to copy it"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
