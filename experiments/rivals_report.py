@@ -149,7 +149,7 @@ def differences_table(points: list[Point]) -> str:
 
 def chart(points: list[Point], place: Callable[[Point], float | None], label: str, title: str, path: Path) -> None:
     """Accuracy against what `place` says of each network; bars are standard errors over seeds."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
     for number, (method, name) in enumerate(METHODS.items()):
         shown = [(place(p), p) for p in points if p.method == method and place(p) is not None]
         if not shown:
@@ -164,7 +164,7 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
     axes.set_ylabel("top-1 of the test images, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -175,7 +175,7 @@ def test_the_kept_network_recognises_what_was_measured(tmp_path):
 
 
 def test_the_tables_of_the_results_are_those_of_the_report():
-    rows = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith("|")]
+    rows = [line for line in (HERE / "recipe.md").read_text().splitlines() if line.startswith("|")]
     report = (HERE / "results" / "fashion_mnist.md").read_text().splitlines()
     assert rows
     assert [row for row in rows if row not in report] == []
