@@ -271,16 +271,16 @@ def parity(check: Check) -> None:
     for name, options in (SMALL_VARIANTS if check.small else VARIANTS).items():
         model = check.network(name.partition(",")[0], drop_path_rate=0.1, **options)
         images = check.images(model, 4 if check.small else 16 if options else 64)
-        with check.guarded(name):  # the others are checked all the same
-            depth = zipped_against_masked(check, name, model, images)
-            check.expect(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
+        depth = zipped_against_masked(check, name, model, images)
+        check.expect(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
     for amp in check.amps:
         if dtype := utils.AMP_DTYPES[amp]:
             halved = copy.deepcopy(model).eval().to(dtype)
             masked = copy.deepcopy(halved)
             masked.zip_tokens = False
-            _, errors = output_errors(halved, masked, images.to(dtype), "none")
-            check.compare(f"{name}, weights in {PRECISION[amp]}", errors, LIMITS[amp])
+            what = f"{name}, weights in {PRECISION[amp]}"
+            with check.guarded(what):
+                check.compare(what, output_errors(halved, masked, images.to(dtype), "none"), LIMITS[amp])
 
 
 EDGES = {  # mean depth, images, what holds of the depths
@@ -299,23 +299,26 @@ def edges(check: Check) -> None:
 
 
 def zipped_against_masked(check: Check, name: str, model: nn.Module, images: Tensor) -> Tensor:
-    """A check for each precision, with Triton's kernels, where they run, and without; the depths [B, N] of the last."""
+    """A check for each precision, with Triton's kernels, where they run, and without; the masked network's depths."""
     masked = copy.deepcopy(model)
     masked.zip_tokens = False
+    with torch.inference_mode():
+        depth = masked.eval()(images, return_halting=True)[1].depth  # [B, N]
     ways = {"operations": False} | ({"kernels": True} if zipping.uses_kernels(images) else {})
     with without_tf32():
         for (way, by_kernels), amp in itertools.product(ways.items(), check.amps):
-            with patch.object(models_act, "uses_kernels", lambda x, answer=by_kernels: answer):
-                depth, errors = output_errors(model.eval(), masked.eval(), images, amp)
+            what = f"{name}, {way}, {PRECISION[amp]}"
+            with check.guarded(what), patch.object(models_act, "uses_kernels", lambda x, answer=by_kernels: answer):
+                errors = output_errors(model.eval(), masked.eval(), images, amp)
                 found, expected = (gradients(network.train(), images, amp) for network in (model, masked))
-            errors["gradients"] = distance(found, expected)
-            check.compare(f"{name}, {way}, {PRECISION[amp]}", errors, LIMITS[amp])
+                errors["gradients"] = distance(found, expected)
+                check.compare(what, errors, LIMITS[amp])
     return depth
 
 
 @torch.inference_mode()
-def output_errors(model: nn.Module, masked: nn.Module, images: Tensor, amp: str) -> tuple[Tensor, dict[str, float]]:
-    """The depths [B, N]; logits of images in which no depth differs, by rounding, if there are such."""
+def output_errors(model: nn.Module, masked: nn.Module, images: Tensor, amp: str) -> dict[str, float]:
+    """Of depths, ponder costs, and logits of images in which no depth differs, by rounding, if there are such."""
     with utils.autocast(images.device, amp):
         early = model(images)
         logits, halting = model(images, return_halting=True)
@@ -326,7 +329,7 @@ def output_errors(model: nn.Module, masked: nn.Module, images: Tensor, amp: str)
     errors = {"depths": 1 - same.double().mean().item()}
     errors |= {"logits": distance(logits[kept], expected[kept]), "early exit": distance(early[kept], expected[kept])}
     errors["ponder costs"] = distance(halting.ponder_cost[same], expected_halting.ponder_cost[same])
-    return halting.depth, errors
+    return errors
 
 
 def gradients(network: nn.Module, images: Tensor, amp: str) -> Tensor:

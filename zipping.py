@@ -359,8 +359,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     longest: no image has more rows -> [1, H, T, D].
 
     The operators that torch's nested tensors call: flash attention in half precision, from compute
-    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T. Both want
-    D in steps of 8; where it is not, zeros fill it up, which change neither products nor sums.
+    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T. They want
+    a D in steps of 8 (in float32 of 4); zeros fill it up, which change neither products nor sums.
     """
     longest = min(longest, q.shape[2])
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype

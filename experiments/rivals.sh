@@ -5,7 +5,7 @@
 # budget (KEPT, as K:N, see rivals.py). Every network is fine-tuned from the same static one, a narrower one from its own,
 # by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training images, the
 # test set of the folders `full` and `subset`.
-SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-15}
+SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
 read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
 CUTS=${CUTS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 CUT_BUDGETS=${CUT_BUDGETS:-0.77 0.51}  # of the first seven blocks, which cost 0.585: 0.45 and 0.3 of the whole network
@@ -131,5 +131,10 @@ done
 until_fewer_than 1
 once "$OUT/speeds.json" "$PYTHON" -m experiments.speeds --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
   --input-size "$SIZE" --rounds "$ROUNDS" --output "$OUT/speeds.json" "${networks[@]}"
+for budget in "${BUDGETS[@]}"; do  # a training step, the teacher's pass left out
+  once "$OUT/step_$budget.json" "$PYTHON" benchmark.py --train --model avit_micro_patch4_32 --data-set "$DATA_SET" \
+    --data-path "$RUNS/data/full" --input-size "$SIZE" --batch-size 128 --runs "$STEP_ROUNDS" \
+    --finetune "$RUNS/halting${budget}_${SEEDS%% *}/checkpoint.pth" --json "$OUT/step_$budget.json"
+done
 "$PYTHON" -m experiments.rivals_report "$OUT" "$TITLE"
 echo "the chain has taken $((SECONDS / 60)) minutes"

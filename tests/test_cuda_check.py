@@ -67,6 +67,22 @@ def test_a_part_that_breaks_does_not_keep_the_next_from_running(monkeypatch, cap
     assert "[lengths]" in out.partition("ZeroDivisionError")[2]
 
 
+def test_a_precision_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
+    gradients = cuda_check.gradients
+
+    def without_bf16(network, images, amp):
+        assert amp != "bf16", "no kernel found to launch!"
+        return gradients(network, images, amp)
+
+    monkeypatch.setattr(cuda_check, "gradients", without_bf16)
+    run("--only", "edges", status=1)
+    out = capsys.readouterr().out
+    assert out.count("AssertionError: no kernel found to launch!") == len(cuda_check.EDGES)
+    assert out.count("  FAIL  edges: ") == len(cuda_check.EDGES)
+    assert "  ok    one image, operations, float32: " in out
+    assert "  ok    one image, so it is: " in out
+
+
 def test_a_training_that_stops_is_a_failed_check(monkeypatch, capsys):
     monkeypatch.setattr(cuda_check, "RECIPE", "missing.args")
     run("--only", "command", status=1)

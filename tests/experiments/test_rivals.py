@@ -123,6 +123,8 @@ def test_every_figure_of_the_report(tmp_path):
     (tmp_path / "speeds.json").write_text(json.dumps({"uncut": 100.0, "halting0.45": 200.0}))
     for stage, machine in {"uncut_0": "a GPU", "uncut_1": "2 x CPU", "cut5_0": "a GPU"}.items():
         (tmp_path / f"{stage}.json").write_text(json.dumps({"epochs": [], "machine": machine}))
+    steps = [{"form": "static (timm)"}, {"form": "zipped", "ideal": 2.0, "speed_up": 1.6}]
+    (tmp_path / "step_0.45.json").write_text(json.dumps(steps))
     rivals_report.report(tmp_path, "Title")
     text = (tmp_path / "rivals.md").read_text()
     for line in (
@@ -130,10 +132,11 @@ def test_every_figure_of_the_report(tmp_path):
         "| static, fewer blocks | 5 | 2 | 60.0% | 74.50 ± 0.50 |  | 2.50 |",
         "| static, uncut |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
         # at 0.045: cut 75 and 75.75; random lies above that cost
+        "| 0.45 | 50.0% | 37.5% |",
         "| A-ViT, trained for each budget | 55.0% |  | +4.12 ± 0.12 |  |  | -1.00 ± 0.00 |",
     ):
         assert line in text.splitlines(), text
-    assert "\nTrained on a GPU (2 stages) and 2 x CPU (1 stages); images/s of " in text
+    assert "\nTrainings ended on a GPU (2 stages) and 2 x CPU (1 stages); images/s of " in text
     assert (tmp_path / "accuracy_macs.png").stat().st_size > 5000
     assert (tmp_path / "accuracy_speed.png").stat().st_size > 5000
 
@@ -162,6 +165,7 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
         "ARTICLE_EPOCHS": "1",
         "STATIC_EPOCHS": "1",
         "ROUNDS": "1",
+        "STEP_ROUNDS": "1",
         "CUTS": "7",
         "BUDGETS": "0.6",
         "CUT_BUDGETS": "0.77",
@@ -178,6 +182,7 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
     results = repository / "experiments/cluttered/results"
     assert "| static, fewer blocks | 7 | 1 |" in (results / "rivals.md").read_text()
     assert set(json.loads((results / "speeds.json").read_text())) >= {"uncut", "halting0.6", "cut7", "random0.6"}
+    assert json.loads((results / "step_0.6.json").read_text())[0]["train"]
     again = run()
     assert again.returncode == 0, again.stderr
     assert "==" not in again.stdout
