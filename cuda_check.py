@@ -302,10 +302,10 @@ def zipped_against_masked(check: Check, name: str, model: nn.Module, images: Ten
     """A check for each precision, with Triton's kernels, where they run, and without; the masked network's depths."""
     masked = copy.deepcopy(model)
     masked.zip_tokens = False
-    with torch.inference_mode():
-        depth = masked.eval()(images, return_halting=True)[1].depth  # [B, N]
     ways = {"operations": False} | ({"kernels": True} if zipping.uses_kernels(images) else {})
     with without_tf32():
+        with torch.inference_mode():
+            depth = masked.eval()(images, return_halting=True)[1].depth  # [B, N]
         for (way, by_kernels), amp in itertools.product(ways.items(), check.amps):
             what = f"{name}, {way}, {PRECISION[amp]}"
             with check.guarded(what), patch.object(models_act, "uses_kernels", lambda x, answer=by_kernels: answer):

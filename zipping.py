@@ -366,17 +366,17 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
     has_flash = dtype in (torch.float16, torch.bfloat16) and _supports_flash_attention(q.device)
     computed = torch.float32 if dtype == torch.bfloat16 and not has_flash else dtype  # old GPUs have no kernel for it
-    width = q.shape[-1]
+    width, scale = q.shape[-1], q.shape[-1] ** -0.5
     q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
     if width % 8:
         q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
     limits = (bounds, bounds, longest, longest, dropout_p)
     if has_flash and q.shape[-1] <= 256:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False, scale=width**-0.5)[0].unsqueeze(0)
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False, scale=scale)[0].unsqueeze(0)
     else:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad, scale=width**-0.5)[0]
+        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad, scale=scale)[0]
     return out[..., :width].to(dtype).transpose(1, 2)
 
 

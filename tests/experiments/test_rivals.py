@@ -131,8 +131,8 @@ def test_every_figure_of_the_report(tmp_path):
         "| A-ViT, trained for each budget | 0.45 | 2 | 55.0% | 79.50 ± 0.50 | 2.00 | 2.22 |",
         "| static, fewer blocks | 5 | 2 | 60.0% | 74.50 ± 0.50 |  | 2.50 |",
         "| static, uncut |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
-        # at 0.045: cut 75 and 75.75; random lies above that cost
         "| 0.45 | 50.0% | 37.5% |",
+        # at 0.045: cut 75 and 75.75; random lies above that cost
         "| A-ViT, trained for each budget | 55.0% |  | +4.12 ± 0.12 |  |  | -1.00 ± 0.00 |",
     ):
         assert line in text.splitlines(), text
