@@ -193,7 +193,7 @@ def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
     model.eval()
     answers = [model(batch, return_halting=True) for batch in images.split(batch_size)]
     for logits, _ in answers:
-        utils.check_answers(logits)
+        utils.check_finite(logits)
     depth = torch.cat([halting.depth for _, halting in answers])
     return Case(batch_size, depth, images, model)
 
@@ -217,7 +217,7 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
         forms[EARLY_EXIT] = copy.deepcopy(case.model)
     make_call = training_call if train else inference_call
     calls = {name: make_call(model, case.batches, amp) for name, model in forms.items()}
-    seconds = utils.seconds_in_turn(calls, device, rounds, MIN_SECONDS)
+    seconds = utils.time_interleaved(calls, device, rounds, MIN_SECONDS)
     macs = multiply_adds(case.model, case.depth)
     rows = []
     for name, times in seconds.items():

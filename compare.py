@@ -24,14 +24,14 @@ def row(folder: Path, first: Path) -> tuple[str, ...]:
     cells = (folder.name, f"{result['acc1']:.2f} %", f"{result['depth_mean']:.2f}", f"{result['gmacs'] * 1e3:.1f} M")
     if folder == first:
         return (*cells, "")
-    (images, before), (same_images, now) = (read_hits(place / "predictions.csv") for place in (first, folder))
+    (images, before), (same_images, now) = (read_correct(place / "predictions.csv") for place in (first, folder))
     if images != same_images:
         raise ValueError(f"{folder} is of other images than {first}, or in another order")
     difference, error = paired_difference(before, now)
     return (*cells, f"{difference:+.2f} ± {error:.2f}")
 
 
-def read_hits(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
+def read_correct(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Name and class of each image, and which were recognised, [N] float, 0 or 1. OSError or ValueError for none."""
     try:
         with path.open(newline="") as file:

@@ -439,10 +439,10 @@ def lengths(check: Check) -> None:
     for _ in range(3):
         seconds = []
         for image in images.split(1):
-            start = utils.now(check.device)
+            start = utils.synchronized_time(check.device)
             with torch.inference_mode(), utils.autocast(check.device, check.amp):
                 model(image)
-            seconds.append(utils.now(check.device) - start)
+            seconds.append(utils.synchronized_time(check.device) - start)
         rounds.append(statistics.median(seconds[1:]))
     factor, extra = FIRST_SIGHT
     figure = ", ".join(f"{1e3 * seconds:.1f} ms" for seconds in rounds)
@@ -465,7 +465,7 @@ def launches(check: Check) -> None:
                 continue
             call = (gradient_call if train else inference_call)(network, [images], check.amp)
             counts = profiled(call, check.device)
-            start = utils.now(check.device)
+            start = utils.synchronized_time(check.device)
             call()
             host, blocks = time.perf_counter() - start, len(network.blocks)
             kind = "forward and backward" if train else "inference"
@@ -485,10 +485,10 @@ def profiled(call: Callable[[], None], device: torch.device) -> dict[str, float]
     call()
     call()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    utils.now(device)
+    utils.synchronized_time(device)
     with profile(activities=activities) as profiler:
         call()
-        utils.now(device)
+        utils.synchronized_time(device)
     events = profiler.key_averages()
     counts = {name: sum(event.count for event in events if event.key in keys) for name, keys in EVENTS.items()}
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -587,7 +587,7 @@ def measure(check: Check, case: Case, networks: dict[str, nn.Module]) -> float |
             call = (training_call if case.train else inference_call)(network, batches, amp)
             memory[form] = peak_mib(call, check.device)
             calls[form] = call
-    times = utils.seconds_in_turn(calls, check.device, check.rounds, MIN_SECONDS) if calls else {}
+    times = utils.time_interleaved(calls, check.device, check.rounds, MIN_SECONDS) if calls else {}
     seconds = {form: statistics.median(of_form) for form, of_form in times.items()}
     for form, own in seconds.items():
         row = {**case._asdict(), "amp": amp, "form": form, "images_per_s": len(images) / own}
@@ -688,7 +688,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def save(path: str | None, about: dict[str, object], check: Check) -> None:
-    """LocalError, naming the file, where it cannot be written."""
+    """RankError, naming the file, where it cannot be written."""
     if path:
         found = {"about": about, "seconds": check.elapsed, "checks": check.checks, "measured": check.measured}
         utils.write_bytes(Path(path), json.dumps(found, indent=2).encode() + b"\n")

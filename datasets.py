@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 
 import utils
-from utils import LocalError, UserError, main_process_first, warn
+from utils import RankError, UserError, main_process_first, warn
 
 MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
 
@@ -116,7 +116,7 @@ def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocess
 MAX_ASPECT_RATIO = 20  # a longer side than so many times the shorter one is cut to it, around the centre
 
 
-class UnreadableImage(LocalError):
+class UnreadableImage(RankError):
     """A file that is no image, a broken one, or one of too many pixels."""
 
 
@@ -571,7 +571,7 @@ def check_name(name: str) -> None:
     if "/" in name:
         return _check_reader(name)
     if name not in DATA_SETS:
-        hint = utils.nearest(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
+        hint = utils.did_you_mean(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
         raise UserError(f"--data-set: unknown data set {name!r}{hint}")
 
 

@@ -25,7 +25,7 @@ from utils import MetricAverages, autocast
 MAX_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14
 
 
-class Vote(NamedTuple):
+class StepStatus(NamedTuple):
     """What holds in any process after the backward passes of a step; the same in all."""
 
     loss_is_wrong: bool  # some part of some loss is not finite
@@ -94,7 +94,7 @@ class Trainer:
         losses: Sequence[dict[str, Tensor]] = (),
         stop: bool = False,
         saved: Sequence[Tensor] = (),
-    ) -> Vote:
+    ) -> StepStatus:
         """One optimizer step with the gradients accumulated so far; its one wait for the device, but for zipping's.
 
         step: its name; losses: of each micro-batch, by name; stop: whether this process was asked to stop;
@@ -104,9 +104,9 @@ class Trainer:
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model_without_ddp.parameters() if p.grad is not None])
-        vote = self._vote(losses, norm, stop, saved)
+        vote = self._reduce_step_status(losses, norm, stop, saved)
         if vote.loss_is_wrong or vote.gradient_is_wrong:
-            self._refuse_or_skip(step, losses)
+            self._handle_nonfinite(step, losses)
         else:
             self._step(norm)
         if self.budget is not None and not vote.loss_is_wrong:
@@ -115,7 +115,9 @@ class Trainer:
         self.optimizer.zero_grad()
         return vote
 
-    def _vote(self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool, saved: Sequence[Tensor]) -> Vote:
+    def _reduce_step_status(
+        self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool, saved: Sequence[Tensor]
+    ) -> StepStatus:
         values = [value.detach().float() for parts in losses for value in parts.values()]
         all_finite = torch.stack([torch.zeros_like(norm), *values]).isfinite().all()
         cost = 1 - torch.stack([*saved]).mean() if saved else torch.ones_like(norm)
@@ -125,7 +127,7 @@ class Trainer:
         if dist.is_initialized():
             dist.all_reduce(found)
         *flags, cost = found.tolist()
-        return Vote(*(flag > 0 for flag in flags), cost / utils.world_size())
+        return StepStatus(*(flag > 0 for flag in flags), cost / utils.world_size())
 
     def _step(self, norm: Tensor) -> None:
         if self.clip_grad:
@@ -135,7 +137,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model_without_ddp)
 
-    def _refuse_or_skip(self, step: str, losses: Sequence[dict[str, Tensor]]) -> None:
+    def _handle_nonfinite(self, step: str, losses: Sequence[dict[str, Tensor]]) -> None:
         """A step whose numbers are not finite: skipped by gradient scaling, else FloatingPointError."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
@@ -238,7 +240,7 @@ MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
 
 
 @dataclass
-class Epoch:
+class EpochState:
     """How far an epoch has come: batches done, in how many seconds, and what has been averaged over them.
 
     waiting_seconds: of the seconds, those in which this process waited for its loader.
@@ -251,7 +253,7 @@ class Epoch:
     averages: MetricAverages = field(default_factory=MetricAverages)
 
     @property
-    def own_data_wait(self) -> float:
+    def local_data_wait_share(self) -> float:
         """Share of the seconds so far in which this process waited for its loader."""
         return self.waiting_seconds / max(self.seconds, 1e-9)
 
@@ -261,7 +263,7 @@ class Epoch:
         The others lose as much: they wait for it in the all-reduce of the gradients. Where now one process is late and
         now another, more is lost than this share.
         """
-        return max(utils.all_gather_objects(self.own_data_wait))
+        return max(utils.all_gather_objects(self.local_data_wait_share))
 
     def state_dict(self) -> dict:
         """The entries of a checkpoint that this keeps up; every process must call it."""
@@ -287,16 +289,16 @@ class Epoch:
 def train_one_epoch(
     trainer: Trainer,
     loader: Iterable,
-    epoch: Epoch,
-    after_update: Callable[[bool], None] = lambda stop: None,
+    epoch: EpochState,
+    on_update: Callable[[bool], None] = lambda stop: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | list[float]]:
     """Trains on the batches of the loader, the rest of the epoch; returns means over the whole of it, by name.
 
-    Beside them `seconds`, and `data_wait`, the share of these that was spent waiting for the loader, see `Epoch`.
+    Beside them `seconds`, and `data_wait`, the share of these that was spent waiting for the loader, see `EpochState`.
 
     loader: yields images [B, 3, H, W] and targets [B], and what else it likes;
-    after_update: called after each optimizer step, when `epoch` is up to date, with whether any process was asked to
+    on_update: called after each optimizer step, when `epoch` is up to date, with whether any process was asked to
     stop; may raise to do so; stop: whether this process is asked.
     All random numbers of a step follow from its place in training. FloatingPointError, in every
     process, where a loss or a gradient is not finite; where gradient scaling skips such a step instead, one whose loss
@@ -304,7 +306,7 @@ def train_one_epoch(
     """
     trainer.model.train()
     seconds_before, waiting_before, start = epoch.seconds, epoch.waiting_seconds, time.perf_counter()
-    loader = utils.Awaited(loader)
+    loader = utils.TimedLoader(loader)
     batches = iter(utils.with_progress(loader, f"Epoch {epoch.number}", _progress(trainer, epoch), done=epoch.batches))
     while group := list(islice(batches, trainer.accum_steps)):
         utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
@@ -324,7 +326,7 @@ def train_one_epoch(
         epoch.batches += len(group)
         epoch.seconds = seconds_before + time.perf_counter() - start
         epoch.waiting_seconds = waiting_before + loader.seconds
-        after_update(vote.stop)
+        on_update(vote.stop)
     _, means = epoch.averages.reduced()
     skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
     rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds, "data_wait": epoch.data_wait()}
@@ -338,7 +340,7 @@ def _budget_metrics(budget: BudgetController | None) -> dict[str, float]:
     return {"budget_cost": budget.cost, "budget_goal": budget.goal, "ponder_weight": budget.weight}
 
 
-def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
+def _progress(trainer: Trainer, epoch: EpochState) -> Callable[[], dict[str, str]]:
     """What the progress bar shows, as a function of nothing."""
     averages, start = epoch.averages, time.perf_counter()
     weight_before = averages.weight
@@ -355,7 +357,11 @@ def _progress(trainer: Trainer, epoch: Epoch) -> Callable[[], dict[str, str]]:
         if trainer.scaler.is_enabled():
             shown["skipped"] = str(trainer.skipped_steps)
         rate = (averages.weight - weight_before) / (time.perf_counter() - start)
-        return {**shown, "data_wait": f"{epoch.own_data_wait:.0%}", "images/s": f"{rate * utils.world_size():.0f}"}
+        return {
+            **shown,
+            "data_wait": f"{epoch.local_data_wait_share:.0%}",
+            "images/s": f"{rate * utils.world_size():.0f}",
+        }
 
     return metrics
 
@@ -422,12 +428,12 @@ def evaluate(
 
     for batch in utils.with_progress(loader, title, metrics):
         images, targets = (t.to(device, non_blocking=True) for t in batch[:2])
-        start = utils.now(device)
+        start = utils.synchronized_time(device)
         with autocast(device, amp):
             logits, halting = model(images, return_halting=True)
-        seconds += utils.now(device) - start
+        seconds += utils.synchronized_time(device) - start
         logits = logits.float()
-        utils.check_answers(logits)
+        utils.check_finite(logits)
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
         averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
         if on_batch is not None:

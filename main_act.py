@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         return evaluate(args, device)
     if args.demo:
         return demo(args, device)
-    with utils.only_run_in(utils.prepare_output_dir(args.output_dir)):
+    with utils.lock_output_dir(utils.prepare_output_dir(args.output_dir)):
         return train(args, device)
 
 
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     start = Checkpoint.from_args(args)
     model = build.build_model(args, classes, start).to(device)
     calibration = build.calibration_batches(args, train_images, device)
-    if build.chooses_gate(args, start):
+    if build.should_search_gate(args, start):
         build.set_gate(args, model, calibration, device)
 
     # losses, optimizer, schedule
@@ -121,7 +121,7 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     from training.checkpoints import Checkpoint
     from training.loaders import demo_loader
     from visualization.demo import draw_demo
-    from visualization.draw import Drawing
+    from visualization.draw import RenderJob
     from visualization.heatmaps import PAPERS_COLORMAP, Style
 
     # data
@@ -137,7 +137,7 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()
     folder = Path(args.demo_dir) if args.demo_dir else output_dir / arguments.DEMO_FOLDER
     amp, style = utils.amp_dtype_name(args.amp, device), Style(model.num_blocks, PAPERS_COLORMAP)
-    return draw_demo(Drawing(model, amp, folder, names, style, args.demo_by, args.demo_images, args.html), loader)
+    return draw_demo(RenderJob(model, amp, folder, names, style, args.demo_by, args.demo_images, args.html), loader)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipping import ATTENTION, DeviceTokens, HostTokens, MaskedTokens, can_pack, pack, uses_kernels
+from zipping import ATTENTION, MaskedTokens, PackedTokensCPU, PackedTokensCUDA, can_pack, pack, uses_kernels
 
 __all__ = [
     "AdaptiveTokens",
@@ -123,13 +123,13 @@ class _Halted(NamedTuple):
 
     step: HaltingStep
     prefix: Tensor | None
-    tokens: MaskedTokens | HostTokens | DeviceTokens
+    tokens: MaskedTokens | PackedTokensCPU | PackedTokensCUDA
     rows: Tensor
     before: Tensor
 
 
 def _halt(
-    tokens: MaskedTokens | HostTokens | DeviceTokens,
+    tokens: MaskedTokens | PackedTokensCPU | PackedTokensCUDA,
     rows: Tensor,
     before: Tensor,
     gate: Gate,
@@ -145,7 +145,7 @@ def _halt(
     return _Halted(step, prefix, tokens, rows, before)
 
 
-def _halt_by_kernels(tokens: DeviceTokens, rows: Tensor, before: Tensor, gate: Gate, **options: bool) -> _Halted:
+def _halt_by_kernels(tokens: PackedTokensCUDA, rows: Tensor, before: Tensor, gate: Gate, **options: bool) -> _Halted:
     """`_halt` on CUDA, with prefix and one gate for all images."""
     if len(rows) == 0:
         return _halt(tokens, rows, before, gate, with_prefix=True, **options)
@@ -157,11 +157,11 @@ class _Trace:
     """Collects what the blocks do to the tokens; what is reported of all of them is put together at the end."""
 
     def __init__(self):
-        self.stores: list[MaskedTokens | HostTokens | DeviceTokens] = []
+        self.stores: list[MaskedTokens | PackedTokensCPU | PackedTokensCUDA] = []
         self.steps: list[HaltingStep] = []
         self.prefix_states: list[Tensor] = []  # [B, P, C] after each block, anything where a token has left
 
-    def add(self, tokens: MaskedTokens | HostTokens | DeviceTokens, halted: _Halted) -> None:
+    def add(self, tokens: MaskedTokens | PackedTokensCPU | PackedTokensCUDA, halted: _Halted) -> None:
         """tokens: live before that."""
         self.stores.append(tokens)
         self.steps.append(halted.step)
@@ -329,7 +329,7 @@ class AdaptiveTokens:
         return not isinstance(self.patch_embed.proj, nn.Identity)
 
     @torch.no_grad()
-    def halt_by(self, channel: int) -> None:
+    def set_halting_channel(self, channel: int) -> None:
         """Lets the halting score read another channel of the tokens: swaps it with channel 0, in all weights.
 
         As a static network the model stays what it is, but for the order of its channels. ValueError for another
@@ -401,7 +401,7 @@ class AdaptiveTokens:
         output = None if prefix_only else x.new_zeros(dense, dtype=torch.promote_types(x.dtype, before.dtype))
         gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
         trace, latest = _Trace(), None
-        in_one_go = prefix_only and states is None and gate_offset is None and isinstance(tokens, DeviceTokens)
+        in_one_go = prefix_only and states is None and gate_offset is None and isinstance(tokens, PackedTokensCUDA)
         by_kernels = in_one_go and uses_kernels(x)
         halt = _halt_by_kernels if by_kernels else partial(_halt, with_prefix=prefix_only)
         for number, (block, way) in enumerate(zip(self.blocks[:num_blocks], ways), start=1):
@@ -523,7 +523,7 @@ def _masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
     return block(x, attn_mask=tokens.attention_mask)
 
 
-def _zipped_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
+def _zipped_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
     """rows: [T, C] -> [T, C]; timm's block, on live tokens alone, as if they were one image.
 
     Stochastic depth is drawn for all images, as on a dense batch, and given to the rows.
@@ -536,13 +536,13 @@ def _zipped_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens)
     return x.squeeze(0)
 
 
-def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
+def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
     """branch: [1, T, C] -> the same, zero for images that skip it, the others' scaled."""
     scale = drop_path(branch.new_ones(tokens.size[0], 1))  # [B, 1]
     return branch * tokens.spread(scale)
 
 
-def _plain_block(block: Block, rows: Tensor, tokens: HostTokens | DeviceTokens) -> Tensor:
+def _plain_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
     """rows: [T, C] -> [T, C]; `_zipped_block` in evaluation, for `_is_plain` blocks.
 
     For small batches: the layers that have nothing to do, and the calls of modules in modules, take

@@ -30,11 +30,11 @@ class UserError(Exception):
     """Something the user can mend. The command line prints it in one line and exits with status 2."""
 
 
-class LocalError(UserError):
+class RankError(UserError):
     """One that other processes do not meet: each process that does prints it."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' (did you mean a, b?)', or '' where nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {', '.join(near)}?)" if near else ""
@@ -162,7 +162,7 @@ def _device(device_type: str | None, processes: int) -> torch.device:
         index = _launchers_number("LOCAL_RANK", 0) if processes > 1 else 0
     index = 0 if count == 1 and device.index is None and "SLURM_PROCID" in os.environ else index  # one each
     if index >= count:
-        raise LocalError(f"--device {device_type}: device {index} is asked for, there are {count}")
+        raise RankError(f"--device {device_type}: device {index} is asked for, there are {count}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -215,7 +215,7 @@ def amp_dtype_name(amp: str | None, device: torch.device) -> str:
     return amp or ("fp16" if device.type == "cuda" else "none")
 
 
-def check_answers(logits: Tensor) -> None:
+def check_finite(logits: Tensor) -> None:
     """logits: [B, K]; FloatingPointError where some are not finite: such a network has no accuracy, and no speed."""
     broken = len(logits) - int(logits.isfinite().all(dim=1).sum())
     if broken:
@@ -249,11 +249,11 @@ def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> P
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """LocalError, naming the path, where something cannot be written."""
+    """RankError, naming the path, where something cannot be written."""
     try:
         yield
     except OSError as error:
-        raise LocalError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise RankError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
@@ -284,7 +284,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool 
 
 
 @contextmanager
-def only_run_in(folder: Path | None) -> Iterator[None]:
+def lock_output_dir(folder: Path | None) -> Iterator[None]:
     """Holds the folder for this run, by a lock of its main process. UserError where another run holds it.
 
     A run that is killed leaves no lock; where the file system has no locks, nobody is kept out.
@@ -320,7 +320,7 @@ def is_plain_tensor(value: object) -> bool:
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
-    """Whole or not at all, see `atomic_write`. LocalError, naming the path, where it cannot be written."""
+    """Whole or not at all, see `atomic_write`. RankError, naming the path, where it cannot be written."""
     with writing(path):
         atomic_write(path, lambda file: file.write(content), durable)
 
@@ -393,14 +393,14 @@ def gather_objects_to_main(value: object) -> list:
     return values or []
 
 
-def now(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def seconds_in_turn(
+def time_interleaved(
     calls: dict[str, Callable[[], None]], device: torch.device, rounds: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds that each call takes, once in every round, in turn, when all have been called once to warm up.
@@ -409,10 +409,10 @@ def seconds_in_turn(
     """
 
     def measure(call: Callable[[], None], repeats: int) -> float:
-        start = now(device)
+        start = synchronized_time(device)
         for _ in range(repeats):
             call()
-        return (now(device) - start) / repeats
+        return (synchronized_time(device) - start) / repeats
 
     for call in calls.values():
         call()
@@ -438,7 +438,7 @@ def warn(message: str, everywhere: bool = False) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-class Awaited:
+class TimedLoader:
     """The batches of a loader; `seconds`: how long they have been waited for, the start of its workers included."""
 
     def __init__(self, loader: Iterable):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch  # --help and mistakes do not wait for it: what needs it is imported where it is used
 
     from training.checkpoints import Checkpoint
-    from visualization.draw import Drawing
+    from visualization.draw import RenderJob
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     from training.models import check_model_name
 
     if args.cmap not in colormaps:
-        raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.nearest(args.cmap, colormaps)}")
+        raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.did_you_mean(args.cmap, colormaps)}")
     args.amp = utils.amp_dtype_name(args.amp, device)
     args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
     if args.curves:
@@ -128,9 +128,9 @@ def make_drawing(
     names: list[str],
     device: torch.device,
     classes: list[str] | None = None,
-) -> Drawing:
+) -> RenderJob:
     """The checkpoint's network, where flags say nothing else; names: of its classes, to show; classes: the data's."""
-    from visualization.draw import Drawing
+    from visualization.draw import RenderJob
     from visualization.heatmaps import Style
 
     model = checkpoint.build_model(
@@ -144,7 +144,7 @@ def make_drawing(
         halting=args.halting,
     ).to(device)
     style = Style(model.num_blocks, args.cmap, args.size)
-    return Drawing(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
+    return RenderJob(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
 
 
 def draw_curves(folders: list[Path], folder: Path) -> int:

@@ -2,8 +2,8 @@
 
 Three stores with one interface. `MaskedTokens` keeps every token in a dense `[B, N, ...]` and knows
 which are live. The others keep the live ones alone, as the rows of `[T, ...]`, image by image, so
-that everything computed on the rows costs less as tokens leave: `HostTokens` on the CPU, where a
-decision is read at once, and `DeviceTokens` on CUDA, where reading one means to wait. All are
+that everything computed on the rows costs less as tokens leave: `PackedTokensCPU` on the CPU, where a
+decision is read at once, and `PackedTokensCUDA` on CUDA, where reading one means to wait. All are
 immutable: `drop` returns a new store. Nothing here knows why a token leaves, or what a row means.
 
     tokens, rows = pack(x, num_prefix_tokens=1)                      # x: [B, N, C] -> rows: [T, C]
@@ -12,7 +12,7 @@ immutable: `drop` returns a new store. Nothing here knows why a token leaves, or
 
 A store of rows holds which token each row is, and where images begin. What is reported of all blocks
 is put together at the end, by `tables`. On CUDA, where Triton is, its kernels decide and drop in one
-go: `DeviceTokens.halt`.
+go: `PackedTokensCUDA.halt`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ATTENTION = F.scaled_dot_product_attention  # torch's own, whatever its place ma
 
 
 def uses_device_form(x: Tensor) -> bool:
-    """Whether the live tokens of x are kept as `DeviceTokens`, else as `HostTokens`."""
+    """Whether the live tokens of x are kept as `PackedTokensCUDA`, else as `PackedTokensCPU`."""
     return x.is_cuda
 
 
@@ -48,7 +48,7 @@ def _kernels_run(device: torch.device) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             rows = torch.tensor([[0.0], [9.0]], device=device, requires_grad=True)  # the second one leaves
-            tokens, _ = DeviceTokens.pack(rows.detach()[None], num_prefix_tokens=1)
+            tokens, _ = PackedTokensCUDA.pack(rows.detach()[None], num_prefix_tokens=1)
             gate = (rows.new_zeros(()), rows.new_ones(()))
             _, _, prefix, _, kept, _ = tokens.halt(rows, rows.new_ones(2) / 4, *gate, 1.0, last=False, early_exit=False)
             (prefix.sum() + kept.sum()).backward()
@@ -68,9 +68,9 @@ def can_pack(x: Tensor) -> bool:
     return len(x) > 0 and not (uses_device_form(x) and x.dtype == torch.float64)
 
 
-def pack(x: Tensor, num_prefix_tokens: int) -> tuple[HostTokens | DeviceTokens, Tensor]:
+def pack(x: Tensor, num_prefix_tokens: int) -> tuple[PackedTokensCPU | PackedTokensCUDA, Tensor]:
     """x: [B, N, C] -> the store in which every token is live, in the form of its device, and its rows [B * N, C]."""
-    return (DeviceTokens if uses_device_form(x) else HostTokens).pack(x, num_prefix_tokens)
+    return (PackedTokensCUDA if uses_device_form(x) else PackedTokensCPU).pack(x, num_prefix_tokens)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class MaskedTokens:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class PackedTokens:
     """What both stores of rows have in common; a store adds where images begin.
 
     Its `_index` makes a tensor of its kind of numbers, `_joined` joins several, `_added` adds a number to each of
@@ -146,8 +146,8 @@ class _Rows:
     prefix_token: np.ndarray | Tensor
 
     @property
-    def attention_mask(self) -> AttentionWithinImages:
-        return AttentionWithinImages(self)
+    def attention_mask(self) -> PerImageAttentionMask:
+        return PerImageAttentionMask(self)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """q, k, v: [1, H, T, D] -> [1, H, T, D], scaled dot-product attention within each image."""
@@ -175,7 +175,7 @@ class _Rows:
         return total.index_copy(0, self._index(self.token), rows)
 
     @classmethod
-    def tables(cls, stores: Sequence[_Rows], *values: Tensor) -> list[Tensor]:
+    def tables(cls, stores: Sequence[PackedTokens], *values: Tensor) -> list[Tensor]:
         """values: [sum of T], of all blocks' rows in turn -> each [L, B, N], zero where a token has left."""
         shape = (len(stores), *stores[0].size)
         starts = range(0, math.prod(shape), math.prod(shape[1:]))
@@ -184,7 +184,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class HostTokens(_Rows):
+class PackedTokensCPU(PackedTokens):
     """The live tokens as rows, on the CPU; its numbers are NumPy's, made where decisions are read.
 
     Images stand in the order of their numbers of rows, so that attention can take those of equal
@@ -197,14 +197,16 @@ class HostTokens(_Rows):
     lengths: list[int]
 
     @classmethod
-    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[HostTokens, Tensor]:
+    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[PackedTokensCPU, Tensor]:
         """x: [B, N, C] -> the store in which every token is live, and its rows [B * N, C]."""
         batch, length = x.shape[:2]
         token = np.arange(batch * length)
         prefix = token.reshape(batch, length)[:, :num_prefix_tokens].ravel()
         return cls((batch, length), token, prefix, prefix, [length] * batch), x.flatten(0, 1)
 
-    def drop(self, leaves: Tensor, *values: Tensor, early_exit: bool = False) -> tuple[HostTokens, tuple[Tensor, ...]]:
+    def drop(
+        self, leaves: Tensor, *values: Tensor, early_exit: bool = False
+    ) -> tuple[PackedTokensCPU, tuple[Tensor, ...]]:
         """leaves: [T] bool; values: [T, ...] each -> the store, and the values, of the rows that stay.
 
         early_exit: an image whose prefix tokens have all left leaves as a whole.
@@ -222,7 +224,7 @@ class HostTokens(_Rows):
             new_row = np.zeros_like(self.token)
             new_row[kept] = np.arange(len(kept))
             prefix_row = new_row[prefix_row]
-        tokens = HostTokens(self.size, self.token[kept], self.prefix_token, prefix_row, lengths)
+        tokens = PackedTokensCPU(self.size, self.token[kept], self.prefix_token, prefix_row, lengths)
         index = torch.from_numpy(kept)
         return tokens, tuple(value.index_select(0, index) for value in values)
 
@@ -246,7 +248,7 @@ class HostTokens(_Rows):
 
 
 @dataclass(frozen=True)
-class DeviceTokens(_Rows):
+class PackedTokensCUDA(PackedTokens):
     """The live tokens as rows, on CUDA. Images and their tokens stay in their order; numbers stay on the device.
 
     bounds: [B + 1] int32, where the rows of each image begin, and the end of the last; an image may have none.
@@ -255,7 +257,7 @@ class DeviceTokens(_Rows):
     bounds: Tensor
 
     @classmethod
-    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[DeviceTokens, Tensor]:
+    def pack(cls, x: Tensor, num_prefix_tokens: int) -> tuple[PackedTokensCUDA, Tensor]:
         """x: [B, N, C] -> the store in which every token is live, and its rows [B * N, C]."""
         batch, length = x.shape[:2]
         token = torch.arange(batch * length, device=x.device)
@@ -269,7 +271,7 @@ class DeviceTokens(_Rows):
 
     def drop(
         self, leaves: Tensor, *values: Tensor, early_exit: bool = False
-    ) -> tuple[DeviceTokens, tuple[Tensor, ...]]:
+    ) -> tuple[PackedTokensCUDA, tuple[Tensor, ...]]:
         """leaves: [T] bool; values: [T, ...] each -> the store, and the values, of the rows that stay.
 
         early_exit: an image whose prefix tokens have all left leaves as a whole.
@@ -302,7 +304,7 @@ class DeviceTokens(_Rows):
         scale: float,
         last: bool,
         early_exit: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, DeviceTokens, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, PackedTokensCUDA, Tensor, Tensor]:
         """What `models_act.halting_step`, `prefix` and, but for the last block, `drop` do after each other.
 
         Arguments as there, T above 0 -> score [T], halts [T] bool, the prefix tokens' rows [B, P, C], zero where
@@ -335,14 +337,14 @@ class DeviceTokens(_Rows):
 # Attention within images -------------------------------------------------------------------------
 
 
-class AttentionWithinImages:
+class PerImageAttentionMask:
     """Given to an attention module in place of a mask: each row attends to the rows of its own image.
 
     F.scaled_dot_product_attention hands over to such an object; all else that the module does with
     rows, [1, T, C], as if they were one image, is right for each row by itself.
     """
 
-    def __init__(self, tokens: HostTokens | DeviceTokens):
+    def __init__(self, tokens: PackedTokensCPU | PackedTokensCUDA):
         self.tokens = tokens
 
     @classmethod

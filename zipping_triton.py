@@ -1,6 +1,6 @@
 """What follows a block on CUDA, in three Triton kernels: scores and decisions, what leaves, and the backward of both.
 
-The same as `models_act.halting_step`, `DeviceTokens.prefix` and `DeviceTokens.drop` after each other,
+The same as `models_act.halting_step`, `PackedTokensCUDA.prefix` and `PackedTokensCUDA.drop` after each other,
 with one pass over the rows and some 6 launches instead of 26 (docs/speed.md): on a GPU the host is
 what small batches wait for. The backward writes each gradient once, in no order that could vary.
 """
@@ -18,7 +18,7 @@ ROWS = 16  # that a program of the kernels that move rows takes
 
 
 @triton.jit
-def _decide(
+def _halting_kernel(
     rows, before, token, bounds, minus_center, limit,  # what is read, see `Halt`
     score, cumulative, halts, place, counts, prefix,  # what is written
     scale, width, length,
@@ -62,7 +62,7 @@ def _decide(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _move(
+def _compact_kernel(
     rows, cumulative, token, place, new_bounds,  # what is read
     new_rows, new_cumulative, new_token,  # what is written
     count, width, length,
@@ -150,7 +150,7 @@ class Halt(torch.autograd.Function):
         if not last:
             place, counts = torch.empty_like(token, dtype=torch.int32), torch.empty_like(bounds)
         prefix = rows.new_empty(batch, num_prefix_tokens, width)
-        _decide[(batch,)](
+        _halting_kernel[(batch,)](
             rows, before, token, bounds, minus_center, limit, score, cumulative, halts, place, counts, prefix,
             scale, width, length, LAST=last, EARLY_EXIT=early_exit, PREFIX=num_prefix_tokens,
             BLOCK=block, CHANNELS=channels, num_warps=min(max(block // 128, 4), 16),
@@ -164,7 +164,7 @@ class Halt(torch.autograd.Function):
                 new_rows, new_cumulative = rows.new_empty(stay, width), before.new_empty(stay)
                 new_token = token.new_empty(stay)
             if 0 < stay < count:
-                _move[(triton.cdiv(count, ROWS),)](
+                _compact_kernel[(triton.cdiv(count, ROWS),)](
                     rows, cumulative, token, place, new_bounds, new_rows, new_cumulative, new_token,
                     count, width, length, ROWS=ROWS, CHANNELS=channels,
                 )  # fmt: skip

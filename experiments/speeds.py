@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = Checkpoint.load(path)
         model = checkpoint.build_model(register(kind), halting=not checkpoint.is_static).eval()
         calls[name] = partial(model, batch)
-    seconds = utils.seconds_in_turn(calls, torch.device("cpu"), args.rounds)
+    seconds = utils.time_interleaved(calls, torch.device("cpu"), args.rounds)
     found = {name: len(batch) / statistics.median(times) for name, times in seconds.items()}
     utils.write_bytes(args.output, (json.dumps(found, indent=1) + "\n").encode())
     print(json.dumps(found))

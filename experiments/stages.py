@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import read_hits
+from compare import read_correct
 
 HELD_OUT_SHARE, SUBSET_SHARE = 1 / 12, 1 / 3  # of the training images: 5,000 and 20,000 of 60,000
 KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
@@ -70,7 +70,7 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
         found["seconds"] = max(seconds, round(training))
     if (run / "eval.json").exists():
         found["eval"] = json.loads((run / "eval.json").read_text())
-        found["hits"] = "".join(str(int(hit)) for hit in read_hits(run / "predictions.csv")[1])
+        found["hits"] = "".join(str(int(hit)) for hit in read_correct(run / "predictions.csv")[1])
     text = json.dumps(found, indent=1) + "\n"
     partial = file.with_name(f"{file.name}.partial")
     with partial.open("w") as out:

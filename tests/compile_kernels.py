@@ -17,7 +17,7 @@ CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": zipping_triton.
 
 
 def compile_for(capability: int) -> None:
-    for kernel in (zipping_triton._decide, zipping_triton._move, zipping_triton._backward):
+    for kernel in (zipping_triton._halting_kernel, zipping_triton._compact_kernel, zipping_triton._backward):
         for dtype in ("*fp32", "*fp16", "*bf16"):  # of rows
             for last in (False, True):
                 constants = CONSTANTS | {"LAST": last, "EARLY_EXIT": not last}

@@ -10,7 +10,7 @@ import json
 import tarfile
 from pathlib import Path
 
-import emulated_attention  # noqa: F401  CUDA's operators, for the fixture live_tokens_form
+import emulated_attention  # noqa: F401  CUDA's operators, for the fixture token_store
 import numpy as np
 import pytest
 import timm
@@ -29,7 +29,7 @@ settings.register_profile(
     "repository",
     deadline=None,  # timings are noisy
     max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # live_tokens_form is the same for all examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # token_store is the same for all examples
 )
 settings.load_profile("repository")
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}
@@ -37,7 +37,7 @@ PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 
 @pytest.fixture(params=["host", "device"])
-def live_tokens_form(request, monkeypatch) -> str:
+def token_store(request, monkeypatch) -> str:
     """Both forms of live tokens in turn, that of CUDA with its operators emulated."""
     monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "device")
     return request.param

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, images
-from forms import CLOSE, assert_same, flops, forms
+from equivalence import CLOSE, assert_same, flops, forms
 from timm.layers import PatchEmbed
 from torch import nn
 from torch.testing import assert_close
@@ -17,9 +17,9 @@ import main_act
 import visualize
 from datasets import IMAGENET
 from models_act import AdaptiveTokens, adapt, macs_per_image
-from training.budget import budget_curve, cheapest_cost
+from training.budget import budget_curve, min_cost
 from training.checkpoints import Checkpoint
-from training.models import create_model, misfit, other_names, preprocessing
+from training.models import create_model, other_names, preprocessing, unsupported_reason
 from utils import UserError
 
 CLIP = "vit_base_patch32_clip_224.openai"
@@ -53,7 +53,7 @@ def smallest_size(model: AdaptiveTokens) -> int:
 
 @pytest.mark.slow
 def test_every_name_fits_or_says_why():
-    found = {name: misfit(name) for name in other_names()}
+    found = {name: unsupported_reason(name) for name in other_names()}
     reasons = {reason.split(": ", 1)[1] for reason in found.values() if reason}
     assert sum(reason is None for reason in found.values()) >= 165
     assert all(" is a " in reason or "global_pool is " in reason for reason in reasons), reasons
@@ -81,7 +81,7 @@ def test_every_name_fits_or_says_why():
 def test_every_combination_of_options():
     """For each the smallest of timm's models that has it, made small."""
     representatives = {}
-    for name in (name for name in other_names() if misfit(name) is None):
+    for name in (name for name in other_names() if unsupported_reason(name) is None):
         model = build_on_meta(name)
         size = sum(p.numel() for p in model.parameters())
         key = options_of(model)
@@ -124,7 +124,7 @@ def check_one(name: str) -> None:
             whole = adapt(static, gate_center=1e9, zip_tokens=zip_tokens)
             assert torch.equal(whole(x), static(x)), name
         if whole.can_swap_channels:
-            whole.halt_by(5)
+            whole.set_halting_channel(5)
             assert_close(whole(x), static(x), **CLOSE)
         model = with_a_gate(whole, x)
         halting = assert_same(*forms(model), x, gradients=False)
@@ -139,9 +139,9 @@ def check_one(name: str) -> None:
 
 def test_a_stem_without_a_projection_keeps_its_channels():
     model = adapt(timm.create_model("vit_base_mci_224", device="meta"))
-    model.halt_by(0)
+    model.set_halting_channel(0)
     with pytest.raises(ValueError, match="only channel 0 can be read"):
-        model.halt_by(3)
+        model.set_halting_channel(3)
 
 
 def with_a_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
@@ -150,7 +150,7 @@ def with_a_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
     states = static.forward_intermediates(x, intermediates_only=True)
     model.gate_scale = 4 / torch.stack(states)[:, :, 0].std().item()
     model.gate_center = model.gate_scale * torch.stack(states)[:, :, 0].mean().item()
-    model.gate_center = budget_curve(model, [(x,)], CPU, "none").center((cheapest_cost(model) + 1) / 2)
+    model.gate_center = budget_curve(model, [(x,)], CPU, "none").center((min_cost(model) + 1) / 2)
     return model
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import losses
 from datasets import build_dataset
-from engine_act import Epoch, Trainer, train_one_epoch
+from engine_act import EpochState, Trainer, train_one_epoch
 from training.arguments import parse_args
 from training.build import build_budget, build_trainer
 
@@ -172,7 +172,7 @@ def make_trainer(model):
 
 def one_step(model, batch):
     trainer = make_trainer(model)
-    train_one_epoch(trainer, [batch], Epoch(0))
+    train_one_epoch(trainer, [batch], EpochState(0))
     return trainer.model_without_ddp.state_dict()
 
 
@@ -204,7 +204,7 @@ def _train_as_built(rank, path, processes=2):
     trainer.budget = build_budget(args, model, updates_per_epoch=2)
     batches = [(images(4, seed=seed)[rank::processes], torch.arange(4)[rank::processes]) for seed in range(4)]
     for number in range(2):
-        train_one_epoch(trainer, batches, Epoch(number))
+        train_one_epoch(trainer, batches, EpochState(number))
     if rank == 0:
         bucket_view = getattr(trainer.model, "gradient_as_bucket_view", None)
         torch.save({"bucket_view": bucket_view, **trainer.state_dict()}, path)
@@ -223,7 +223,7 @@ def test_accumulation_clipping_averaging_and_cost_are_those_of_one_process(tmp_p
 
 
 def _epoch_with_one_slow_loader(rank, path):
-    epoch = Epoch(0, seconds=1000.0, waiting_seconds=900.0 * rank)
+    epoch = EpochState(0, seconds=1000.0, waiting_seconds=900.0 * rank)
     trainer = make_trainer(DistributedDataParallel(halting_model()))
     means = train_one_epoch(trainer, [(images(4), torch.arange(4))], epoch)
     torch.save([means["data_wait"], epoch.state_dict()["data_wait"]], path / str(rank))

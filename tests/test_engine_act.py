@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import losses
 import utils
-from engine_act import Epoch, Trainer, evaluate, train_one_epoch
+from engine_act import EpochState, Trainer, evaluate, train_one_epoch
 from models_act import macs_per_image
 from utils import UserError
 
@@ -61,17 +61,17 @@ def test_a_static_network_costs_what_it_costs_and_is_trained_on_classification_a
     result = evaluate(model, loader(), CPU)
     assert result["depth_mean"] == 8
     assert result["gmacs"] == result["gmacs_static"]
-    result = train_one_epoch(make_trainer(model), loader(), Epoch(0))
+    result = train_one_epoch(make_trainer(model), loader(), EpochState(0))
     assert result["loss"] == result["classification_loss"]
     assert "depth_mean" not in result
 
 
 def test_training_lowers_the_loss_and_reports_its_parts():
     trainer, steps = make_trainer(), []
-    first = train_one_epoch(trainer, loader(), Epoch(0), lambda stop: steps.append(1))
+    first = train_one_epoch(trainer, loader(), EpochState(0), lambda stop: steps.append(1))
     assert len(steps) == 3
     for _ in range(8):
-        last = train_one_epoch(trainer, loader(), Epoch(0))
+        last = train_one_epoch(trainer, loader(), EpochState(0))
     assert last["loss"] < first["loss"]
     parts = [first[name] for name in ("classification_loss", "ponder_loss_token", "distr_prior_loss")]
     assert first["loss"] == pytest.approx(sum(parts))
@@ -82,7 +82,7 @@ def test_training_lowers_the_loss_and_reports_its_parts():
 
 
 def test_the_seconds_of_an_epoch_are_those_of_all_attempts():
-    result = train_one_epoch(make_trainer(), loader(), Epoch(0, seconds=1000.0))
+    result = train_one_epoch(make_trainer(), loader(), EpochState(0, seconds=1000.0))
     assert 1000 < result["seconds"] < 1100
 
 
@@ -124,16 +124,16 @@ def test_waiting_for_the_loader_is_told_from_training(clock, monkeypatch, capsys
     micro_batch = trainer.micro_batch
     trainer.micro_batch = lambda *batch: clock.go_on(2) or micro_batch(*batch)
     batches = SlowLoader(clock, [(images(2), torch.arange(2))] * 3)
-    result = train_one_epoch(trainer, batches, Epoch(0))
+    result = train_one_epoch(trainer, batches, EpochState(0))
     shown = [line.partition("data_wait ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert shown == [f"{share:.0%}" for share in (5 / 7, 6 / 20, 7 / 33)]
     assert result["data_wait"] == pytest.approx(7 / 33)
-    resumed = train_one_epoch(trainer, batches, Epoch(0, seconds=67.0, waiting_seconds=43.0))
+    resumed = train_one_epoch(trainer, batches, EpochState(0, seconds=67.0, waiting_seconds=43.0))
     assert resumed["data_wait"] == pytest.approx(50 / 100), "an attempt before counts as well"
 
 
 def test_the_time_of_an_epoch_is_kept_in_its_state():
-    epoch, resumed = Epoch(3, 5, seconds=100.0, waiting_seconds=25.0), Epoch(0)
+    epoch, resumed = EpochState(3, 5, seconds=100.0, waiting_seconds=25.0), EpochState(0)
     epoch.averages.add(1, loss=torch.tensor(1.0))
     resumed.load_state_dict(epoch.state_dict())
     assert (resumed.seconds, resumed.waiting_seconds) == (100.0, 25.0)
@@ -145,7 +145,7 @@ def test_accumulation_equals_one_large_batch():
     for batch_size, accum_steps in ((8, 1), (2, 4)):
         trainer = make_trainer(accum_steps=accum_steps)
         trainer.criterion.distr_prior_alpha = 0.0
-        train_one_epoch(trainer, loader(8, batch_size), Epoch(0))
+        train_one_epoch(trainer, loader(8, batch_size), EpochState(0))
         models.append(trainer.model)
     for a, b in zip(*(model.parameters() for model in models)):
         assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -153,7 +153,7 @@ def test_accumulation_equals_one_large_batch():
 
 def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
     steps = []
-    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), Epoch(0), lambda stop: steps.append(1))
+    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), EpochState(0), lambda stop: steps.append(1))
     assert len(steps) == 2  # batches of 4 + 4, then 2
 
 
@@ -170,14 +170,14 @@ def test_the_average_follows_the_weights():
     model = halting_model()
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
-    train_one_epoch(trainer, loader(4, 4), Epoch(0))
+    train_one_epoch(trainer, loader(4, 4), EpochState(0))
     assert_close(trainer.ema.module.head.weight, (before + model.head.weight) / 2)
 
 
 def test_clipping_bounds_the_step():
     model = halting_model()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), Epoch(0))
+    train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), EpochState(0))
     change = nn.utils.parameters_to_vector(model.parameters()).detach() - before
     assert 0 < change.norm() <= 0.1 * 1e-3 * 1.001
 
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_training():
         model.head.bias[0] = float("nan")
     expected = "epoch 3, batch 0: classification_loss is nan, the gradient of cls_token is not finite"
     with pytest.raises(FloatingPointError, match=expected):
-        train_one_epoch(make_trainer(model), loader(), Epoch(3))
+        train_one_epoch(make_trainer(model), loader(), EpochState(3))
 
 
 def poison_gradients(parameter, on_calls):
@@ -203,12 +203,12 @@ def test_a_gradient_that_is_not_finite_stops_training():
     before = {}
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
 
-    def after_update(stop):
+    def on_update(stop):
         before.update({name: value.clone() for name, value in model.state_dict().items()})
 
     expected = r"epoch 2, batch 1: the loss is finite, the gradient of blocks\.2\.mlp\.fc1\.weight is not finite"
     with pytest.raises(FloatingPointError, match=expected):
-        train_one_epoch(trainer, loader(), Epoch(2), after_update)
+        train_one_epoch(trainer, loader(), EpochState(2), on_update)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -221,11 +221,11 @@ def test_gradient_scaling_skips_steps_and_counts_them():
     poison_gradients(model.head.weight, {2})
     trainer, scales, weights = make_trainer(model, init_scale=8.0, growth_interval=3), [], []
 
-    def after_update(stop):
+    def on_update(stop):
         scales.append(trainer.scaler.get_scale())
         weights.append(model.head.weight.detach().clone())
 
-    result = train_one_epoch(trainer, [(images(2), torch.arange(2))] * 5, Epoch(0), after_update)
+    result = train_one_epoch(trainer, [(images(2), torch.arange(2))] * 5, EpochState(0), on_update)
     assert scales == [8, 8, 4, 4, 4]
     assert [torch.equal(a, b) for a, b in pairwise(weights)] == [False, True, False, False]
     assert result["skipped_steps"] == trainer.skipped_steps == 1
@@ -249,8 +249,8 @@ def test_a_skipped_step_leaves_the_averages_finite():
     trainer = make_trainer(init_scale=4.0)
     good, bad = (images(2), torch.arange(2)), (images(2) * float("nan"), torch.arange(2))
     with pytest.raises(UserError, match="not one image"):
-        train_one_epoch(trainer, [bad], Epoch(0))
-    result = train_one_epoch(trainer, [good, bad], Epoch(0))
+        train_one_epoch(trainer, [bad], EpochState(0))
+    result = train_one_epoch(trainer, [good, bad], EpochState(0))
     assert result["skipped_steps"] == 2
     assert 0 < result["loss"] < 10
 
@@ -260,14 +260,14 @@ def test_too_many_skipped_steps_in_a_row_stop_training():
     poison_gradients(model.head.weight, range(1000))
     trainer = make_trainer(model, init_scale=2.0**16)
     with pytest.raises(FloatingPointError, match=r"head\.weight is not finite; 31 steps in a row were skipped"):
-        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, Epoch(0))
+        train_one_epoch(trainer, [(images(2), torch.arange(2))] * 40, EpochState(0))
     assert trainer.scaler.get_scale() > 0
 
 
 def test_gradient_scaling_changes_nothing_but_the_rounding():
     trainers = [make_trainer(init_scale=scale, clip_grad=0.5) for scale in (None, 64.0)]
     for trainer in trainers:
-        train_one_epoch(trainer, loader(), Epoch(0))
+        train_one_epoch(trainer, loader(), EpochState(0))
     assert_close(*(trainer.model.head.weight for trainer in trainers))
 
 
@@ -294,12 +294,12 @@ def test_a_training_step_waits_once(monkeypatch, accum_steps):
     batches = [(images(2), torch.arange(2))] * 4
     per_step = []
     with CountedScalars() as scalars:
-        train_one_epoch(trainer, batches, Epoch(0), lambda stop: per_step.append((len(votes), scalars.count)))
+        train_one_epoch(trainer, batches, EpochState(0), lambda stop: per_step.append((len(votes), scalars.count)))
     assert per_step == [(number, 0) for number in range(1, 4 // accum_steps + 1)]
 
 
 def test_a_step_tells_whether_any_process_is_asked_to_stop():
     asked = iter([False, True])
     seen = []
-    train_one_epoch(make_trainer(), loader(8, 4), Epoch(0), seen.append, stop=lambda: next(asked))
+    train_one_epoch(make_trainer(), loader(8, 4), EpochState(0), seen.append, stop=lambda: next(asked))
     assert seen == [False, True]

@@ -313,7 +313,7 @@ def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         run("--data-path", image_folder)
     assert exit_.value.code == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "main_act.py: error: Epoch 0: the loss is not finite"
+    assert capsys.readouterr().err.splitlines()[-1] == "main_act.py: error: EpochState 0: the loss is not finite"
 
 
 # Flags -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_halting, halting_model, images
-from forms import CLOSE, assert_same, flops, forms
+from equivalence import CLOSE, assert_same, flops, forms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import GluMlp, SwiGLU
@@ -29,7 +29,7 @@ from models_act import (
     macs_per_image,
 )
 
-pytestmark = pytest.mark.usefixtures("live_tokens_form")
+pytestmark = pytest.mark.usefixtures("token_store")
 BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
@@ -419,15 +419,15 @@ def test_a_function_that_is_replaced_for_all_modules_has_its_effect(monkeypatch,
     assert not torch.allclose(found, before)
 
 
-def test_the_device_form_is_taken_where_it_is_asked_for(live_tokens_form):
+def test_the_device_form_is_taken_where_it_is_asked_for(token_store):
     emulated_attention.calls.clear()
     halting_model()(images())
-    assert bool(emulated_attention.calls) == (live_tokens_form == "device")
+    assert bool(emulated_attention.calls) == (token_store == "device")
 
 
-def test_attention_dropout_reaches_the_kernels(monkeypatch, live_tokens_form):
+def test_attention_dropout_reaches_the_kernels(monkeypatch, token_store):
     model, found = halting_model(attn_drop_rate=0.25), set()
-    store = zipping.DeviceTokens if live_tokens_form == "device" else zipping.HostTokens
+    store = zipping.PackedTokensCUDA if token_store == "device" else zipping.PackedTokensCPU
     monkeypatch.setattr(store, "_attend", lambda self, q, k, v, dropout_p: found.add(dropout_p) or q)
     for training in (True, False):
         found.clear()
@@ -608,12 +608,12 @@ FAMILIES = [
 def test_halting_by_another_channel_leaves_the_static_network_as_it_is(options):
     model = halting_model(halting=False, **options).eval()
     expected, weights = model(images()), copy.deepcopy(model.state_dict())
-    model.halt_by(5)
+    model.set_halting_channel(5)
     assert_close(model(images()), expected, **CLOSE)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
     assert {"pos_embed", "blocks.3.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "head.weight"} <= moved
     assert_close(model._embed(images())[..., 0], halting_model(**options)._embed(images())[..., 5])
-    model.halt_by(5)
+    model.set_halting_channel(5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import losses
 
-pytestmark = pytest.mark.usefixtures("live_tokens_form")
+pytestmark = pytest.mark.usefixtures("token_store")
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 

@@ -167,13 +167,13 @@ def test_progress_shows_a_bar_on_a_terminal(capsys, monkeypatch):
 def test_calls_are_timed_in_turn_after_their_first(monkeypatch):
     """The first call of each is slow, and counts for nothing; then each is repeated until the slower takes 0.15 s."""
     clock, calls = [0.0], []
-    monkeypatch.setattr(utils, "now", lambda device: clock[0])
+    monkeypatch.setattr(utils, "synchronized_time", lambda device: clock[0])
 
     def call(name, seconds):
         clock[0] += seconds if name in calls else 100.0
         calls.append(name)
 
     calls_by_name = {"a": lambda: call("a", 0.1), "b": lambda: call("b", 0.02)}
-    seconds = utils.seconds_in_turn(calls_by_name, torch.device("cpu"), rounds=3, min_seconds=0.15)
+    seconds = utils.time_interleaved(calls_by_name, torch.device("cpu"), rounds=3, min_seconds=0.15)
     assert np.allclose([seconds["a"], seconds["b"]], [[0.1] * 3, [0.02] * 3])
     assert calls == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 3

@@ -17,7 +17,7 @@ from training.checkpoints import Checkpoint
 from training.loaders import demo_loader
 from visualization import heatmaps
 from visualization.demo import draw_demo
-from visualization.draw import Drawing
+from visualization.draw import RenderJob
 
 KINDS = ("ref", "token_depth", "combined")
 SMALL = ("--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4")
@@ -39,7 +39,7 @@ def status_of(command, *argv) -> int:
 def run_demo(folder, model, dataset, **options):
     names = [f"class {c}" for c in range(model.num_classes)]
     loader = demo_loader(dataset, 5, num_workers=0, pin_memory=False)
-    draw_demo(Drawing(model, "none", folder, names, heatmaps.Style(model.num_blocks, "hot"), **options), loader)
+    draw_demo(RenderJob(model, "none", folder, names, heatmaps.Style(model.num_blocks, "hot"), **options), loader)
 
 
 def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import zipping
-from zipping import DeviceTokens, HostTokens, MaskedTokens, ragged_attention, varlen_attention
+from zipping import MaskedTokens, PackedTokensCPU, PackedTokensCUDA, ragged_attention, varlen_attention
 
-STORES = pytest.mark.parametrize("store", [HostTokens, DeviceTokens])
+STORES = pytest.mark.parametrize("store", [PackedTokensCPU, PackedTokensCUDA])
 
 
 @st.composite
@@ -47,7 +47,7 @@ def test_stores_of_rows_hold_the_live_tokens_image_by_image(store, case, early_e
         images, counts = image.unique_consecutive(return_counts=True)
         assert len(images.unique()) == len(images), "the rows of an image stand together"
         assert all((part.diff() > 0).all() for part in token.split(counts.tolist())), "in the order of its tokens"
-        if store is HostTokens:
+        if store is PackedTokensCPU:
             assert tokens.lengths == counts.tolist() == sorted(counts.tolist())
         else:
             assert tokens.bounds.diff().tolist() == image.bincount(minlength=batch).tolist()
@@ -164,7 +164,7 @@ def test_mixed_precision_casts_what_a_norm_has_left_in_float32():
 
 
 def test_a_mask_that_reaches_another_function_is_refused():
-    tokens, _ = HostTokens.pack(torch.randn(1, 3, 4), 1)
+    tokens, _ = PackedTokensCPU.pack(torch.randn(1, 3, 4), 1)
     with pytest.raises(TypeError):
         torch.softmax(torch.randn(3, 3) + tokens.attention_mask, dim=-1)
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import models_act
 import zipping
 from models_act import Gate, _halt, _halt_by_kernels
-from zipping import DeviceTokens
+from zipping import PackedTokensCUDA
 
 zipping_triton = pytest.importorskip("zipping_triton", reason="torch brings Triton on Linux, with CUDA")
 
@@ -30,7 +30,7 @@ def live_tokens(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     num_prefix = draw(st.integers(1, min(3, length)))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    tokens, rows = DeviceTokens.pack(torch.randn(batch, length, width, generator=generator).to(dtype), num_prefix)
+    tokens, rows = PackedTokensCUDA.pack(torch.randn(batch, length, width, generator=generator).to(dtype), num_prefix)
     share = draw(st.sampled_from([0.0, 0.2, 0.9]))
     tokens, (rows,) = tokens.drop(torch.rand(len(rows), generator=generator) < share, rows)
     assume(len(rows) > 0)
@@ -66,14 +66,14 @@ def _halt_with_prefix(*args, **kwargs):
 
 
 def test_a_score_that_is_not_a_number_halts_no_token():
-    tokens, rows = DeviceTokens.pack(torch.full((1, 3, 4), torch.nan), 1)
+    tokens, rows = PackedTokensCUDA.pack(torch.full((1, 3, 4), torch.nan), 1)
     halted = _halt_by_kernels(tokens, rows, torch.zeros(3), GATE, last=False, early_exit=True)
     assert not halted.step.halts.any()
     assert len(halted.rows) == 3
 
 
 def test_where_no_token_halts_nothing_is_copied():
-    tokens, rows = DeviceTokens.pack(torch.full((2, 3, 4), -9.0), 1)
+    tokens, rows = PackedTokensCUDA.pack(torch.full((2, 3, 4), -9.0), 1)
     halted = _halt_by_kernels(tokens, rows, torch.zeros(6), GATE, last=False, early_exit=False)
     assert halted.rows.data_ptr() == rows.data_ptr()
 
@@ -86,11 +86,11 @@ def by_kernels(monkeypatch):
     """What CUDA gets, with a count of the blocks that did halt by kernels."""
     calls = []
 
-    def halt(self, *args, original=DeviceTokens.halt, **kwargs):
+    def halt(self, *args, original=PackedTokensCUDA.halt, **kwargs):
         calls.append(kwargs)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(DeviceTokens, "halt", halt)
+    monkeypatch.setattr(PackedTokensCUDA, "halt", halt)
     monkeypatch.setattr(zipping, "uses_device_form", lambda x: True)
     monkeypatch.setattr(models_act, "uses_kernels", lambda x: True)
     return calls
@@ -151,7 +151,7 @@ def test_a_network_in_half_precision(by_kernels):
 
 def test_rows_need_not_be_contiguous():
     x = torch.randn(1, 8, 6).transpose(1, 2)
-    tokens, rows = DeviceTokens.pack(x, 1)
+    tokens, rows = PackedTokensCUDA.pack(x, 1)
     assert not rows.is_contiguous()
     found = _halt_by_kernels(tokens, rows, torch.zeros(6), GATE, last=False, early_exit=False)
     expected = _halt_with_prefix(tokens, rows, torch.zeros(6), GATE, last=False, early_exit=False)
@@ -160,7 +160,7 @@ def test_rows_need_not_be_contiguous():
 
 def test_gradients_that_are_not_asked_for():
     """Of scores alone, where nothing is made of the rows that stay."""
-    tokens, rows = DeviceTokens.pack(torch.randn(2, 5, 3), 1)
+    tokens, rows = PackedTokensCUDA.pack(torch.randn(2, 5, 3), 1)
     found = []
     for halt in (_halt_by_kernels, _halt_with_prefix):
         leaf = rows.clone().requires_grad_()
@@ -189,7 +189,7 @@ def test_kernels_are_for_cuda():
 def test_a_machine_without_triton_is_told_once(reason):
     zipping._kernels_run.cache_clear()
     x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
-    with patch.object(DeviceTokens, "halt", side_effect=RuntimeError(f"{reason}\nat length")):
+    with patch.object(PackedTokensCUDA, "halt", side_effect=RuntimeError(f"{reason}\nat length")):
         with pytest.warns(UserWarning, match=f"Triton's kernels do not run here \\({reason}\\)"):
             assert not zipping.uses_kernels(x)
         with warnings.catch_warnings():
@@ -198,7 +198,7 @@ def test_a_machine_without_triton_is_told_once(reason):
     zipping._kernels_run.cache_clear()
 
 
-@pytest.mark.parametrize("kernel", ["_decide", "_move", "_backward"])
+@pytest.mark.parametrize("kernel", ["_halting_kernel", "_compact_kernel", "_backward"])
 def test_the_trial_runs_every_kernel(monkeypatch, kernel):
     zipping._kernels_run.cache_clear()
     with torch.inference_mode():
@@ -212,7 +212,10 @@ def test_the_trial_runs_every_kernel(monkeypatch, kernel):
 
 def test_too_little_memory_says_nothing_about_kernels():
     zipping._kernels_run.cache_clear()
-    with patch.object(DeviceTokens, "halt", side_effect=torch.OutOfMemoryError), pytest.raises(torch.OutOfMemoryError):
+    with (
+        patch.object(PackedTokensCUDA, "halt", side_effect=torch.OutOfMemoryError),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
         zipping._kernels_run(torch.device("cpu"))
     assert zipping._kernels_run(torch.device("cpu"))
     zipping._kernels_run.cache_clear()

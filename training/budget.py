@@ -47,11 +47,11 @@ class BudgetCurve(NamedTuple):
         return [list(point) for point in self.points]
 
     @property
-    def cheapest(self) -> float:
+    def min_cost(self) -> float:
         return self.points[0][1]
 
     @property
-    def dearest(self) -> float:
+    def max_cost(self) -> float:
         return self.points[-1][1]
 
     def cost(self, center: float) -> float:
@@ -67,12 +67,12 @@ class BudgetCurve(NamedTuple):
 def budget_curve(
     model: AdaptiveTokens, batches: Iterable, device: torch.device, amp: str, dearest: float = 0.9
 ) -> BudgetCurve:
-    """Of a network, see `costs_at` and `measure_curve`; every process must call it."""
+    """Of a network, see `measure_costs` and `measure_curve`; every process must call it."""
 
     def costs_of(centers: list[float]) -> list[float]:
-        return costs_at(model, batches, device, amp, centers)
+        return measure_costs(model, batches, device, amp, centers)
 
-    return measure_curve(costs_of, model.gate_center, cheapest_cost(model), dearest)
+    return measure_curve(costs_of, model.gate_center, min_cost(model), dearest)
 
 
 def measure_curve(
@@ -80,7 +80,7 @@ def measure_curve(
 ) -> BudgetCurve:
     """Measures at more and more centers, until neighbours differ in cost by at most `GAP`, far ones by less.
 
-    costs_of: cost at each of some centers, see `costs_at`; center: where to begin; cheapest: the least possible
+    costs_of: cost at each of some centers, see `measure_costs`; center: where to begin; cheapest: the least possible
     cost; dearest: up to which cost it is measured.
     """
     points: dict[float, float] = {}
@@ -108,7 +108,7 @@ def _missing_centers(points: list[tuple[float, float]], cheapest: float, dearest
     return wanted
 
 
-class FirstBatches:
+class CalibrationBatches:
     """The first batches of a training loader's first epoch, each time the same ones."""
 
     def __init__(self, loader: ImageLoader, num_images: int):
@@ -122,7 +122,7 @@ class FirstBatches:
 
 
 @torch.inference_mode()
-def costs_at(
+def measure_costs(
     model: AdaptiveTokens, batches: Iterable, device: torch.device, amp: str, centers: list[float]
 ) -> list[float]:
     """Cost at each gate center: share of the static network's multiply-adds, mean over the images of all processes.
@@ -150,7 +150,7 @@ def static_macs(model: AdaptiveTokens) -> float:
     return _macs_of_depth(model, model.num_blocks)
 
 
-def cheapest_cost(model: AdaptiveTokens) -> float:
+def min_cost(model: AdaptiveTokens) -> float:
     """Where every token halts in the first block: share of the static network's multiply-adds."""
     return _macs_of_depth(model, 1) / static_macs(model)
 
@@ -165,7 +165,7 @@ def resolve_budget(model: AdaptiveTokens, target: float) -> float:
 
     UserError where no tokens' depths reach it.
     """
-    static, cheapest = static_macs(model), cheapest_cost(model)
+    static, cheapest = static_macs(model), min_cost(model)
     budget = target / static if target > 1 else target
     range_of = f"between {cheapest:.3g} (every token halts in the first block) and 1 ({static / 1e9:.4g}G)"
     if not cheapest < budget <= 1:

@@ -23,12 +23,12 @@ import losses
 import utils
 from datasets import PLACED, Preprocessing, build_dataset, evaluation_transform
 from engine_act import Trainer
-from training.budget import CALIBRATION_IMAGES, FirstBatches, cheapest_cost, resolve_budget, static_macs
+from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget, static_macs
 from training.checkpoints import Checkpoint, load_teacher_weights, resolve_gate
 from training.gate import choose_gate
 from training.loaders import training_loader
 from training.models import create_model, preprocessing
-from utils import LocalError, UserError, warn
+from utils import RankError, UserError, warn
 
 
 def run_cli(
@@ -50,7 +50,7 @@ def run_cli(
             raise SystemExit(status)
         return
     except UserError as error:
-        status, message, everywhere = 2, str(error), isinstance(error, LocalError)
+        status, message, everywhere = 2, str(error), isinstance(error, RankError)
     except FloatingPointError as error:
         status, message, everywhere = 1, str(error), False
     except RuntimeError as error:
@@ -106,7 +106,7 @@ def _check_hub_head(model: nn.Module, may_be_new: bool) -> None:
     warn(f"{found}: a new one of {wanted} classes is trained")
 
 
-def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
+def should_search_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
     """Whether training starts from a gate that follows from the static network; not where one is known already."""
     if start is not None and start.flag == "resume":
         return False
@@ -115,9 +115,9 @@ def chooses_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
     return args.gate == "auto" or (args.gate is None and args.target_macs is not None and not (is_given or is_known))
 
 
-def set_gate(args: argparse.Namespace, model: nn.Module, batches: FirstBatches, device: torch.device) -> None:
+def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBatches, device: torch.device) -> None:
     """Of a model that is about to be trained, by `choose_gate`."""
-    own = max(START_COST, (1 + cheapest_cost(model)) / 2)  # a stem of convolutions may cost more than that
+    own = max(START_COST, (1 + min_cost(model)) / 2)  # a stem of convolutions may cost more than that
     cost = own if args.target_macs is None else resolve_budget(model, args.target_macs)
     some = itertools.islice(batches, math.ceil(GATE_IMAGES / args.batch_size))
     images = torch.cat([batch[0] for batch in some])[:GATE_IMAGES]
@@ -161,13 +161,13 @@ def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
     return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
 
 
-def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> FirstBatches:
+def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:
     """Some of the training images, treated as in evaluation: to measure gates on."""
     images = copy.copy(images)
     images.transform = evaluation_transform(image_size(args), args.data_set in PLACED, preprocessing(args.model))
     order = {"seed": args.seed, "repeated_aug": False, "max_bad_images": args.max_bad_images}
     loader = training_loader(images, args.batch_size, **order, **loader_options(args, device))
-    return FirstBatches(loader, CALIBRATION_IMAGES)
+    return CalibrationBatches(loader, CALIBRATION_IMAGES)
 
 
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict:
@@ -204,7 +204,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
-        teacher = build_own_teacher(args, model, classes)
+        teacher = build_self_teacher(args, model, classes)
         share = teacher_share(teacher.classifier, model, args.target_macs)
         utils.log(f"the teacher's forward pass is {share:.0%} of a training step's multiply-adds")
         return teacher
@@ -214,7 +214,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
     model.set_distilled_training(True)
     name = args.teacher_model
     if not timm.is_model(name):
-        raise UserError(f"--teacher-model {name}: unknown to timm{utils.nearest(name, timm.list_models())}")
+        raise UserError(f"--teacher-model {name}: unknown to timm{utils.did_you_mean(name, timm.list_models())}")
     fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
     size = {"img_size": image_size(args)} if fixed else {}
     try:
@@ -240,7 +240,7 @@ def _teacher_of(student: nn.Module, classifier: nn.Module) -> losses.Teacher:
     return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
 
 
-def build_own_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
+def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
     """The static network that training starts, or has started, from, or another of ours. UserError without weights."""
     options = {"img_size": image_size(args), "halting": False}
     if args.teacher_path:

@@ -25,8 +25,15 @@ import utils
 from datasets import placeholders
 from training.arguments import GATE_DEFAULTS
 from training.budget import BudgetCurve
-from training.models import build_on_meta, create_model, default_image_size, misfit, own_names, preprocessing
-from utils import UserError, log, nearest, warn
+from training.models import (
+    build_on_meta,
+    create_model,
+    default_image_size,
+    own_names,
+    preprocessing,
+    unsupported_reason,
+)
+from utils import UserError, did_you_mean, log, warn
 
 IMAGENET_CLASSES = 1000
 MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
@@ -112,7 +119,9 @@ class Checkpoint:
     def model_name(self) -> str:
         """Of which model it holds the weights, by its record, else of ours by shapes. UserError where of none."""
         recorded = self.recorded_model()
-        if recorded is not None and not _misfits(_empty_state_dict(recorded), self.state_dict(), _may_be_resized):
+        if recorded is not None and not _state_dict_mismatches(
+            _empty_state_dict(recorded), self.state_dict(), _may_be_resized
+        ):
             return recorded
         fitting = fitting_models(self.state_dict())
         if not fitting:
@@ -124,7 +133,7 @@ class Checkpoint:
     def recorded_model(self) -> str | None:
         """The name of the run's model, where it says one that we know."""
         recorded = self.recorded_flag("model")
-        return recorded if isinstance(recorded, str) and misfit(recorded) is None else None
+        return recorded if isinstance(recorded, str) and unsupported_reason(recorded) is None else None
 
     def _check_preprocessing(self, name: str, is_new_task: bool) -> None:
         """UserError where the images of this model are not made as those of the run's; a warning in a new task."""
@@ -205,8 +214,8 @@ class Checkpoint:
         if curve is None:
             why = "it does not know what its gate costs; training with --target-macs measures it"
             raise UserError(f"{self.location}: --budget: {why}")
-        if not curve.cheapest <= budget <= curve.dearest:
-            known = f"its budgets go from {curve.cheapest:.2f} to {curve.dearest:.2f}"
+        if not curve.min_cost <= budget <= curve.max_cost:
+            known = f"its budgets go from {curve.min_cost:.2f} to {curve.max_cost:.2f}"
             raise UserError(f"{self.location}: --budget {budget:g}: {known}")
         return curve.center(budget)
 
@@ -372,7 +381,7 @@ def _local_path(location: str) -> Path:
             inside = " (did you mean its checkpoint.pth?)" if (path / "checkpoint.pth").exists() else ""
             raise UserError(f"{location}: is a folder, not a checkpoint{inside}")
         alike = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
-        hint = nearest(path.name, (p.name for p in alike))
+        hint = did_you_mean(path.name, (p.name for p in alike))
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UserError(f"{location}: {error.strerror}") from error
     raise UserError(f"{location}: no such file{hint}")
@@ -439,7 +448,7 @@ def load_weights(
     if replace_head and not head.keys() & weights.keys():
         warn(f"{location}: holds no head for these classes: a new one of {model.num_classes} is trained")
         weights |= head
-    wrong = _misfits(own, weights, _may_be_resized)
+    wrong = _state_dict_mismatches(own, weights, _may_be_resized)
     if wrong:
         fitting = fitting_models(weights)
         hint = f"; it fits {' or '.join(fitting)}" if fitting else ""
@@ -480,7 +489,7 @@ def load_teacher_weights(model: nn.Module, checkpoint: Checkpoint, classes: Sequ
     UserError, naming the weights, if names or shapes do not fit.
     """
     weights, location = checkpoint.weights_for(classes), checkpoint.location
-    wrong = _misfits(model.state_dict(), weights, resizable=lambda name: False)
+    wrong = _state_dict_mismatches(model.state_dict(), weights, resizable=lambda name: False)
     if wrong:
         raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong, '; ')}")
     model.load_state_dict(weights, strict=True)
@@ -494,7 +503,7 @@ def _is_of_head(name: str) -> bool:
     return name.startswith("head")
 
 
-def _misfits(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list[str]:
+def _state_dict_mismatches(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list[str]:
     """What does not fit; resizable: names for which one size may differ."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not in this model" for name in weights if name not in own]
@@ -523,7 +532,7 @@ def fitting_models(weights: dict[str, Tensor]) -> list[str]:
     """Our models of which these are the weights, those of the same image size first."""
     weights = _with_our_names(weights)
     own = {name: _empty_state_dict(name) for name in own_names()}
-    fitting = [name for name in own if not _misfits(own[name], weights, _may_be_resized)]
+    fitting = [name for name in own if not _state_dict_mismatches(own[name], weights, _may_be_resized)]
     return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
 
 

@@ -79,7 +79,7 @@ def zipping_speeds(
         form = copy.deepcopy(model).eval()
         form.zip_tokens = zip_tokens
         calls[name] = partial(call, form)
-    seconds = utils.seconds_in_turn(calls, device, rounds)
+    seconds = utils.time_interleaved(calls, device, rounds)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 

@@ -17,7 +17,7 @@ SPREAD = 4.0  # standard deviation of the gate's argument over tokens and blocks
 FEW_IMAGES, FINALISTS = 32, 16  # all gates are judged on so few, so many of them on all
 
 
-class GateChoice(NamedTuple):
+class GateCandidate(NamedTuple):
     """A gate: the KL divergence of the network's answers from the static network's, and what it costs."""
 
     divergence: float
@@ -27,12 +27,12 @@ class GateChoice(NamedTuple):
     cost: float
 
     def apply(self, model: AdaptiveTokens) -> None:
-        model.halt_by(self.channel)
+        model.set_halting_channel(self.channel)
         model.gate_scale, model.gate_center = self.scale, self.center
 
 
 @torch.inference_mode()
-def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str, cost: float) -> GateChoice:
+def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str, cost: float) -> GateCandidate:
     """The channel and gate by which halting changes a static network's answers least, where it costs so much.
 
     For each channel of the tokens and each sign, the center is found on the states of the static network, which tell
@@ -49,10 +49,12 @@ def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp
     choices = []
     for channel, scale in gates:
         center = _center_of_cost(model, scale * states[..., channel], cost)
-        choices.append(GateChoice(0.0, channel, scale, center, cost))
-    choices = sorted(_judged(choice, model, images[:FEW_IMAGES], expected[:FEW_IMAGES], amp) for choice in choices)
+        choices.append(GateCandidate(0.0, channel, scale, center, cost))
+    choices = sorted(
+        _evaluate_gate(choice, model, images[:FEW_IMAGES], expected[:FEW_IMAGES], amp) for choice in choices
+    )
     worst = choices[-1]
-    best = min(_judged(choice, model, images, expected, amp) for choice in choices[:FINALISTS])
+    best = min(_evaluate_gate(choice, model, images, expected, amp) for choice in choices[:FINALISTS])
     best = utils.all_gather_objects(best)[0]
     utils.log(
         f"gate auto: channel {best.channel}, scale {best.scale:g}, center {best.center:g}: before training, "
@@ -90,12 +92,14 @@ def _center_of_cost(model: AdaptiveTokens, argument: Tensor, cost: float) -> flo
     return float(f"{center.item():.4g}")
 
 
-def _judged(choice: GateChoice, model: AdaptiveTokens, images: Tensor, expected: Tensor, amp: str) -> GateChoice:
+def _evaluate_gate(
+    choice: GateCandidate, model: AdaptiveTokens, images: Tensor, expected: Tensor, amp: str
+) -> GateCandidate:
     """The same with its divergence and cost as measured; expected: the static network's log-probabilities, [B, K]."""
     choice.apply(model)
     with utils.autocast(images.device, amp):
         logits, halting = model(images, return_halting=True)
-    model.halt_by(choice.channel)  # back
+    model.set_halting_channel(choice.channel)  # back
     found = F.log_softmax(logits.float(), dim=1)
     divergence = F.kl_div(found, expected, reduction="batchmean", log_target=True).item()
     cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)

@@ -16,7 +16,7 @@ import utils
 from datasets import Stream, UnreadableImage, image_name
 from samplers import EPOCH_STRIDE, ResumableSampler, UnpaddedDistributedSampler, training_sampler
 from training.signals import ignore_signals_in_worker
-from utils import LocalError
+from utils import RankError
 
 MAX_TRIES = 20  # images in a row that may be unreadable
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     names: list[str]
 
 
-class ReadableImages(Dataset):
+class SkipUnreadable(Dataset):
     """Takes an index, or (index, seeds), to a Sample.
 
     The seeds alone decide the image's augmentation, whichever process loads it. In place of an unreadable image comes
@@ -84,17 +84,17 @@ class ImageLoader(DataLoader):
     images: the data set of ([3, H, W] float, class index) that a map-style `dataset` reads;
     num_images: of the data set, over all processes, 0 where that is not known;
     bad_images: what could not be read so far, each once; each is named on stderr;
-    max_bad_images: LocalError where there are more than that;
-    may_shrink: a batch of which nothing can be read is left out; else it is a LocalError.
+    max_bad_images: RankError where there are more than that;
+    allow_empty_batches: a batch of which nothing can be read is left out; else it is a RankError.
     """
 
-    def __init__(self, dataset: Dataset, *args, max_bad_images: float = 0, may_shrink: bool = False, **kwargs):
+    def __init__(self, dataset: Dataset, *args, max_bad_images: float = 0, allow_empty_batches: bool = False, **kwargs):
         options = {"collate_fn": collate, "worker_init_fn": ignore_signals_in_worker, "generator": torch.Generator()}
         super().__init__(dataset, *args, **options, **kwargs)
         self.images = getattr(dataset, "images", dataset)
         self.num_images = len(self.images)
         self.bad_images: list[str] = []
-        self.max_bad_images, self.may_shrink = max_bad_images, may_shrink
+        self.max_bad_images, self.allow_empty_batches = max_bad_images, allow_empty_batches
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
         """From which batch of which epoch on the next iteration goes."""
@@ -105,8 +105,8 @@ class ImageLoader(DataLoader):
             self._note(unreadable)
             if images is not None:
                 yield Batch(images, targets, indices, [image_name(self.images, index) for index in indices])
-            elif not self.may_shrink:
-                raise LocalError(f"a whole batch cannot be read; {unreadable[-1]}")
+            elif not self.allow_empty_batches:
+                raise RankError(f"a whole batch cannot be read; {unreadable[-1]}")
 
     def _note(self, unreadable: list[str]) -> None:
         for message in dict.fromkeys(unreadable):
@@ -115,7 +115,7 @@ class ImageLoader(DataLoader):
             self.bad_images.append(message)
             if len(self.bad_images) > self.max_bad_images:
                 limit = self.max_bad_images
-                raise LocalError(message + (f"; these are more than --max-bad-images {limit}" if limit else ""))
+                raise RankError(message + (f"; these are more than --max-bad-images {limit}" if limit else ""))
             utils.warn(f"{message}; it is passed over", everywhere=True)
 
     def state_dict(self) -> dict:
@@ -150,7 +150,7 @@ class StreamLoader(ImageLoader):
         places, classes = itertools.count(utils.rank(), utils.world_size()), len(self.dataset.classes)
         for number, (images, targets, *_) in enumerate(DataLoader.__iter__(self)):
             if not ((targets >= 0) & (targets < classes)).all():  # its labels are seen only when read
-                raise LocalError(f"an image is labelled {targets.max()}, but there are {classes} classes")
+                raise RankError(f"an image is labelled {targets.max()}, but there are {classes} classes")
             indices = list(itertools.islice(places, len(images)))
             if number >= self.first_batch:
                 yield Batch(images, targets, indices, [image_name(self.dataset, index) for index in indices])
@@ -173,7 +173,7 @@ def training_loader(
     sampler = ResumableSampler(sampler, seed, utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory)
     options |= {"max_bad_images": max_bad_images, "drop_last": len(sampler) >= batch_size}
-    return ImageLoader(ReadableImages(images, MAX_TRIES), batch_size, sampler=sampler, **options)
+    return ImageLoader(SkipUnreadable(images, MAX_TRIES), batch_size, sampler=sampler, **options)
 
 
 def evaluation_loader(
@@ -185,8 +185,8 @@ def evaluation_loader(
     sampler = UnpaddedDistributedSampler(images, utils.world_size(), utils.rank())
     options = _workers(_at_most_cores(num_workers), pin_memory)
     if skip_unreadable:
-        options |= {"max_bad_images": math.inf, "may_shrink": True}
-    return ImageLoader(ReadableImages(images), batch_size, sampler=sampler, **options)
+        options |= {"max_bad_images": math.inf, "allow_empty_batches": True}
+    return ImageLoader(SkipUnreadable(images), batch_size, sampler=sampler, **options)
 
 
 def demo_loader(images: Dataset, batch_size: int, **options) -> ImageLoader:

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import nn
 
 import utils
-from engine_act import Epoch, Trainer, evaluate, train_one_epoch
-from training.budget import FirstBatches, budget_curve
+from engine_act import EpochState, Trainer, evaluate, train_one_epoch
+from training.budget import CalibrationBatches, budget_curve
 from training.build import Schedule
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
@@ -65,7 +65,7 @@ class TrainingRun:
         train_loader: ImageLoader,
         test_loader: ImageLoader,
         options: RunOptions,
-        calibration: FirstBatches | None = None,
+        calibration: CalibrationBatches | None = None,
     ):
         """calibration: training images as in evaluation, on which a run with a budget measures what its gate costs."""
         self.trainer, self.schedule = trainer, schedule
@@ -74,7 +74,7 @@ class TrainingRun:
         self.classes = getattr(train_loader.images, "classes", None)
         self.stop = StopRequest()
         self.tensorboard = None
-        self.epoch = Epoch(0)  # the one that is being trained
+        self.epoch = EpochState(0)  # the one that is being trained
         self.resumed = False
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
@@ -110,7 +110,7 @@ class TrainingRun:
         """Goes on from the start of that epoch. UserError where none is left."""
         if epoch >= self.options.epochs:
             raise UserError(f"--start_epoch {epoch}: of {self.options.epochs} epochs (--epochs) none is left to train")
-        self.epoch = Epoch(epoch)
+        self.epoch = EpochState(epoch)
 
     def _prepare_logs(self) -> None:
         """Drops the lines that were logged after the checkpoint that the run goes on from."""
@@ -179,7 +179,7 @@ class TrainingRun:
             log(
                 f"calibration of {name}: gate_center {before:g} costs {curve.cost(before):.3f} of the static network's "
                 f"multiply-adds, {network.gate_center:g} {curve.cost(network.gate_center):.3f}; "
-                f"--budget from {curve.cheapest:.2f} to {curve.dearest:.2f} can be asked for"
+                f"--budget from {curve.min_cost:.2f} to {curve.max_cost:.2f} can be asked for"
             )
             self.budget_curves[name] = curve.record()
 
@@ -222,7 +222,7 @@ class TrainingRun:
         is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, once it is kept
         is_best = is_candidate and test["acc1"] > self.best_acc1
         self.best_acc1 = test["acc1"] if is_best else self.best_acc1
-        self.epoch = Epoch(number + 1)
+        self.epoch = EpochState(number + 1)
         if is_best:
             self.save("best.pth")
         if utils.is_main() and self.options.output_dir is not None:

@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 
 from datasets import Preprocessing
 from models_act import HALTING, AdaptiveTokens, adapt_
-from utils import UserError, nearest
+from utils import UserError, did_you_mean
 
 MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # timm's, where its plain ViTs are
 NEAR = 12  # so many of the nearest names are looked at for some that fit
@@ -45,14 +45,14 @@ def build_on_meta(name: str, **options) -> AdaptiveTokens:
 
 
 @cache
-def misfit(name: str) -> str | None:
+def unsupported_reason(name: str) -> str | None:
     """Why a name is that of no model of ours and of no ViT of timm's that can be adaptive, if so."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         return "unknown model"
     tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", include_tags=True)]
     if tag and tag not in tags:
-        return f"{architecture} has no weights of this tag" + nearest(tag, tags)
+        return f"{architecture} has no weights of this tag" + did_you_mean(tag, tags)
     if is_own(name):
         return None
     if architecture not in other_names():
@@ -66,10 +66,10 @@ def misfit(name: str) -> str | None:
 
 def check_model_name(name: str) -> None:
     """UserError, with the nearest names that fit, for one that does not."""
-    reason = misfit(name)
+    reason = unsupported_reason(name)
     if reason is not None:
         near = difflib.get_close_matches(name, [*own_names(), *other_names()], n=NEAR)
-        fitting = ", ".join(islice((other for other in near if misfit(other) is None), 3))
+        fitting = ", ".join(islice((other for other in near if unsupported_reason(other) is None), 3))
         hint = f" (did you mean {fitting}?)" if fitting and "did you mean" not in reason else ""
         raise UserError(f"--model {name}: {reason}{hint}")
 

@@ -34,7 +34,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y", in_percent: bool = False) -> Axes:
+def style_axes(axes: Axes, x: str = "", y: str = "", grid: str = "y", in_percent: bool = False) -> Axes:
     """Sets labels and a light grid, removes the frame, and returns the axes; in_percent: of 1, upwards."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("#999999")
@@ -110,7 +110,7 @@ def summary_charts(
 def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
     """depth: of each of `what`."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "blocks that processed them", f"share of {what}", in_percent=True)
+    axes = style_axes(figure.subplots(), "blocks that processed them", f"share of {what}", in_percent=True)
     blocks, mean = np.arange(1, style.num_blocks + 1), depth.mean()
     shares = np.bincount(depth.ravel(), minlength=style.num_blocks + 1)[1:] / depth.size
     axes.bar(blocks, shares, width=0.86, color=colors(blocks, style) / 255, edgecolor="#444444", linewidth=0.6)
@@ -124,7 +124,7 @@ def _depth_histogram(depth: np.ndarray, what: str, style: Style) -> Chart:
 
 def _live_tokens(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(3.6)
-    axes = dress(figure.subplots(), "block", "live patches of an image", in_percent=True)
+    axes = style_axes(figure.subplots(), "block", "live patches of an image", in_percent=True)
     blocks = np.arange(1, statistics.num_blocks + 1)
     live = np.stack([(statistics.depth >= block).mean(axis=1) for block in blocks], axis=1)  # (N, L)
     lowest, low, high, highest = np.percentile(live, [10, 25, 75, 90], axis=0)
@@ -175,14 +175,14 @@ def _class_figure(means: np.ndarray, names: list[str], examples: list[ImageRecor
         bars, last = figure.subplots(2, 1, height_ratios=[3.6, 1], sharex=True)
         rows = {row: row for row in range(AT_EACH_END)}
         rows |= {AT_EACH_END + 1 + row: count - AT_EACH_END + row for row in range(AT_EACH_END)}
-        dress(last, y="classes").hist(means, bins=min(20, count), color=MAIN)
+        style_axes(last, y="classes").hist(means, bins=min(20, count), color=MAIN)
         last.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         between = f"{count - 2 * AT_EACH_END:,} more classes"
         options = {"va": "center", "color": GREY, "fontsize": SMALL_TEXT, "style": "italic"}
         bars.text(style.num_blocks / 80, AT_EACH_END, between, **options)
     chosen = list(rows.values())
     options = {"color": colors(means[chosen], style) / 255, "edgecolor": "#444444", "linewidth": 0.6}
-    lengths = dress(bars, grid="x").barh(list(rows), means[chosen], height=0.74, **options)
+    lengths = style_axes(bars, grid="x").barh(list(rows), means[chosen], height=0.74, **options)
     bars.bar_label(lengths, [f"{mean:.2f}" for mean in means[chosen]], padding=3, fontsize=SMALL_TEXT)
     bars.set_xlim(0, style.num_blocks * 1.08)
     bars.set_xticks(range(0, style.num_blocks + 1, max(style.num_blocks // 6, 1)))
@@ -212,11 +212,11 @@ def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     legend_above(top, {"images of like depth, ± standard error": of_bins, "all images": overall})
     low = min(max((accuracy - errors[0]).min(), 0), 0.9)
     top.set_ylim(low - 0.06 * (1 - low), 1 + 0.06 * (1 - low))
-    dress(top, y="top-1", in_percent=True)
+    style_axes(top, y="top-1", in_percent=True)
     width = edges[1] - edges[0]
     bottom.bar(edges[bins] + width / 2, counts, width=0.94 * width, color="#9db8c9")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    dress(bottom, "mean depth of the image's patches", "images")
+    style_axes(bottom, "mean depth of the image's patches", "images")
     ends = [f"{percent(accuracy[end])} of images about {mean_depth[end]:.1f} deep" for end in (0, -1)]
     ends = " and ".join(ends) if len(bins) > 1 else ends[0]
     return Chart("Accuracy by depth", f"Top-1 is {percent(right.mean())}: {ends} are recognised.", figure)
@@ -232,7 +232,7 @@ def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _halting_scores(layer_scores: np.ndarray, prior: np.ndarray) -> Chart:
     """Both scaled to sum 1: but for its clamp, DistributionPriorLoss is least where they are equal then."""
     figure = new_figure(3.4)
-    axes = dress(figure.subplots(), "block", "share of the sum", in_percent=True)
+    axes = style_axes(figure.subplots(), "block", "share of the sum", in_percent=True)
     blocks, has_scores = np.arange(1, len(prior) + 1), layer_scores.sum() > 0
     shares, target = layer_scores / (layer_scores.sum() if has_scores else 1), prior / prior.sum()
     bars = axes.bar(blocks, shares, width=0.86, color="#7fb2d3", edgecolor="#444444", linewidth=0.6)
@@ -271,7 +271,7 @@ def teaser(records: list[ImageRecord], style: Style) -> Figure:
             if column == 0:
                 axes.set_ylabel(("input", "depth")[row])
     _depth_legend(pictures.add_subplot(grid[:, -1]), style, most=int(15 * tall))
-    _teaser_bars(dress(bars.subplots(), "block", "live patches"), records, style.num_blocks)
+    _teaser_bars(style_axes(bars.subplots(), "block", "live patches"), records, style.num_blocks)
     return figure
 
 

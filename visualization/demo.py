@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import utils
 from utils import log, warn
 from visualization import charts, heatmaps
-from visualization.draw import Drawing
+from visualization.draw import RenderJob
 from visualization.heatmaps import write_picture
 from visualization.records import Selection, gather_to_main, record_batch
 
 
-def draw_demo(drawing: Drawing, loader: Iterable) -> int:
+def draw_demo(drawing: RenderJob, loader: Iterable) -> int:
     """Draws some images of every class; all processes take part.
 
     loader: a `demo_loader`. Of an equal measure the first in the data set counts, in any order of the data.
@@ -23,7 +23,7 @@ def draw_demo(drawing: Drawing, loader: Iterable) -> int:
     for batch in utils.with_progress(loader, "Demo", dict):
         selection.add(record_batch(drawing.model, batch, drawing.amp).records)
     chosen = selection.own_chosen()
-    for number, record in utils.with_progress(chosen, "Drawing", dict):
+    for number, record in utils.with_progress(chosen, "RenderJob", dict):
         stem = f"class{record.target}" + (f"_{number}" if number > 1 else "")
         for kind, picture in heatmaps.demo_pictures(record, drawing.names, drawing.style).items():
             write_picture(folder / f"{stem}_{kind}.jpg", picture)

@@ -24,7 +24,7 @@ MAX_STEM_BYTES = 200  # of 255 that a file's name may have
 
 
 @dataclass(frozen=True)
-class Drawing:
+class RenderJob:
     """Whose work is drawn, how, and where to.
 
     amp: see `utils.autocast`; names: of the classes;
@@ -49,7 +49,7 @@ class Drawing:
 # A whole data set ---------------------------------------------------------------------------------
 
 
-def draw_summary(drawing: Drawing, loader: Iterable, title: str, facts: list[tuple[str, str]]) -> int:
+def draw_summary(drawing: RenderJob, loader: Iterable, title: str, facts: list[tuple[str, str]]) -> int:
     """Charts of a data set as PNG files, and summary.html of them; all processes take part. Returns how many images.
 
     loader: a `demo_loader`; facts: names and values, to be told beside what is measured.
@@ -117,7 +117,9 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     return list(dict.fromkeys(files)), problems
 
 
-def draw_files(drawing: Drawing, files: Sequence[Path], classes: Sequence[str], batch_size: int, animation: str) -> int:
+def draw_files(
+    drawing: RenderJob, files: Sequence[Path], classes: Sequence[str], batch_size: int, animation: str
+) -> int:
     """A panel of each image, and an animation ("gif", "webp" or "none"); returns how many could be read.
 
     classes: the model's, which a folder may be named after. UserError where a file would be overwritten, or no
@@ -156,7 +158,7 @@ def _distinct_stems(files: Iterable[Path]) -> Iterator[str]:
         yield stem
 
 
-def _record_files(drawing: Drawing, files: dict[int, Path], classes: Sequence[str]) -> list[ImageRecord]:
+def _record_files(drawing: RenderJob, files: dict[int, Path], classes: Sequence[str]) -> list[ImageRecord]:
     """The files, by their places, that can be read; the others are named. A folder with a class's name is a label."""
     preprocessing, images = Preprocessing.of_model(drawing.model), {}
     transform = evaluation_transform(drawing.model.patch_embed.img_size, preprocessing=preprocessing)

@@ -101,7 +101,7 @@ def record_batch(model: nn.Module, batch: tuple, amp: str) -> BatchRecords:
     device = next(model.eval().parameters()).device
     with autocast(device, amp):
         logits, halting = model(batch[0].to(device, non_blocking=True), return_halting=True)
-    utils.check_answers(logits)
+    utils.check_finite(logits)
     return BatchRecords(records_of_batch(model, batch, logits, halting, with_pixels=True), halting.layer_scores.cpu())
 
 

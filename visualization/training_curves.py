@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils import UserError, warn
-from visualization.charts import GREY, PALETTE, SMALL_TEXT, dress, legend_above, new_figure, one_line, percent
+from visualization.charts import GREY, PALETTE, SMALL_TEXT, legend_above, new_figure, one_line, percent, style_axes
 
 # Reading ------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def curves(runs: Sequence[Run]) -> Figure:
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     size, unit = logged_macs_unit(runs) if panel is MACS else (1, "")
     title = f"{panel.title} ({unit})" if unit else panel.title
-    dress(axes, x="epoch").set_title(title, loc="left", fontsize=10, weight="bold")
+    style_axes(axes, x="epoch").set_title(title, loc="left", fontsize=10, weight="bold")
     for run, color in zip(runs, run_colors(len(runs))):
         for name, style, dot in ((panel.solid, "-", "o"), (panel.other, panel.style, "x")):
             points = series(run, name)
@@ -177,7 +177,7 @@ def accuracy_against_macs(runs: Sequence[Run]) -> Figure:
     """
     figure = new_figure(max(4.4, 0.2 * len(runs) + 1), width=8.6)
     size, letter = logged_macs_unit(runs)
-    axes = dress(figure.subplots(), f"multiply-adds per image ({letter})", "top-1 (%)", grid="both")
+    axes = style_axes(figure.subplots(), f"multiply-adds per image ({letter})", "top-1 (%)", grid="both")
     ends, lows, highs = [], [], []
     for run, color in zip(runs, run_colors(len(runs))):
         path = series(run, "test_gmacs", "test_acc1", "test_gmacs_static")

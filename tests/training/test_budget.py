@@ -20,9 +20,9 @@ from training.arguments import parse_args
 from training.budget import (
     BudgetCurve,
     budget_curve,
-    cheapest_cost,
-    costs_at,
+    measure_costs,
     measure_curve,
+    min_cost,
     resolve_budget,
     static_macs,
 )
@@ -49,10 +49,10 @@ def test_a_curve_of_any_slope_and_place_is_found(width, middle, cheapest, budget
     curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest, 0.9)
     assert list(curve.points) == sorted(curve.points)
     for budget in budgets:
-        if curve.cheapest <= budget <= 0.9:
+        if curve.min_cost <= budget <= 0.9:
             assert cost(curve.center(budget)) == pytest.approx(budget, abs=0.02)
-    assert curve.cheapest < cheapest + 0.07
-    assert curve.dearest > 0.9
+    assert curve.min_cost < cheapest + 0.07
+    assert curve.max_cost > 0.9
 
 
 def test_a_curve_that_falls_at_once_ends_the_search():
@@ -64,7 +64,7 @@ def test_a_curve_that_falls_at_once_ends_the_search():
         return [float(center > 0.3) for center in centers]
 
     curve = measure_curve(costs_of, 0.0, 0.0, 0.9)
-    assert (curve.cheapest, curve.dearest) == (0, 1)
+    assert (curve.min_cost, curve.max_cost) == (0, 1)
     assert len(asked) < 30
 
 
@@ -76,10 +76,10 @@ def test_a_network_costs_what_its_curve_says():
     model.gate_center = center
     with torch.no_grad():
         depth = torch.cat([model(x, return_halting=True)[1].depth for (x,) in batches])
-    (cost,) = costs_at(model, batches, CPU, "none", [center])
+    (cost,) = measure_costs(model, batches, CPU, "none", [center])
     assert cost == pytest.approx(0.5, abs=0.02)
     assert depth.mean().item() / 8 == pytest.approx(0.5, abs=0.05)
-    assert cheapest_cost(model) == pytest.approx(curve.cheapest, abs=0.05)
+    assert min_cost(model) == pytest.approx(curve.min_cost, abs=0.05)
 
 
 @pytest.mark.parametrize(

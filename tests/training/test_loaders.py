@@ -8,7 +8,7 @@ from PIL import Image
 
 from datasets import UnreadableImage, build_dataset, load_image
 from training.loaders import demo_loader, evaluation_loader, training_loader
-from utils import LocalError
+from utils import RankError
 
 SIZE = (32, 32)
 
@@ -101,10 +101,10 @@ def test_unreadable_training_images_are_passed_over_and_named_once(image_folder,
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_unreadable_training_images_stop_the_run(image_folder, workers):
     break_images(image_folder, "train", 6)
-    with pytest.raises(LocalError, match=r"^/.*\.png: cannot be read as an image: .*; these are more than.* 2$"):
+    with pytest.raises(RankError, match=r"^/.*\.png: cannot be read as an image: .*; these are more than.* 2$"):
         training_batches(image_folder, workers, limit=2)
     break_images(image_folder, "train", 15)
-    with pytest.raises(LocalError, match=r"^a whole batch cannot be read; /.*\.png: cannot be read as an image"):
+    with pytest.raises(RankError, match=r"^a whole batch cannot be read; /.*\.png: cannot be read as an image"):
         training_batches(image_folder, workers)
 
 
@@ -113,7 +113,7 @@ def test_an_unreadable_validation_image_stops_the_evaluation(image_folder, worke
     (broken,) = break_images(image_folder, "val")
     images = build_dataset("IMNET", str(image_folder), False, SIZE)
     loader = evaluation_loader(images, 4, num_workers=workers, pin_memory=False)
-    with pytest.raises(LocalError, match=f"^{broken}: cannot be read as an image"):
+    with pytest.raises(RankError, match=f"^{broken}: cannot be read as an image"):
         list(loader)
 
 
@@ -121,7 +121,7 @@ def test_an_unreadable_validation_image_stops_the_evaluation(image_folder, worke
 def test_an_impossible_label_is_told_in_one_line(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
     images = build_dataset("wds/", str(root), False, SIZE, num_classes=5)
-    with pytest.raises(LocalError, match=r"^an image is labelled \d+, but there are 5 classes$"):
+    with pytest.raises(RankError, match=r"^an image is labelled \d+, but there are 5 classes$"):
         list(evaluation_loader(images, 4, num_workers=workers, pin_memory=False))
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import models_act
 from benchmark import set_synthetic_depths
 
-pytestmark = pytest.mark.usefixtures("live_tokens_form")
+pytestmark = pytest.mark.usefixtures("token_store")
 REGISTERED = timm.list_models("avit*")
 SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64, "num_classes": 5}
 SMALL |= {"gate_scale": 4.0, "gate_center": 12.0}

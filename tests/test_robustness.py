@@ -25,7 +25,7 @@ from datasets import build_dataset, class_names, find_image_files, image_suffixe
 from models_act import macs_per_image
 from training.arguments import parse_args
 from training.checkpoints import Checkpoint
-from training.loaders import ReadableImages, demo_loader
+from training.loaders import SkipUnreadable, demo_loader
 from utils import UserError
 
 MICRO = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4"]
@@ -258,7 +258,7 @@ def test_who_waits_for_others_says_so(image_folder):
 
 HOLDING = """
 import pathlib, sys, time, utils
-with utils.only_run_in(pathlib.Path(sys.argv[1])):
+with utils.lock_output_dir(pathlib.Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -269,12 +269,12 @@ def test_a_folder_is_for_one_run(tmp_path):
     try:
         assert process.stdout.readline() == "in\n"
         told = f"another run is at work there .process {process.pid} on "
-        with pytest.raises(UserError, match=told), utils.only_run_in(tmp_path):
+        with pytest.raises(UserError, match=told), utils.lock_output_dir(tmp_path):
             pass
     finally:
         process.kill()
         process.communicate()
-    with utils.only_run_in(tmp_path):  # a run that was killed leaves no lock
+    with utils.lock_output_dir(tmp_path):  # a run that was killed leaves no lock
         pass
 
 
@@ -323,14 +323,14 @@ def test_no_more_loader_processes_than_cores_that_may_be_used(monkeypatch, image
     assert demo_loader(data, 2, num_workers=10, pin_memory=False).num_workers == 1
 
 
-class Killed(ReadableImages):
+class Killed(SkipUnreadable):
     def __getitem__(self, place):
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(10)
 
 
 def test_a_loader_process_that_is_killed_is_one_line(image_folder, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("training.loaders.ReadableImages", Killed)
+    monkeypatch.setattr("training.loaders.SkipUnreadable", Killed)
     argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--num_workers", "1"]
     with pytest.raises(SystemExit) as stopped:
         main_act.main([*map(str, argv)])
