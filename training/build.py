@@ -24,10 +24,11 @@ import utils
 from datasets import PLACED, Preprocessing, build_dataset, evaluation_transform
 from engine_act import Trainer
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget, static_macs
-from training.checkpoints import Checkpoint, load_teacher_weights, resolve_gate
+from training.checkpoints import Checkpoint
 from training.gate import choose_gate
 from training.loaders import training_loader
 from training.models import create_model, preprocessing
+from training.weights import load_teacher_weights, resolve_gate
 from utils import RankError, UserError, warn
 
 
@@ -224,7 +225,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
     except (OSError, RuntimeError) as error:
         raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
     if args.teacher_path:
-        load_teacher_weights(classifier, Checkpoint.load(args.teacher_path), classes)
+        load_teacher_weights(classifier, Checkpoint.load(args.teacher_path).weights_for(classes), args.teacher_path)
     elif classifier.num_classes != len(classes):
         raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {len(classes)}")
     teacher = _teacher_of(model, classifier)

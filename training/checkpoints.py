@@ -5,41 +5,37 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
-import math
-import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
-from timm.layers import resample_abs_pos_embed
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-import models_act  # noqa: F401 - registers the models
 import utils
 from datasets import placeholders
-from training.arguments import GATE_DEFAULTS
 from training.budget import BudgetCurve
-from training.models import (
-    build_on_meta,
-    create_model,
-    default_image_size,
-    own_names,
-    preprocessing,
-    unsupported_reason,
+from training.models import create_model, default_image_size, own_names, preprocessing, unsupported_reason
+from training.weights import (
+    empty_state_dict,
+    first_names,
+    fitting_models,
+    gate_in_name,
+    gate_numbers,
+    is_of_head,
+    load_weights,
+    may_be_resized,
+    resolve_gate,
+    state_dict_mismatches,
 )
 from utils import UserError, did_you_mean, log, warn
 
 IMAGENET_CLASSES = 1000
 MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
-MAX_GATE = 1e6  # a larger one, infinity or NaN is none
-HALTING_DEFAULTS = GATE_DEFAULTS | {"halt_eps": 0.01}
-PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
 
 
 class Checkpoint:
@@ -119,8 +115,8 @@ class Checkpoint:
     def model_name(self) -> str:
         """Of which model it holds the weights, by its record, else of ours by shapes. UserError where of none."""
         recorded = self.recorded_model()
-        if recorded is not None and not _state_dict_mismatches(
-            _empty_state_dict(recorded), self.state_dict(), _may_be_resized
+        if recorded is not None and not state_dict_mismatches(
+            empty_state_dict(recorded), self.state_dict(), may_be_resized
         ):
             return recorded
         fitting = fitting_models(self.state_dict())
@@ -160,13 +156,13 @@ class Checkpoint:
         Where none is known, and there are as many, they are taken in order, with a warning.
         """
         weights, recorded = self.state_dict(use_ema), self.recorded_classes()
-        heads = [value for name, value in weights.items() if _is_of_head(name)]
+        heads = [value for name, value in weights.items() if is_of_head(name)]
         fits = recorded is not None and all(value.ndim > 0 and len(value) == len(recorded) for value in heads)
         if not fits or recorded in (list(classes), placeholders(len(recorded))):
             return weights
         number = {name: index for index, name in enumerate(recorded)}
         unknown = [name for name in classes if name not in number]
-        of_data, own = f"the data's classes ({_named(classes)})", f"its own ({_named(recorded)})"
+        of_data, own = f"the data's classes ({first_names(classes)})", f"its own ({first_names(recorded)})"
         if not unknown and self.flag == "resume":
             raise UserError(
                 f"{self.location}: a run goes on with its own classes: {of_data} are not {own} in their order"
@@ -174,13 +170,13 @@ class Checkpoint:
         if not unknown:
             log(f"{self.location}: {of_data} are found by name among {own}")
             rows = torch.tensor([number[name] for name in classes])
-            return {name: value[rows] if _is_of_head(name) else value for name, value in weights.items()}
+            return {name: value[rows] if is_of_head(name) else value for name, value in weights.items()}
         if len(unknown) == len(classes) == len(recorded):
             warn(f"{self.location}: {of_data} are none of {own}: taken to be the same, in order")
         elif replace_head:
-            return {name: value for name, value in weights.items() if not _is_of_head(name)}
+            return {name: value for name, value in weights.items() if not is_of_head(name)}
         elif len(unknown) < len(classes):
-            raise UserError(f"{self.location}: does not know {_named(unknown)} of {of_data}, only {own}")
+            raise UserError(f"{self.location}: does not know {first_names(unknown)} of {of_data}, only {own}")
         return weights
 
     def names_by_class(self) -> dict[str, str]:
@@ -225,9 +221,9 @@ class Checkpoint:
         flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
         own = (self.content.get("gate_ema") if use_ema else None) or self.content.get("gate")
         return [
-            ("the checkpoint", _gate_numbers(own)),
-            ("the file name", _gate_in_name(self.location)),
-            ("the checkpoint's args", {} if self.is_ours else _gate_numbers(flags)),
+            ("the checkpoint", gate_numbers(own)),
+            ("the file name", gate_in_name(self.location)),
+            ("the checkpoint's args", {} if self.is_ours else gate_numbers(flags)),
         ]
 
     def build_model(
@@ -385,164 +381,3 @@ def _local_path(location: str) -> Path:
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UserError(f"{location}: {error.strerror}") from error
     raise UserError(f"{location}: no such file{hint}")
-
-
-# The gate ----------------------------------------------------------------------------------------
-
-
-def resolve_gate(
-    flags: dict[str, float | None], sources: Iterable[tuple[str, dict[str, float]]] = ()
-) -> dict[str, float]:
-    """Gate scale, gate center and halt_eps, from the first source that knows them; says which, warns of conflicts.
-
-    In this order: flags; what a checkpoint of ours records, its file name (NAME-SCALE-CENTER.pth), `args` inside a
-    foreign checkpoint, see `Checkpoint.gate_sources`; the defaults.
-    """
-    sources, resolved = [("the command line", flags), *sources], {}
-    for name, default in HALTING_DEFAULTS.items():
-        known = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        source, resolved[name] = known[0] if known else ("the defaults", default)
-        if name in GATE_DEFAULTS or resolved[name] != default:
-            log(f"{name} {resolved[name]:g}, from {source}")
-        for other, value in known[1:]:
-            if value != resolved[name]:
-                warn(f"{name}: {source} says {resolved[name]:g}, {other} says {value:g}; {source} counts")
-    return resolved
-
-
-def _gate_numbers(record: object) -> dict[str, float]:
-    """Gate values in a dictionary, where they are finite numbers; halt_eps from 0 to 1."""
-    values = record if isinstance(record, dict) else {}
-    found = {name: values.get(name) for name in HALTING_DEFAULTS}
-    found = {name: float(v) for name, v in found.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
-    return {name: value for name, value in found.items() if name in GATE_DEFAULTS or 0 <= value < 1}
-
-
-def _gate_in_name(location: str) -> dict[str, float]:
-    stem = Path(location).stem
-    if stem in PUBLISHED_GATES:
-        return dict(zip(GATE_DEFAULTS, PUBLISHED_GATES[stem]))
-    match = re.fullmatch(r".+-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", stem)
-    return dict(zip(GATE_DEFAULTS, map(float, match.groups()))) if match else {}
-
-
-# Models and their weights ------------------------------------------------------------------------
-
-
-def load_weights(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    location: str,
-    replace_head: bool,
-    trained_size: tuple[int, int] | None = None,
-) -> None:
-    """Loads weights into the model, with the position embedding resampled to its size.
-
-    replace_head: where the class count differs, the model keeps its new head, with a warning; else
-    that is an error. trained_size: height and width that the weights were trained at, where known;
-    else a square, or the model's own size if the embedding fits it. UserError, naming the weights,
-    if names or shapes do not fit, and which model of ours they do fit.
-    """
-    own, weights = model.state_dict(), _with_our_names(weights)
-    head = {name: value for name, value in own.items() if _is_of_head(name)}
-    if replace_head and not head.keys() & weights.keys():
-        warn(f"{location}: holds no head for these classes: a new one of {model.num_classes} is trained")
-        weights |= head
-    wrong = _state_dict_mismatches(own, weights, _may_be_resized)
-    if wrong:
-        fitting = fitting_models(weights)
-        hint = f"; it fits {' or '.join(fitting)}" if fitting else ""
-        raise UserError(f"{location}: does not fit the model: {_first_three(wrong, '; ')}{hint}")
-    if "pos_embed" in own:
-        weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
-    foreign_head = [name for name in own if _is_of_head(name) and weights[name].shape != own[name].shape]
-    if foreign_head:
-        found, expected = len(weights[foreign_head[0]]), len(own[foreign_head[0]])
-        if not replace_head:
-            raise UserError(f"{location}: its head has {found} classes, the data has {expected}")
-        warn(f"{location}: its head of {found} classes is replaced by a new one of {expected}")
-        weights |= {name: own[name] for name in foreign_head}
-    model.load_state_dict(weights, strict=True)
-
-
-def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size: tuple[int, int] | None) -> Tensor:
-    """embedding: [1, prefix + old patches, C] -> [1, prefix + the model's patches, C], by timm."""
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    patches, grid = embedding.shape[1] - prefix, model.patch_embed.grid_size
-    old_grid = (math.isqrt(max(patches, 0)),) * 2
-    if trained_size is not None:
-        ratio = model.patch_embed.feat_ratio(as_scalar=False)
-        of_size = tuple(side // patch for side, patch in zip(trained_size, ratio))
-        old_grid = of_size if math.prod(of_size) == patches else old_grid  # a stem's ratio may depend on the size
-    elif embedding.shape == model.pos_embed.shape:
-        old_grid = grid
-    if patches < 1 or math.prod(old_grid) != patches:
-        raise UserError(
-            f"{location}: does not fit the model: pos_embed is of {patches} patches, which is no {old_grid} grid"
-        )
-    return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
-
-
-def load_teacher_weights(model: nn.Module, checkpoint: Checkpoint, classes: Sequence[str]) -> None:
-    """Loads weights into any network, for data of these classes, see `Checkpoint.weights_for`.
-
-    UserError, naming the weights, if names or shapes do not fit.
-    """
-    weights, location = checkpoint.weights_for(classes), checkpoint.location
-    wrong = _state_dict_mismatches(model.state_dict(), weights, resizable=lambda name: False)
-    if wrong:
-        raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong, '; ')}")
-    model.load_state_dict(weights, strict=True)
-
-
-def _may_be_resized(name: str) -> bool:
-    return name == "pos_embed" or _is_of_head(name)
-
-
-def _is_of_head(name: str) -> bool:
-    return name.startswith("head")
-
-
-def _state_dict_mismatches(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list[str]:
-    """What does not fit; resizable: names for which one size may differ."""
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is not in this model" for name in weights if name not in own]
-    for name in (name for name in own if name in weights):
-        found, expected = tuple(weights[name].shape), tuple(own[name].shape)
-        if found != expected and not (resizable(name) and _differ_in_one_size(found, expected)):
-            wrong.append(f"{name} is {found}, expected {expected}")
-    return wrong
-
-
-def _named(classes: Sequence[str]) -> str:
-    return _first_three([name if name.isprintable() and len(name) < 40 else ascii(name[:40]) for name in classes])
-
-
-def _first_three(texts: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return separator.join(texts[:3]) + more
-
-
-def _with_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DeiT III's release has other names for layer scale."""
-    return {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
-
-
-def fitting_models(weights: dict[str, Tensor]) -> list[str]:
-    """Our models of which these are the weights, those of the same image size first."""
-    weights = _with_our_names(weights)
-    own = {name: _empty_state_dict(name) for name in own_names()}
-    fitting = [name for name in own if not _state_dict_mismatches(own[name], weights, _may_be_resized)]
-    return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
-
-
-@cache
-def _empty_state_dict(name: str) -> dict[str, Tensor]:
-    """Of a model: shapes without numbers."""
-    return build_on_meta(name).state_dict()
-
-
-def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """True for the heads [K, C] and [K], and the position embedding [1, N, C], of another K or N."""
-    different = [i for i, (a, b) in enumerate(zip(found, expected)) if a != b]
-    return len(found) == len(expected) and different == [max(len(expected) - 2, 0)]

@@ -27,7 +27,8 @@ import torch  # noqa: E402
 from conftest import halting_model  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
-from training import checkpoints  # noqa: E402
+from training.checkpoints import Checkpoint  # noqa: E402
+from training.weights import load_weights, resolve_gate  # noqa: E402
 from utils import UserError  # noqa: E402
 
 
@@ -192,10 +193,10 @@ def try_file(kinds: Kinds, name: str, choose: random.Random) -> str:
     path, result = kinds.trap.with_name("checkpoint.pth"), "accepted"
     path.write_bytes(getattr(kinds, name)(choose))
     try:
-        checkpoint = checkpoints.Checkpoint.load(str(path))
+        checkpoint = Checkpoint.load(str(path))
         with contextlib.redirect_stdout(io.StringIO()):
-            checkpoints.resolve_gate({}, checkpoint.gate_sources())
-        checkpoints.load_weights(halting_model(), checkpoint.state_dict(), str(path), replace_head=False)
+            resolve_gate({}, checkpoint.gate_sources())
+        load_weights(halting_model(), checkpoint.state_dict(), str(path), replace_head=False)
     except UserError as error:
         result = "refused" if len(str(error)) < 5000 else "refused at length"
     except BaseException as error:

@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 
 from training import checkpoints
 from training.checkpoints import Checkpoint
+from training.weights import load_teacher_weights, resolve_gate
+from training.weights import load_weights as load_weights_from
 from utils import UserError
 
 
 def load_weights(model, weights, replace_head=False, **options):
-    checkpoints.load_weights(model, weights, "c", replace_head=replace_head, **options)
+    load_weights_from(model, weights, "c", replace_head=replace_head, **options)
     return model
 
 
@@ -25,7 +27,7 @@ def load_weights(model, weights, replace_head=False, **options):
 @pytest.mark.parametrize("kind", hostile_checkpoints.KINDS)
 def test_broken_and_hostile_files_are_refused(tmp_path, kind, monkeypatch):
     """See hostile_checkpoints.py, which can try more of them."""
-    monkeypatch.setattr(checkpoints, "fitting_models", lambda weights: [])  # slow
+    monkeypatch.setattr("training.weights.fitting_models", lambda weights: [])  # slow
     kinds = hostile_checkpoints.Kinds(tmp_path / "trap")
     assert [hostile_checkpoints.try_file(kinds, kind, random.Random(seed)) for seed in range(5)] == ["refused"] * 5
 
@@ -139,7 +141,7 @@ def test_names_of_classes_do_no_harm_to_a_terminal(capsys):
 def test_a_teacher_s_classes_are_found_by_name():
     teacher, weights = halting_model(num_classes=2), halting_model(num_classes=3).state_dict()
     checkpoint = Checkpoint({"model": weights, "classes": ["a", "b", "c"]}, "c")
-    checkpoints.load_teacher_weights(teacher, checkpoint, ["c", "a"])
+    load_teacher_weights(teacher, checkpoint.weights_for(["c", "a"]), "c")
     assert torch.equal(teacher.head.weight, weights["head.weight"][[2, 0]])
 
 
@@ -228,14 +230,14 @@ ODD = argparse.Namespace(gate_scale="rm -rf", gate_center=float("nan"))
     ],
 )
 def test_where_the_gate_comes_from(flags, checkpoint, location, expected, source, capsys):
-    gate = checkpoints.resolve_gate(flags, Checkpoint(checkpoint, location).gate_sources())
+    gate = resolve_gate(flags, Checkpoint(checkpoint, location).gate_sources())
     assert (gate["gate_scale"], gate["gate_center"]) == expected
     assert capsys.readouterr().out.count(f"from {source}") == 2
 
 
 def test_sources_that_disagree_are_told(capsys):
     sources = Checkpoint({"args": NAMESPACE}, "tiny-10-30.pth").gate_sources()
-    checkpoints.resolve_gate({"gate_scale": 5.0, "gate_center": None}, sources)
+    resolve_gate({"gate_scale": 5.0, "gate_center": None}, sources)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3
     assert "gate_scale: the command line says 5, the file name says 10; the command line counts" in warnings[0]
