@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from visualization.criteria import CRITERIA
+from visualization.image_record import CRITERIA
 
 DEMO_FOLDER = "token_act_visualization"
 GATE_DEFAULTS = {"gate_scale": 10.0, "gate_center": 30.0}

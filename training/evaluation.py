@@ -19,7 +19,8 @@ from datasets import spread_sample
 from models_act import Halting
 from training.loaders import Batch, ImageLoader
 from utils import UserError
-from visualization.records import ImageRecord, records_of_batch
+from visualization.image_record import ImageRecord
+from visualization.records import records_of_batch
 
 COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
 

@@ -14,7 +14,8 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 
 from visualization.heatmaps import Style, colors, macs_text, printable
-from visualization.records import DatasetStatistics, ImageRecord
+from visualization.image_record import ImageRecord
+from visualization.records import DatasetStatistics
 
 # The look of all charts ---------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from losses import DistributionPriorLoss
 from utils import UserError, log, warn
 from visualization import heatmaps, html_pages
 from visualization.heatmaps import Style, macs_text, write_picture
-from visualization.records import DatasetStatistics, ImageRecord, Selection, gather_to_main, record_batch
+from visualization.image_record import ImageRecord
+from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch
 
 MAX_STEM_BYTES = 200  # of 255 that a file's name may have
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import utils
-from visualization.records import ImageRecord
+from visualization.image_record import ImageRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # slow to import

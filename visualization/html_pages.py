@@ -13,7 +13,7 @@ from PIL import Image
 
 import utils
 from visualization.heatmaps import FRAME_SECONDS, HALTED, OVERLAY, Style, colors, macs_text
-from visualization.records import ImageRecord
+from visualization.image_record import ImageRecord
 
 MAX_PNG_SIDE = 64  # pixels; an image with no longer side is embedded as PNG
 JPEG_QUALITY = 88

@@ -16,54 +16,7 @@ import utils
 from datasets import Preprocessing
 from models_act import Halting, macs_per_image
 from utils import autocast
-from visualization.criteria import CRITERIA
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """An image, and what the network did with it.
-
-    index: its place in the data set; name: of its file, or that number;
-    pixels: [H, W, 3] uint8, as the network saw it, where they were asked for;
-    depth: [grid height, grid width] uint8, 1..L, of its patches; prefix_depth: [P], of the class token and its like;
-    prediction, target: class indices, the target -1 where it is unknown; confidence: probability of the prediction;
-    macs, static_macs: multiply-adds, and those of the static network.
-    """
-
-    index: int
-    name: str
-    pixels: np.ndarray | None
-    depth: np.ndarray
-    prefix_depth: np.ndarray
-    prediction: int
-    confidence: float
-    target: int
-    macs: float
-    static_macs: float
-
-    @property
-    def token_depth(self) -> float:
-        """Mean of all tokens."""
-        return float(np.concatenate([self.prefix_depth, self.depth.ravel()]).mean())
-
-    @property
-    def mean_depth(self) -> float:
-        """Of the patches."""
-        return float(self.depth.mean())
-
-    @property
-    def depth_spread(self) -> float:
-        """Standard deviation over the patches."""
-        return float(self.depth.std())
-
-    @property
-    def saved(self) -> float:
-        """Share of the static network's multiply-adds."""
-        return 1 - self.macs / self.static_macs
-
-    @property
-    def is_wrong(self) -> bool:
-        return self.target not in (-1, self.prediction)
+from visualization.image_record import CRITERIA, ImageRecord
 
 
 class BatchRecords(NamedTuple):

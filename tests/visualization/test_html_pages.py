@@ -16,7 +16,7 @@ from PIL import Image
 
 from visualization import heatmaps, html_pages
 from visualization.heatmaps import Style
-from visualization.records import ImageRecord
+from visualization.image_record import ImageRecord
 
 BLOCKS, STYLE = 8, Style(8, size=32)
 CLASSES = ["tabby cat", "espresso", "zebra", "class 10", "class 9"]
