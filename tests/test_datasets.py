@@ -310,7 +310,7 @@ def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
     def create(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
-    monkeypatch.setattr("datasets.create_dataset", create)
+    monkeypatch.setattr("readers.streams.create_dataset", create)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
     with pytest.raises(UserError, match="needs the package tensorflow: pip install tensorflow"):
         build_dataset("tfds/mnist", str(tmp_path), True, SIZE, PLAIN)

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 CORE = {"models_act", "zipping", "zipping_triton", "losses", "datasets", "samplers", "utils", "engine_act"}
+CORE_PACKAGES = {"readers"}
 COMMANDS = {"main_act", "visualize", "benchmark", "compare", "export_onnx"}
 CHECKS = {"cuda_check"}  # commands that run others
 MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody
@@ -17,7 +18,7 @@ MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it l
     "commands": {"core", "visualization", "training", "deployment"},
     "checks": {"core", "training", "commands"},
 }
-FOLDERS = {
+FOLDERS = CORE_PACKAGES | {
     "training",
     "visualization",
     "deployment",
@@ -37,7 +38,7 @@ MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startsw
 def part_of(module: str) -> str | None:
     """Of a module's full name; None where it is not ours."""
     top = module.partition(".")[0]
-    parts = {"core": CORE, "commands": COMMANDS, "checks": CHECKS, "others": {"experiments", "tests"}}
+    parts = {"core": CORE | CORE_PACKAGES, "commands": COMMANDS, "checks": CHECKS, "others": {"experiments", "tests"}}
     parts |= {name: {name} for name in ("training", "visualization", "deployment")}
     return next((name for name, modules in parts.items() if top in modules), None)
 
