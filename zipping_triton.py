@@ -1,7 +1,7 @@
 """What follows a block on CUDA, in three Triton kernels: scores and decisions, what leaves, and the backward of both.
 
 The same as `models_act.halting_step`, `PackedTokensCUDA.prefix` and `PackedTokensCUDA.drop` after each other,
-with one pass over the rows and some 6 launches instead of 26 (docs/speed.md): on a GPU the host is
+with one pass over the rows and some 6 launches instead of 26 (docs/performance.md): on a GPU the host is
 what small batches wait for. The backward writes each gradient once, in no order that could vary.
 """
 
