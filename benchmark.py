@@ -183,7 +183,7 @@ def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     checkpoint = Checkpoint.load(args.finetune)
     model = checkpoint.build_model(args.model, img_size=args.input_size and (args.input_size,) * 2, budget=args.budget)
     known = {"num_classes": model.num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
-    known |= {"preprocessing": Preprocessing.of_model(model)}
+    known |= {"preprocessing": Preprocessing.from_model(model)}
     data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
     return model.to(device), spread_sample(data, count)[0].to(device)
 

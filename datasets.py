@@ -25,9 +25,9 @@ from readers.folders import (
     image_suffixes,
     load_image,
     to_rgb,
-    warn_left_out,
+    warn_skipped_files,
 )
-from readers.streams import Stream, check_reader, placeholders, read_by_timm
+from readers.streams import Stream, check_reader, placeholder_names, read_by_timm
 from readers.synthetic import ClutteredFashionMNIST, Digits
 from utils import UserError, warn
 
@@ -44,12 +44,12 @@ __all__ = [
     "find_image_files",
     "image_name",
     "image_suffixes",
-    "is_shown_whole",
+    "is_uncropped",
     "load_image",
-    "placeholders",
+    "placeholder_names",
     "spread_sample",
     "training_transform",
-    "warn_left_out",
+    "warn_skipped_files",
 ]
 
 MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
@@ -69,18 +69,18 @@ class Preprocessing(NamedTuple):
     crop_mode: str = "center"
 
     @classmethod
-    def of(cls, config: dict) -> Preprocessing:
+    def from_config(cls, config: dict) -> Preprocessing:
         """config: a pretrained_cfg; what it does not say is timm's default."""
         found = resolve_data_config(pretrained_cfg=config)
         return cls(*(found[name] for name in cls._fields))
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> Preprocessing:
+    def from_model(cls, model: nn.Module) -> Preprocessing:
         """ImageNet's where the model was not made by name."""
         config = getattr(model, "pretrained_cfg", None)
-        return cls.of(config) if config else cls()
+        return cls.from_config(config) if config else cls()
 
-    def of_whole_images(self) -> Preprocessing:
+    def uncropped(self) -> Preprocessing:
         """As `evaluation_transform` makes small and placed images: resized, not cropped."""
         return self._replace(interpolation="bilinear", crop_pct=1.0, crop_mode="squash")
 
@@ -114,14 +114,14 @@ def training_transform(
     return transforms.Compose([transforms.Lambda(to_rgb), crop_and_flip, augment, to_tensor])
 
 
-def is_shown_whole(size: tuple[int, int], placed: bool) -> bool:
+def is_uncropped(size: tuple[int, int], placed: bool) -> bool:
     """Whether evaluation sees images to their borders; placed: as in `training_transform`."""
     return placed or max(size) <= MAX_UNCROPPED_SIDE
 
 
 def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocessing: Preprocessing = IMAGENET):
     """PIL image -> [3, H, W] float; placed: as in `training_transform`."""
-    if is_shown_whole(size, placed):
+    if is_uncropped(size, placed):
         normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
     else:
@@ -142,7 +142,7 @@ DATA_SETS = {
     "DIGITS": Digits,
 }
 PLACED = {"DIGITS", "CLUTTERED"}  # these themselves place what their images show
-WITH_LIBRARY = {"DIGITS"}  # these need no folder
+NEEDS_NO_FOLDER = {"DIGITS"}  # these need no folder
 
 
 def check_name(name: str) -> None:
@@ -186,7 +186,7 @@ def build_dataset(
             raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy of timm's: {error}") from error
     if "/" not in name and (split is not None or num_classes is not None):
         raise UserError(f"--train-split, --val-split and --num-classes are for timm's data sets, {name} is none")
-    if name in WITH_LIBRARY:
+    if name in NEEDS_NO_FOLDER:
         return DATA_SETS[name](None, train, transform)
     if not data_path:
         raise UserError(f"--data-set {name} needs --data-path")

@@ -28,9 +28,9 @@ MAX_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 
 class StepStatus(NamedTuple):
     """What holds in any process after the backward passes of a step; the same in all."""
 
-    loss_is_wrong: bool  # some part of some loss is not finite
-    gradient_is_wrong: bool
-    stop: bool  # the run was asked to stop
+    loss_is_nonfinite: bool  # some part of some loss is not finite
+    gradient_is_nonfinite: bool
+    stop_requested: bool  # the run was asked to stop
     cost: float  # of the step's images in all processes, as a share of the static network's multiply-adds
 
 
@@ -104,16 +104,16 @@ class Trainer:
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model_without_ddp.parameters() if p.grad is not None])
-        vote = self._reduce_step_status(losses, norm, stop, saved)
-        if vote.loss_is_wrong or vote.gradient_is_wrong:
+        status = self._reduce_step_status(losses, norm, stop, saved)
+        if status.loss_is_nonfinite or status.gradient_is_nonfinite:
             self._handle_nonfinite(step, losses)
         else:
             self._step(norm)
-        if self.budget is not None and not vote.loss_is_wrong:
-            self.budget.observe(vote.cost)
+        if self.budget is not None and not status.loss_is_nonfinite:
+            self.budget.observe(status.cost)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return vote
+        return status
 
     def _reduce_step_status(
         self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool, saved: Sequence[Tensor]
@@ -132,7 +132,7 @@ class Trainer:
     def _step(self, norm: Tensor) -> None:
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model_without_ddp.parameters(), self.clip_grad, norm)
-        self.optimizer.step()  # not scaler.step, which would wait once more to learn what the vote has told
+        self.optimizer.step()  # not scaler.step, which would wait once more to learn what the status has told
         self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self.model_without_ddp)
@@ -290,8 +290,8 @@ def train_one_epoch(
     trainer: Trainer,
     loader: Iterable,
     epoch: EpochState,
-    on_update: Callable[[bool], None] = lambda stop: None,
-    stop: Callable[[], bool] = lambda: False,
+    on_update: Callable[[bool], None] = lambda stop_requested: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | list[float]]:
     """Trains on the batches of the loader, the rest of the epoch; returns means over the whole of it, by name.
 
@@ -312,21 +312,21 @@ def train_one_epoch(
         utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
         losses, metrics = [], []
         for number, (images, targets, *_) in enumerate(group, start=1):
-            with _synchronise(trainer.model, number == len(group)):
+            with _gradient_sync(trainer.model, number == len(group)):
                 total, parts, halting = trainer.micro_batch(images, targets)
                 trainer.scaler.scale(total / len(group)).backward()
             losses.append({**parts, "loss": total})
             metrics.append((len(images), halting_metrics(trainer.model_without_ddp, halting)))
         step = f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}"
         saved = [halting["macs_saved"] for _, halting in metrics if halting]
-        vote = trainer.update(step, losses, stop(), saved)
-        if not vote.loss_is_wrong:
+        status = trainer.update(step, losses, should_stop(), saved)
+        if not status.loss_is_nonfinite:
             for (count, halting), parts in zip(metrics, losses):
                 epoch.averages.add(count, loss=parts.pop("loss"), **parts, **halting)
         epoch.batches += len(group)
         epoch.seconds = seconds_before + time.perf_counter() - start
         epoch.waiting_seconds = waiting_before + loader.seconds
-        on_update(vote.stop)
+        on_update(status.stop_requested)
     _, means = epoch.averages.reduced()
     skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
     rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds, "data_wait": epoch.data_wait()}
@@ -366,7 +366,7 @@ def _progress(trainer: Trainer, epoch: EpochState) -> Callable[[], dict[str, str
     return metrics
 
 
-def _synchronise(model: nn.Module, now: bool):
+def _gradient_sync(model: nn.Module, now: bool):
     """Gradients are averaged over the processes only in the last micro-batch of an update."""
     if now or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
@@ -407,7 +407,7 @@ def evaluate(
     device: torch.device,
     amp: str = "none",
     title: str = "Test",
-    stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     on_batch: Callable[[tuple, Tensor, Halting], None] | None = None,
 ) -> dict:
     """Evaluates on every image of the loader, all processes' together; each image counts once.
@@ -438,7 +438,7 @@ def evaluate(
         averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
         if on_batch is not None:
             on_batch(batch, logits, halting)
-        if stop():
+        if should_stop():
             break
     images, means = averages.reduced()
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}

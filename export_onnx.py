@@ -91,11 +91,11 @@ def export(args: argparse.Namespace) -> None:
 
 def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, use_ema: bool) -> dict[str, str]:
     """What a user of the graph has to know, each as JSON; how images are made, in timm's words."""
-    from datasets import PLACED, Preprocessing, is_shown_whole
+    from datasets import PLACED, Preprocessing, is_uncropped
 
-    size, preprocessing = model.patch_embed.img_size, Preprocessing.of_model(model)
-    if is_shown_whole(size, str(checkpoint.recorded_flag("data_set")) in PLACED):
-        preprocessing = preprocessing.of_whole_images()
+    size, preprocessing = model.patch_embed.img_size, Preprocessing.from_model(model)
+    if is_uncropped(size, str(checkpoint.recorded_flag("data_set")) in PLACED):
+        preprocessing = preprocessing.uncropped()
     classes = list(checkpoint.names_by_class().values())
     values = {"classes": classes, "image_size": size, "depth": len(model.blocks), **preprocessing._asdict()}
     curve = checkpoint.budget_curve(use_ema)

@@ -82,20 +82,20 @@ def image_folder(folder: Path, train: bool, transform) -> ImageFolder:
         images = ClassFolders(part, transform=transform, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
-    warn_left_out(part, images.left_out)
+    warn_skipped_files(part, images.skipped)
     return images
 
 
 class ClassFolders(ImageFolder):
     """torchvision's, with the images that `find_image_files` finds in each class's folder.
 
-    left_out: what is no class or no image, by kind, and how often.
+    skipped: what is no class or no image, by kind, and how often.
     """
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
         classes = [name for name in folders if not is_hidden(name)]
-        self.left_out = Counter({HIDDEN: len(folders) - len(classes)})
+        self.skipped = Counter({HIDDEN: len(folders) - len(classes)})
         if not classes:
             raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
         return classes, {name: number for number, name in enumerate(classes)}
@@ -103,11 +103,11 @@ class ClassFolders(ImageFolder):
     def make_dataset(self, directory, class_to_idx, *_, **__) -> list[tuple[str, int]]:
         samples = []
         for name, number in class_to_idx.items():
-            files, left_out = find_image_files(Path(directory, name))
+            files, skipped = find_image_files(Path(directory, name))
             if not files:
                 raise FileNotFoundError(f"Found no image of the class {name} in {directory}.")
             samples += [(str(file), number) for file in files]
-            self.left_out += left_out
+            self.skipped += skipped
         return samples
 
 
@@ -131,26 +131,26 @@ def image_suffixes() -> frozenset[str]:
 
 def find_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Images in a folder at any depth, by folder and name, each real folder once; what is left out, by kind."""
-    files, left_out, seen = [], Counter(), set()
+    files, skipped, seen = [], Counter(), set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
-        left_out[HIDDEN] += sum(map(is_hidden, [*folders, *names]))
+        skipped[HIDDEN] += sum(map(is_hidden, [*folders, *names]))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if not is_hidden(name) and suffix in image_suffixes():
                 files.append(Path(place, name))
             elif not is_hidden(name):
-                left_out[suffix or "without a suffix"] += 1
-    return sorted(files, key=lambda file: (str(file.parent), file.name)), left_out
+                skipped[suffix or "without a suffix"] += 1
+    return sorted(files, key=lambda file: (str(file.parent), file.name)), skipped
 
 
-def warn_left_out(folder: Path, left_out: Counter[str]) -> None:
+def warn_skipped_files(folder: Path, skipped: Counter[str]) -> None:
     """Says once what in a folder was taken for no image."""
-    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(left_out.items()) if number)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(skipped.items()) if number)
     if kinds:
         warn(f"{folder}: left out as no images: {kinds}")
 

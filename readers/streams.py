@@ -160,9 +160,9 @@ def _declared_classes(dataset: Dataset, name: str, num_classes: int | None) -> l
         raise UserError(f"--data-set {name} does not say how many classes it has: give --num-classes")
     if names and num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {num_classes}: {name} has {len(names)} classes")
-    return names or placeholders(num_classes)
+    return names or placeholder_names(num_classes)
 
 
-def placeholders(num_classes: int) -> list[str]:
+def placeholder_names(num_classes: int) -> list[str]:
     """Names of classes that have none."""
     return [f"class {number}" for number in range(num_classes)]

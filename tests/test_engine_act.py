@@ -68,7 +68,7 @@ def test_a_static_network_costs_what_it_costs_and_is_trained_on_classification_a
 
 def test_training_lowers_the_loss_and_reports_its_parts():
     trainer, steps = make_trainer(), []
-    first = train_one_epoch(trainer, loader(), EpochState(0), lambda stop: steps.append(1))
+    first = train_one_epoch(trainer, loader(), EpochState(0), lambda stop_requested: steps.append(1))
     assert len(steps) == 3
     for _ in range(8):
         last = train_one_epoch(trainer, loader(), EpochState(0))
@@ -153,7 +153,7 @@ def test_accumulation_equals_one_large_batch():
 
 def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
     steps = []
-    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), EpochState(0), lambda stop: steps.append(1))
+    train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), EpochState(0), lambda stop_requested: steps.append(1))
     assert len(steps) == 2  # batches of 4 + 4, then 2
 
 
@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_finite_stops_training():
     before = {}
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
 
-    def on_update(stop):
+    def on_update(stop_requested):
         before.update({name: value.clone() for name, value in model.state_dict().items()})
 
     expected = r"epoch 2, batch 1: the loss is finite, the gradient of blocks\.2\.mlp\.fc1\.weight is not finite"
@@ -221,7 +221,7 @@ def test_gradient_scaling_skips_steps_and_counts_them():
     poison_gradients(model.head.weight, {2})
     trainer, scales, weights = make_trainer(model, init_scale=8.0, growth_interval=3), [], []
 
-    def on_update(stop):
+    def on_update(stop_requested):
         scales.append(trainer.scaler.get_scale())
         weights.append(model.head.weight.detach().clone())
 
@@ -238,9 +238,9 @@ def test_a_step_that_gradient_scaling_skips_changes_nothing():
     trainer = make_trainer(model, init_scale=4.0, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
     trainer.scaler.scale(model(images()).sum()).backward()
-    vote = trainer.update("a step", [{"loss": torch.tensor(float("inf"))}])
-    assert vote.loss_is_wrong
-    assert not vote.gradient_is_wrong
+    status = trainer.update("a step", [{"loss": torch.tensor(float("inf"))}])
+    assert status.loss_is_nonfinite
+    assert not status.gradient_is_nonfinite
     assert torch.equal(model.head.weight, before)
     assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 4.0), "the scale is not what was wrong"
 
@@ -294,12 +294,14 @@ def test_a_training_step_waits_once(monkeypatch, accum_steps):
     batches = [(images(2), torch.arange(2))] * 4
     per_step = []
     with CountedScalars() as scalars:
-        train_one_epoch(trainer, batches, EpochState(0), lambda stop: per_step.append((len(votes), scalars.count)))
+        train_one_epoch(
+            trainer, batches, EpochState(0), lambda stop_requested: per_step.append((len(votes), scalars.count))
+        )
     assert per_step == [(number, 0) for number in range(1, 4 // accum_steps + 1)]
 
 
 def test_a_step_tells_whether_any_process_is_asked_to_stop():
     asked = iter([False, True])
     seen = []
-    train_one_epoch(make_trainer(), loader(8, 4), EpochState(0), seen.append, stop=lambda: next(asked))
+    train_one_epoch(make_trainer(), loader(8, 4), EpochState(0), seen.append, should_stop=lambda: next(asked))
     assert seen == [False, True]

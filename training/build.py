@@ -237,7 +237,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
 
 
 def _teacher_of(student: nn.Module, classifier: nn.Module) -> losses.Teacher:
-    own, students = Preprocessing.of_model(classifier), Preprocessing.of_model(student)
+    own, students = Preprocessing.from_model(classifier), Preprocessing.from_model(student)
     return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
 
 

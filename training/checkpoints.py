@@ -17,7 +17,7 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 import utils
-from datasets import placeholders
+from datasets import placeholder_names
 from training.budget import BudgetCurve
 from training.models import create_model, default_image_size, own_names, preprocessing, unsupported_reason
 from training.weights import (
@@ -158,7 +158,7 @@ class Checkpoint:
         weights, recorded = self.state_dict(use_ema), self.recorded_classes()
         heads = [value for name, value in weights.items() if is_of_head(name)]
         fits = recorded is not None and all(value.ndim > 0 and len(value) == len(recorded) for value in heads)
-        if not fits or recorded in (list(classes), placeholders(len(recorded))):
+        if not fits or recorded in (list(classes), placeholder_names(len(recorded))):
             return weights
         number = {name: index for index, name in enumerate(recorded)}
         unknown = [name for name in classes if name not in number]
@@ -193,7 +193,7 @@ class Checkpoint:
         if count == IMAGENET_CLASSES:
             info = ImageNetInfo("imagenet-1k")
             return dict(zip(info.label_names(), info.label_descriptions()))
-        return {name: name for name in placeholders(count)}
+        return {name: name for name in placeholder_names(count)}
 
     def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
         """Of its weights, where it holds one."""

@@ -91,7 +91,7 @@ class TrainingRun:
                 self.train_loader.start_at(epoch, self.epoch.batches)
                 self._step_schedules()
                 training = train_one_epoch(
-                    self.trainer, self.train_loader, self.epoch, self._after_update, stop=self.stop.asked
+                    self.trainer, self.train_loader, self.epoch, self._after_update, should_stop=self.stop.asked
                 )
                 training["bad_images"] = sum(utils.all_gather_objects(len(self.train_loader.bad_images)))
                 self.save("checkpoint.pth")  # so that nothing is lost but the evaluation, if that is interrupted
@@ -195,7 +195,7 @@ class TrainingRun:
 
     def _evaluate(self, model: nn.Module, **options) -> dict:
         trainer = self.trainer
-        test = evaluate(model, self.test_loader, trainer.device, trainer.amp, stop=self.stop.asked, **options)
+        test = evaluate(model, self.test_loader, trainer.device, trainer.amp, should_stop=self.stop.asked, **options)
         if utils.any_rank(self.stop.asked(), trainer.device):
             self._interrupt(f"while evaluating epoch {self.epoch.number}")
         check_complete(test, self.test_loader)

@@ -83,7 +83,7 @@ def default_image_size(name: str) -> tuple[int, int]:
 def preprocessing(name: str) -> Preprocessing:
     """How images of this model are made. UserError for a name that does not fit."""
     check_model_name(name)
-    return Preprocessing.of(get_pretrained_cfg(name).to_dict())
+    return Preprocessing.from_config(get_pretrained_cfg(name).to_dict())
 
 
 def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTokens:

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 import utils
-from datasets import Preprocessing, UnreadableImage, evaluation_transform, find_image_files, load_image, warn_left_out
+from datasets import (
+    Preprocessing,
+    UnreadableImage,
+    evaluation_transform,
+    find_image_files,
+    load_image,
+    warn_skipped_files,
+)
 from losses import DistributionPriorLoss
 from utils import UserError, log, warn
 from visualization import heatmaps, html_pages
@@ -110,8 +117,8 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         for path in map(Path, found):
             inside = [path]
             if path.is_dir():
-                inside, left_out = find_image_files(path)
-                warn_left_out(path, left_out)
+                inside, skipped = find_image_files(path)
+                warn_skipped_files(path, skipped)
             if not inside:
                 problems.append(f"{path}: no image in this folder")
             files += inside
@@ -161,7 +168,7 @@ def _distinct_stems(files: Iterable[Path]) -> Iterator[str]:
 
 def _record_files(drawing: RenderJob, files: dict[int, Path], classes: Sequence[str]) -> list[ImageRecord]:
     """The files, by their places, that can be read; the others are named. A folder with a class's name is a label."""
-    preprocessing, images = Preprocessing.of_model(drawing.model), {}
+    preprocessing, images = Preprocessing.from_model(drawing.model), {}
     transform = evaluation_transform(drawing.model.patch_embed.img_size, preprocessing=preprocessing)
     for place, file in files.items():
         try:

@@ -42,7 +42,7 @@ def records_of_batch(
     grids = patches.unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
     pixels = itertools.repeat(None)
     if with_pixels:
-        pixels = Preprocessing.of_model(model).denormalize(images).permute(0, 2, 3, 1).numpy()
+        pixels = Preprocessing.from_model(model).denormalize(images).permute(0, 2, 3, 1).numpy()
     numbers = (prediction.tolist(), confidence.tolist(), targets.tolist(), macs)
     rows = zip(indices, names, pixels, grids.numpy(), prefix.numpy(), *numbers)
     return [ImageRecord(*row, static_macs) for row in rows]

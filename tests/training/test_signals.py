@@ -59,7 +59,7 @@ def _evaluate_until_asked(rank, path):
     with stop.listening():
         if rank == 1:
             signal.raise_signal(signal.SIGUSR1)
-        result = evaluate(halting_model(), loader, torch.device("cpu"), stop=stop.asked)
+        result = evaluate(halting_model(), loader, torch.device("cpu"), should_stop=stop.asked)
         assert any_rank(stop.asked(), torch.device("cpu"))
     (path / str(rank)).write_text(str(result["images"]))
 
