@@ -24,7 +24,7 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 
 evidence: .venv/installed  ## measure on Fashion-MNIST (DATA=folder) and on cluttered pictures of it
 	PYTHON=$(BIN)/python experiments/fashion_mnist/run.sh $(DATA)
-	PYTHON=$(BIN)/python experiments/fashion_mnist/rivals.sh $(DATA)
+	PYTHON=$(BIN)/python experiments/fashion_mnist/baselines.sh $(DATA)
 	PYTHON=$(BIN)/python experiments/cluttered/run.sh $(DATA)
 
 pictures: .venv/installed $(OUT)/adaptive/eval.json  ## remake example_images/ with the network of the quickstart

@@ -1,10 +1,10 @@
 """What the chains need beside the ordinary commands: python -m experiments.stages COMMAND
 
 split DATA OUT           # hold 5,000 training images out; OUT/full and OUT/subset
-keep RUN FILE ...        # what a stage has found, as JSON
+record RUN FILE ...      # what a stage has found, as JSON
 logs RESULTS RUNS        # the logs of trainings back from that JSON, where they are not
 export CHECKPOINT FILE   # weights, gate and class names alone, in half precision
-cut CHECKPOINT N FILE    # weights of the first N blocks
+truncate CHECKPOINT N FILE # weights of the first N blocks
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(head.tobytes() + array.tobytes(), mtime=0))
 
 
-def keep(run: Path, file: Path, seconds: int, command: str) -> None:
+def record(run: Path, file: Path, seconds: int, command: str) -> None:
     """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
     found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
     found["torch"] = importlib.metadata.version("torch")
@@ -81,7 +81,7 @@ def keep(run: Path, file: Path, seconds: int, command: str) -> None:
 
 
 def logs(results: Path, runs: Path) -> None:
-    """RUNS/STAGE/log.txt of every training in `results` that has none, as `keep` found it."""
+    """RUNS/STAGE/log.txt of every training in `results` that has none, as `record` found it."""
     for path in results.glob("*.json"):
         stage, log = json.loads(path.read_text()), runs / path.stem / "log.txt"
         if "epochs" in stage and not log.exists():
@@ -116,7 +116,7 @@ def export(checkpoint: Path, file: Path) -> None:
     print(f"{file}: {sum(value.nbytes for value in content['model'].values()) / 1024:.0f} KiB of weights")
 
 
-def cut(checkpoint: Path, blocks: int, file: Path) -> None:
+def truncate(checkpoint: Path, blocks: int, file: Path) -> None:
     """A static network's weights without the blocks after the first so many, as a checkpoint."""
     from training.checkpoints import Checkpoint, save_checkpoint
 
@@ -187,16 +187,16 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             command.add_argument(name, type=Path)
         command.set_defaults(function=function)
-    command = commands.add_parser("cut")
+    command = commands.add_parser("truncate")
     for name, kind in {"checkpoint": Path, "blocks": int, "file": Path}.items():
         command.add_argument(name, type=kind)
-    command.set_defaults(function=cut)
-    command = commands.add_parser("keep")
+    command.set_defaults(function=truncate)
+    command = commands.add_parser("record")
     for name in ("run", "file"):
         command.add_argument(name, type=Path)
     command.add_argument("--seconds", type=int, required=True)
     command.add_argument("--command", required=True)
-    command.set_defaults(function=keep)
+    command.set_defaults(function=record)
     args = vars(parser.parse_args(argv))
     args.pop("function")(**args)
 

@@ -15,7 +15,7 @@ import cuda_check
 import export_onnx
 import models_act
 import visualize
-from experiments.rivals_report import ABLATIONS, METHODS
+from experiments.baselines_report import ABLATIONS, METHODS
 from training.arguments import make_parser
 
 README = ROOT / "README.md"
@@ -105,9 +105,9 @@ def test_flags_exist(page):
 
 
 QUOTED = {  # pages with figures, and where these come from
-    README: CLUTTERED / "results" / "rivals.md",
-    CLUTTERED / "README.md": CLUTTERED / "results" / "rivals.md",
-    FASHION_MNIST / "README.md": FASHION_MNIST / "results" / "rivals" / "rivals.md",
+    README: CLUTTERED / "results" / "baselines.md",
+    CLUTTERED / "README.md": CLUTTERED / "results" / "baselines.md",
+    FASHION_MNIST / "README.md": FASHION_MNIST / "results" / "baselines" / "baselines.md",
 }
 
 

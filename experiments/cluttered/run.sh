@@ -2,7 +2,7 @@
 # Halting against what a user would do instead, on cluttered Fashion-MNIST: experiments/cluttered/run.sh DATA
 #
 # DATA is the folder with Fashion-MNIST's four *-ubyte.gz files (torchvision fills an empty one). The chain may be
-# stopped at any time, and goes on with the same command, see experiments/chain.sh.
+# stopped at any time, and goes on with the same command, see experiments/pipeline.sh.
 set -euo pipefail -m
 cd "$(dirname "$0")/../.."
 DATA=${1:?folder with the four files of Fashion-MNIST}
@@ -11,20 +11,20 @@ HERE=experiments/cluttered
 OUT=$HERE/results RUNS=$HERE/results/runs
 TITLE="Cluttered Fashion-MNIST"
 DATA_SET=CLUTTERED SIZE=56 KEPT=(4:97 3:69 2:43) JITTER=4
-ARTICLE_EPOCHS=${ARTICLE_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
+PRETRAINING_EPOCHS=${PRETRAINING_EPOCHS:-2} STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 
 first_training() {  # KIND SUFFIX SEED: the articles alone, of 49 patches
-  train "articles$2_$3" full "$1" --data-set FMNIST --input-size 28 --no-halting --seed "$3" \
-    --epochs "$ARTICLE_EPOCHS" --warmup-epochs 1 --lr 0.04
+  train "pretrain$2_$3" full "$1" --data-set FMNIST --input-size 28 --no-halting --seed "$3" \
+    --epochs "$PRETRAINING_EPOCHS" --warmup-epochs 1 --lr 0.04
 }
 
 static_training() {  # KIND SUFFIX SEED
-  train "static$2_$3" full "$1" --pretrained-path "$RUNS/articles$2_$3/checkpoint.pth" --no-halting --seed "$3" \
+  train "static$2_$3" full "$1" --pretrained-path "$RUNS/pretrain$2_$3/checkpoint.pth" --no-halting --seed "$3" \
     --epochs "$STATIC_EPOCHS" --lr 0.04
 }
 
-. experiments/chain.sh
-. experiments/rivals.sh
-keep_weights "halting${BUDGETS[-1]}_${SEEDS%% *}" "$HERE/avit_micro_cluttered.pth"
+. experiments/pipeline.sh
+. experiments/baselines.sh
+export_weights "halting${BUDGETS[-1]}_${SEEDS%% *}" "$HERE/avit_micro_cluttered.pth"
 once "$OUT/depths/teaser.png" "$PYTHON" main_act.py --model avit_micro_patch4_32 $PICTURES --data-path "$RUNS/data/full" \
   --finetune "$HERE/avit_micro_cluttered.pth" --output_dir "$RUNS/depths" --demo --demo-by random --demo-dir "$OUT/depths"

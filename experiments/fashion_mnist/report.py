@@ -70,7 +70,7 @@ def _held_out_table(stages: dict) -> str:
     rows = [("(a) static", *held_out(stages["static"]))]
     for name in ("control", "adaptive"):
         rows += [(f"{name}, seed {seed}", *held_out(stage)) for seed, stage in by_seed(stages, f"{name}_").items()]
-    kept = {f"test_{name}": value for name, value in stages["kept_weights"]["eval"].items()}
+    kept = {f"test_{name}": value for name, value in stages["exported_weights"]["eval"].items()}
     rows.append(("A-ViT as kept, in half precision", *held_out({"epochs": [kept]})))
     return f"## Held-out images\n\n{table(('network', *HELD_OUT), rows)}"
 

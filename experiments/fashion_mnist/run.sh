@@ -3,7 +3,7 @@
 #
 # DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one). With `search` the chain ends
 # when the settings have been searched; with `trials` it also tries some on all images, for about an hour more. It may
-# be stopped at any time, and goes on with the same command, see experiments/chain.sh.
+# be stopped at any time, and goes on with the same command, see experiments/pipeline.sh.
 set -euo pipefail -m
 cd "$(dirname "$0")/../.."
 DATA=${1:?folder with the four files of Fashion-MNIST}
@@ -26,7 +26,7 @@ SEARCH=${SEARCH:--1:12:0.00035 -1:8:0.00035 -1:8:0.0018 -1:8:0.005 -1:4:0.01 1:8
 TRIALS=${TRIALS:-0:-1:8:0.0005 0.0001:-1:8:0.00035 0.001:-1:8:0.0003 0.001:-1:8:0.00045 0.003:-1:8:0.00045 \
   0.01:-1:8:0.001 0.01:-1:8:0.0013 0.01:-1:8:0.0016 0.01:-1:8:0.0018 0.01:-1:8:0.002 0.01:-1:8:0.003}
 
-. experiments/chain.sh
+. experiments/pipeline.sh
 
 train() {  # STAGE full|subset FLAGS...
   local name=$1 part=$2
@@ -60,7 +60,7 @@ train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_static subset --no-halting --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_halting subset $(halting "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
 until_fewer_than 1
-keep_weights static $STATIC
+export_weights static $STATIC
 
 # what the static network does under each gate, untuned; and which setting, on a third of the images
 for gate in $(printf '%s\n' $SEARCH | sed 's/:[^:]*$//' | sort -u); do
@@ -79,7 +79,7 @@ for seed in $SEEDS; do
   tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
 done
 until_fewer_than 1
-keep_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
+export_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 
 # what another prior and ponder scale would give, on all images
 if [ "$PART" = trials ]; then
@@ -93,7 +93,7 @@ fi
 train epoch_control full --pretrained-path $STATIC --no-halting --epochs 1 $TUNING
 train epoch_adaptive full --pretrained-path $ADAPTIVE $(halting "$CHOSEN" $PRIOR) --epochs 1 $TUNING
 until_fewer_than 1
-evaluate kept_weights "$RUNS/data/full" $ADAPTIVE
+evaluate exported_weights "$RUNS/data/full" $ADAPTIVE
 
 # what each part is for, on a third of the images
 tune ablation_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0.001)

@@ -82,7 +82,7 @@ STAGES = {
     "trial_0.02_-1_10_0.0005": training(91.2, 0.9, 11.0, **gated(0.02, 0.0005)),
     "epoch_control": training(91.2, 1.0, 12.0),
     "epoch_adaptive": training(90.6, 0.55, seconds=70.0),
-    "kept_weights": evaluation("1110", 0.55),
+    "exported_weights": evaluation("1110", 0.55),
     "test_static": evaluation("1100", 1.0, 12.0),
     "test_control_0": evaluation("1110", 1.0, 12.0),
     "test_control_1": evaluation("1111", 1.0, 12.0),

@@ -1,0 +1,146 @@
+# Halting against what a user would do instead, at equal multiply-adds: the stages of experiments/*/run.sh.
+#
+# Each run.sh says which pictures (DATA_SET, SIZE), how static networks come about (`first_training` and then
+# `static_training` of KIND SUFFIX SEED, STAGE names with that suffix), and how many patches a fixed rule keeps for each
+# budget (KEPT, as K:N, see baselines.py). Every network is fine-tuned from the same static one, a narrower one from its own,
+# by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training images, the
+# test set of the folders `full` and `subset`.
+SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
+read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
+BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
+SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}  # of the first seven blocks, which cost 0.585: 0.45 and 0.3 of the whole network
+PICTURES="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
+RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
+HALTING="--distr_prior_alpha 0"
+
+train() {  # STAGE full|subset KIND FLAGS...; KIND: see baselines.py
+  local name=$1 part=$2 kind=$3
+  shift 3
+  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $PICTURES $RECIPE --data-path "$RUNS/data/$part" \
+    --output_dir "$RUNS/$name" --resume auto "$@"
+}
+
+tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: on from these weights, taught by the static network of that seed
+  local name=$1 kind=$2 weights=$3 seed=$4
+  shift 4
+  train "$name" subset "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
+    --distillation-type self --teacher-path "$(static_weights "$seed")" "$@"
+}
+
+evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: on the test images
+  local name=$1 kind=$2 checkpoint=$3
+  shift 3
+  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $PICTURES --batch-size 256 --data-path "$DATA" --eval \
+    --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
+}
+
+static_weights() {  # SEED: in half precision, kept in the repository
+  echo "$HERE/static_$1.pth"
+}
+
+truncated_weights() {  # BLOCKS SEED STAGE: made only if STAGE, which starts from them, still has to run
+  local file=$RUNS/shallow$1_$2.pth
+  [ -e "$OUT/$3.json" ] || once "$file" stages truncate "$(static_weights "$2")" "$1" "$file"
+}
+
+static_networks() {  # KIND SUFFIX: of every seed
+  local seed
+  for seed in $SEEDS; do
+    first_training "$1" "$2" "$seed"
+  done
+  until_fewer_than 1
+  for seed in $SEEDS; do
+    static_training "$1" "$2" "$seed"
+  done
+  until_fewer_than 1
+}
+
+static_networks full ""
+for seed in $SEEDS; do
+  export_weights "static_$seed" "$(static_weights "$seed")"
+done
+
+for seed in $SEEDS; do
+  static=$(static_weights "$seed")
+  tune "full_$seed" full "$static" "$seed" --no-halting
+  for number in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[number]} kept=${KEPT[number]}
+    for rule in evit random; do
+      tune "$rule${budget}_$seed" "$rule:$kept" "$static" "$seed" --no-halting
+    done
+  done
+  for blocks in $BLOCKS; do
+    truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
+    tune "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
+  done
+done
+for seed in $SEEDS; do
+  static=$(static_weights "$seed")
+  for budget in "${BUDGETS[@]}"; do
+    tune "halting${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
+  done
+  for budget in $SHALLOW_BUDGETS; do
+    truncated_weights 7 "$seed" "shallowhalting${budget}_$seed"
+    tune "shallowhalting${budget}_$seed" shallow:7 "$RUNS/shallow7_$seed.pth" "$seed" $HALTING --target-macs "$budget"
+  done
+  tune "anybudget_$seed" full "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
+done
+for width in $WIDTHS; do
+  static_networks "narrow:$width" "_narrow$width"
+done
+for seed in $SEEDS; do
+  for width in $WIDTHS; do
+    tune "narrow${width}_$seed" "narrow:$width" "$RUNS/static_narrow${width}_$seed/checkpoint.pth" "$seed" --no-halting
+  done
+done
+until_fewer_than 1
+
+# what each part is for, on the held-out images
+seed=${SEEDS%% *}
+static=$(static_weights "$seed")
+tune ablation_prior full "$static" "$seed" --distr_prior_alpha 0.01 --target-macs 0.45
+tune ablation_fixed_weight full "$static" "$seed" $HALTING --gate auto --ponder_token_scale 0.001
+tune ablation_no_ponder full "$static" "$seed" $HALTING --gate auto --ponder_token_scale 0
+tune ablation_paper_gate full "$static" "$seed" $HALTING --gate fixed --target-macs 0.45
+tune ablation_no_teacher full "$static" "$seed" $HALTING --target-macs 0.45 --distillation-type none
+train ablation_scratch subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 $HALTING --target-macs 0.45
+train ablation_scratch_static subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 --no-halting
+until_fewer_than 1
+
+# the test images, once, and the networks of the first seed side by side
+networks=()
+test_network() {  # STAGE KIND CHECKPOINT FLAGS...; STAGE ends in its seed
+  evaluate "test_$1" "${@:2}"
+  [ "${1##*_}" != "${SEEDS%% *}" ] || networks+=("${1%_*}=$2=$3")
+}
+for seed in $SEEDS; do
+  test_network "full_$seed" full "$RUNS/full_$seed/checkpoint.pth" --no-halting
+  for number in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[number]}
+    test_network "halting${budget}_$seed" full "$RUNS/halting${budget}_$seed/checkpoint.pth"
+    evaluate "test_anybudget${budget}_$seed" full "$RUNS/anybudget_$seed/checkpoint.pth" --budget "$budget"
+    for rule in evit random; do
+      kind=$rule:${KEPT[number]}
+      test_network "$rule${budget}_$seed" "$kind" "$RUNS/$rule${budget}_$seed/checkpoint.pth" --no-halting
+    done
+  done
+  for blocks in $BLOCKS; do
+    test_network "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed/checkpoint.pth" --no-halting
+  done
+  for budget in $SHALLOW_BUDGETS; do
+    test_network "shallowhalting${budget}_$seed" shallow:7 "$RUNS/shallowhalting${budget}_$seed/checkpoint.pth"
+  done
+  for width in $WIDTHS; do
+    test_network "narrow${width}_$seed" "narrow:$width" "$RUNS/narrow${width}_$seed/checkpoint.pth" --no-halting
+  done
+done
+until_fewer_than 1
+once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
+  --input-size "$SIZE" --rounds "$ROUNDS" --output "$OUT/throughput.json" "${networks[@]}"
+for budget in "${BUDGETS[@]}"; do  # a training step, the teacher's pass left out
+  once "$OUT/step_$budget.json" "$PYTHON" benchmark.py --train --model avit_micro_patch4_32 --data-set "$DATA_SET" \
+    --data-path "$RUNS/data/full" --input-size "$SIZE" --batch-size 128 --runs "$STEP_ROUNDS" \
+    --finetune "$RUNS/halting${budget}_${SEEDS%% *}/checkpoint.pth" --json "$OUT/step_$budget.json"
+done
+"$PYTHON" -m experiments.baselines_report "$OUT" "$TITLE"
+echo "the chain has taken $((SECONDS / 60)) minutes"

@@ -1,0 +1,48 @@
+"""Images/s of the logits of several networks, in turn: python -m experiments.throughput FLAGS NAME=KIND=CHECKPOINT...
+
+KIND: see baselines.py; a network whose checkpoint has no gate runs as the static network that it is. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import utils
+from datasets import build_dataset, spread_sample
+from experiments.baselines import register
+from training.checkpoints import Checkpoint
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="throughput.py", description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="+", metavar="NAME=KIND=CHECKPOINT")
+    parser.add_argument("--data-set", required=True)
+    parser.add_argument("--data-path", required=True)
+    parser.add_argument("--input-size", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    images = build_dataset(args.data_set, args.data_path, False, (args.input_size, args.input_size))
+    batch, _ = spread_sample(images, args.batch_size)
+    calls = {}
+    for network in args.networks:
+        name, kind, path = network.split("=")
+        checkpoint = Checkpoint.load(path)
+        model = checkpoint.build_model(register(kind), halting=not checkpoint.is_static).eval()
+        calls[name] = partial(model, batch)
+    seconds = utils.time_interleaved(calls, torch.device("cpu"), args.rounds)
+    found = {name: len(batch) / statistics.median(times) for name, times in seconds.items()}
+    utils.write_bytes(args.output, (json.dumps(found, indent=1) + "\n").encode())
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
