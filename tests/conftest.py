@@ -20,7 +20,7 @@ from PIL import Image
 
 import models_act
 import zipping
-from benchmark import set_synthetic_depths
+from benchmarks.synthetic import set_synthetic_depths
 from visualization.image_record import ImageRecord
 
 ROOT = Path(__file__).parent.parent

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import benchmark
 import main_act
 import visualize
+from benchmarks import cases
 from datasets import IMAGENET
 from models_act import AdaptiveTokens, adapt, macs_per_image
 from training.budget import budget_curve, min_cost
@@ -146,7 +147,7 @@ def test_a_stem_without_a_projection_keeps_its_channels():
 
 def with_a_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
     """One by which tokens halt so that about half of what can be saved is."""
-    static = adapt(benchmark.static_twin(model), halting=False)
+    static = adapt(cases.static_twin(model), halting=False)
     states = static.forward_intermediates(x, intermediates_only=True)
     model.gate_scale = 4 / torch.stack(states)[:, :, 0].std().item()
     model.gate_center = model.gate_scale * torch.stack(states)[:, :, 0].mean().item()
@@ -273,7 +274,7 @@ def test_a_network_without_a_class_token_at_the_command_line(image_folder, tmp_p
 
 def test_depths_that_cannot_be_imposed_are_one_line(monkeypatch, capsys):
     small = adapt(timm.create_model("aimv2_large_patch14_224", img_size=28, **SMALL))
-    monkeypatch.setattr(benchmark, "create_model", lambda *_: small)
+    monkeypatch.setattr(cases, "create_model", lambda *_: small)
     with pytest.raises(SystemExit):
         benchmark.main(["--model", "aimv2_large_patch14_224"])
     assert "give a trained network with --finetune" in capsys.readouterr().err

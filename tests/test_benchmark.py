@@ -6,12 +6,13 @@ import torch
 from conftest import halting_model, images, save_halting_micro
 
 import benchmark
+from benchmarks import cases, operations, timing
 
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(benchmark, "MIN_IMAGES", 2)
-    monkeypatch.setattr(benchmark, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(cases, "MIN_IMAGES", 2)
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -42,9 +43,9 @@ def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
 @torch.no_grad()
 def test_the_floor_runs_timms_blocks_on_as_many_rows(batch_size):
     model = halting_model(early_exit=False).eval()
-    case = benchmark.make_case(batch_size, model, images(6))
+    case = cases.make_case(batch_size, model, images(6))
     rows = {"floor": [], "zipped": []}
-    floor = benchmark.Floor(benchmark.static_twin(model), case).eval()
+    floor = cases.Floor(cases.static_twin(model), case).eval()
     for form, network in (("floor", floor.network), ("zipped", model)):
         for block in network.blocks:
             qkv = block.attn.qkv.forward
@@ -61,14 +62,14 @@ def test_a_step_of_mixed_precision_survives_gradients_that_overflow():
     model = halting_model()
     model.head.weight.data *= 3e4
     before = copy.deepcopy(model.state_dict())
-    benchmark.training_call(model, [images(2)], "fp16")()
+    timing.training_call(model, [images(2)], "fp16")()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_training_step_asks_for_halting_as_training_does(monkeypatch):
     model, asked = halting_model(), []
     monkeypatch.setattr(model, "forward", lambda x, f=model.forward, **o: asked.append(o) or f(x, **o))
-    benchmark.training_call(model, [images(2)], "none")()
+    timing.training_call(model, [images(2)], "none")()
     assert asked == [{"return_halting": True}]
 
 
@@ -89,7 +90,7 @@ def test_operations_that_halting_adds_are_few(tmp_path, capsys):
 
 def test_waits_and_copies_are_counted():
     x = torch.randn(5)
-    with benchmark.OperationCounter() as counter:
+    with operations.OperationCounter() as counter:
         x.sum().item()
         x.nonzero()
         x.masked_select(x > 0)
@@ -121,7 +122,7 @@ def test_depths_of_real_images(image_folder, tmp_path):
 @torch.no_grad()
 def test_the_static_twin_is_timms_network_with_the_same_weights(distilled):
     model = halting_model(distilled=distilled).eval()
-    twin = benchmark.static_twin(model).eval()
+    twin = cases.static_twin(model).eval()
     assert type(twin).__module__.startswith("timm.")
     model.halting = False
     x = torch.randn(2, 3, 16, 16)

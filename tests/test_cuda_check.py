@@ -9,6 +9,7 @@ from test_startup import imports_of
 
 import cuda_check
 import zipping
+from benchmarks import gpu_checks, gpu_speed
 
 SMALL = ["--device", "cpu", "--small"]
 
@@ -59,7 +60,7 @@ def test_numbers_that_are_none_pass_no_limit(monkeypatch, capsys):
 
 
 def test_a_part_that_breaks_does_not_keep_the_next_from_running(monkeypatch, capsys):
-    monkeypatch.setitem(cuda_check.FUNCTIONS, "attention", lambda check: 1 / 0)
+    monkeypatch.setitem(gpu_checks.PARTS, "attention", lambda check: 1 / 0)
     run("--only", "attention", "lengths", status=1)
     out = capsys.readouterr().out
     assert "  FAIL  part runs to its end: " in out
@@ -68,41 +69,41 @@ def test_a_part_that_breaks_does_not_keep_the_next_from_running(monkeypatch, cap
 
 
 def test_a_precision_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
-    gradients = cuda_check.gradients
+    gradients = gpu_checks.gradients
 
     def without_bf16(network, images, amp):
         assert amp != "bf16", "no kernel found to launch!"
         return gradients(network, images, amp)
 
-    monkeypatch.setattr(cuda_check, "gradients", without_bf16)
+    monkeypatch.setattr(gpu_checks, "gradients", without_bf16)
     run("--only", "edges", status=1)
     out = capsys.readouterr().out
-    assert out.count("AssertionError: no kernel found to launch!") == len(cuda_check.EDGES)
-    assert out.count("  FAIL  edges: ") == len(cuda_check.EDGES)
+    assert out.count("AssertionError: no kernel found to launch!") == len(gpu_checks.EDGES)
+    assert out.count("  FAIL  edges: ") == len(gpu_checks.EDGES)
     assert "  ok    one image, operations, float32: " in out
     assert "  ok    one image, so it is: " in out
 
 
 def test_a_training_that_stops_is_a_failed_check(monkeypatch, capsys):
-    monkeypatch.setattr(cuda_check, "RECIPE", "missing.args")
+    monkeypatch.setattr(gpu_checks, "RECIPE", "missing.args")
     run("--only", "command", status=1)
     assert "  FAIL  to epoch 1: status 2" in capsys.readouterr().out
 
 
-CASES = [cuda_check.Case("micro", 8, compiled=True), cuda_check.Case("micro", 8, train=True)]
+CASES = [gpu_speed.Case("micro", 8, compiled=True), gpu_speed.Case("micro", 8, train=True)]
 
 
 def test_the_compiled_network_is_one_form_more(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: compiled.append(options))
-    monkeypatch.setattr(cuda_check, "SMALL_CASES", CASES[:1])
+    monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES[:1])
     run("--only", "speed")
     assert "inference 8, static, compiled   " in capsys.readouterr().out
     assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
 
 
 def test_what_no_longer_fits_is_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(cuda_check, "SMALL_CASES", CASES)
+    monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES)
     run("--only", "speed", "--seconds", "10")
     out = capsys.readouterr().out
     assert "micro float32 inference 8 with the compiled network: left out, 10 s are left and 62 may be needed" in out
@@ -117,8 +118,8 @@ def test_too_little_memory_is_a_line(monkeypatch, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call()
 
-    monkeypatch.setattr(cuda_check, "SMALL_CASES", CASES[1:] * 2)
-    monkeypatch.setattr(cuda_check, "peak_mib", peak_mib)
+    monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES[1:] * 2)
+    monkeypatch.setattr(gpu_speed, "peak_mib", peak_mib)
     run("--only", "speed")
     out = capsys.readouterr().out
     assert out.count("micro float32 training 8, static (timm): out of memory\n") == 2

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 import export_onnx
-from benchmark import set_synthetic_depths
+from benchmarks.synthetic import set_synthetic_depths
 from datasets import build_dataset, evaluation_transform
 from deployment.onnx_graph import write_graph
 from models_act import adapt

@@ -8,20 +8,20 @@ from conftest import ROOT
 
 CORE = {"models_act", "zipping", "zipping_triton", "losses", "datasets", "samplers", "utils", "engine_act"}
 CORE_PACKAGES = {"readers"}
-COMMANDS = {"main_act", "visualize", "benchmark", "compare", "export_onnx"}
-CHECKS = {"cuda_check"}  # commands that run others
+COMMANDS = {"main_act", "visualize", "benchmark", "compare", "cuda_check", "export_onnx"}
 MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody
     "core": {"core"},
     "visualization": {"core", "visualization"},
     "training": {"core", "visualization", "training"},
     "deployment": {"core", "deployment"},
-    "commands": {"core", "visualization", "training", "deployment"},
-    "checks": {"core", "training", "commands"},
+    "benchmarks": {"core", "training", "deployment", "benchmarks"},
+    "commands": {"core", "visualization", "training", "deployment", "benchmarks"},
 }
 FOLDERS = CORE_PACKAGES | {
     "training",
     "visualization",
     "deployment",
+    "benchmarks",
     "experiments",
     "recipes",
     "docs",
@@ -29,7 +29,7 @@ FOLDERS = CORE_PACKAGES | {
     "example_images",
     ".ci",
 }
-FILES = {f"{name}.py" for name in CORE | COMMANDS | CHECKS} | {"README.md", "LICENSE", "Makefile", "pyproject.toml"}
+FILES = {f"{name}.py" for name in CORE | COMMANDS} | {"README.md", "LICENSE", "Makefile", "pyproject.toml"}
 FILES |= {".gitignore", "requirements.txt", "requirements-dev.txt", "requirements-export.txt"}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startswith(("tests/", "experiments/"))]
@@ -38,8 +38,8 @@ MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startsw
 def part_of(module: str) -> str | None:
     """Of a module's full name; None where it is not ours."""
     top = module.partition(".")[0]
-    parts = {"core": CORE | CORE_PACKAGES, "commands": COMMANDS, "checks": CHECKS, "others": {"experiments", "tests"}}
-    parts |= {name: {name} for name in ("training", "visualization", "deployment")}
+    parts = {"core": CORE | CORE_PACKAGES, "commands": COMMANDS, "others": {"experiments", "tests"}}
+    parts |= {name: {name} for name in ("training", "visualization", "deployment", "benchmarks")}
     return next((name for name, modules in parts.items() if top in modules), None)
 
 

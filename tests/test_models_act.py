@@ -19,7 +19,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import zipping
-from benchmark import set_synthetic_depths
+from benchmarks.synthetic import set_synthetic_depths
 from models_act import (
     AdaptiveVisionTransformer,
     AdaptiveVisionTransformerDistilled,

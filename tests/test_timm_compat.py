@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 import models_act
-from benchmark import set_synthetic_depths
+from benchmarks.synthetic import set_synthetic_depths
 
 pytestmark = pytest.mark.usefixtures("token_store")
 REGISTERED = timm.list_models("avit*")
