@@ -20,11 +20,9 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, GluMlp, LayerNorm, Mlp, PatchEmbed, SwiGLU
 from timm.models import (
     VisionTransformer,
     VisionTransformerDistilled,
@@ -35,12 +33,21 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.flop_counter import FlopCounterMode
 
-from zipping import ATTENTION, MaskedTokens, PackedTokensCPU, PackedTokensCUDA, can_pack, pack, uses_kernels
+from macs import macs_per_image
+from zipping import MaskedTokens, PackedTokensCPU, PackedTokensCUDA, can_pack, pack, uses_kernels
+from zipping.blocks import (
+    SUPPORTED_PARTS,
+    is_plain,
+    masked_block,
+    plain_block,
+    replaced_function,
+    why_not_zippable,
+    zipped_block,
+)
 
 __all__ = [
     "AdaptiveTokens",
@@ -392,7 +399,7 @@ class AdaptiveTokens:
         num_blocks: how many blocks to run, all by default.
         """
         ways = self._ways(x)
-        make_store = MaskedTokens.pack if _masked_block in ways else pack
+        make_store = MaskedTokens.pack if masked_block in ways else pack
         tokens, rows = make_store(x, self.num_prefix_tokens)
         if self.grad_checkpointing and torch.is_grad_enabled():
             ways = [partial(checkpoint, way) for way in ways]
@@ -428,16 +435,16 @@ class AdaptiveTokens:
         """x: [B, N, C] -> how each block runs: all masked, or each on rows of live tokens, plain where it may be."""
         to_serve_other_images = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if not self.zip_tokens or to_serve_other_images or not can_pack(x):
-            return [_masked_block] * len(self.blocks)
-        is_plain = [_is_plain(block) for block in self.blocks._modules.values()]
-        obstacle = _replaced_function() or (None if all(is_plain) else _obstacle(self.blocks))
+            return [masked_block] * len(self.blocks)
+        plain = [is_plain(block) for block in self.blocks._modules.values()]
+        obstacle = replaced_function() or (None if all(plain) else why_not_zippable(self.blocks))
         if obstacle:
             message = f"halted tokens are masked, which saves nothing: {obstacle}"
             warnings.warn(message, stacklevel=8)  # whoever called the model
-            return [_masked_block] * len(self.blocks)
+            return [masked_block] * len(self.blocks)
         in_full = torch.is_grad_enabled() or _has_any_global_hook()
-        in_short = [plain and not (in_full or block.training) for plain, block in zip(is_plain, self.blocks)]
-        return [_plain_block if short else _zipped_block for short in in_short]
+        in_short = [short and not (in_full or block.training) for short, block in zip(plain, self.blocks)]
+        return [plain_block if short else zipped_block for short in in_short]
 
     def _static_halting(self, x: Tensor, num_tokens: int) -> Halting:
         """x: [B, ...]; all weight on the last block: no score before it, remainder 1."""
@@ -502,7 +509,7 @@ def _unfit_part(model: VisionTransformer) -> str | None:
     for name, block in model.blocks.named_children():
         for part in ("", "attn", "mlp"):
             module = block.get_submodule(part)
-            if type(module) not in PARTS[part]:
+            if type(module) not in SUPPORTED_PARTS[part]:
                 return f"{f'blocks.{name}.{part}'.rstrip('.')} is a {type(module).__name__}"
     if isinstance(model, VisionTransformerDistilled) and (model.num_reg_tokens or model.no_embed_class):
         return "timm's distilled class has no reg_tokens and no no_embed_class"
@@ -513,178 +520,6 @@ def _unfit_part(model: VisionTransformer) -> str | None:
 
 def _unfit_pooling(global_pool: str) -> str | None:
     return None if global_pool in POOLINGS else f"global_pool is {global_pool!r}, not 'token', 'avg' or ''"
-
-
-# Blocks on rows ----------------------------------------------------------------------------------
-
-
-def _masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
-    """x: [B, N, C] -> [B, N, C]; timm's own block, halted tokens masked as keys."""
-    return block(x, attn_mask=tokens.attention_mask)
-
-
-def _zipped_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
-    """rows: [T, C] -> [T, C]; timm's block, on live tokens alone, as if they were one image.
-
-    Stochastic depth is drawn for all images, as on a dense batch, and given to the rows.
-    """
-    x, mask = rows.unsqueeze(0), tokens.attention_mask
-    if not any(isinstance(layer, DropPath) and layer.training for layer in (block.drop_path1, block.drop_path2)):
-        return block(x, attn_mask=mask).squeeze(0)
-    x = x + _drop_path(block.drop_path1, block.ls1(block.attn(block.norm1(x), attn_mask=mask)), tokens)
-    x = x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), tokens)
-    return x.squeeze(0)
-
-
-def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
-    """branch: [1, T, C] -> the same, zero for images that skip it, the others' scaled."""
-    scale = drop_path(branch.new_ones(tokens.size[0], 1))  # [B, 1]
-    return branch * tokens.spread(scale)
-
-
-def _plain_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
-    """rows: [T, C] -> [T, C]; `_zipped_block` in evaluation, for `_is_plain` blocks.
-
-    For small batches: the layers that have nothing to do, and the calls of modules in modules, take
-    as long as everything that halting adds.
-    """
-    attn, mlp = block.attn, block.mlp
-    x = rows.unsqueeze(0)
-    qkv = _linear(attn.qkv, _norm(block.norm1, x)).view(1, len(rows), 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [1, H, T, D]
-    attended = tokens.attend(q, k, v)
-    x = x + _linear(attn.proj, attended.transpose(1, 2).flatten(2))
-    hidden = F.gelu(_linear(mlp.fc1, _norm(block.norm2, x)), approximate=mlp.act.approximate)
-    return (x + _linear(mlp.fc2, hidden)).squeeze(0)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-
-
-def _layers(block: Block) -> tuple[nn.Module, ...]:
-    """What a block, its attention and its MLP are made of; not as attributes, which take longer."""
-    parts = block._modules
-    return (*parts.values(), *parts["attn"]._modules.values(), *parts["mlp"]._modules.values())
-
-
-PLAIN_LAYERS = {  # the types of a DeiT's, with and without stochastic depth
-    tuple(map(type, _layers(Block(8, 1, drop_path=rate, norm_layer=LayerNorm, device="meta")))) for rate in (0.0, 0.1)
-}
-MLPS = (Mlp, GluMlp, SwiGLU)
-PARTS = {"": (Block,), "attn": (Attention,), "mlp": MLPS}  # of which kinds the parts of a block must be
-PARTS |= {"drop_path1": (nn.Identity, DropPath), "drop_path2": (nn.Identity, DropPath)}
-LINEAR_PLACES = (".qkv.", ".proj.", ".fc1.", ".fc2.")  # where people put others that work on one token at a time
-FORWARDS = {kind: kind.forward for kind in (Block, Attention, *MLPS, DropPath, nn.Linear, LayerNorm, nn.GELU)}
-
-
-def _is_plain(block: nn.Module) -> bool:
-    """Whether nobody has changed this block: in evaluation it does what `_plain_block` does."""
-    if type(block) is not Block or _is_tampered(block):
-        return False
-    layers = _layers(block)
-    for layer in layers:
-        if _is_tampered(layer) or (layer.training and not block.training):
-            return False
-    is_deits = tuple(map(type, layers)) in PLAIN_LAYERS
-    return is_deits and block.attn.fused_attn and not block.norm1._fast_norm
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
-
-
-def _is_tampered(module: nn.Module) -> bool:
-    """Whether it has a hook, or a `forward` of its own."""
-    return "forward" in module.__dict__ or _has_hooks(module)
-
-
-def _obstacle(blocks: nn.Sequential) -> str | None:
-    """Why blocks, some of which are not plain, cannot run on rows of live tokens, if so.
-
-    A hook, and what takes the place of a block or of a part of it, may look at tokens by their
-    places in an image, or at several at once. What takes the place of a linear layer, as LoRA does,
-    is taken to work on one token at a time.
-    """
-    found = (
-        _obstacle_in(f"blocks.{name}.{part}".rstrip("."), part, module)
-        for name, block in blocks._modules.items()
-        for part, module in block.named_modules()
-    )
-    return next(filter(None, found), None)
-
-
-def _obstacle_in(name: str, part: str, module: nn.Module) -> str | None:
-    """name: of the module; part: its name in its block."""
-    in_linear = any(place in f".{part}." for place in LINEAR_PLACES)
-    is_known = in_linear or type(module).__module__.startswith(("timm.", "torch."))
-    if not (type(module) in PARTS[part] if part in PARTS else is_known):
-        return f"{name} is a {type(module).__name__}"
-    if _has_hooks(module):
-        return f"{name} has a hook"
-    if "forward" in module.__dict__ and not in_linear:
-        return f"{name}.forward was replaced"
-    return f"{name} does not use fused attention" if part == "attn" and not module.fused_attn else None
-
-
-def _replaced_function() -> str | None:
-    """A function of timm's or torch's that was replaced for all modules, if one was."""
-    if F.scaled_dot_product_attention is not ATTENTION:
-        return "torch.nn.functional.scaled_dot_product_attention was replaced"
-    replaced = (f"{kind.__name__}.forward was replaced" for kind, own in FORWARDS.items() if kind.forward is not own)
-    return next(replaced, None)
-
-
-# What a model costs ------------------------------------------------------------------------------
-
-
-def macs_per_image(model: AdaptiveTokens, depth: Tensor) -> Tensor:
-    """Multiply-adds of one forward pass in which tokens reach these depths.
-
-    depth: [B, N], 1..L -> [B] float64. Counts patch embedding, the blocks' projections and MLPs,
-    attention (2 n^2 C for n live tokens), and the heads; norms and activations are left out, as is
-    usual. Of a static pass: depth L everywhere.
-    """
-    embed = _embedding_macs(model.patch_embed, depth.shape[1] - model.num_prefix_tokens)
-    heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))
-    per_block = [[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks]
-    blocks = torch.tensor(per_block, dtype=torch.float64).to(depth.device, non_blocking=True)
-    reached = torch.arange(len(blocks), device=depth.device)[:, None, None]
-    live = (depth > reached).sum(dim=2).double()  # [L, B]
-    return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
-
-
-STEM_MACS: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # for these sizes of images, these multiply-adds
-
-
-def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
-    """In closed form for patches of pixels; a convolutional stem is counted by torch, on shapes alone, once.
-
-    Its multiply-adds at other image sizes than its own are taken to grow with the number of patches.
-    """
-    if isinstance(embed, PatchEmbed):
-        return embed.proj.weight.numel() * num_patches
-    size, macs = STEM_MACS.get(embed, (None, None))
-    if size != embed.img_size:
-        weights = {name: value.to("meta") for name, value in embed.state_dict().items()}
-        with FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(embed, weights, torch.empty(1, embed.in_chans, *embed.img_size, device="meta"))
-        macs = counter.get_total_flops() / 2
-        STEM_MACS[embed] = embed.img_size, macs
-    return macs * num_patches / embed.num_patches
-
-
-def _linear_weights(module: nn.Module) -> int:
-    """Also of layers that torch has quantized, whose weights are packed, and unpacked by a method."""
-    layers = (m for m in module.modules() if isinstance(m, nn.Linear) or callable(getattr(m, "weight", None)))
-    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 # Registration with timm --------------------------------------------------------------------------

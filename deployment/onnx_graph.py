@@ -3,7 +3,7 @@
     proto = write_graph(model, form="single")   # images [1, 3, H, W] -> logits [1, K], live [L]
     proto = write_graph(model, form="batch")    # images [B, 3, H, W] -> logits [B, K], live [B, L]
 
-Nodes are written from the modules of the network, nothing is traced. Tokens are rows [T, C], as in zipping.py; those
+Nodes are written from the modules of the network, nothing is traced. Tokens are rows [T, C], as in zipping/; those
 that go on are compressed before each block, so that it computes fewer. In a batch the rows of all images stand one
 after the other, and attention is on padding. A network with `halting` off gives the static graph.
 """

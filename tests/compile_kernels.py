@@ -6,18 +6,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import zipping_triton
+from zipping import kernels
 
 FLOATS = {"before", "minus_center", "limit", "score", "cumulative", "new_cumulative"}
 FLOATS |= {"grad_new_cumulative", "grad_score", "grad_before"}
 TYPES = dict.fromkeys(FLOATS, "*fp32") | {"token": "*i64", "new_token": "*i64", "halts": "*u8", "scale": "fp32"}
 TYPES |= dict.fromkeys(("bounds", "new_bounds", "place", "counts"), "*i32")
 TYPES |= dict.fromkeys(("width", "length", "count"), "i32")
-CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": zipping_triton.ROWS}
+CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": kernels.ROWS}
 
 
 def compile_for(capability: int) -> None:
-    for kernel in (zipping_triton._halting_kernel, zipping_triton._compact_kernel, zipping_triton._backward):
+    for kernel in (kernels._halting_kernel, kernels._compact_kernel, kernels._backward):
         for dtype in ("*fp32", "*fp16", "*bf16"):  # of rows
             for last in (False, True):
                 constants = CONSTANTS | {"LAST": last, "EARLY_EXIT": not last}

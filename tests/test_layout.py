@@ -6,8 +6,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-CORE = {"models_act", "zipping", "zipping_triton", "losses", "datasets", "samplers", "utils", "engine_act"}
-CORE_PACKAGES = {"readers"}
+CORE = {"models_act", "macs", "losses", "datasets", "samplers", "utils", "engine_act"}
+CORE_PACKAGES = {"zipping", "readers"}
 COMMANDS = {"main_act", "visualize", "benchmark", "compare", "cuda_check", "export_onnx"}
 MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody
     "core": {"core"},
@@ -61,5 +61,19 @@ def test_imports_run_one_way(path):
     assert {name: part for name, part in found.items() if part and part not in MAY_IMPORT[own]} == {}
 
 
-def test_the_network_needs_zipping_alone():
-    assert {name for name in imported("models_act.py") if part_of(name)} == {"zipping"}
+def own_imports(path: str) -> set[str]:
+    """The top-level names of this repository that a file imports."""
+    return {name.partition(".")[0] for name in imported(path) if part_of(name)}
+
+
+def test_models_need_only_zipping_and_macs():
+    assert own_imports("models_act.py") == {"zipping", "macs"}
+
+
+def test_zipping_and_macs_import_nothing_else():
+    files = ["macs.py", *(path for path in MODULES if path.startswith("zipping/"))]
+    assert set().union(*map(own_imports, files)) == {"zipping"}
+
+
+def test_only_the_kernels_import_triton():
+    assert [path for path in MODULES if "triton" in imported(path)] == ["zipping/kernels.py"]

@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import zipping
-from zipping import MaskedTokens, PackedTokensCPU, PackedTokensCUDA, ragged_attention, varlen_attention
+from zipping import (
+    MaskedTokens,
+    PackedTokensCPU,
+    PackedTokensCUDA,
+    attention,
+    ragged_attention,
+    stores,
+    varlen_attention,
+)
 
 STORES = pytest.mark.parametrize("store", [PackedTokensCPU, PackedTokensCUDA])
 
@@ -122,7 +129,7 @@ def test_the_device_gets_one_kernel_and_no_copies(dtype, lengths):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_heads_of_any_width_find_a_kernel(monkeypatch, has_flash, dtype):
     """60 is that of 180 channels in three heads."""
-    monkeypatch.setattr(zipping, "_supports_flash_attention", lambda device: has_flash)
+    monkeypatch.setattr(attention, "_supports_flash_attention", lambda device: has_flash)
     qkv = torch.randn(3, 1, 2, 6, 60).to(dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     out, expected = varlen(*qkv, [2, 4]), each_image_alone(*exact, [2, 4])
@@ -137,7 +144,7 @@ def test_heads_of_any_width_find_a_kernel(monkeypatch, has_flash, dtype):
 @pytest.mark.parametrize(("dtype", "computed"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
 def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch, dtype, computed):
     """It has none for bfloat16 there."""
-    monkeypatch.setattr(zipping, "_supports_flash_attention", lambda device: False)
+    monkeypatch.setattr(attention, "_supports_flash_attention", lambda device: False)
     q, k, v = torch.randn(3, 1, 2, 6, 16).to(dtype)
     emulated_attention.calls.clear()
     assert varlen(q, k, v, [2, 4]).dtype == dtype
@@ -147,7 +154,7 @@ def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch, dty
 @STORES
 def test_no_rows_call_no_kernel(store, monkeypatch):
     for name in ("ragged_attention", "varlen_attention"):
-        monkeypatch.setattr(zipping, name, lambda *args: pytest.fail("a kernel was called"))
+        monkeypatch.setattr(stores, name, lambda *args: pytest.fail("a kernel was called"))
     tokens, rows = store.pack(torch.randn(2, 3, 4), 1)
     tokens, _ = tokens.drop(torch.ones(6, dtype=torch.bool), rows)
     q, k, v = torch.zeros(3, 1, 2, 0, 4, requires_grad=True)

@@ -18,7 +18,7 @@ import zipping
 from models_act import Gate, _halt, _halt_by_kernels
 from zipping import PackedTokensCUDA
 
-zipping_triton = pytest.importorskip("zipping_triton", reason="torch brings Triton on Linux, with CUDA")
+kernels = pytest.importorskip("zipping.kernels", reason="torch brings Triton on Linux, with CUDA")
 
 GATE = Gate.of(scale=1.5, center=0.5, halt_eps=0.01, device=torch.device("cpu"))
 
@@ -204,7 +204,7 @@ def test_the_trial_runs_every_kernel(monkeypatch, kernel):
     with torch.inference_mode():
         assert zipping._kernels_run(torch.device("cpu"))  # interpreted
     zipping._kernels_run.cache_clear()
-    monkeypatch.setattr(zipping_triton, kernel, None)
+    monkeypatch.setattr(kernels, kernel, None)
     with pytest.warns(UserWarning, match="do not run here"):
         assert not zipping._kernels_run(torch.device("cpu"))
     zipping._kernels_run.cache_clear()

@@ -1,76 +1,16 @@
-"""Live tokens of a batch: what stays, what leaves, and attention among those that stay.
-
-Three stores with one interface. `MaskedTokens` keeps every token in a dense `[B, N, ...]` and knows
-which are live. The others keep the live ones alone, as the rows of `[T, ...]`, image by image, so
-that everything computed on the rows costs less as tokens leave: `PackedTokensCPU` on the CPU, where a
-decision is read at once, and `PackedTokensCUDA` on CUDA, where reading one means to wait. All are
-immutable: `drop` returns a new store. Nothing here knows why a token leaves, or what a row means.
-
-    tokens, rows = pack(x, num_prefix_tokens=1)                      # x: [B, N, C] -> rows: [T, C]
-    rows = rows + attention(rows[None], attn_mask=tokens.attention_mask)[0]      # within each image
-    tokens, (rows, state) = tokens.drop(leaves, rows, state)         # leaves: [T] bool
-
-A store of rows holds which token each row is, and where images begin. What is reported of all blocks
-is put together at the end, by `tables`. On CUDA, where Triton is, its kernels decide and drop in one
-go: `PackedTokensCUDA.halt`.
-"""
+"""Stores of the live tokens of a batch: `MaskedTokens`, `PackedTokensCPU` and `PackedTokensCUDA`."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import groupby
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ATTENTION = F.scaled_dot_product_attention  # torch's own, whatever its place may hold later
-
-
-def uses_device_form(x: Tensor) -> bool:
-    """Whether the live tokens of x are kept as `PackedTokensCUDA`, else as `PackedTokensCPU`."""
-    return x.is_cuda
-
-
-def uses_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels run where x is."""
-    return x.is_cuda and _kernels_run(x.device)
-
-
-@cache
-def _kernels_run(device: torch.device) -> bool:
-    """Tried once, forward and backward: Triton may be missing, or the compiler of C that it needs."""
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            rows = torch.tensor([[0.0], [9.0]], device=device, requires_grad=True)  # the second one leaves
-            tokens, _ = PackedTokensCUDA.pack(rows.detach()[None], num_prefix_tokens=1)
-            gate = (rows.new_zeros(()), rows.new_ones(()))
-            _, _, prefix, _, kept, _ = tokens.halt(rows, rows.new_ones(2) / 4, *gate, 1.0, last=False, early_exit=False)
-            (prefix.sum() + kept.sum()).backward()
-    except torch.OutOfMemoryError:
-        raise  # which says nothing about kernels
-    except Exception as error:  # whatever an import, a compiler or a driver raises
-        reason = str(error).partition("\n")[0]
-        warnings.warn(f"zipping is slower than it could be: Triton's kernels do not run here ({reason})", stacklevel=2)
-        return False
-    return True
-
-
-def can_pack(x: Tensor) -> bool:
-    """x: [B, N, C]; whether its live tokens can be rows. Not in float64 on CUDA, nor inside torch.func's transforms."""
-    if x.device.type not in ("cpu", "cuda") or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False
-    return len(x) > 0 and not (uses_device_form(x) and x.dtype == torch.float64)
-
-
-def pack(x: Tensor, num_prefix_tokens: int) -> tuple[PackedTokensCPU | PackedTokensCUDA, Tensor]:
-    """x: [B, N, C] -> the store in which every token is live, in the form of its device, and its rows [B * N, C]."""
-    return (PackedTokensCUDA if uses_device_form(x) else PackedTokensCPU).pack(x, num_prefix_tokens)
+from zipping.attention import PerImageAttentionMask, ragged_attention, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -311,7 +251,7 @@ class PackedTokensCUDA(PackedTokens):
         one has left; the store of the rows that stay, these rows, and the sums of their scores, or, of the last
         block, this store, `rows` and `before`.
         """
-        from zipping_triton import Halt  # here, as Triton may be missing
+        from zipping.kernels import Halt  # here, as Triton may be missing
 
         num_prefix_tokens = len(self.prefix_token) // self.size[0]
         with torch.cuda.device_of(rows):
@@ -332,79 +272,3 @@ class PackedTokensCUDA(PackedTokens):
         return numbers
 
     _joined, _added = staticmethod(torch.cat), staticmethod(torch._foreach_add)
-
-
-# Attention within images -------------------------------------------------------------------------
-
-
-class PerImageAttentionMask:
-    """Given to an attention module in place of a mask: each row attends to the rows of its own image.
-
-    F.scaled_dot_product_attention hands over to such an object; all else that the module does with
-    rows, [1, T, C], as if they were one image, is right for each row by itself.
-    """
-
-    def __init__(self, tokens: PackedTokensCPU | PackedTokensCUDA):
-        self.tokens = tokens
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is not ATTENTION:
-            return NotImplemented
-        return kwargs["attn_mask"].tokens.attend(*args[:3], kwargs.get("dropout_p", 0.0))
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, dropout_p: float = 0.0) -> Tensor:
-    """Attention within each image by one of CUDA's kernels for sequences of different lengths.
-
-    q, k, v: [1, H, T, D], strided as they are; bounds: [I + 1] int32, where images begin and the last ends;
-    longest: no image has more rows -> [1, H, T, D].
-
-    The operators that torch's nested tensors call: flash attention in half precision, from compute
-    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T. They want
-    a D in steps of 8 (in float32 of 4); zeros fill it up, which change neither products nor sums.
-    """
-    longest = min(longest, q.shape[2])
-    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
-    has_flash = dtype in (torch.float16, torch.bfloat16) and _supports_flash_attention(q.device)
-    computed = torch.float32 if dtype == torch.bfloat16 and not has_flash else dtype  # old GPUs have no kernel for it
-    width, scale = q.shape[-1], q.shape[-1] ** -0.5
-    q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
-    if width % 8:
-        q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
-    limits = (bounds, bounds, longest, longest, dropout_p)
-    if has_flash and q.shape[-1] <= 256:
-        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False, scale=scale)[0].unsqueeze(0)
-    else:
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad, scale=scale)[0]
-    return out[..., :width].to(dtype).transpose(1, 2)
-
-
-@cache
-def _supports_flash_attention(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout_p: float = 0.0) -> Tensor:
-    """Attention within each image by dense calls, one for each run of images of equal length.
-
-    q, k, v: [1, H, T, D]; lengths: how many consecutive rows each image has, ascending -> [1, H, T, D].
-    A call sees its rows as a view: no padding, no mask, no copy but that of the results.
-    """
-    if len(lengths) == 1:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    runs = [(length, len(list(images))) for length, images in groupby(lengths)]
-    sizes = [length * images for length, images in runs]
-    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
-    results = [_dense_attention(*part, *run, dropout_p) for part, run in zip(parts, runs)]
-    return (torch.cat(results, dim=1) if len(results) > 1 else results[0]).transpose(1, 2)
-
-
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, images: int, dropout_p: float) -> Tensor:
-    """q, k, v: [1, H, images * length, D] -> [1, images * length, H, D]"""
-    if images > 1:
-        q, k, v = (x.view(-1, images, length, x.shape[3]).transpose(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # [images, H, length, D]
-    return out.transpose(1, 2).flatten(0, 1).unsqueeze(0) if images > 1 else out.transpose(1, 2)
