@@ -98,9 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(parser, args)
 
     import utils
+    from training.launch import single_process
 
     try:
-        with utils.single_process("cpu" if args.onnx else args.device) as device:
+        with single_process("cpu" if args.onnx else args.device) as device:
             results = run(args, device)
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

@@ -50,9 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     import utils
+    from training.launch import process_group
 
     try:
-        with utils.process_group(args.device) as device:
+        with process_group(args.device) as device:
             failed = run(args, device)
     except utils.UserError as error:
         parser.error(str(error))

@@ -26,6 +26,7 @@ from engine_act import Trainer
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget, static_macs
 from training.checkpoints import Checkpoint
 from training.gate import choose_gate
+from training.launch import process_group, single_process
 from training.loaders import training_loader
 from training.models import create_model, preprocessing
 from training.weights import load_teacher_weights, resolve_gate
@@ -44,7 +45,7 @@ def run_cli(
     """
     try:
         group = (args.device,) if alone else (args.device, args.dist_url, args.world_size)
-        with (utils.single_process if alone else utils.process_group)(*group) as device:
+        with (single_process if alone else process_group)(*group) as device:
             args.device = args.device or device.type
             status = run(args, device)
         if status:
