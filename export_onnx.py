@@ -1,12 +1,13 @@
-"""A trained network as an ONNX graph of standard operators, in which halted tokens really leave.
+"""Export a trained A-ViT to ONNX. The graph has only standard operators and drops halted tokens.
 
-    python export_onnx.py CHECKPOINT OUT.onnx                    # one image a call; --form batch for any number
-    python export_onnx.py CHECKPOINT OUT.onnx --budget 0.4       # of a checkpoint that knows what its gate costs
-    python export_onnx.py CHECKPOINT OUT.onnx --static           # every token, every block: what to compare with
+    python export_onnx.py CHECKPOINT OUT.onnx                      # one image per call
+    python export_onnx.py CHECKPOINT OUT.onnx --batch-mode batch   # any number of images per call
+    python export_onnx.py CHECKPOINT OUT.onnx --budget 0.4         # gate for 40% of the static model's MACs
+    python export_onnx.py CHECKPOINT OUT.onnx --static             # without halting, as a baseline
 
-Input `images` [B, 3, H, W] float32; outputs `logits` [B, classes] and `live`, the number of tokens that each block
-computes, int64, [L] of one image, [B, L] of a batch. `gate_scale` and `gate_center` may be fed too. docs/deployment.md
-shows how a graph is run. Needs requirements-export.txt.
+Input: `images` [B, 3, H, W] float32; optional inputs: `gate_scale`, `gate_center`. Outputs: `logits` [B, classes] and
+`live`, the number of tokens each block computes, int64 [L] for one image, [B, L] for a batch. docs/deployment.md shows
+how to run the graph. Requires the packages of requirements-export.txt.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ from typing import TYPE_CHECKING
 
 from training import arguments
 
-if TYPE_CHECKING:
-    from models_act import AdaptiveTokens  # --help and mistakes do not wait for torch: it is imported where it is used
+if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
+    from models_act import AdaptiveTokens
     from training.checkpoints import Checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """SystemExit with status 2 for what the user can mend."""
+    """Run the command. Raises SystemExit with status 2 for invalid input."""
     parser = make_parser()
     args = parser.parse_args(argv)
     arguments.check_size(parser, args.input_size)
     if args.static and args.budget is not None:
-        parser.error("--budget and --static exclude each other")
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f"{args.out}: {'is a folder' if args.out.is_dir() else 'its folder does not exist'}")
+        parser.error("--budget and --static cannot be combined")
+    if args.out.is_dir():
+        parser.error(f"{args.out} is a directory; expected the name of the file to write")
+    if not args.out.parent.is_dir():
+        parser.error(f"{args.out}: the directory {args.out.parent} does not exist")
     if importlib.util.find_spec("onnx") is None:
-        parser.error("onnx is missing: pip install -r requirements-export.txt")
+        parser.error("the onnx package is not installed. Run: pip install -r requirements-export.txt")
 
     import utils
 
@@ -46,25 +49,43 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> arguments.Parser:
     parser = arguments.Parser(
-        prog="export_onnx.py", description="A trained network as an ONNX graph in which tokens leave."
+        prog="export_onnx.py", description="Export a trained A-ViT to an ONNX graph that drops halted tokens."
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a path or https URL")
-    add("out", type=Path, metavar="OUT.onnx", help="the file to write")
-    add("--form", choices=("single", "batch"), default="single", help="one image a call, or any number")
-    add("--static", action="store_true", help="every token goes through every block")
-    add("--half", action="store_true", help="weights are stored in half precision, and computed with in single")
-    budget = "share of the static network's multiply-adds to use, of a checkpoint that knows its gate's cost"
-    add("--budget", type=arguments.budget_share, metavar="SHARE", help=budget)
-    add("--use-ema", action="store_true", help="the averaged weights")
-    add("--model", metavar="NAME", help="of ours, or of a plain ViT of timm's (default: the checkpoint's)")
-    kind = {"type": arguments.at_least_one, "nargs": "+", "metavar": "PIXELS"}
-    add("--input-size", **kind, help="image size; two numbers: height, width (default: the checkpoint's)")
+    add("checkpoint", metavar="CHECKPOINT", help="path or https URL of a checkpoint")
+    add("out", type=Path, metavar="OUT.onnx", help="file to write")
+    modes = ("single", "batch")
+    add("--batch-mode", choices=modes, default="single", help="input of the graph: one image per call, or any number")
+    add("--static", action="store_true", help="export without halting: every token in every block")
+    add("--fp16-weights", action="store_true", help="store weights in half precision; computation stays in float32")
+    add(
+        "--budget",
+        type=arguments.budget_share,
+        metavar="SHARE",
+        help="compute budget as a fraction of the static model's MACs (e.g. 0.4); "
+        "requires a checkpoint trained with --target-macs",
+    )
+    add("--use-ema", action="store_true", help="export the averaged weights (model_ema) of the checkpoint")
+    add(
+        "--model",
+        metavar="NAME",
+        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's model)",
+    )
+    add(
+        "--input-size",
+        type=arguments.at_least_one,
+        nargs="+",
+        metavar="PIXELS",
+        help="image size in pixels, or height and width (default: the checkpoint's size)",
+    )
+    # earlier spellings
+    add("--form", dest="batch_mode", choices=modes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("--half", dest="fp16_weights", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes the file. UserError or OSError where it cannot be."""
+    """Write the ONNX file. Raises UserError or OSError if that fails."""
     import onnx
 
     import utils
@@ -72,11 +93,15 @@ def export(args: argparse.Namespace) -> None:
     from training.checkpoints import Checkpoint
 
     checkpoint = Checkpoint.load(args.checkpoint)
-    size = args.input_size and (args.input_size[0], args.input_size[-1])
-    options = {"budget": args.budget, "use_ema": args.use_ema, "halting": not args.static}
-    model = checkpoint.build_model(args.model, img_size=size, **options).eval()
+    model = checkpoint.build_model(
+        args.model,
+        img_size=args.input_size and (args.input_size[0], args.input_size[-1]),
+        budget=args.budget,
+        use_ema=args.use_ema,
+        halting=not args.static,
+    ).eval()
     try:
-        proto = write_graph(model, args.form, args.half)
+        proto = write_graph(model, args.batch_mode, args.fp16_weights)
     except ValueError as error:
         raise utils.UserError(f"{args.checkpoint}: {error}") from error
     onnx.helper.set_model_props(proto, metadata(checkpoint, model, args.use_ema))
@@ -85,12 +110,16 @@ def export(args: argparse.Namespace) -> None:
     utils.atomic_write(args.out, lambda file: file.write(content))
     height, width = model.patch_embed.img_size
     gate = f"gate {model.gate_scale:g}, {model.gate_center:g}" if model.halting else "static"
-    images = f"{'one image' if args.form == 'single' else 'images'} of {height} x {width}"
-    utils.log(f"{args.out}: {images}, {model.num_classes} classes, {gate}, {len(content) / 1e6:.2f} MB")
+    images = "one image" if args.batch_mode == "single" else "images"
+    size = f"{len(content) / 1e6:.2f} MB"
+    utils.log(f"wrote {args.out}: {images} of {height} x {width}, {model.num_classes} classes, {gate}, {size}")
 
 
 def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, use_ema: bool) -> dict[str, str]:
-    """What a user of the graph has to know, each as JSON; how images are made, in timm's words."""
+    """Return the metadata that a program needs to run the graph, each value as JSON.
+
+    The preprocessing has timm's names and values.
+    """
     from datasets import PLACED, Preprocessing, is_uncropped
 
     size, preprocessing = model.patch_embed.img_size, Preprocessing.from_model(model)
