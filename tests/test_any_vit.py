@@ -238,7 +238,7 @@ def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, m
     model = ["--model", name, "--input-size", "48", "--gate_scale", "5", "--gate_center", "5"]
     main_act.main([*data, *model, "--pretrained", "--output_dir", str(out), "--epochs", "1", "--no-repeated-aug"])
     assert asked == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
-    assert "a new one of 3 classes is trained" in capsys.readouterr().err
+    assert "but the dataset has 3 classes; training starts with a new head" in capsys.readouterr().err
     path = str(out / "checkpoint.pth")
     assert Checkpoint.load(path).model_name() == name
 

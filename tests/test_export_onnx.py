@@ -351,7 +351,7 @@ def test_invalid_input_fails_with_one_line_and_writes_nothing(tmp_path, capsys, 
     assert "--budget and --static cannot be combined" in error_of(
         capsys, checkpoint, out, "--static", "--budget", "0.5"
     )
-    assert "does not know what its gate costs" in error_of(capsys, checkpoint, out, "--budget", "0.5")
+    assert "has no budget curve, so --budget cannot be used" in error_of(capsys, checkpoint, out, "--budget", "0.5")
     assert "invalid choice" in error_of(capsys, checkpoint, out, "--batch-mode", "many")
     name = "vit_tiny_r_s16_p8_224"
     weights = create_model(name, (224, 224), num_classes=3).state_dict()

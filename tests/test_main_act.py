@@ -87,7 +87,7 @@ def test_fine_tuning_from_static_weights(image_folder, tmp_path, capsys):
         (other / part / "class_0").rename(other / part / "another")
     flags = ("--data-path", other, "--pretrained-path", static / "checkpoint.pth", "--output_dir", adaptive)
     run(*flags, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5)
-    assert "no head for these classes: a new one of 2 is trained" in capsys.readouterr().err
+    assert "no head for these classes; training starts with a new head of 2" in capsys.readouterr().err
     assert load_checkpoint(str(adaptive / "checkpoint.pth"))["model"]["head.weight"].shape[0] == 2
 
 
@@ -104,16 +104,19 @@ def test_classes_are_found_by_name(trained, tmp_path, capsys):
     found = evaluated(data, tmp_path / "renamed.pth", tmp_path / "renamed")
     assert found["acc1"] == expected["acc1"]
     assert found["loss"] == pytest.approx(expected["loss"])
-    assert "the data's classes (x, y, z) are found by name among its own (z, y, x)" in capsys.readouterr().out
+    assert "classes are matched by name: the dataset has x, y, z; the checkpoint has z, y, x" in capsys.readouterr().out
 
     in_order = evaluated(data, out / "best.pth", tmp_path / "in order")
     assert in_order["loss"] != pytest.approx(expected["loss"])
-    told = (
-        "the data's classes (x, y, z) are none of its own (class_0, class_1, class_2): taken to be the same, in order"
+    message = (
+        "no class name matches: the dataset has x, y, z; the checkpoint has class_0, class_1, class_2. "
+        "Classes are matched by position instead."
     )
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     flags = ("--data-path", data, "--epochs", 2, "--output_dir", tmp_path / "more")
-    assert "goes on with its own classes" in mistake(capsys, *SMALL, *flags, "--resume", tmp_path / "renamed.pth")
+    assert "requires the same classes in the same order" in mistake(
+        capsys, *SMALL, *flags, "--resume", tmp_path / "renamed.pth"
+    )
 
     run(*flags, "--epochs", 1, "--finetune", tmp_path / "renamed.pth", "--lr", 0)
     head = load_checkpoint(str(tmp_path / "more" / "checkpoint.pth"))["model"]["head.weight"]
@@ -122,7 +125,7 @@ def test_classes_are_found_by_name(trained, tmp_path, capsys):
 
     (data / "val" / "x").rename(data / "val" / "unknown")
     arguments = ("--data-path", data, "--eval", "--finetune", tmp_path / "renamed.pth")
-    assert "does not know unknown of the data's classes" in mistake(capsys, *SMALL, *arguments)
+    assert "renamed.pth cannot predict unknown: the dataset has " in mistake(capsys, *SMALL, *arguments)
 
 
 def evaluated(data, checkpoint, out):
@@ -264,7 +267,10 @@ def mistake(capsys, *argv):
         ("--seed 5000000000", "below 2147483648"),
         ("--device meta", "expected cuda or cpu"),
         ("--world_size 4 --device cpu", "torchrun"),
-        ("--data-set DIGITS --distillation-type hard", "needs a distilled model"),
+        (
+            "--data-set DIGITS --distillation-type hard",
+            "requires a distilled model, got --model avit_micro_patch4_32",
+        ),
         ("--data-set DIGITS --eval --finetune missing.pth", "no such file"),
         ("--data-set DIGITS --resume http://a.b/c.pth", "no such file"),
         ("--data-set DIGITS --pretrained", "No pretrained weights exist"),
@@ -284,7 +290,7 @@ def test_class_counts_that_do_not_fit(mode, image_folder, tmp_path, capsys):
     torch.save({"model": timm.create_model("avit_micro_patch4_32").state_dict()}, tmp_path / "c.pth")
     out = tmp_path / "out"
     rest = ("--data-path", image_folder, "--finetune", tmp_path / "c.pth", "--output_dir", out)
-    assert "its head has 10 classes, the data has 3" in mistake(capsys, mode, *rest)
+    assert "predicts 10 classes but the dataset has 3" in mistake(capsys, mode, *rest)
     assert not out.exists()
 
 
@@ -313,7 +319,7 @@ def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         run("--data-path", image_folder)
     assert exit_.value.code == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "main_act.py: error: EpochState 0: the loss is not finite"
+    assert capsys.readouterr().err.splitlines()[-1] == "main_act.py: error: Epoch 0: the loss is not finite"
 
 
 # Flags -------------------------------------------------------------------------------------------

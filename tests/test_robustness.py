@@ -335,7 +335,7 @@ def test_a_loader_process_that_is_killed_is_one_line(image_folder, checkpoint, m
     with pytest.raises(SystemExit) as stopped:
         main_act.main([*map(str, argv)])
     assert stopped.value.code == 1
-    assert "want of memory: give fewer --num_workers" in capsys.readouterr().err
+    assert "out of memory; reduce --num_workers" in capsys.readouterr().err
 
 
 # Settings ----------------------------------------------------------------------------------------
@@ -344,10 +344,10 @@ def test_a_loader_process_that_is_killed_is_one_line(image_folder, checkpoint, m
 @pytest.mark.parametrize(
     ("flags", "warning"),
     [
-        (["--epochs", "1", "--warmup-epochs", "0"], "--min-lr 1e-05 is above --lr for this batch"),
+        (["--epochs", "1", "--warmup-epochs", "0"], "--min-lr 1e-05 is above the learning rate "),
         (
             ["--epochs", "1", "--lr", "1", "--warmup-epochs", "5"],
-            "--warmup-epochs 5 of --epochs 1: the run ends",
+            "--warmup-epochs 5 is not below --epochs 1; training ends before",
         ),
     ],
 )

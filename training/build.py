@@ -1,4 +1,4 @@
-"""From the flags to objects: data, model, losses, optimizer and schedule."""
+"""Builds a run from its flags: model, data, teacher, losses, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ from training.gate import choose_gate
 from training.launch import process_group, single_process
 from training.loaders import training_loader
 from training.models import create_model, preprocessing
-from training.weights import load_teacher_weights, resolve_gate
+from training.weights import GATE_NAMES, load_teacher_weights, resolve_gate
 from utils import RankError, UserError, warn
+
+GATE_IMAGES = 256  # on which the gate search runs
+START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search without --target-macs
 
 
 def run_cli(
@@ -39,9 +42,9 @@ def run_cli(
     run: Callable[[argparse.Namespace, torch.device], int],
     alone: bool = False,
 ) -> None:
-    """Runs it in its process group, or alone; it returns a status.
+    """Run a command in its process group, or alone; `run` returns the exit status.
 
-    SystemExit with that where it is not 0, with 2 for what the user can mend, with 1 where training fails.
+    Raises SystemExit with that status if it is not 0, with 2 for invalid input and with 1 if training fails.
     """
     try:
         group = (args.device,) if alone else (args.device, args.dist_url, args.world_size)
@@ -59,89 +62,136 @@ def run_cli(
         if "DataLoader worker" not in str(error):
             raise
         status, everywhere = 1, True
-        message = "a process that loads images was killed, mostly for want of memory: give fewer --num_workers"
-    # out here the error is gone, and with it the loader processes that its frames held
+        message = "a data-loader worker was killed, probably out of memory; reduce --num_workers"
+    # Outside the handlers the error is released, and with it the data-loader workers that its frames refer to.
     parser.error(message, status, everywhere)
 
 
+# Model -------------------------------------------------------------------------------------------
+
+
 def build_model(args: argparse.Namespace, classes: list[str], start: Checkpoint | None) -> nn.Module:
-    """The model with its starting weights, on the CPU; classes: names of the data's."""
-    training = not (args.eval or args.demo)
-    is_new_task = training and not (start and start.flag == "resume")
-    regularised = not args.finetune
-    options = {
-        "img_size": image_size(args),
-        "pos_drop_rate": args.drop * regularised,
-        "proj_drop_rate": args.drop * regularised,
-        "drop_path_rate": args.drop_path * regularised,
-        "halting": args.halting,
-        "zip_tokens": args.zip_tokens,
-        "early_exit": args.early_exit,
-    }
-    gate = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
-    if start is not None:
-        use_ema = args.use_ema and (is_new_task or not training)  # a resumed run goes on with both
-        options |= {"budget": args.budget, "use_ema": use_ema, "replace_head": is_new_task, "classes": classes}
-        options |= {"as_trained": not training}
-        model = start.build_model(args.model, **options, **gate)
-    else:
-        if args.budget is not None:
-            raise UserError("--budget needs a checkpoint that knows its gate's cost: give --finetune")
-        if not (training or args.pretrained):
-            warn("no weights given (--finetune, --resume or --pretrained): the network is random")
-        options |= {"pretrained": args.pretrained, "num_classes": len(classes)}
-        model = create_model(args.model, **options, **resolve_gate(gate))
-        if args.pretrained:
-            _check_hub_head(model, may_be_new=training)
+    """Build the model with its starting weights, on the CPU.
+
+    classes: names of the dataset's classes. start: the checkpoint to load, or None for pretrained or random weights.
+    """
+    model = _model_from_hub(args, len(classes)) if start is None else _model_from_checkpoint(args, classes, start)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
 
-def _check_hub_head(model: nn.Module, may_be_new: bool) -> None:
-    """Tells of a head that the hub's weights do not have; UserError where it may not be new."""
-    hubs, wanted = model.pretrained_cfg["num_classes"], model.num_classes
-    if hubs == wanted:
+def _model_from_checkpoint(args: argparse.Namespace, classes: list[str], start: Checkpoint) -> nn.Module:
+    is_new_task = _is_training(args) and start.flag != "resume"
+    return start.build_model(
+        args.model,
+        classes=classes,
+        img_size=image_size(args),
+        gate_scale=args.gate_scale,
+        gate_center=args.gate_center,
+        budget=args.budget,
+        # A resumed run loads both sets of weights later, with its training state.
+        use_ema=args.use_ema and (is_new_task or not _is_training(args)),
+        replace_head=is_new_task,
+        halting=args.halting,
+        as_trained=not _is_training(args),
+        log_gate=not should_search_gate(args, start),
+        zip_tokens=args.zip_tokens,
+        early_exit=args.early_exit,
+        **_dropout_rates(args),
+    )
+
+
+def _model_from_hub(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """Build the model with the hub's weights for --pretrained, otherwise with random weights."""
+    if args.budget is not None:
+        raise UserError("--budget requires a checkpoint with a budget curve; pass --finetune FILE")
+    if not (args.pretrained or _is_training(args)):
+        warn("no weights given, so the model is random; pass --finetune, --resume or --pretrained")
+    flags = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
+    model = create_model(
+        args.model,
+        image_size(args),
+        pretrained=args.pretrained,
+        num_classes=num_classes,
+        halting=args.halting,
+        zip_tokens=args.zip_tokens,
+        early_exit=args.early_exit,
+        **resolve_gate(flags, logged=GATE_NAMES if args.halting and not should_search_gate(args, None) else ()),
+        **_dropout_rates(args),
+    )
+    if args.pretrained:
+        _check_hub_head(model, allow_new=_is_training(args))
+    return model
+
+
+def _is_training(args: argparse.Namespace) -> bool:
+    return not (args.eval or args.demo)
+
+
+def _dropout_rates(args: argparse.Namespace) -> dict[str, float]:
+    """Return the rates of dropout and stochastic depth; --finetune disables both, as in the original."""
+    drop, drop_path = (0.0, 0.0) if args.finetune else (args.drop, args.drop_path)
+    return {"pos_drop_rate": drop, "proj_drop_rate": drop, "drop_path_rate": drop_path}
+
+
+def _check_hub_head(model: nn.Module, allow_new: bool) -> None:
+    """Warn if the hub's weights have no head of this class count. Raises UserError unless a new head is allowed."""
+    found, expected = model.pretrained_cfg["num_classes"], model.num_classes
+    if found == expected:
         return
-    found = f"--pretrained: a head of {hubs} classes" if hubs else "--pretrained: no head"
-    if not may_be_new:
-        raise UserError(f"{found}, the data has {wanted} classes")
-    warn(f"{found}: a new one of {wanted} classes is trained")
+    head = f"a head of {found} classes" if found else "no head"
+    mismatch = f"the --pretrained weights have {head} but the dataset has {expected} classes"
+    if not allow_new:
+        raise UserError(f"{mismatch}; pass a checkpoint that was trained on this dataset with --finetune")
+    warn(f"{mismatch}; training starts with a new head")
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Return height and width."""
+    return args.input_size[0], args.input_size[-1]
+
+
+# Gate and budget ---------------------------------------------------------------------------------
 
 
 def should_search_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
-    """Whether training starts from a gate that follows from the static network; not where one is known already."""
+    """Return whether to search a gate: with --gate auto, or with --target-macs if no gate is known."""
     if start is not None and start.flag == "resume":
         return False
     is_given = args.gate_scale is not None or args.gate_center is not None
-    is_known = start is not None and any(found for _, found in start.gate_sources())
+    is_known = start is not None and any(values for _, values in start.gate_sources())
     return args.gate == "auto" or (args.gate is None and args.target_macs is not None and not (is_given or is_known))
 
 
 def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBatches, device: torch.device) -> None:
-    """Of a model that is about to be trained, by `choose_gate`."""
-    own = max(START_COST, (1 + min_cost(model)) / 2)  # a stem of convolutions may cost more than that
-    cost = own if args.target_macs is None else resolve_budget(model, args.target_macs)
+    """Search a gate for a model that is about to be trained, see `choose_gate`."""
+    if args.target_macs is None:
+        # A convolutional stem may use more MACs than START_BUDGET leaves for the blocks.
+        budget = max(START_BUDGET, (1 + min_cost(model)) / 2)
+    else:
+        budget = resolve_budget(model, args.target_macs)
     some = itertools.islice(batches, math.ceil(GATE_IMAGES / args.batch_size))
     images = torch.cat([batch[0] for batch in some])[:GATE_IMAGES]
-    choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), cost).apply(model)
+    choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), budget).apply(model)
 
 
-GATE_IMAGES = 256
-START_COST = 0.85  # of the static network's, where no other is asked for
+def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:
+    """Build the controller of the ponder loss's weight, or return None without --target-macs."""
+    if args.target_macs is None:
+        return None
+    return losses.BudgetController(resolve_budget(model, args.target_macs), updates_per_epoch)
 
 
-def image_size(args: argparse.Namespace) -> tuple[int, int]:
-    """Height and width."""
-    return args.input_size[0], args.input_size[-1]
+# Data --------------------------------------------------------------------------------------------
 
 
 def validation_set(args: argparse.Namespace) -> Dataset:
-    return _data_set(args, train=False, split=args.val_split)
+    return _dataset(args, train=False, split=args.val_split)
 
 
 def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """UserError where their classes differ."""
-    augmentation = {  # in the words of timm.data.create_transform
+    """Build both datasets. Raises UserError if their classes differ."""
+    augmentation = {  # named like the arguments of timm.data.create_transform
         "color_jitter": args.color_jitter,
         "auto_augment": args.aa,
         "interpolation": args.train_interpolation,
@@ -149,26 +199,44 @@ def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Data
         "re_mode": args.remode,
         "re_count": args.recount,
     }
-    training = _data_set(args, True, split=args.train_split, augmentation=None if args.no_aug else augmentation)
+    training = _dataset(args, train=True, split=args.train_split, augmentation=None if args.no_aug else augmentation)
     validation = validation_set(args)
     if training.classes != validation.classes:
         differing = sorted(set(training.classes) ^ set(validation.classes))[:3] or ["their order"]
-        raise UserError(f"--data-path {args.data_path}: training and validation differ in {', '.join(differing)}")
+        raise UserError(
+            f"--data-path {args.data_path}: the training and validation classes differ in {', '.join(differing)}"
+        )
     return training, validation
 
 
-def _data_set(args: argparse.Namespace, train: bool, **options) -> Dataset:
-    options |= {"inat_category": args.inat_category, "num_classes": args.num_classes}
-    options |= {"batch_size": args.batch_size, "seed": args.seed, "preprocessing": preprocessing(args.model)}
-    return build_dataset(args.data_set, args.data_path, train, image_size(args), **options)
+def _dataset(args: argparse.Namespace, train: bool, split: str | None, augmentation: dict | None = None) -> Dataset:
+    return build_dataset(
+        args.data_set,
+        args.data_path,
+        train,
+        image_size(args),
+        augmentation,
+        split=split,
+        inat_category=args.inat_category,
+        num_classes=args.num_classes,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        preprocessing=preprocessing(args.model),
+    )
 
 
 def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:
-    """Some of the training images, treated as in evaluation: to measure gates on."""
+    """Return training images, preprocessed as in evaluation, on which gates are measured."""
     images = copy.copy(images)
     images.transform = evaluation_transform(image_size(args), args.data_set in PLACED, preprocessing(args.model))
-    order = {"seed": args.seed, "repeated_aug": False, "max_bad_images": args.max_bad_images}
-    loader = training_loader(images, args.batch_size, **order, **loader_options(args, device))
+    loader = training_loader(
+        images,
+        args.batch_size,
+        seed=args.seed,
+        repeated_aug=False,
+        max_bad_images=args.max_bad_images,
+        **loader_options(args, device),
+    )
     return CalibrationBatches(loader, CALIBRATION_IMAGES)
 
 
@@ -177,6 +245,7 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Build mixup and CutMix, or return None if both are disabled."""
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
     return Mixup(
@@ -191,93 +260,108 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def build_criterion(args: argparse.Namespace, model: nn.Module, mixup: bool) -> losses.AdaptiveLoss:
-    classification = losses.classification_loss(mixup, args.smoothing)
-    if args.distillation_type == "self":
-        classification = losses.SelfDistillationLoss(classification, args.distillation_alpha, args.distillation_tau)
-    elif args.distillation_type != "none":
-        kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
-        classification = losses.DistillationLoss(classification, kind, alpha, tau)
-    return losses.AdaptiveLoss(classification, model.num_blocks, args.ponder_token_scale, args.distr_prior_alpha)
+# Teacher -----------------------------------------------------------------------------------------
 
 
 def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher | None:
-    """Puts the student into distilled training too, where a distillation token learns from the teacher."""
+    """Build the teacher, or return None without distillation.
+
+    For soft and hard distillation, also switch the student to distilled training.
+    """
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
         teacher = build_self_teacher(args, model, classes)
         share = teacher_share(teacher.classifier, model, args.target_macs)
-        utils.log(f"the teacher's forward pass is {share:.0%} of a training step's multiply-adds")
+        utils.log(f"the teacher's forward pass adds {share:.0%} of a training step's MACs")
         return teacher
     if not hasattr(model, "set_distilled_training"):
         names = ", ".join(timm.list_models("avit*distilled*"))
-        raise UserError(f"--distillation-type needs a distilled model, {args.model} is none; there are {names}")
+        raise UserError(
+            f"--distillation-type {args.distillation_type} requires a distilled model, got --model {args.model}; "
+            f"use one of {names}, or --distillation-type self"
+        )
     model.set_distilled_training(True)
+    return _build_timm_teacher(args, model, classes)
+
+
+def _build_timm_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
+    """Build the teacher for soft and hard distillation: any timm model, with its own weights or --teacher-path."""
     name = args.teacher_model
     if not timm.is_model(name):
-        raise UserError(f"--teacher-model {name}: unknown to timm{utils.did_you_mean(name, timm.list_models())}")
-    fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    size = {"img_size": image_size(args)} if fixed else {}
+        raise UserError(f"--teacher-model {name}: unknown timm model{utils.did_you_mean(name, timm.list_models())}")
+    has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    size = {"img_size": image_size(args)} if has_fixed_size else {}
     try:
         classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
         if args.teacher_path:
             classifier.reset_classifier(len(classes))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--teacher-model {name}: no weights ({error}); give them with --teacher-path") from error
+        raise UserError(
+            f"--teacher-model {name}: the weights cannot be loaded ({error}); pass a file with --teacher-path"
+        ) from error
     if args.teacher_path:
-        load_teacher_weights(classifier, Checkpoint.load(args.teacher_path).weights_for(classes), args.teacher_path)
+        weights = Checkpoint.load(args.teacher_path).weights_for(classes)
+        load_teacher_weights(classifier, weights, args.teacher_path)
     elif classifier.num_classes != len(classes):
-        raise UserError(f"--teacher-model {name}: knows {classifier.num_classes} classes, the data has {len(classes)}")
-    teacher = _teacher_of(model, classifier)
+        raise UserError(
+            f"--teacher-model {name} predicts {classifier.num_classes} classes but the dataset has {len(classes)}; "
+            "pass weights trained on this dataset with --teacher-path"
+        )
+    teacher = _as_teacher(classifier, model)
     try:
         teacher(torch.zeros(1, 3, *image_size(args)))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--teacher-model {name}: does not take the student's images: {error}") from error
+        raise UserError(f"--teacher-model {name} does not accept the student's images: {error}") from error
     return teacher
 
 
-def _teacher_of(student: nn.Module, classifier: nn.Module) -> losses.Teacher:
+def _as_teacher(classifier: nn.Module, student: nn.Module) -> losses.Teacher:
     own, students = Preprocessing.from_model(classifier), Preprocessing.from_model(student)
     return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
 
 
 def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
-    """The static network that training starts, or has started, from, or another of ours. UserError without weights."""
-    options = {"img_size": image_size(args), "halting": False}
+    """Build the teacher for self-distillation: the static model of --teacher-path, else of the starting weights.
+
+    Raises UserError if there are no such weights.
+    """
+    size = image_size(args)
     if args.teacher_path:
-        network = Checkpoint.load(args.teacher_path).build_model(classes=classes, **options)
-        return _teacher_of(model, network)
+        checkpoint = Checkpoint.load(args.teacher_path)
+        return _as_teacher(checkpoint.build_model(classes=classes, img_size=size, halting=False), model)
+    # A resumed run started from these weights too, so --resume is ignored here.
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
-    if start is None and not args.pretrained:
-        raise UserError(
-            "--distillation-type self: the teacher is what training starts from: "
-            "give --pretrained, --pretrained-path or --finetune, also where a run is resumed"
-        )
-    if start is None:
-        network = create_model(args.model, pretrained=True, num_classes=len(classes), **options)
+    if start is not None:
+        network = start.build_model(args.model, classes=classes, img_size=size, use_ema=args.use_ema, halting=False)
+    elif args.pretrained:
+        network = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
     else:
-        network = start.build_model(args.model, classes=classes, use_ema=args.use_ema, **options)
-    return _teacher_of(model, network)
+        raise UserError(
+            "--distillation-type self requires starting weights, which become the teacher; "
+            "pass --pretrained, --pretrained-path or --finetune, also when resuming"
+        )
+    return _as_teacher(network, model)
 
 
 def teacher_share(teacher: nn.Module, model: nn.Module, target_macs: float | None) -> float:
-    """Of a training step's multiply-adds, where a backward pass is two forward passes and the model at its budget."""
+    """Return the teacher's fraction of a training step's MACs.
+
+    A backward pass counts as two forward passes, and the model as if it met its budget.
+    """
     budget = resolve_budget(model, target_macs) if target_macs is not None else 1.0
     return static_macs(teacher) / (static_macs(teacher) + 3 * budget * static_macs(model))
 
 
-def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:
-    if args.target_macs is None:
-        return None
-    return losses.BudgetController(resolve_budget(model, args.target_macs), updates_per_epoch)
+# Losses, optimizer and schedule ------------------------------------------------------------------
 
 
 def build_trainer(args: argparse.Namespace, model: nn.Module, classes: list[str], device: torch.device) -> Trainer:
     mixup = build_mixup(args, len(classes))
     teacher = build_teacher(args, model, classes)
     ema_device = "cpu" if args.model_ema_force_cpu else None
-    ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)  # no second copy of the gradients
+    # gradient_as_bucket_view avoids a second copy of the gradients.
+    ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
     return Trainer(
         model=ddp(model) if utils.world_size() > 1 else model,
         criterion=build_criterion(args, model, mixup is not None).to(device),
@@ -294,8 +378,19 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, classes: list[str]
     )
 
 
+def build_criterion(args: argparse.Namespace, model: nn.Module, mixup: bool) -> losses.AdaptiveLoss:
+    classification = losses.classification_loss(mixup, args.smoothing)
+    if args.distillation_type == "self":
+        classification = losses.SelfDistillationLoss(classification, args.distillation_alpha, args.distillation_tau)
+    elif args.distillation_type != "none":
+        classification = losses.DistillationLoss(
+            classification, args.distillation_type, args.distillation_alpha, args.distillation_tau
+        )
+    return losses.AdaptiveLoss(classification, model.num_blocks, args.ponder_token_scale, args.distr_prior_alpha)
+
+
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """The learning rate is --lr per 512 images of a joint batch."""
+    """Build a timm optimizer; --lr is the learning rate per 512 images of a global batch."""
     lr = args.lr * args.batch_size * utils.world_size() * args.accum_steps / 512
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
     given = {name: value for name, value in options.items() if value is not None}
@@ -306,47 +401,50 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
 
 
 class Schedule:
-    """A schedule of timm's, stepped by optimizer steps; plateau by epochs, since it follows the accuracy."""
+    """A timm schedule, stepped after every update; plateau after every epoch, because it follows the accuracy."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
 
     def step_update(self, updates: int) -> None:
-        """updates: done so far, over all epochs."""
+        """Set the learning rate; updates: number done so far, over all epochs."""
         self.scheduler.step_update(updates)
 
     def step_epoch(self, epochs: int, acc1: float) -> None:
-        """epochs: done so far; acc1: of the last, in per cent."""
+        """Step a plateau schedule; epochs: number done so far; acc1: top-1 of the last epoch, in percent."""
         if self.scheduler.t_in_epochs:
             self.scheduler.step(epochs, acc1)
 
     def state_dict(self) -> dict:
-        """The entry of a checkpoint that this keeps up; all but plateau follow from the number of updates."""
-        plateau = getattr(self.scheduler, "lr_scheduler", None)  # timm leaves it out of the schedule's state
+        """Return the schedule's entry of a checkpoint; all but plateau follow from the number of updates."""
+        plateau = getattr(self.scheduler, "lr_scheduler", None)  # timm's state_dict omits it
         return {"plateau": plateau.state_dict() if plateau is not None else None}
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """KeyError, ValueError or the like where it does not fit."""
+        """Restore the schedule. Raises KeyError, ValueError or the like if the entry does not fit."""
         plateau, saved = getattr(self.scheduler, "lr_scheduler", None), checkpoint["plateau"]
         if plateau is not None and saved is not None:
             own = plateau.state_dict()
             plateau.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
 
 
-def _warn_of_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
-    """Of settings that cannot do what they say."""
+def _warn_about_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
+    """Warn about learning-rate flags that contradict each other."""
     lr = max(group["lr"] for group in optimizer.param_groups)
+    scaled = f"the learning rate {lr:g} (--lr scaled to this batch size)"
     if args.sched not in ("constant", "none") and args.min_lr > lr:
-        warn(f"--min-lr {args.min_lr:g} is above --lr for this batch, {lr:g}: the rate rises to it")
+        warn(f"--min-lr {args.min_lr:g} is above {scaled}; the rate rises during training")
     if args.warmup_epochs >= args.epochs > 0:
-        told = f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}"
-        warn(f"{told}: the run ends before the rate of --lr is reached, {lr:g}")
+        warn(
+            f"--warmup-epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}; "
+            f"training ends before it reaches {scaled}"
+        )
     elif args.warmup_epochs and args.warmup_lr > lr:
-        warn(f"--warmup-lr {args.warmup_lr:g} is above --lr for this batch, {lr:g}: the rate falls to it")
+        warn(f"--warmup-lr {args.warmup_lr:g} is above {scaled}; the rate falls during warm-up")
 
 
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:
-    _warn_of_rates(args, optimizer)
+    _warn_about_rates(args, optimizer)
     try:
         schedule, _ = create_scheduler_v2(
             optimizer,
@@ -369,5 +467,5 @@ def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, u
     except (ValueError, AssertionError) as error:
         raise UserError(f"--sched {args.sched}: {error}") from error
     if schedule is None:
-        raise UserError("--sched none: use --sched constant")
+        raise UserError("--sched none is not supported; use --sched constant")
     return Schedule(schedule)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, how they are read without executing anything, and fitted to a model."""
+"""Checkpoints: their content, and reading and writing them without executing anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import http.client
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,8 @@ from datasets import placeholder_names
 from training.budget import BudgetCurve
 from training.models import create_model, default_image_size, own_names, preprocessing, unsupported_reason
 from training.weights import (
+    GATE_NAMES,
+    ClassMatch,
     empty_state_dict,
     first_names,
     fitting_models,
@@ -30,29 +32,33 @@ from training.weights import (
     load_weights,
     may_be_resized,
     resolve_gate,
+    select_head_rows,
     state_dict_mismatches,
+    unknown_classes,
+    without_head,
 )
 from utils import UserError, did_you_mean, log, warn
 
 IMAGENET_CLASSES = 1000
-MAX_SIDE, MAX_CLASSES = 1024, 100_000  # a checkpoint that says more is not believed
+MAX_SIDE, MAX_CLASSES = 1024, 100_000  # larger values in a checkpoint are ignored or refused
 
 
 class Checkpoint:
-    """A checkpoint of ours, of the original, of timm or DeiT, or weights alone: what it tells of its network.
+    """A checkpoint of this repository, of the original, timm or DeiT, or a file of weights alone.
 
-    location: path or https URL; flag: of the command line that named it, for `--resume` and its like.
+    location: path or https URL. flag: the command-line flag that named it, e.g. "resume"; None for other callers.
 
-    What ours hold (of others, only the first two and `args` are read):
-    model, model_ema: the weights, and their average or None;
-    gate: gate_scale, gate_center and halt_eps, None of a static network;
-    budget_curves: by name of the weights, what they cost by their gate center, where measured, see `BudgetCurve`;
-    gate_ema: as `gate`, of the averaged weights, where it is another;
-    classes: their names; args: the flags of the run, by name;
-    and for going on, what each part of a run keeps up in its own `state_dict` and `load_state_dict`:
+    Entries of a checkpoint saved by this repository (only the first two and `args` are read from others):
+    model, model_ema: the weights, and their moving average or None;
+    gate: gate_scale, gate_center and halt_eps, or None for a static model;
+    budget_curves: `BudgetCurve` records by name of the weights, if measured;
+    gate_ema: like `gate`, for the averaged weights, if it differs;
+    classes: class names; args: the flags of the run, by name.
+
+    Entries for resuming, each written and read by `state_dict` and `load_state_dict` of one part of a run:
     model, model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
-    budget_controller: `losses.BudgetController`, where a cost was asked for;
-    epoch, batches, seconds, data_wait, averages: `engine_act.Epoch`;
+    budget_controller: `losses.BudgetController`, if the run has a MACs budget;
+    epoch, batches, seconds, data_wait, averages: `engine_act.EpochState`;
     bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
     best_acc1, previous_test, processes: `training.loop.TrainingRun`.
     """
@@ -62,87 +68,98 @@ class Checkpoint:
 
     @classmethod
     def load(cls, location: str, flag: str | None = None) -> Checkpoint:
-        """UserError, see `load_checkpoint`."""
+        """Read a checkpoint. Raises UserError, see `load_checkpoint`."""
         return cls(load_checkpoint(location), location, flag)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Checkpoint | None:
-        """The first given of --resume, --finetune, --pretrained-path; `--resume auto` may find nothing."""
+        """Load the first given of --resume, --finetune and --pretrained-path; None if there is no checkpoint."""
         for flag in ("resume", "finetune", "pretrained_path"):
             location = getattr(args, flag)
             if flag == "resume" and location == "auto":
                 location = find_latest_checkpoint(args.output_dir)
-                log(f"going on from {location}" if location else f"{args.output_dir} holds no checkpoint: a new run")
+                log(
+                    f"resuming from {location}"
+                    if location
+                    else f"{args.output_dir} has no checkpoint; starting a new run"
+                )
             if location:
                 return cls.load(location, flag)
         return None
 
     @property
-    def is_ours(self) -> bool:
+    def is_native(self) -> bool:
+        """Whether a training run of this repository saved it."""
         return "gate" in self.content
 
     @property
     def is_static(self) -> bool:
-        """Whether it is a checkpoint of ours that was trained without halting."""
-        return self.is_ours and self.content["gate"] is None
+        """Whether it was trained without halting; only known of native checkpoints."""
+        return self.is_native and self.content["gate"] is None
 
     def state_dict(self, use_ema: bool = False) -> dict[str, Tensor]:
-        """The weights: `model` (with `use_ema`, `model_ema`), what other programs call so, or the whole dictionary.
+        """Return the weights (with `use_ema`, the averaged weights), without the name prefixes of wrappers.
 
-        Prefixes that wrappers give to all names are taken off. UserError if they are not named tensors.
+        Raises UserError if the checkpoint holds no such named tensors.
         """
         ema, raw = (_weights_in(self.content, names) for names in (EMA_WEIGHTS, WEIGHTS))
         if use_ema and ema is None:
-            raise UserError(f"{self.location}: --use-ema: it holds no model_ema")
+            raise UserError(f"{self.location} has no averaged weights (model_ema); omit --use-ema")
         weights = ema if use_ema else raw or _named_tensors(self.content)
         if weights is None and ema is not None:
-            raise UserError(f"{self.location}: holds averaged weights alone: give --use-ema")
+            raise UserError(f"{self.location} has only averaged weights; pass --use-ema")
         if weights is None:
-            raise UserError(f"{self.location}: holds no weights: expected named tensors, at the top or under 'model'")
+            raise UserError(
+                f"{self.location} has no weights; expected named tensors, at the top level or under 'model'"
+            )
         return _without_prefixes(weights)
 
     def recorded_flag(self, name: str) -> object:
-        """A flag of the run that saved it, where it says; else None. Of any type."""
+        """Return a flag of the run that saved it, of any type, or None if it is not recorded."""
         flags = self.content.get("args")
         return flags.get(name) if isinstance(flags, dict) else getattr(flags, name, None)
 
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width that a checkpoint of ours was trained at."""
-        size = self.recorded_flag("input_size") if self.is_ours else None
+        """Return the height and width that a native checkpoint was trained at, or None."""
+        size = self.recorded_flag("input_size") if self.is_native else None
         is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(isinstance(side, int) for side in size)
         return (size[0], size[-1]) if is_size and 1 <= min(size) <= max(size) <= MAX_SIDE else None
 
     def model_name(self) -> str:
-        """Of which model it holds the weights, by its record, else of ours by shapes. UserError where of none."""
-        recorded = self.recorded_model()
-        if recorded is not None and not state_dict_mismatches(
-            empty_state_dict(recorded), self.state_dict(), may_be_resized
-        ):
+        """Return the name of the model these weights fit.
+
+        This is the recorded name, else the first registered model with matching shapes.
+        Raises UserError if none fits.
+        """
+        recorded, weights = self.recorded_model(), self.state_dict()
+        if recorded is not None and not state_dict_mismatches(empty_state_dict(recorded), weights, may_be_resized):
             return recorded
-        fitting = fitting_models(self.state_dict())
+        fitting = fitting_models(weights)
         if not fitting:
-            raise UserError(
-                f"{self.location}: fits none of our models, which are {', '.join(own_names())}; give --model"
-            )
+            raise UserError(f"{self.location} fits no registered model ({', '.join(own_names())}); pass --model")
         return fitting[0]
 
     def recorded_model(self) -> str | None:
-        """The name of the run's model, where it says one that we know."""
+        """Return the model name of the run, or None if it is missing or not supported."""
         recorded = self.recorded_flag("model")
         return recorded if isinstance(recorded, str) and unsupported_reason(recorded) is None else None
 
     def _check_preprocessing(self, name: str, is_new_task: bool) -> None:
-        """UserError where the images of this model are not made as those of the run's; a warning in a new task."""
-        recorded = self.recorded_model() if self.is_ours else None  # DeiT's own say its names, and fit ours
+        """Raise UserError if this model's images are preprocessed differently than in training.
+
+        For a new task, print a warning instead.
+        """
+        # Only native checkpoints are checked: DeiT's own name timm's model, but fit the registered ones.
+        recorded = self.recorded_model() if self.is_native else None
         if recorded is None or preprocessing(recorded) == preprocessing(name):
             return
-        told = f"{self.location}: was trained on images made for {recorded}, those of {name} are made otherwise"
+        difference = f"{self.location} was trained with {recorded}'s preprocessing, which differs from {name}'s"
         if not is_new_task:
-            raise UserError(f"{told}: give --model {recorded}")
-        warn(told)
+            raise UserError(f"{difference}; pass --model {recorded}")
+        warn(f"{difference}; training uses {name}'s")
 
     def recorded_classes(self) -> list[str] | None:
-        """The names of its classes, in order, where it says them."""
+        """Return the class names in order, or None if they are missing, not text or not unique."""
         recorded = self.content.get("classes")
         is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
         return recorded if is_names and recorded and len(set(recorded)) == len(recorded) else None
@@ -150,43 +167,50 @@ class Checkpoint:
     def weights_for(
         self, classes: Sequence[str], use_ema: bool = False, replace_head: bool = False
     ) -> dict[str, Tensor]:
-        """The weights, with a head for data of these classes, in their order: matched by name where they are known.
+        """Return the weights with a head for these classes of a dataset, matched by name where possible.
 
-        replace_head: without a head where some are unknown, for a new one to be trained; else that is a UserError.
-        Where none is known, and there are as many, they are taken in order, with a warning.
+        replace_head: allow a new head, for training a new task.
+
+        | `ClassMatch` | with replace_head | without |
+        | --- | --- | --- |
+        | UNNAMED, SAME | unchanged | unchanged |
+        | ALL | head rows in the dataset's order | the same; UserError for --resume |
+        | SOME | without a head | UserError |
+        | NONE_SAME_COUNT | unchanged, with a warning | unchanged, with a warning |
+        | NONE | without a head | unchanged, which `load_weights` refuses |
         """
         weights, recorded = self.state_dict(use_ema), self.recorded_classes()
         heads = [value for name, value in weights.items() if is_of_head(name)]
-        fits = recorded is not None and all(value.ndim > 0 and len(value) == len(recorded) for value in heads)
-        if not fits or recorded in (list(classes), placeholder_names(len(recorded))):
+        if recorded is not None and any(value.ndim == 0 or len(value) != len(recorded) for value in heads):
+            recorded = None
+        match = ClassMatch.of(classes, recorded)
+        if match in (ClassMatch.UNNAMED, ClassMatch.SAME):
             return weights
-        number = {name: index for index, name in enumerate(recorded)}
-        unknown = [name for name in classes if name not in number]
-        of_data, own = f"the data's classes ({first_names(classes)})", f"its own ({first_names(recorded)})"
-        if not unknown and self.flag == "resume":
-            raise UserError(
-                f"{self.location}: a run goes on with its own classes: {of_data} are not {own} in their order"
-            )
-        if not unknown:
-            log(f"{self.location}: {of_data} are found by name among {own}")
-            rows = torch.tensor([number[name] for name in classes])
-            return {name: value[rows] if is_of_head(name) else value for name, value in weights.items()}
-        if len(unknown) == len(classes) == len(recorded):
-            warn(f"{self.location}: {of_data} are none of {own}: taken to be the same, in order")
-        elif replace_head:
-            return {name: value for name, value in weights.items() if not is_of_head(name)}
-        elif len(unknown) < len(classes):
-            raise UserError(f"{self.location}: does not know {first_names(unknown)} of {of_data}, only {own}")
+        names = f"the dataset has {first_names(classes)}; the checkpoint has {first_names(recorded)}"
+        if match is ClassMatch.ALL and self.flag == "resume":
+            raise UserError(f"{self.location}: --resume requires the same classes in the same order: {names}")
+        if match is ClassMatch.ALL:
+            log(f"{self.location}: classes are matched by name: {names}")
+            row = {name: number for number, name in enumerate(recorded)}
+            return select_head_rows(weights, [row[name] for name in classes])
+        if match is ClassMatch.NONE_SAME_COUNT:
+            warn(f"{self.location}: no class name matches: {names}. Classes are matched by position instead.")
+            return weights
+        if replace_head:
+            return without_head(weights)
+        if match is ClassMatch.SOME:
+            unknown = first_names(unknown_classes(classes, recorded))
+            raise UserError(f"{self.location} cannot predict {unknown}: {names}")
         return weights
 
     def names_by_class(self) -> dict[str, str]:
-        """The classes that it knows, in order, each with a name to show: its own, or ImageNet's, or numbers.
+        """Return the classes in order, each with a name to show: the recorded name, ImageNet's, or a number.
 
-        UserError without a head.
+        Raises UserError if the weights have no head.
         """
         head = self.state_dict().get("head.weight")
         if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
-            raise UserError(f"{self.location}: its weights have no head: expected head.weight, [classes, channels]")
+            raise UserError(f"{self.location} has no head: expected head.weight of shape [classes, channels]")
         count, recorded = len(head), self.recorded_classes()
         if recorded is not None and len(recorded) == count:
             return {name: name for name in recorded}
@@ -196,35 +220,49 @@ class Checkpoint:
         return {name: name for name in placeholder_names(count)}
 
     def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
-        """Of its weights, where it holds one."""
+        """Return the budget curve of the weights, or None if there is none."""
         curves = self.content.get("budget_curves")
         name = "model_ema" if use_ema else "model"
         return BudgetCurve.of(curves.get(name)) if isinstance(curves, dict) else None
 
     def center_of_budget(self, budget: float, use_ema: bool = False) -> float:
-        """The gate center at which its weights cost that share of the static network's multiply-adds.
+        """Return the gate center at which the weights use this fraction of the static model's MACs.
 
-        UserError where it holds no curve, or one that does not reach so far.
+        Raises UserError if there is no budget curve or the budget is outside its range.
         """
         curve = self.budget_curve(use_ema)
         if curve is None:
-            why = "it does not know what its gate costs; training with --target-macs measures it"
-            raise UserError(f"{self.location}: --budget: {why}")
+            raise UserError(
+                f"{self.location} has no budget curve, so --budget cannot be used; "
+                "train with --target-macs to record one"
+            )
         if not curve.min_cost <= budget <= curve.max_cost:
-            known = f"its budgets go from {curve.min_cost:.2f} to {curve.max_cost:.2f}"
-            raise UserError(f"{self.location}: --budget {budget:g}: {known}")
+            available = f"from {curve.min_cost:.2f} to {curve.max_cost:.2f}"
+            raise UserError(f"--budget {budget:g} is out of range: {self.location} supports budgets {available}")
         return curve.center(budget)
 
     def gate_sources(self, use_ema: bool = False) -> list[tuple[str, dict[str, float]]]:
-        """Where it says something of its gate, the surest first: its record, its file's name, a foreign one's flags."""
+        """Return (source, gate values), most trusted first: its record, its file name, a foreign checkpoint's flags."""
         args = self.content.get("args")
         flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
         own = (self.content.get("gate_ema") if use_ema else None) or self.content.get("gate")
         return [
             ("the checkpoint", gate_numbers(own)),
             ("the file name", gate_in_name(self.location)),
-            ("the checkpoint's args", {} if self.is_ours else gate_numbers(flags)),
+            ("the checkpoint's args", {} if self.is_native else gate_numbers(flags)),
         ]
+
+    def _gate(
+        self, flags: dict[str, float | None], budget: float | None, use_ema: bool, logged: Collection[str]
+    ) -> dict[str, float]:
+        """Resolve the gate; a budget replaces its center. See `resolve_gate`."""
+        if budget is None:
+            return resolve_gate(flags, self.gate_sources(use_ema), logged)
+        gate = resolve_gate(flags, self.gate_sources(use_ema), [name for name in logged if name != "gate_center"])
+        gate["gate_center"] = self.center_of_budget(budget, use_ema)
+        if "gate_center" in logged:
+            log(f"gate_center {gate['gate_center']:g}, for a budget of {budget:g}")
+        return gate
 
     def build_model(
         self,
@@ -239,25 +277,24 @@ class Checkpoint:
         replace_head: bool = False,
         halting: bool = True,
         as_trained: bool = True,
+        log_gate: bool = True,
         **options,
     ) -> nn.Module:
-        """The network with these weights, on the CPU.
+        """Build the model with these weights, on the CPU. Raises UserError if something does not fit.
 
-        What is None is the checkpoint's: its model, classes, gate, and image size (where it says none, the model's).
-        classes: names of the data's, see `weights_for`;
-        budget: share of the static network's multiply-adds that sets the gate center instead, see `center_of_budget`;
-        replace_head: see `load_weights`; as_trained: a network that was trained without halting does not halt, unless
-        a gate is given, which is told; options: of timm.create_model. UserError where something does not fit.
+        None stands for the checkpoint's own model, classes, gate and image size (else the model's default size).
+        classes: names of the dataset's classes, see `weights_for`; replace_head: see `load_weights`.
+        budget: fraction of the static model's MACs that sets the gate center, see `center_of_budget`.
+        as_trained: unless a gate or budget is given, disable halting if training did, with a warning.
+        log_gate: print the gate of a halting model. options: of timm.create_model.
         """
         name = name or self.model_name()
         self._check_preprocessing(name, replace_head)
         if halting and as_trained and self.is_static and gate_scale is gate_center is budget is None:
-            warn(f"{self.location}: was trained without halting: it is run as a static network")
+            warn(f"{self.location} was trained without halting, so it runs as a static model")
             halting = False
-        gate = resolve_gate({"gate_scale": gate_scale, "gate_center": gate_center}, self.gate_sources(use_ema))
-        if budget is not None:
-            gate["gate_center"] = self.center_of_budget(budget, use_ema)
-            log(f"gate_center {gate['gate_center']:g}, for a budget of {budget:g}")
+        logged = GATE_NAMES if halting and log_gate else ()
+        gate = self._gate({"gate_scale": gate_scale, "gate_center": gate_center}, budget, use_ema, logged)
         img_size = img_size or self.image_size() or default_image_size(name)
         if classes is None:
             classes, weights = [*self.names_by_class()], self.state_dict(use_ema)
@@ -268,7 +305,10 @@ class Checkpoint:
         return model
 
     def without_training_state(self, private_flags: Iterable[str] = ()) -> dict:
-        """What evaluation and fine-tuning need, the weights in half precision; private_flags: those to leave out."""
+        """Return what evaluation and fine-tuning need, the weights in half precision.
+
+        private_flags: names of flags to omit.
+        """
         args = {name: value for name, value in self.content["args"].items() if name not in private_flags}
         weights = {name: value.half() for name, value in self.state_dict().items()}
         curves = {"budget_curves": {"model": curve.record()}} if (curve := self.budget_curve()) else {}
@@ -276,12 +316,13 @@ class Checkpoint:
         return {"model": weights, **kept, "args": args}
 
 
-# What others wrap weights in -----------------------------------------------------------------------
+# Weights inside wrappers --------------------------------------------------------------------------
 
+# Keys under which other programs store weights, and prefixes that wrappers add to every name.
 WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "weights")
 EMA_WEIGHTS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
-MAX_WRAPPERS = 5  # one in the other
+MAX_WRAPPERS = 5  # nested in each other
 
 
 def _named_tensors(content: object) -> dict | None:
@@ -290,7 +331,7 @@ def _named_tensors(content: object) -> dict | None:
 
 
 def _weights_in(content: object, names: Sequence[str], depth: int = MAX_WRAPPERS) -> dict | None:
-    """Named tensors under the first of these names that has some, at any depth."""
+    """Return the named tensors under the first of these keys that has some, at any depth, or None."""
     for name in names if isinstance(content, dict) and depth else ():
         inside = content.get(name)
         found = _named_tensors(inside) or _weights_in(inside, WEIGHTS, depth - 1)
@@ -310,16 +351,22 @@ def _without_prefixes(weights: dict) -> dict[str, Tensor]:
 
 
 def find_latest_checkpoint(output_dir: str) -> str | None:
-    """checkpoint.pth in the folder, if it is there. UserError where processes see different folders."""
+    """Return the path of checkpoint.pth in the folder, or None if it does not exist.
+
+    Raises UserError if the file exists for some processes only.
+    """
     path = Path(output_dir) / "checkpoint.pth"
     found = utils.all_gather_objects(path.exists())
     if len(set(found)) > 1:
-        raise UserError(f"{path}: some processes see it, others do not: --output_dir must be on a shared disk")
+        raise UserError(f"{path} exists for some processes only; --output_dir must be on a disk that all share")
     return str(path) if found[0] else None
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Whole at any moment: see `utils.atomic_write`. OSError if it cannot be written."""
+    """Write a checkpoint so that a complete file exists at any moment, see `utils.atomic_write`.
+
+    Raises OSError if it cannot be written.
+    """
 
     def write(file: BinaryIO) -> None:
         try:
@@ -331,53 +378,52 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def load_checkpoint(location: str) -> dict:
-    """Reads a checkpoint from a path or an https URL, executing nothing that is in it.
+    """Read a checkpoint (PyTorch or safetensors) from a path or https URL without executing its content.
 
-    PyTorch's format, or safetensors. Of Python's classes only
-    argparse.Namespace is let in: published checkpoints carry their flags in one. UserError for
-    anything that cannot be read as a dictionary.
+    argparse.Namespace is the only Python class allowed, because published checkpoints store their flags in one.
+    Raises UserError if the file cannot be read as a dictionary.
     """
     path = _local_path(location)
     try:
         checkpoint = _read(path)
-    except Exception as error:  # the unpickler of a hostile file may raise anything
+    except Exception as error:  # the unpickler may raise anything on a hostile file
         if "unsupported global" in str(error).lower():
-            reason = "it holds more than tensors and plain types, and running its code is refused"
+            reason = "it contains Python objects other than tensors and plain types, which are never executed"
         else:
             reason = "it is truncated or not a checkpoint"
-        raise UserError(f"{location}: cannot be loaded: {reason}") from error
+        raise UserError(f"{location} cannot be loaded: {reason}") from error
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{location}: not a checkpoint: expected a dictionary, found {type(checkpoint).__name__}")
+        raise UserError(f"{location} is not a checkpoint: expected a dictionary, found {type(checkpoint).__name__}")
     return checkpoint
 
 
 def _read(path: Path) -> object:
     with path.open("rb") as file:
-        if file.read(9)[8:] == b"{":  # a length, then JSON: safetensors
+        if file.read(9)[8:] == b"{":  # safetensors: the header's length, then JSON
             return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it warns of in odd files is refused, or harmless
+        warnings.simplefilter("ignore")  # whatever torch warns about is either refused later or harmless
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _local_path(location: str) -> Path:
-    """The file itself, or its local copy where `location` is an https URL."""
+    """Return the path of the file, or of its local copy if `location` is an https URL."""
     if location.startswith("https://"):
         try:
             with utils.main_process_first():
                 name = f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{Path(location).name}"
                 return Path(download_cached_file((location, name), check_hash=False, progress=utils.is_main()))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{location}: cannot be downloaded: {error}") from error
+            raise UserError(f"{location} cannot be downloaded: {error}") from error
     path = Path(location)
     try:
         if path.is_file():
             return path
         if path.is_dir():
-            inside = " (did you mean its checkpoint.pth?)" if (path / "checkpoint.pth").exists() else ""
-            raise UserError(f"{location}: is a folder, not a checkpoint{inside}")
-        alike = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
-        hint = did_you_mean(path.name, (p.name for p in alike))
-    except OSError as error:  # a name that is too long, a folder that may not be read
+            hint = " (did you mean its checkpoint.pth?)" if (path / "checkpoint.pth").exists() else ""
+            raise UserError(f"{location} is a folder, not a checkpoint{hint}")
+        siblings = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
+        hint = did_you_mean(path.name, (p.name for p in siblings))
+    except OSError as error:  # e.g. the name is too long or the folder is not readable
         raise UserError(f"{location}: {error.strerror}") from error
     raise UserError(f"{location}: no such file{hint}")

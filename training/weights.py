@@ -1,57 +1,72 @@
-"""Weights fitted to a model: which gate they were trained with, which names and shapes, and which model they fit."""
+"""Fits a checkpoint's weights to a model: the halting gate, the classes of the head, parameter names and shapes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from enum import Enum
 from functools import cache
 from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-import models_act  # noqa: F401 - registers the models
+from datasets import placeholder_names
+from models_act import HALTING
 from training.arguments import GATE_DEFAULTS
 from training.models import build_on_meta, own_names
 from utils import UserError, log, warn
 
-MAX_GATE = 1e6  # a larger one, infinity or NaN is none
-HALTING_DEFAULTS = GATE_DEFAULTS | {"halt_eps": 0.01}
-PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # not in the file's name
+GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
+MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
+PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # this file name does not contain the gate
+
 
 # The gate ----------------------------------------------------------------------------------------
 
 
 def resolve_gate(
-    flags: dict[str, float | None], sources: Iterable[tuple[str, dict[str, float]]] = ()
+    flags: dict[str, float | None],
+    sources: Iterable[tuple[str, dict[str, float]]] = (),
+    logged: Collection[str] = GATE_NAMES,
 ) -> dict[str, float]:
-    """Gate scale, gate center and halt_eps, from the first source that knows them; says which, warns of conflicts.
+    """Return gate_scale, gate_center and halt_eps, each from the first source that has a value.
 
-    In this order: flags; what a checkpoint of ours records, its file name (NAME-SCALE-CENTER.pth), `args` inside a
-    foreign checkpoint, see `Checkpoint.gate_sources`; the defaults.
+    The order is: flags; what a checkpoint of this repository records, its file name (NAME-SCALE-CENTER.pth), `args`
+    in another program's checkpoint, see `Checkpoint.gate_sources`; the defaults.
+    logged: names whose value and source are printed, with a warning if another source has a different value.
     """
     sources, resolved = [("the command line", flags), *sources], {}
-    for name, default in HALTING_DEFAULTS.items():
-        known = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        source, resolved[name] = known[0] if known else ("the defaults", default)
-        if name in GATE_DEFAULTS or resolved[name] != default:
-            log(f"{name} {resolved[name]:g}, from {source}")
-        for other, value in known[1:]:
-            if value != resolved[name]:
-                warn(f"{name}: {source} says {resolved[name]:g}, {other} says {value:g}; {source} counts")
+    for name in GATE_NAMES:
+        found = [(source, values[name]) for source, values in sources if values.get(name) is not None]
+        found = found or [("the defaults", HALTING[name])]
+        resolved[name] = found[0][1]
+        if name in logged:
+            _log_choice(name, found)
     return resolved
 
 
+def _log_choice(name: str, found: list[tuple[str, float]]) -> None:
+    """Print a gate value and its source; warn if another source differs. found: (source, value), the chosen first."""
+    (source, value), *others = found
+    if name in GATE_DEFAULTS or value != HALTING[name]:
+        log(f"{name} {value:g}, from {source}")
+    for other, other_value in others:
+        if other_value != value:
+            warn(f"{name} is {value:g} in {source} but {other_value:g} in {other}; using {value:g}")
+
+
 def gate_numbers(record: object) -> dict[str, float]:
-    """Gate values in a dictionary, where they are finite numbers; halt_eps from 0 to 1."""
+    """Return the usable gate values in a record read from a file: finite numbers, and halt_eps in [0, 1)."""
     values = record if isinstance(record, dict) else {}
-    found = {name: values.get(name) for name in HALTING_DEFAULTS}
+    found = {name: values.get(name) for name in GATE_NAMES}
     found = {name: float(v) for name, v in found.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
     return {name: value for name, value in found.items() if name in GATE_DEFAULTS or 0 <= value < 1}
 
 
 def gate_in_name(location: str) -> dict[str, float]:
+    """Return the gate in the file name NAME-SCALE-CENTER.pth, or of a published file; empty if there is no gate."""
     stem = Path(location).stem
     if stem in PUBLISHED_GATES:
         return dict(zip(GATE_DEFAULTS, PUBLISHED_GATES[stem]))
@@ -59,7 +74,65 @@ def gate_in_name(location: str) -> dict[str, float]:
     return dict(zip(GATE_DEFAULTS, map(float, match.groups()))) if match else {}
 
 
-# Models and their weights ------------------------------------------------------------------------
+# The classes of the head -------------------------------------------------------------------------
+
+
+class ClassMatch(Enum):
+    """Relation between the classes of a dataset and the class names that a checkpoint records."""
+
+    UNNAMED = "the checkpoint records no usable names"
+    SAME = "the names and their order are equal"
+    ALL = "all dataset classes are recorded, in another order or among others"
+    SOME = "some dataset classes are recorded"
+    NONE_SAME_COUNT = "no dataset class is recorded, but the counts are equal"
+    NONE = "no dataset class is recorded, and the counts differ"
+
+    @classmethod
+    def of(cls, classes: Sequence[str], recorded: list[str] | None) -> ClassMatch:
+        """Compare the names of a dataset's classes with the recorded names, or None if there are none."""
+        if recorded is None:
+            return cls.UNNAMED
+        if recorded == list(classes):
+            return cls.SAME
+        if recorded == placeholder_names(len(recorded)):
+            return cls.UNNAMED
+        num_known = len(classes) - len(unknown_classes(classes, recorded))
+        if num_known == len(classes):
+            return cls.ALL
+        if num_known > 0:
+            return cls.SOME
+        return cls.NONE_SAME_COUNT if len(classes) == len(recorded) else cls.NONE
+
+
+def unknown_classes(classes: Sequence[str], recorded: Sequence[str]) -> list[str]:
+    known = set(recorded)
+    return [name for name in classes if name not in known]
+
+
+def is_of_head(name: str) -> bool:
+    return name.startswith("head")
+
+
+def without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not is_of_head(name)}
+
+
+def select_head_rows(weights: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    """Return the weights with only these rows (classes) of the head, in this order."""
+    return {name: value[rows] if is_of_head(name) else value for name, value in weights.items()}
+
+
+def first_names(classes: Sequence[str]) -> str:
+    """Return up to three names, safe to print: short and without control characters."""
+    return _first_three([name if name.isprintable() and len(name) < 40 else ascii(name[:40]) for name in classes])
+
+
+def _first_three(texts: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return separator.join(texts[:3]) + more
+
+
+# Names and shapes --------------------------------------------------------------------------------
 
 
 def load_weights(
@@ -69,100 +142,94 @@ def load_weights(
     replace_head: bool,
     trained_size: tuple[int, int] | None = None,
 ) -> None:
-    """Loads weights into the model, with the position embedding resampled to its size.
+    """Load weights into a model and resample the position embedding to its image size.
 
-    replace_head: where the class count differs, the model keeps its new head, with a warning; else
-    that is an error. trained_size: height and width that the weights were trained at, where known;
-    else a square, or the model's own size if the embedding fits it. UserError, naming the weights,
-    if names or shapes do not fit, and which model of ours they do fit.
+    replace_head: if the class count differs, keep the model's new head and warn; otherwise this is an error.
+    trained_size: height and width that the weights were trained at. None means a square image, or the model's own
+    size if the embedding fits it.
+    Raises UserError if names or shapes do not fit, with the registered models that do fit.
     """
-    own, weights = model.state_dict(), _with_our_names(weights)
+    own, weights = model.state_dict(), _with_timm_names(weights)
     head = {name: value for name, value in own.items() if is_of_head(name)}
     if replace_head and not head.keys() & weights.keys():
-        warn(f"{location}: holds no head for these classes: a new one of {model.num_classes} is trained")
+        warn(f"{location} has no head for these classes; training starts with a new head of {model.num_classes}")
         weights |= head
     wrong = state_dict_mismatches(own, weights, may_be_resized)
     if wrong:
         fitting = fitting_models(weights)
-        hint = f"; it fits {' or '.join(fitting)}" if fitting else ""
-        raise UserError(f"{location}: does not fit the model: {_first_three(wrong, '; ')}{hint}")
+        hint = f"; use --model {' or '.join(fitting)}" if fitting else ""
+        raise UserError(f"{location} does not fit the model: {_first_three(wrong, '; ')}{hint}")
     if "pos_embed" in own:
         weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
-    foreign_head = [name for name in own if is_of_head(name) and weights[name].shape != own[name].shape]
-    if foreign_head:
-        found, expected = len(weights[foreign_head[0]]), len(own[foreign_head[0]])
+    resized = [name for name in head if weights[name].shape != head[name].shape]
+    if resized:
+        found, expected = len(weights[resized[0]]), len(head[resized[0]])
+        mismatch = f"{location} predicts {found} classes but the dataset has {expected}"
         if not replace_head:
-            raise UserError(f"{location}: its head has {found} classes, the data has {expected}")
-        warn(f"{location}: its head of {found} classes is replaced by a new one of {expected}")
-        weights |= {name: own[name] for name in foreign_head}
+            raise UserError(f"{mismatch}; pass a checkpoint that was trained on this dataset")
+        warn(f"{mismatch}; training starts with a new head")
+        weights |= {name: head[name] for name in resized}
+    model.load_state_dict(weights, strict=True)
+
+
+def load_teacher_weights(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
+    """Load weights into any timm model. Raises UserError if names or shapes do not fit."""
+    wrong = state_dict_mismatches(model.state_dict(), weights, resizable=lambda name: False)
+    if wrong:
+        raise UserError(f"{location} does not fit the teacher: {_first_three(wrong, '; ')}")
     model.load_state_dict(weights, strict=True)
 
 
 def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size: tuple[int, int] | None) -> Tensor:
-    """embedding: [1, prefix + old patches, C] -> [1, prefix + the model's patches, C], by timm."""
+    """embedding: [1, prefix + old patches, C] -> [1, prefix + the model's patches, C]."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     patches, grid = embedding.shape[1] - prefix, model.patch_embed.grid_size
     old_grid = (math.isqrt(max(patches, 0)),) * 2
     if trained_size is not None:
         ratio = model.patch_embed.feat_ratio(as_scalar=False)
-        of_size = tuple(side // patch for side, patch in zip(trained_size, ratio))
-        old_grid = of_size if math.prod(of_size) == patches else old_grid  # a stem's ratio may depend on the size
+        grid_of_size = tuple(side // patch for side, patch in zip(trained_size, ratio))
+        # The ratio of a convolutional stem may depend on the image size, so use the grid only if the count agrees.
+        old_grid = grid_of_size if math.prod(grid_of_size) == patches else old_grid
     elif embedding.shape == model.pos_embed.shape:
         old_grid = grid
     if patches < 1 or math.prod(old_grid) != patches:
         raise UserError(
-            f"{location}: does not fit the model: pos_embed is of {patches} patches, which is no {old_grid} grid"
+            f"{location} does not fit the model: "
+            f"pos_embed has {patches} patches, which do not form a grid of {old_grid[0]} x {old_grid[1]}"
         )
     return resample_abs_pos_embed(embedding, list(grid), list(old_grid), num_prefix_tokens=prefix)
 
 
-def load_teacher_weights(model: nn.Module, weights: dict[str, Tensor], location: str) -> None:
-    """Loads weights into any network.
-
-    UserError, naming the weights, if names or shapes do not fit.
-    """
-    wrong = state_dict_mismatches(model.state_dict(), weights, resizable=lambda name: False)
-    if wrong:
-        raise UserError(f"{location}: does not fit the teacher: {_first_three(wrong, '; ')}")
-    model.load_state_dict(weights, strict=True)
-
-
 def may_be_resized(name: str) -> bool:
+    """Return whether this parameter depends on the image size or the class count."""
     return name == "pos_embed" or is_of_head(name)
 
 
-def is_of_head(name: str) -> bool:
-    return name.startswith("head")
-
-
 def state_dict_mismatches(own: dict, weights: dict, resizable: Callable[[str], bool]) -> list[str]:
-    """What does not fit; resizable: names for which one size may differ."""
+    """Return one message per name or shape that differs; resizable: names whose number of rows may differ."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is not in this model" for name in weights if name not in own]
+    wrong += [f"{name} is not part of this model" for name in weights if name not in own]
     for name in (name for name in own if name in weights):
         found, expected = tuple(weights[name].shape), tuple(own[name].shape)
-        if found != expected and not (resizable(name) and _differ_in_one_size(found, expected)):
-            wrong.append(f"{name} is {found}, expected {expected}")
+        if found != expected and not (resizable(name) and _differ_in_rows(found, expected)):
+            wrong.append(f"{name} has shape {found}, expected {expected}")
     return wrong
 
 
-def first_names(classes: Sequence[str]) -> str:
-    return _first_three([name if name.isprintable() and len(name) < 40 else ascii(name[:40]) for name in classes])
+def _differ_in_rows(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return True for heads [K, C] and [K] of another K, and position embeddings [1, N, C] of another N."""
+    different = [i for i, (a, b) in enumerate(zip(found, expected)) if a != b]
+    return len(found) == len(expected) and different == [max(len(expected) - 2, 0)]
 
 
-def _first_three(texts: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return separator.join(texts[:3]) + more
-
-
-def _with_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DeiT III's release has other names for layer scale."""
+def _with_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the layer scale of DeiT III's release as timm does."""
     return {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
 
 
 def fitting_models(weights: dict[str, Tensor]) -> list[str]:
-    """Our models of which these are the weights, those of the same image size first."""
-    weights = _with_our_names(weights)
+    """Return the registered models that these weights fit; those of the same image size come first."""
+    weights = _with_timm_names(weights)
     own = {name: empty_state_dict(name) for name in own_names()}
     fitting = [name for name in own if not state_dict_mismatches(own[name], weights, may_be_resized)]
     return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
@@ -170,11 +237,5 @@ def fitting_models(weights: dict[str, Tensor]) -> list[str]:
 
 @cache
 def empty_state_dict(name: str) -> dict[str, Tensor]:
-    """Of a model: shapes without numbers."""
+    """Return the state dict of a model on the meta device: shapes without values."""
     return build_on_meta(name).state_dict()
-
-
-def _differ_in_one_size(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """True for the heads [K, C] and [K], and the position embedding [1, N, C], of another K or N."""
-    different = [i for i, (a, b) in enumerate(zip(found, expected)) if a != b]
-    return len(found) == len(expected) and different == [max(len(expected) - 2, 0)]

@@ -190,7 +190,7 @@ def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, ca
     assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
     told = capsys.readouterr().out
     assert "calibration of model: gate_center" in told
-    assert "the teacher's forward pass is 40% of a training step's multiply-adds" in told
+    assert "the teacher's forward pass adds 40% of a training step's MACs" in told
     path = tmp_path / "out" / "checkpoint.pth"
     curve = Checkpoint.load(str(path)).budget_curve()
     assert checkpoint["gate"]["gate_center"] == pytest.approx(curve.center(0.5))
@@ -263,13 +263,13 @@ def test_budgets_out_of_reach(capsys, image_folder, tmp_path, start):
     for target in ("0.05", "1M", "2G"):
         assert "out of reach" in refused(capsys, *common, "--pretrained-path", start, "--target-macs", target)
     message = refused(capsys, *common, "--eval", "--finetune", start, "--budget", 0.4)
-    assert "does not know what its gate costs" in message
+    assert "has no budget curve, so --budget cannot be used" in message
     curve = {"model": [[0.0, 0.3], [5.0, 0.9]]}
     known = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
-    assert "its budgets go from 0.30 to 0.90" in refused(
+    assert "supports budgets from 0.30 to 0.90" in refused(
         capsys, *common, "--eval", "--finetune", known, "--budget", 0.2
     )
-    assert "--budget needs a checkpoint" in refused(capsys, *common, "--eval", "--budget", 0.2)
+    assert "--budget requires a checkpoint" in refused(capsys, *common, "--eval", "--budget", 0.2)
 
 
 def test_other_commands_ask_for_budgets_too(capsys, image_folder, tmp_path):
@@ -293,7 +293,7 @@ def test_other_commands_ask_for_budgets_too(capsys, image_folder, tmp_path):
 
 def test_learning_from_oneself_needs_weights(capsys, image_folder):
     message = refused(capsys, *FLAGS[:6], "--data-path", image_folder, "--distillation-type", "self")
-    assert "the teacher is what training starts from" in message
+    assert "--distillation-type self requires starting weights" in message
 
 
 def test_amounts_are_shares_of_the_network():

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from conftest import save_halting_micro
 from PIL import Image
 
 from datasets import evaluation_transform
 from training.arguments import parse_args
-from training.build import build_optimizer, training_and_validation_set
+from training.build import build_model, build_optimizer, build_self_teacher, training_and_validation_set
+from training.checkpoints import Checkpoint
 
 
 def test_no_aug_takes_training_images_as_in_evaluation(image_folder):
@@ -19,3 +21,62 @@ def test_no_aug_takes_training_images_as_in_evaluation(image_folder):
 def test_learning_rate_scales_with_the_joint_batch():
     args = parse_args(["--batch-size", "128", "--accum-steps", "2", "--lr", "0.001"])
     assert build_optimizer(args, torch.nn.Linear(2, 2)).param_groups[0]["lr"] == pytest.approx(0.001 * 128 * 2 / 512)
+
+
+# Which gate is printed: a message that a user cannot act on is none ----------------------------------
+
+CLASSES = ["a", "b", "c"]
+CURVE = {"model": [[0.0, 0.3], [60.0, 0.9]]}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return str(save_halting_micro(tmp_path / "tiny-10-30.pth", num_classes=3, budget_curves=CURVE))
+
+
+def built(*flags):
+    args = parse_args(["--model", "avit_micro_patch4_32", "--input-size", "32", *flags])
+    return args, build_model(args, CLASSES, Checkpoint.from_args(args))
+
+
+def test_static_model_prints_no_gate(checkpoint, capsys):
+    built("--no-halting")
+    built("--no-halting", "--pretrained-path", checkpoint)
+    built("--no-halting", "--eval", "--finetune", checkpoint)
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("flags", [["--gate", "auto"], ["--target-macs", "0.5"]])
+def test_gate_search_prints_no_gate_that_it_replaces(flags, checkpoint, capsys):
+    built(*flags)
+    assert "gate" not in capsys.readouterr().out
+    built(*flags, "--pretrained-path", checkpoint)
+    kept = ("gate_scale", "gate_center") if flags[0] == "--target-macs" else ()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(kept)
+
+
+def test_self_teacher_prints_no_gate(checkpoint, capsys):
+    args, model = built("--distillation-type", "self", "--finetune", checkpoint)
+    capsys.readouterr()
+    build_self_teacher(args, model, CLASSES)
+    args.teacher_path = checkpoint
+    build_self_teacher(args, model, CLASSES)
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_halting_model_prints_its_gate_and_conflicts(checkpoint, capsys):
+    built("--finetune", checkpoint, "--gate_center", "20")
+    captured = capsys.readouterr()
+    scale, center = captured.out.splitlines()
+    assert scale.startswith("gate_scale ")
+    assert center == "gate_center 20, from the command line"
+    assert "gate_center is 20 in the command line but 30 in the file name; using 20" in captured.err
+
+
+def test_budget_prints_one_center(checkpoint, capsys):
+    built("--eval", "--finetune", checkpoint, "--budget", "0.6")
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:] == ["gate_center 30, for a budget of 0.6"]
+    assert "gate_center" not in captured.err

@@ -119,10 +119,10 @@ def run(data, out, *more):
 def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, capsys):
     out = tmp_path / "out"
     run(image_folder, out, "--epochs", 1)
-    assert "holds no checkpoint: a new run" in capsys.readouterr().out
+    assert "has no checkpoint; starting a new run" in capsys.readouterr().out
     run(image_folder, out, "--epochs", 2, "--lr", 0.02, "--num_workers", 1)
     captured = capsys.readouterr()
-    assert f"going on from {out / 'checkpoint.pth'}" in captured.out
+    assert f"resuming from {out / 'checkpoint.pth'}" in captured.out
     (warning,) = [line for line in captured.err.splitlines() if "the resumed run changes" in line]
     assert "--epochs was '1', is now 2" in warning
     assert "--lr was '0.01', is now 0.02" in warning
