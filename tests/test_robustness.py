@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, halting_model, images, make_image_folder, save_halting_micro
 from PIL import Image
+from processes import Script
 from torch import nn
 
 import benchmark
@@ -38,12 +37,6 @@ def error_of(capsys, command, *argv) -> str:
         command([*map(str, argv)])
     assert stopped.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
-
-
-def start(*argv, **environment) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=environment, **pipes)
 
 
 @pytest.fixture
@@ -239,7 +232,7 @@ def test_a_command_that_runs_alone_does_not_wait(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "curves.png").exists()
 
 
-def test_who_waits_for_others_says_so(image_folder):
+def test_who_waits_for_others_says_so(image_folder, tmp_path):
     environment = {
         "WORLD_SIZE": "2",
         "RANK": "0",
@@ -247,73 +240,81 @@ def test_who_waits_for_others_says_so(image_folder):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29763",
     }
-    process = start("main_act.py", *MICRO, "--data-path", image_folder, "--eval", **environment)
+    argv = (*MICRO, "--data-path", image_folder, "--eval")
+    soon = "import utils; utils.TOLD_AFTER = 0.2"
+    process = Script("main_act.py", *argv, log=tmp_path / "log", environment=environment, prepare=soon)
     try:
-        line = process.stderr.readline()
+        process.wait_until(lambda: "\n" in process.errors())
     finally:
         process.kill()
-        process.communicate()
-    assert "process 0 waits at 127.0.0.1:29763 for the others of 2" in line
+    assert "process 0 waits at 127.0.0.1:29763 for the others of 2" in process.errors()
 
 
 HOLDING = """
 import pathlib, sys, time, utils
-with utils.lock_output_dir(pathlib.Path(sys.argv[1])):
+with utils.lock_output_dir(pathlib.Path(sys.argv[2])):
     print("in", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_folder_is_for_one_run(tmp_path):
-    process = start("-c", HOLDING, tmp_path)
+    process = Script("-c", HOLDING, tmp_path, log=tmp_path / "log")
     try:
-        assert process.stdout.readline() == "in\n"
+        process.wait_until(lambda: process.output() == "in\n")
         told = f"another run is at work there .process {process.pid} on "
         with pytest.raises(UserError, match=told), utils.lock_output_dir(tmp_path):
             pass
     finally:
         process.kill()
-        process.communicate()
     with utils.lock_output_dir(tmp_path):  # a run that was killed leaves no lock
         pass
 
 
-CLOSED = "import os, sys\nos.close({number})\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+# As Python does for a stream that is closed when it starts.
+CLOSED = {
+    "stdout": "import os, sys; os.close(1); sys.stdout = sys.__stdout__ = None",
+    "stderr": "import os, sys; os.close(2); sys.stderr = sys.__stderr__ = None",
+}
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_closed_stream_does_not_end_the_work(tmp_path, image_folder, checkpoint, number):
-    argv = ["main_act.py", *MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint]
-    process = start("-c", CLOSED.format(number=number), *argv, "--output_dir", tmp_path / "out")
-    process.communicate()
-    assert process.returncode == 0
+@pytest.mark.parametrize("stream", CLOSED)
+def test_a_closed_stream_does_not_end_the_work(tmp_path, image_folder, checkpoint, stream):
+    argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--output_dir", tmp_path / "out"]
+    assert Script("main_act.py", *argv, log=tmp_path / "log", prepare=CLOSED[stream]).wait() == 0
     assert (tmp_path / "out" / "eval.json").exists()
+
+
+ENDED_PIPE = """
+import os
+read, write = os.pipe()
+os.dup2(write, 1)
+os.close(read)
+os.close(write)
+"""
 
 
 def test_a_pipe_that_ends_and_letters_that_it_lacks_do_not_end_the_work(tmp_path, image_folder):
     path = save_halting_micro(tmp_path / "c.pth", 3, classes=["ä", "ö", "名"])
-    argv = ["main_act.py", *MICRO, "--data-path", image_folder, "--eval", "--finetune", path, "--output_dir", tmp_path]
-    process = start(*argv, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    process.stdout.close()
-    assert re.search(r"\\xe4", process.stderr.read())
+    argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", path, "--output_dir", tmp_path]
+    environment = {"PYTHONIOENCODING": "ascii"}
+    process = Script("main_act.py", *argv, log=tmp_path / "log", environment=environment, prepare=ENDED_PIPE)
     assert process.wait() == 0
+    assert re.search(r"\\xe4", process.errors())
     assert (tmp_path / "eval.json").exists()
 
 
 WITHOUT = """
-import runpy, signal, sys
+import signal
 for name in ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "alarm"):
     delattr(signal, name)
-sys.argv.pop(0)
-runpy.run_path("main_act.py", run_name="__main__")
 """
 
 
-def test_systems_that_lack_signals(image_folder, checkpoint):
+def test_systems_that_lack_signals(image_folder, checkpoint, tmp_path):
     argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--num_workers", "1"]
-    process = start("-c", WITHOUT, "main_act.py", *argv)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    process = Script("main_act.py", *argv, log=tmp_path / "log", prepare=WITHOUT)
+    assert process.wait() == 0, process.errors()
 
 
 def test_no_more_loader_processes_than_cores_that_may_be_used(monkeypatch, image_folder):
@@ -382,11 +383,21 @@ def test_benchmark_checks_its_flags_before_the_work(tmp_path, capsys):
 # Other tools of torch's --------------------------------------------------------------------------
 
 
+IMPORT = """
+import os, sys
+root, elsewhere = sys.argv[2:]
+os.chdir(elsewhere)
+sys.path = ["", *(path for path in sys.path if path and not path.startswith(root + "/tests") and path != root), root]
+import models_act
+from datasets import load_dataset
+"""
+
+
 def test_a_package_called_datasets_is_not_hidden_where_this_folder_comes_last(tmp_path):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("def load_dataset(): ...")
-    code = f"import sys; sys.path.append({str(ROOT)!r}); import models_act; from datasets import load_dataset"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True)
+    process = Script("-c", IMPORT, ROOT, tmp_path, log=tmp_path / "log")
+    assert process.wait() == 0, process.errors()
 
 
 def test_torch_fx_is_answered_as_torchscript_is():

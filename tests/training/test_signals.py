@@ -3,14 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, halting_model, images, make_image_folder
-from processes import in_processes
+from conftest import halting_model, images, make_image_folder
+from processes import Script, in_processes, start_group
 
 from engine_act import evaluate
 from training.signals import StopRequest
@@ -24,32 +21,24 @@ def data(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("interrupts") / "data", classes=3, train=8, val=3)
 
 
-def start(data, out, *flags, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "main_act.py"), *SMALL, "--data-path", str(data)]
-    command += ["--output_dir", str(out), *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 60
-    while not (out / "log.txt").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
+def flags(data, out, *more):
+    return [*SMALL, "--data-path", data, "--output_dir", out, *more]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1"))])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_and_ends_well(data, tmp_path, name):
     """Sent to the whole group, loader processes too, as terminals and Slurm do."""
-    process = start(data, tmp_path / "out", "--num_workers", 2)
+    out = tmp_path / "out"
+    process = Script("main_act.py", *flags(data, out, "--num_workers", 2), log=tmp_path / "log")
+    process.wait_until((out / "log.txt").exists)
     os.killpg(process.pid, getattr(signal, name))
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert f"stopped by {name}" in output.splitlines()[-1]
-    assert "the same command with --resume auto" in output.splitlines()[-1]
-    assert "Traceback" not in errors
-    checkpoint = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
+    assert process.wait() == 0, process.errors()
+    last = process.output().splitlines()[-1]
+    assert f"stopped by {name}" in last
+    assert "the same command with --resume auto" in last
+    assert "Traceback" not in process.errors()
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    epochs = [json.loads(line)["epoch"] for line in (out / "log.txt").read_text().splitlines()]
     assert epochs == list(range(checkpoint["epoch"] + 1))
 
 
@@ -87,12 +76,12 @@ def test_a_second_signal_acts_at_once(monkeypatch):
 
 def test_processes_stop_together(data, tmp_path):
     """Only one of them gets the signal; only one of them tells and logs."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
-    process = start(data, tmp_path / "out", "--num_workers", 0, launcher=launcher)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(children.split()[-1]), signal.SIGUSR1)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    out = tmp_path / "out"
+    group = start_group(2, flags(data, out, "--num_workers", 0), tmp_path)
+    group[0].wait_until((out / "log.txt").exists)
+    os.kill(group[1].pid, signal.SIGUSR1)
+    assert [process.wait() for process in group] == [0, 0], group[0].errors() + group[1].errors()
+    output = group[0].output() + group[1].output()
     assert output.count("stopped by SIGUSR1") == 1
-    epochs = (tmp_path / "out" / "log.txt").read_text().splitlines()
+    epochs = (out / "log.txt").read_text().splitlines()
     assert output.count("Accuracy of the network on the 9 test images") == len(epochs) >= 1
