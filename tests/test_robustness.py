@@ -241,7 +241,7 @@ def test_who_waits_for_others_says_so(image_folder, tmp_path):
         "MASTER_PORT": "29763",
     }
     argv = (*MICRO, "--data-path", image_folder, "--eval")
-    soon = "import utils; utils.TOLD_AFTER = 0.2"
+    soon = "from training import launch; launch.TOLD_AFTER = 0.2"
     process = Script("main_act.py", *argv, log=tmp_path / "log", environment=environment, prepare=soon)
     try:
         process.wait_until(lambda: "\n" in process.errors())
