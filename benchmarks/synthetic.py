@@ -1,4 +1,24 @@
-"""Weights that make tokens halt around a given depth, for tests and benchmarks."""
+"""Weights that impose token depths on a model, for tests and benchmarks.
+
+The halting gate of an A-ViT model reads channel 0 of a token after each block, and its logit is
+gate_scale * channel 0 - gate_center. `set_synthetic_depths` makes channel 0 a straight line over depth, with the same
+slope for all tokens. A token halts soon after its line crosses the threshold, so its start decides its depth:
+
+    channel 0
+        |         A       B
+        |- - - -A- - - -B- - - - - - - - -  threshold: gate_center / gate_scale
+        |     A       B
+        |   A       B
+        | A       B
+        |       B             each block adds `step` to every token
+        |     B
+        |   B
+        | B
+        +----------------------------------> blocks
+
+The starts are normally distributed. Their variance comes from the position of the token (1/2), its content (1/4)
+and the content of its image (1/4), so that depths differ within an image and between images.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +29,66 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import nn
 
+LOGIT_SLOPE = 6.0  # rise of the gate's logit per block: a token halts one or two blocks after its crossing
+
 
 @torch.no_grad()
 def set_synthetic_depths(model: VisionTransformer, mean: float, spread: float) -> None:
     """Set weights so that tokens halt around depth `mean` with standard deviation `spread`, in blocks.
 
-    For tests and benchmarks. Channel 0 then grows by the same step in every block and starts, for
-    each token, from its position (half of the variance), its content (a quarter) and its image (a
-    quarter; the only part for prefix tokens), which the first head of block 1 brings to all of the
-    image's tokens. The shares hold for images of standard normal noise. Other weights, and so the
-    rest of the computation, stay as they are.
-
-    ValueError for a model whose projections have no bias, or whose stem has no projection.
+    Prefix tokens have no position and no content, so their depths vary with the image only. The variances hold for
+    images of standard normal noise. The changed weights are those that write to channels 0 to 2, and the first head of
+    block 1 with its norm.
+    Raises ValueError if the projections have no bias, or if the patch embedding has no projection.
     """
-    blocks, grid, channels = model.blocks, model.patch_embed.num_patches, model.embed_dim
-    if blocks[0].mlp.fc2.bias is None:
-        raise ValueError("depths are imposed by the bias of projections, and it has none")
+    if model.blocks[0].mlp.fc2.bias is None:
+        raise ValueError("depths cannot be imposed, because the projections have no bias")
     if isinstance(model.patch_embed.proj, nn.Identity):
-        raise ValueError("depths are imposed by the projection of patches, and it has none")
-    slope = 6.0  # rise of the gate's logit per block: steep enough to halt within one or two
-    step = slope / model.gate_scale  # the same in units of channel 0
-    crossing = mean - _halting_lag(slope)  # the block where the logit of an average token crosses 0
-    start = (model.gate_center / slope - crossing) * step  # in channel 0; + l * step after block l
+        raise ValueError("depths cannot be imposed, because the patch embedding has no projection")
+    step = LOGIT_SLOPE / model.gate_scale  # added to channel 0 by each block
+    crossing = mean - _mean_blocks_after_crossing(LOGIT_SLOPE)  # depth at which the logit of the mean token is 0
+    start = (model.gate_center / LOGIT_SLOPE - crossing) * step  # channel 0 of the mean token before block 1
+    std = spread * step  # of channel 0 over the tokens
 
     generator = torch.Generator().manual_seed(0)
-    for block in blocks:
-        block.attn.proj.weight[0], block.attn.proj.bias[0] = 0, 0
-        block.mlp.fc2.weight[0], block.mlp.fc2.bias[0] = 0, step
-        for scale in (block.ls1, block.ls2):
-            if not isinstance(scale, nn.Identity):
-                scale.gamma[0] = 1
-
-    kernel = model.patch_embed.proj.weight
-    content, shared = torch.randn(2, *kernel.shape[1:], generator=generator).to(kernel)
-    content, shared = content / content.norm(), shared / shared.norm()  # of unit variance on normal noise
-    kernel[0], kernel[1], kernel[2] = 0.5 * spread * step * content, shared, -shared
-    if model.patch_embed.proj.bias is not None:
-        model.patch_embed.proj.bias[:3] = 0
-
+    for block in model.blocks:
+        _set_step(block, step)
+    _set_content_term(model, math.sqrt(1 / 4) * std, generator)
     is_normed = not isinstance(model.norm_pre, nn.Identity)
-    _set_start(model, 0.0 if is_normed else start, math.sqrt(0.5) * spread * step, generator)
+    _set_start(model, 0.0 if is_normed else start, math.sqrt(1 / 2) * std, generator)
     if is_normed:
         _set_norm(model, start, generator)
-    _set_image_term(blocks[0], 0.5 * spread * step * math.sqrt(grid), start, channels)
+    _set_image_term(model.blocks[0], math.sqrt(1 / 4) * std, start, model.patch_embed.num_patches)
+
+
+def _set_step(block: Block, step: float) -> None:
+    """Make a block add `step` to channel 0 and nothing else."""
+    block.attn.proj.weight[0], block.attn.proj.bias[0] = 0, 0
+    block.mlp.fc2.weight[0], block.mlp.fc2.bias[0] = 0, step
+    for layer_scale in (block.ls1, block.ls2):
+        if not isinstance(layer_scale, nn.Identity):
+            layer_scale.gamma[0] = 1
+
+
+def _set_content_term(model: VisionTransformer, std: float, generator: torch.Generator) -> None:
+    """Make the patch embedding write the content of a patch to channels 0 to 2.
+
+    Channel 0 gets one random projection of the pixels with standard deviation `std`. Channels 1 and 2 get another
+    one and its negative, with unit variance, for `_set_image_term`.
+    """
+    projection = model.patch_embed.proj
+    content, shared = torch.randn(2, *projection.weight.shape[1:], generator=generator).to(projection.weight)
+    content, shared = content / content.norm(), shared / shared.norm()
+    projection.weight[0], projection.weight[1], projection.weight[2] = std * content, shared, -shared
+    if projection.bias is not None:
+        projection.bias[:3] = 0
 
 
 def _set_start(model: VisionTransformer, start: float, position_std: float, generator: torch.Generator) -> None:
-    """Channels 0 to 2 before the first block: `start` plus a term of the position; 0, 0."""
+    """Set what position adds to channels 0 to 2: `start` plus a normal quantile per patch, 0 and 0.
+
+    Prefix tokens get `start`. Without position embeddings, the bias of the patch embedding is `start`.
+    """
     prefix = [t for t in (model.cls_token, model.reg_token, getattr(model, "dist_token", None)) if t is not None]
     for token in prefix:
         token[..., :3] = 0
@@ -70,7 +103,7 @@ def _set_start(model: VisionTransformer, start: float, position_std: float, gene
 
 
 def _set_norm(model: VisionTransformer, start: float, generator: torch.Generator) -> None:
-    """Lets the norm before the blocks leave channels 0 to 2 about as they are, but for `start`."""
+    """Make the norm before the blocks keep channels 0 to 2 approximately unchanged, and add `start` to channel 0."""
     embed, weight = model.patch_embed, model.norm_pre.weight
     noise = torch.randn(4, 3, *embed.img_size, generator=generator)
     weight[:3] = model._pos_embed(embed(noise.to(weight))).std(dim=2).mean()
@@ -78,30 +111,35 @@ def _set_norm(model: VisionTransformer, start: float, generator: torch.Generator
     model.norm_pre.bias[0] = start
 
 
-def _set_image_term(block: Block, std: float, start: float, channels: int) -> None:
-    """Block 1's attention adds the image's mean content (channel 1 - channel 2) to channel 0.
+def _set_image_term(block: Block, std: float, start: float, num_patches: int) -> None:
+    """Make the attention of block 1 add the mean content of the image to channel 0, with standard deviation `std`.
 
-    `std` is that of the term times the square root of the number of patches.
+    The first head attends evenly, and the first channel of its value is channel 1 minus channel 2. Its mean over the
+    patches has a standard deviation proportional to 1 / sqrt(num_patches), which the output projection undoes.
     """
     attn = block.attn
-    queries, value = slice(attn.head_dim), 2 * attn.attn_dim  # of the first head; its first value channel
+    queries, value = slice(attn.head_dim), 2 * attn.attn_dim  # rows of qkv: the first head's queries, its first value
     for parameter in attn.qkv.parameters():
-        parameter[queries] = 0  # the first head attends evenly
+        parameter[queries] = 0
         parameter[value] = 0
     attn.qkv.weight[value, 1], attn.qkv.weight[value, 2] = 1, -1
     block.norm1.weight[1:3] = 1
     if block.norm1.bias is not None:
         block.norm1.bias[1:3] = 0
-    norm = math.sqrt((start**2 + 2) / channels + 1 / 3)  # what norm1 divides by, roughly
-    attn.proj.weight[0, 0] = std * norm / 2
+    norm = math.sqrt((start**2 + 2) / attn.qkv.in_features + 1 / 3)  # estimate of what norm1 divides by
+    attn.proj.weight[0, 0] = std * math.sqrt(num_patches) * norm / 2
 
 
-def _halting_lag(slope: float) -> float:
-    """Mean blocks between a logit's crossing of 0 and the halting of its token."""
+def _mean_blocks_after_crossing(slope: float) -> float:
+    """Return the mean depth of a token minus the depth at which its logit crosses 0, for a logit of this slope.
+
+    The mean is over crossings spread evenly between two blocks.
+    """
     crossing = 20 + torch.linspace(0, 1, 101)[:-1]
-    cumulative = torch.sigmoid(slope * (torch.arange(1, 41)[:, None] - crossing)).cumsum(0)  # [l, crossing]
+    depths = torch.arange(1, 41)[:, None]
+    cumulative = torch.sigmoid(slope * (depths - crossing)).cumsum(0)  # [depth, crossing]
     depth = (cumulative < 0.99).sum(0) + 1
     return (depth - crossing).mean().item()
 
 
-impose_depths = set_synthetic_depths  # its old name
+impose_depths = set_synthetic_depths  # earlier name

@@ -745,7 +745,7 @@ def test_imposed_depths_have_mean_and_spread(gate, options):
 
 
 def test_synthetic_depths_need_biases():
-    with pytest.raises(ValueError, match="bias of projections"):
+    with pytest.raises(ValueError, match="the projections have no bias"):
         set_synthetic_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
 
 
