@@ -1,16 +1,21 @@
-"""Speed, multiply-adds and memory of A-ViT against timm's static network of the same size.
+"""Speed, MACs and memory of A-ViT, compared with timm's static model of the same size.
 
     python benchmark.py --model avit_tiny_patch16_224 --batch-size 1 32 --mean-depth 7.3
     python benchmark.py --train --batch-size 32 --mean-depth 12 7.3 --json out.json
-    python benchmark.py --finetune CKPT --data-path DATA             # depths of real images
-    python benchmark.py --count --batch-size 1 6                     # operations, not seconds
-    python benchmark.py --onnx --batch-size 1 8 32 --threads 1 2     # ONNX Runtime beside PyTorch, on the CPU
+    python benchmark.py --finetune CKPT --data-path DATA             # token depths of real images
+    python benchmark.py --count-ops --batch-size 1 6                 # count ops instead of seconds
+    python benchmark.py --onnx --batch-size 1 8 32 --threads 1 2     # ONNX Runtime and PyTorch on the CPU
 
-Every round times each form once, in turn; figures are medians over the rounds, of ratios too.
-Speed-up is over timm's network; ideal is the ratio of the multiply-adds. The floor is timm's
-network again, whose images lose as many tokens before each block as halt in A-ViT, without a score,
-a sum or an index: what blocks of these sizes cost on this machine. Of several images each keeps as
-many as they do on average, rounded up.
+Each row of a table is a variant (see benchmarks/cases.py). Its columns:
+
+    images/s, range     median over the rounds, lowest and highest
+    speedup             over the static model
+    GMACs, ideal        multiply-accumulates per image, and the speedup if time were proportional to them
+    of ideal            speedup / ideal
+    of floor            speed relative to the floor: the static model on sequences as short as A-ViT's
+    MiB                 peak memory of a call without the weights (CPU: what a training step saves for backward)
+
+Ratios are medians over the rounds as well.
 """
 
 from __future__ import annotations
@@ -27,72 +32,108 @@ from typing import TYPE_CHECKING
 from training.arguments import Parser, at_least_one, budget_share
 
 if TYPE_CHECKING:
-    import torch  # --help and mistakes are answered before it is imported
+    import torch  # imported where it is used, so that --help and errors in flags do not wait for it
+
+    from benchmarks.cases import Case
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="benchmark.py", description="A-ViT against timm's static network of the same size.")
+    """Build the parser of the flags."""
+    parser = Parser(prog="benchmark.py", description="Measure A-ViT against timm's static model of the same size.")
     add = parser.add_argument
-    add("--model", default="avit_tiny_patch16_224", metavar="NAME", help="of ours, or of a plain ViT of timm's")
+    _add_model_flags(add)
+    add("--train", action="store_true", help="measure training steps (forward, backward, AdamW) instead of inference")
+    add("--device", help="cuda or cpu (default: cuda if available)")
+    add("--amp", choices=("none", "fp16", "bf16"), default="none", help="mixed-precision type")
+    add("--count-ops", action="store_true", help="count the ops that halting adds to a block, instead of timing")
+    add(
+        "--onnx",
+        action="store_true",
+        help="compare ONNX graphs in ONNX Runtime with PyTorch, in inference on the CPU",
+    )
+    add(
+        "--threads",
+        type=at_least_one,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="numbers of CPU threads to measure with --onnx",
+    )
+    add("--rounds", type=at_least_one, default=7, metavar="N", help="number of rounds; results are medians")
+    add("--json", metavar="FILE", help="JSON file to write the results to")
+    add("--plot", metavar="FILE", help="image file to draw speedup by mean depth and time by batch size to")
+    earlier = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}  # spellings of earlier versions
+    add("--runs", dest="rounds", type=at_least_one, metavar="N", **earlier)
+    add("--count", dest="count_ops", action="store_true", **earlier)
+    return parser
+
+
+def _add_model_flags(add) -> None:
+    add(
+        "--model",
+        default="avit_tiny_patch16_224",
+        metavar="NAME",
+        help="model name: a registered avit_* model or any plain timm ViT",
+    )
     add(
         "--input-size",
         type=at_least_one,
         metavar="PIXELS",
-        help="image size (default: the checkpoint's, or the model's)",
+        help="side of the square input images in pixels (default: that of the checkpoint or the model)",
     )
-    add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="images per batch")
-    add("--mean-depth", type=float, nargs="+", default=[7.3], metavar="D", help="imposed, with a spread of 2")
-    add("--finetune", metavar="FILE", help="a checkpoint, for the depths of real images")
-    add("--budget", type=budget_share, metavar="SHARE", help="share of the multiply-adds that the checkpoint is to use")
-    add("--data-path", metavar="DIR", help="the images' folder")
-    add("--data-set", default="IMNET", metavar="NAME", help="see main_act.py --help")
-    add("--train", action="store_true", help="time training steps (forward, backward, AdamW)")
-    add("--device", help="cuda or cpu (default: cuda where there is one)")
-    add("--amp", choices=("none", "fp16", "bf16"), default="none", help="mixed precision")
-    add("--count", action="store_true", help="count the operations that halting adds to a block, instead of timing")
+    add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="batch sizes to measure")
     add(
-        "--onnx",
-        action="store_true",
-        help="compare graphs of export_onnx.py, in ONNX Runtime, with PyTorch, on the CPU",
+        "--mean-depth",
+        type=float,
+        nargs="+",
+        default=[7.3],
+        metavar="D",
+        help="mean token depths to impose, in blocks; their standard deviation is 2 blocks",
     )
-    add("--threads", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="of --onnx")
-    add("--runs", type=at_least_one, default=7, metavar="N", help="rounds")
-    add("--json", metavar="FILE", help="write the figures there")
-    add("--plot", metavar="FILE", help="draw speed-up against mean depth, and time against batch size, there")
-    return parser
+    add("--finetune", metavar="FILE", help="checkpoint to measure on real images, instead of imposed depths")
+    add(
+        "--budget",
+        type=budget_share,
+        metavar="SHARE",
+        help="compute budget of the checkpoint as a fraction of the static model's MACs (e.g. 0.4)",
+    )
+    add("--data-path", metavar="DIR", help="dataset folder for --finetune")
+    add("--data-set", default="IMNET", metavar="NAME", help="dataset name for --finetune, see main_act.py --help")
 
 
-MOVED = {  # names that programs outside this repository import from here
-    "STATIC": "cases",
-    "FLOOR": "cases",
-    "EARLY_EXIT": "cases",
-    "Case": "cases",
-    "Floor": "cases",
-    "make_case": "cases",
-    "multiply_adds": "cases",
-    "static_twin": "cases",
-    "measure": "timing",
-    "inference_call": "timing",
-    "training_call": "timing",
-    "training_loss": "timing",
-    "OperationCounter": "operations",
-    "count": "operations",
-    "measure_onnx": "onnx",
-    "plot": "plots",
-    "set_synthetic_depths": "synthetic",
-    "impose_depths": "synthetic",
+MOVED = {  # public names of earlier versions, and where they are now
+    "STATIC": "cases.STATIC",
+    "FLOOR": "cases.FLOOR",
+    "EARLY_EXIT": "cases.EARLY_EXIT",
+    "Case": "cases.Case",
+    "Floor": "cases.Floor",
+    "cases": "cases.cases",
+    "make_case": "cases.make_case",
+    "multiply_adds": "cases.variant_macs",
+    "static_twin": "cases.static_twin",
+    "measure": "timing.measure",
+    "inference_call": "timing.inference_call",
+    "training_call": "timing.training_call",
+    "training_loss": "timing.training_loss",
+    "OperationCounter": "operations.OperationCounter",
+    "count": "operations.count_ops",
+    "measure_onnx": "onnx.measure_onnx",
+    "plot": "plots.plot",
+    "set_synthetic_depths": "synthetic.set_synthetic_depths",
+    "impose_depths": "synthetic.set_synthetic_depths",
 }
 
 
 def __getattr__(name: str):
-    """Import a name that now lives in benchmarks/ on first use, so that `import benchmark` does not import torch."""
+    """Import a name of MOVED when it is used, so that importing this module does not import torch."""
     if name not in MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"benchmarks.{MOVED[name]}"), name)
+    module, _, attribute = MOVED[name].partition(".")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), attribute)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exit with status 2 if a flag or a file is invalid."""
+    """Run the command. Exits with status 2 if a flag or a file is invalid, or if logits are not finite."""
     parser = make_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
@@ -114,54 +155,92 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with status 2 if values of the flags exclude each other or cannot be used."""
-    if args.count and (args.train or args.plot):
-        parser.error("--count counts a forward pass: it goes with neither --train nor --plot")
-    if not all(math.isfinite(depth) for depth in args.mean_depth):
-        parser.error("--mean-depth must be a finite number")
+    """Exit with status 2 if flags exclude each other, or if their values cannot be used."""
+    if args.count_ops and (args.train or args.plot):
+        parser.error("--count-ops counts the ops of a forward pass. Remove --train and --plot.")
+    infinite = [depth for depth in args.mean_depth if not math.isfinite(depth)]
+    if infinite:
+        parser.error(f"--mean-depth must be a finite number, got {infinite[0]}")
     for flag in ("json", "plot"):
-        place = getattr(args, flag) and Path(getattr(args, flag))
-        if place and (place.is_dir() or not os.access(place.parent, os.W_OK)):
-            parser.error(f"--{flag} {place}: cannot be written there")
+        file = getattr(args, flag) and Path(getattr(args, flag))
+        if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+            parser.error(f"--{flag} {file}: cannot be written. Name a file in a writable folder.")
     if args.plot:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        if Path(args.plot).suffix[1:].lower() not in FigureCanvasBase.filetypes:
-            parser.error(f"--plot {args.plot}: expected one of {', '.join(sorted(FigureCanvasBase.filetypes))}")
-    if args.onnx and (args.train or args.count or args.plot or args.amp != "none" or args.device == "cuda"):
-        parser.error("--onnx is inference on the CPU: it goes with none of --train, --count, --plot, --amp and cuda")
-    missing = [name for name in ("onnx", "onnxruntime") if args.onnx and importlib.util.find_spec(name) is None]
-    if missing:
-        parser.error(f"{missing[0]} is missing: pip install -r requirements-export.txt onnxruntime")
+        _check_image_format(parser, args.plot)
+    if args.onnx:
+        _check_onnx_flags(parser, args)
     if args.budget is not None and not args.finetune:
-        parser.error("--budget is that of a checkpoint: it needs --finetune")
+        parser.error("--budget needs a checkpoint. Pass one with --finetune.")
+
+
+def _check_image_format(parser: Parser, path: str) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.filetypes)
+    if Path(path).suffix[1:].lower() not in known:
+        parser.error(f"--plot {path}: unknown image format; expected one of {', '.join(known)}")
+
+
+def _check_onnx_flags(parser: Parser, args: argparse.Namespace) -> None:
+    given = {
+        "--train": args.train,
+        "--count-ops": args.count_ops,
+        "--plot": args.plot,
+        "--amp": args.amp != "none",
+        "--device cuda": args.device == "cuda",
+    }
+    excluded = [flag for flag, is_given in given.items() if is_given]
+    if excluded:
+        parser.error(f"--onnx measures float32 inference on the CPU. Remove {', '.join(excluded)}.")
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        install = "pip install -r requirements-export.txt onnxruntime"
+        parser.error(f"--onnx needs the package {missing[0]}. Install it with: {install}")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Measure each case and print its table; return the rows of all tables."""
-    from benchmarks import onnx, operations, timing
+    """Measure each case, print its tables and return the rows of all of them."""
     from benchmarks.cases import cases
     from training.models import check_model_name
 
     check_model_name(args.model)
     results = []
     for case in cases(args, device):
-        size = "x".join(map(str, case.images.shape[-2:]))
-        mean_depth = case.depth.mean().item()
-        title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {mean_depth:.2f}, {args.amp}"
-        if args.onnx:
-            rows = onnx.onnx_tables(title, case, args.threads, args.runs)
-        elif args.count:
-            rows = operations.count(case, device, args.amp)
-            table = operations.format_counts(rows)
-            print(f"\n{title}: operations per block beyond a static block's\n{table}", flush=True)
-        else:
-            rows = timing.measure(case, device, args.amp, args.train, args.runs)
-            mode, table = "training step" if args.train else "inference", timing.format_rows(rows)
-            print(f"\n{title}, {mode}\n{table}", flush=True)
-        about = {"model": args.model, "train": args.train, "amp": args.amp, "device": str(device)}
-        results += [{**about, "batch_size": case.batch_size, "mean_depth": mean_depth, **row} for row in rows]
+        rows = measure_case(case, args, device)
+        about = {
+            "model": args.model,
+            "train": args.train,
+            "amp": args.amp,
+            "device": str(device),
+            "batch_size": case.batch_size,
+            "mean_depth": case.depth.mean().item(),
+        }
+        results += [about | row for row in rows]
     return results
+
+
+def measure_case(case: Case, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Measure one case, print its tables and return their rows."""
+    from benchmarks import onnx, operations, timing
+
+    size = "x".join(map(str, case.images.shape[-2:]))
+    title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {case.depth.mean().item():.2f}, {args.amp}"
+    if args.count_ops:
+        rows = operations.count_ops(case, device, args.amp)
+        print(f"\n{title}: ops per block added to the static model\n{operations.format_counts(rows)}", flush=True)
+        return rows
+    if not args.onnx:
+        rows = timing.measure(case, device, args.amp, args.train, args.rounds)
+        kind = "training step" if args.train else "inference"
+        print(f"\n{title}, {kind}\n{timing.format_rows(rows)}", flush=True)
+        return rows
+    all_rows = []
+    for threads in args.threads:
+        rows = onnx.measure_onnx(case, threads, args.rounds)
+        clock = "1 thread, CPU time" if threads == 1 else f"{threads} threads, wall time"
+        print(f"\n{title}, {clock}\n{onnx.format_onnx_rows(rows)}", flush=True)
+        all_rows += rows
+    return all_rows
 
 
 if __name__ == "__main__":

@@ -1,7 +1,17 @@
-"""The models and images that the benchmark compares: A-ViT, timm's static model and the floor."""
+"""The models and images that benchmark.py compares.
+
+A case is one model with images of known token depths. Its variants share the weights:
+
+    static (timm)        timm's model of the same size
+    floor                the static model on shorter sequences, without any halting
+    masked               A-ViT with halted tokens masked
+    zipped               A-ViT with halted tokens removed
+    zipped, early exit   zipped, and an image is dropped once its prefix tokens have halted (inference only)
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import math
@@ -19,67 +29,87 @@ from models_act import AdaptiveTokens, macs_per_image
 from training.checkpoints import Checkpoint
 from training.models import create_model, default_image_size
 
-STATIC, FLOOR, EARLY_EXIT = "static (timm)", "floor", "zipped, early exit"  # rows of a table
+STATIC, FLOOR, MASKED, ZIPPED = "static (timm)", "floor", "masked", "zipped"  # rows of the tables
+EARLY_EXIT = "zipped, early exit"
 
-MIN_IMAGES = 32  # that one timing sees at least, in batches: single images differ in depth
+MIN_IMAGES = 32  # images of a case, at least: single images differ in depth
 
 
 class Case(NamedTuple):
-    """What one table is about."""
+    """A model, its images and their token depths: the input of one table."""
 
     batch_size: int
-    depth: Tensor  # [number of images, N], measured
+    depth: Tensor  # [number of images, N], as the model predicts it
     images: Tensor  # [number of images, 3, H, W]
     model: nn.Module
 
     @property
     def batches(self) -> tuple[Tensor, ...]:
+        """The images in batches of `batch_size`."""
         return self.images.split(self.batch_size)
 
 
-def cases(args, device: torch.device) -> Iterator[Case]:
-    """Imposed depths on normal noise, or a checkpoint's on real images."""
+def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """Yield the cases of the flags of benchmark.py.
+
+    With --finetune: the checkpoint on real images, once per batch size.
+    Without: imposed depths on images of Gaussian noise, once per batch size and mean depth.
+    Raises UserError if the depths cannot be imposed, and FloatingPointError if the logits are not finite.
+    """
     for batch_size in args.batch_size:
-        count = batch_size * math.ceil(MIN_IMAGES / batch_size)
+        num_images = batch_size * math.ceil(MIN_IMAGES / batch_size)
         if args.finetune:
-            yield make_case(batch_size, *_real(args, count, device))
+            yield make_case(batch_size, *_load_real_case(args, num_images, device))
             continue
         for mean_depth in args.mean_depth:
             size = (args.input_size,) * 2 if args.input_size else default_image_size(args.model)
             model = create_model(args.model, size)
-            _impose(args.model, model, mean_depth)
-            images = torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+            _impose_depths(args.model, model, mean_depth)
+            generator = torch.Generator().manual_seed(0)
+            images = torch.randn(num_images, 3, *model.patch_embed.img_size, generator=generator)
             yield make_case(batch_size, model.to(device), images.to(device))
 
 
-def _impose(name: str, model: nn.Module, mean_depth: float) -> None:
+def _impose_depths(name: str, model: nn.Module, mean_depth: float) -> None:
     try:
         set_synthetic_depths(model, mean_depth, spread=2.0)
     except ValueError as error:
-        raise utils.UserError(f"--model {name}: {error}; give a trained network with --finetune") from error
+        raise utils.UserError(f"--model {name}: {error}. Pass a trained checkpoint with --finetune.") from error
 
 
-def _real(args, count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+def _load_real_case(args: argparse.Namespace, num_images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """Load the checkpoint of --finetune, and images spread over the evaluation set of --data-path."""
     checkpoint = Checkpoint.load(args.finetune)
-    model = checkpoint.build_model(args.model, img_size=args.input_size and (args.input_size,) * 2, budget=args.budget)
-    known = {"num_classes": model.num_classes} if "/" in args.data_set else {}  # timm's data sets may not know it
-    known |= {"preprocessing": Preprocessing.from_model(model)}
-    data = build_dataset(args.data_set, args.data_path, False, model.patch_embed.img_size, **known)
-    return model.to(device), spread_sample(data, count)[0].to(device)
+    img_size = (args.input_size,) * 2 if args.input_size else None
+    model = checkpoint.build_model(args.model, img_size=img_size, budget=args.budget)
+    dataset = build_dataset(
+        args.data_set,
+        args.data_path,
+        False,
+        model.patch_embed.img_size,
+        num_classes=model.num_classes if "/" in args.data_set else None,  # timm's datasets may not record it
+        preprocessing=Preprocessing.from_model(model),
+    )
+    return model.to(device), spread_sample(dataset, num_images)[0].to(device)
 
 
 @torch.no_grad()
 def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
+    """Run the model on the images and build a case with the token depths that it predicts.
+
+    images: [number of images, 3, H, W]
+    Raises FloatingPointError if logits are not finite.
+    """
     model.eval()
-    answers = [model(batch, return_halting=True) for batch in images.split(batch_size)]
-    for logits, _ in answers:
+    outputs = [model(batch, return_halting=True) for batch in images.split(batch_size)]
+    for logits, _ in outputs:
         utils.check_finite(logits)
-    depth = torch.cat([halting.depth for _, halting in answers])
+    depth = torch.cat([halting.depth for _, halting in outputs])
     return Case(batch_size, depth, images, model)
 
 
 def static_twin(model: AdaptiveTokens) -> VisionTransformer:
-    """timm's own network of the same size, with the same weights: what `adapt` was given."""
+    """Return timm's static model of the same size with a copy of the weights: the inverse of `adapt`."""
     twin = copy.deepcopy(model)
     bases = type(model).__mro__
     twin.__class__ = next(b for b in bases if issubclass(b, VisionTransformer) and not issubclass(b, AdaptiveTokens))
@@ -87,33 +117,40 @@ def static_twin(model: AdaptiveTokens) -> VisionTransformer:
 
 
 class Floor(nn.Module):
-    """A static network that runs each block on the first tokens alone: as many, on average, as live in the case."""
+    """timm's static model, run on the first tokens of each image only.
 
-    def __init__(self, network: VisionTransformer, case: Case):
+    Each block receives as many tokens per image as A-ViT has live there on average over the batch, rounded up. No
+    score, sum or index is computed, so the time is that of blocks of these sizes on this machine. Calls must take
+    the batches of the case in order, because each batch has its own token counts.
+    """
+
+    def __init__(self, static: VisionTransformer, case: Case):
         super().__init__()
-        self.network, self.blocks, self.num_classes = network, network.blocks, network.num_classes
+        self.static, self.blocks, self.num_classes = static, static.blocks, static.num_classes
         blocks = torch.arange(case.model.num_blocks)[:, None, None]
         live = [(depth.cpu() > blocks).sum(dim=(1, 2)) for depth in case.depth.split(case.batch_size)]  # [L] per batch
-        counts = [-(-live_rows // case.batch_size) for live_rows in torch.stack(live)]
-        self.num_tokens = itertools.cycle([c.tolist() for c in counts])
+        per_image = [-(-tokens // case.batch_size) for tokens in live]  # rounded up
+        self.num_tokens = itertools.cycle([tokens.tolist() for tokens in per_image])
 
     def forward(self, images: Tensor) -> Tensor:
-        network = self.network
-        x = network.norm_pre(network._pos_embed(network.patch_embed(images)))
-        for block, count in zip(network.blocks, next(self.num_tokens)):
-            if count:
-                x = block(x[:, :count])
-        return network.forward_head(network.norm(x))
+        """Return the logits, [B, num_classes], of images [B, 3, H, W]."""
+        static = self.static
+        x = static.norm_pre(static._pos_embed(static.patch_embed(images)))
+        for block, num_tokens in zip(static.blocks, next(self.num_tokens)):
+            if num_tokens:
+                x = block(x[:, :num_tokens])
+        return static.forward_head(static.norm(x))
 
 
-def multiply_adds(model: nn.Module, depth: Tensor) -> dict[str, float]:
-    """depth: [B, N] -> per image, of each form, as computed.
+def variant_macs(model: nn.Module, depth: Tensor) -> dict[str, float]:
+    """Return the mean MACs per image of each variant.
 
-    With early exit no token goes on after those of its image that the head reads.
+    depth: [B, N]
+    With early exit, an image is dropped once the tokens that the head reads have halted.
     """
-    prefix = model.num_prefix_tokens if model.reads_prefix else depth.shape[1]
-    last_needed = depth[:, :prefix].amax(dim=1, keepdim=True)
+    num_read = model.num_prefix_tokens if model.reads_prefix else depth.shape[1]
+    last_needed = depth[:, :num_read].amax(dim=1, keepdim=True)
     static = macs_per_image(model, torch.full_like(depth, model.num_blocks)).mean().item()
     adaptive = macs_per_image(model, depth).mean().item()
     early = macs_per_image(model, depth.minimum(last_needed)).mean().item()
-    return {STATIC: static, FLOOR: adaptive, "masked": static, "zipped": adaptive, EARLY_EXIT: early}
+    return {STATIC: static, FLOOR: adaptive, MASKED: static, ZIPPED: adaptive, EARLY_EXIT: early}

@@ -1,4 +1,4 @@
-"""Ops that halting adds to a block."""
+"""The ops that halting adds to a block, counted instead of timed: on a GPU an op is at least one kernel launch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from utils import autocast
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations that torch is asked for, by name, and apart `waits` for the device and `copies` to it.
+    """Counter of the ops that torch executes, by name, and of host-device syncs and copies.
 
-    Left out are views, and what gives a tensor memory or a name and does no work. On a CPU, other
-    operators stand in for CUDA's attention.
+    operations: number of calls of each op, without views and ops that only allocate memory or rename a tensor
+    waits: ops that make the host wait for the device
+    copies: tensors built from Python numbers, each a copy to the device
+
+    On a CPU, ragged attention replaces CUDA's kernels for variable sequence lengths, which do not run there.
     """
 
     FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_unsafe_view", "promote_types")
@@ -36,55 +39,66 @@ class OperationCounter(TorchDispatchMode):
         name = function._schema.name.removeprefix("aten::")
         if name in self.WAITS:
             self.waits += 1
-        elif name == "lift_fresh":  # a tensor of numbers that the host has
+        elif name == "lift_fresh":
             self.copies += 1
         elif not function.is_view and name not in self.FREE:
             self.operations["attention" if "attention" in name else name] += 1
         if name in self.VARLEN and not args[0].is_cuda:
-            q, k, v = (x.view(1, *x.shape[-3:]).transpose(1, 2) for x in args[:3])
-            out = zipping.ragged_attention(q, k, v, list(filter(None, args[4].diff().tolist())))
-            others = [torch.empty(0) if "Tensor" in str(r.type) else 0 for r in function._schema.returns[1:]]
-            return out.transpose(1, 2).view_as(args[0]), *others
+            return self._varlen_attention_on_cpu(function, args)
         return function(*args, **(kwargs or {}))
 
+    @staticmethod
+    def _varlen_attention_on_cpu(function, args: tuple) -> tuple:
+        """Return the output that CUDA's op would return; the op's other outputs are empty.
 
-def count(case: Case, device: torch.device, amp: str) -> list[dict]:
-    """A row for each form, and for logits alone and with halting: operations per block beyond a static block's.
+        args: q, k, v, [T, H, D] or [1, T, H, D]; the fifth has the start of each sequence and the end of the last.
+        """
+        q, k, v = (x.view(1, *x.shape[-3:]).transpose(1, 2) for x in args[:3])
+        seqlens = [length for length in args[4].diff().tolist() if length]
+        out = zipping.ragged_attention(q, k, v, seqlens)
+        others = [torch.empty(0) if "Tensor" in str(r.type) else 0 for r in function._schema.returns[1:]]
+        return out.transpose(1, 2).view_as(args[0]), *others
 
-    CUDA's form without Triton's kernels, which are no operations.
+
+def count_ops(case: Case, device: torch.device, amp: str) -> list[dict]:
+    """Count the ops of a forward pass beyond those of the static model, per block.
+
+    Returns one row per token store, and for logits with and without halting. A CPU counts both stores, a GPU its own.
+    The CUDA store is counted without the Triton kernels, which are not torch ops.
     """
     model, images = copy.deepcopy(case.model).eval(), case.batches[0]
     model.early_exit = False
-    static = _operations(static_twin(model).eval(), images, amp)
+    static = _run_counted(static_twin(model).eval(), images, amp)
     rows = []
-    for form in ("device",) if device.type == "cuda" else ("CPU", "device"):
+    for store in ("CUDA",) if device.type == "cuda" else ("CPU", "CUDA"):
         with (
-            patch.object(zipping, "uses_device_form", lambda x, form=form: form == "device"),
+            patch.object(zipping, "uses_device_form", lambda x, store=store: store == "CUDA"),
             patch.object(models_act, "uses_kernels", lambda x: False),
         ):
-            for what, options in {"logits": {}, "with halting": {"return_halting": True}}.items():
-                found = _operations(model, images, amp, **options)
-                names = (found.operations | static.operations).keys()
-                beyond = {n: (found.operations[n] - static.operations[n]) / model.num_blocks for n in names}
-                row = {"form": f"{form} form, {what}", "operations": sum(beyond.values()), "by_name": beyond}
-                if form == "device":  # on a CPU nothing is waited for, and numbers need no copy
-                    row |= {"waits": found.waits / model.num_blocks, "copies": found.copies / model.num_blocks}
+            for outputs, options in {"logits": {}, "with halting": {"return_halting": True}}.items():
+                counter = _run_counted(model, images, amp, **options)
+                names = (counter.operations | static.operations).keys()
+                added = {n: (counter.operations[n] - static.operations[n]) / model.num_blocks for n in names}
+                row = {"form": f"{store} store, {outputs}", "operations": sum(added.values()), "by_name": added}
+                if store == "CUDA":  # the CPU has no syncs and no copies to a device
+                    row |= {"waits": counter.waits / model.num_blocks, "copies": counter.copies / model.num_blocks}
                 rows.append(row)
     return rows
 
 
 @torch.no_grad()
-def _operations(model: nn.Module, images: Tensor, amp: str, **options) -> OperationCounter:
+def _run_counted(model: nn.Module, images: Tensor, amp: str, **options) -> OperationCounter:
     with autocast(images.device, amp), OperationCounter() as counter:
         model(images, **options)
     return counter
 
 
 def format_counts(rows: list[dict]) -> str:
-    lines = [f"{'':28}{'operations':>11}{'waits':>7}{'copies':>8}  by name"]
+    """Format the rows of `count_ops` as a table."""
+    lines = [f"{'':28}{'ops':>11}{'syncs':>7}{'copies':>8}  by name"]
     for row in rows:
         by_name = sorted(row["by_name"].items(), key=lambda item: -abs(item[1]))
         names = ", ".join(f"{name} {value:.1f}" for name, value in by_name if abs(value) >= 0.05)
-        waits, copies = (f"{row[key]:.1f}" if key in row else "" for key in ("waits", "copies"))
-        lines.append(f"{row['form']:28}{row['operations']:>11.1f}{waits:>7}{copies:>8}  {names}")
+        syncs, copies = (f"{row[key]:.1f}" if key in row else "" for key in ("waits", "copies"))
+        lines.append(f"{row['form']:28}{row['operations']:>11.1f}{syncs:>7}{copies:>8}  {names}")
     return "\n".join(lines)

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import STATIC
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.cases import STATIC, ZIPPED
 
 
 def plot(results: list[dict], path: str) -> None:
-    """Speed-up against mean depth, with the ideal as a line; time against batch size."""
-    from matplotlib.figure import Figure
+    """Draw speedup against mean depth, and time per batch against batch size.
 
+    results: rows of `timing.measure`, with batch_size and mean_depth
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_depth, by_batch = figure.subplots(1, 2)
     largest = max(row["batch_size"] for row in results)
-    zipped = [row for row in results if row["form"] == "zipped"]
-    at_largest = sorted((row for row in zipped if row["batch_size"] == largest), key=lambda row: row["mean_depth"])
-    depths = [row["mean_depth"] for row in at_largest]
-    by_depth.plot(depths, [row["ideal"] for row in at_largest], "--", color="gray", label="ideal (multiply-adds)")
-    by_depth.plot(depths, [row["speed_up"] for row in at_largest], "o-", color="tab:blue", label="measured")
-    by_depth.axhline(1, color="black", linewidth=0.8)
-    by_depth.set(xlabel="mean depth of a token", ylabel=f"speed-up over static, batch {largest}", ylim=(0, None))
-    by_depth.legend()
-    for form, color in ((STATIC, "black"), ("zipped", "tab:blue")):
-        shallowest = min(row["mean_depth"] for row in results if row["batch_size"] == largest)
-        rows = [r for r in results if r["form"] == form and abs(r["mean_depth"] - shallowest) < 1]
-        rows.sort(key=lambda row: row["batch_size"])
-        sizes = [row["batch_size"] for row in rows]
-        milliseconds = [1e3 * row["batch_size"] / row["images_per_s"] for row in rows]
-        by_batch.plot(sizes, milliseconds, "o-", color=color, label=form)
-    by_batch.set(xlabel="batch size", ylabel="milliseconds per batch", xlim=(0, None), ylim=(0, None))
-    by_batch.legend()
+    at_largest = [row for row in results if row["batch_size"] == largest]
+    _plot_speedup(by_depth, at_largest, largest)
+    smallest_depth = min(row["mean_depth"] for row in at_largest)
+    _plot_time(by_batch, [row for row in results if abs(row["mean_depth"] - smallest_depth) < 1])
     figure.savefig(path, dpi=150)
+
+
+def _plot_speedup(axes: Axes, rows: list[dict], batch_size: int) -> None:
+    rows = sorted((row for row in rows if row["form"] == ZIPPED), key=lambda row: row["mean_depth"])
+    depths = [row["mean_depth"] for row in rows]
+    axes.plot(depths, [row["ideal"] for row in rows], "--", color="gray", label="ideal (ratio of MACs)")
+    axes.plot(depths, [row["speed_up"] for row in rows], "o-", color="tab:blue", label="measured")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="mean token depth", ylabel=f"speedup over the static model, batch {batch_size}", ylim=(0, None))
+    axes.legend()
+
+
+def _plot_time(axes: Axes, rows: list[dict]) -> None:
+    for variant, color in ((STATIC, "black"), (ZIPPED, "tab:blue")):
+        points = sorted((row for row in rows if row["form"] == variant), key=lambda row: row["batch_size"])
+        sizes = [row["batch_size"] for row in points]
+        milliseconds = [1e3 * row["batch_size"] / row["images_per_s"] for row in points]
+        axes.plot(sizes, milliseconds, "o-", color=color, label=variant)
+    axes.set(xlabel="batch size", ylabel="milliseconds per batch", xlim=(0, None), ylim=(0, None))
+    axes.legend()

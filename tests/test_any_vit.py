@@ -250,7 +250,7 @@ def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, m
     assert network.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
     visualize.main(["--finetune", path, str(image_folder / "val"), "--output-dir", str(tmp_path / "pictures")])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 9
-    options = ["--runs", "1", "--batch-size", "9", "--mean-depth", "7"]
+    options = ["--rounds", "1", "--batch-size", "9", "--mean-depth", "7"]
     benchmark.main(["--finetune", path, "--model", name, "--data-path", str(image_folder), *options])
     benchmark.main(["--model", name, "--input-size", "48", *options])
     assert "zipped, early exit" in capsys.readouterr().out
@@ -277,4 +277,4 @@ def test_depths_that_cannot_be_imposed_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cases, "create_model", lambda *_: small)
     with pytest.raises(SystemExit):
         benchmark.main(["--model", "aimv2_large_patch14_224"])
-    assert "give a trained network with --finetune" in capsys.readouterr().err
+    assert "Pass a trained checkpoint with --finetune." in capsys.readouterr().err

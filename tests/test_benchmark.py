@@ -6,7 +6,7 @@ import torch
 from conftest import halting_model, images, save_halting_micro
 
 import benchmark
-from benchmarks import cases, operations, timing
+from benchmarks import cases, operations, synthetic, timing
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def brief(monkeypatch):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
-    flags = ["--model", "avit_micro_patch4_32", "--batch-size", "2", "3", "--mean-depth", "4", "7", "--runs", "1"]
+def test_rows_are_relative_to_the_static_model(tmp_path, train, capsys):
+    flags = ["--model", "avit_micro_patch4_32", "--batch-size", "2", "3", "--mean-depth", "4", "7", "--rounds", "1"]
     flags += ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")] + ["--train"] * train
     benchmark.main(flags)
     rows = json.loads((tmp_path / "b.json").read_text())
@@ -41,24 +41,24 @@ def test_rows_compare_with_the_static_network(tmp_path, train, capsys):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @torch.no_grad()
-def test_the_floor_runs_timms_blocks_on_as_many_rows(batch_size):
+def test_floor_runs_static_blocks_on_as_many_tokens(batch_size):
     model = halting_model(early_exit=False).eval()
     case = cases.make_case(batch_size, model, images(6))
     rows = {"floor": [], "zipped": []}
     floor = cases.Floor(cases.static_twin(model), case).eval()
-    for form, network in (("floor", floor.network), ("zipped", model)):
+    for form, network in (("floor", floor.static), ("zipped", model)):
         for block in network.blocks:
             qkv = block.attn.qkv.forward
             block.attn.qkv.forward = lambda x, f=form, qkv=qkv: rows[f].append(x.shape[:2].numel()) or qkv(x)
     for batch in case.batches:
         floor(batch)
         model(batch)
-    lengths = [-(-n // batch_size) * batch_size for n in rows["zipped"]]  # so many for each image
+    lengths = [-(-n // batch_size) * batch_size for n in rows["zipped"]]  # rounded up per image
     assert rows["floor"] == lengths
 
 
-def test_a_step_of_mixed_precision_survives_gradients_that_overflow():
-    """Unscaled, one infinite gradient makes AdamW write NaN at any rate, and then every token halts at once."""
+def test_overflowing_fp16_gradients_leave_weights_unchanged():
+    """Without gradient scaling, one infinite gradient makes AdamW write NaN even at learning rate 0."""
     model = halting_model()
     model.head.weight.data *= 3e4
     before = copy.deepcopy(model.state_dict())
@@ -66,29 +66,29 @@ def test_a_step_of_mixed_precision_survives_gradients_that_overflow():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_training_step_asks_for_halting_as_training_does(monkeypatch):
+def test_training_call_requests_halting(monkeypatch):
     model, asked = halting_model(), []
     monkeypatch.setattr(model, "forward", lambda x, f=model.forward, **o: asked.append(o) or f(x, **o))
     timing.training_call(model, [images(2)], "none")()
     assert asked == [{"return_halting": True}]
 
 
-def test_operations_that_halting_adds_are_few(tmp_path, capsys):
-    """The limits are those that were aimed at: on a GPU an operation is a launch."""
-    flags = ["--count", "--batch-size", "1", "6", "--input-size", "112", "--json", str(tmp_path / "counts.json")]
+def test_halting_adds_few_ops(tmp_path, capsys):
+    """The limits are design targets: on a GPU every op is at least one kernel launch."""
+    flags = ["--count-ops", "--batch-size", "1", "6", "--input-size", "112", "--json", str(tmp_path / "counts.json")]
     benchmark.main([*flags, "--mean-depth", "6", "9"])
-    assert "operations per block" in capsys.readouterr().out
+    assert "ops per block added to the static model" in capsys.readouterr().out
     rows = json.loads((tmp_path / "counts.json").read_text())
-    assert [row["form"] for row in rows[:2]] == ["CPU form, logits", "CPU form, with halting"]
+    assert [row["form"] for row in rows[:2]] == ["CPU store, logits", "CPU store, with halting"]
     for row in rows:
-        limit = 26 if row["form"].startswith("device") else 8 if row["batch_size"] == 1 else 20
+        limit = 26 if row["form"].startswith("CUDA") else 8 if row["batch_size"] == 1 else 20
         assert 0 < row["operations"] < limit, row
-        if row["form"].startswith("device"):
+        if row["form"].startswith("CUDA"):
             assert row["waits"] <= 1
             assert row["copies"] == 0
 
 
-def test_waits_and_copies_are_counted():
+def test_syncs_and_copies_are_counted():
     x = torch.randn(5)
     with operations.OperationCounter() as counter:
         x.sum().item()
@@ -99,28 +99,28 @@ def test_waits_and_copies_are_counted():
     assert counter.copies == 1
 
 
-def test_counting_goes_with_neither_training_nor_a_plot(capsys):
+def test_count_ops_excludes_train_and_plot(capsys):
     for flags in (["--train"], ["--plot", "p.png"]):
         with pytest.raises(SystemExit):
-            benchmark.main(["--count", *flags])
-        assert "goes with neither" in capsys.readouterr().err
+            benchmark.main(["--count-ops", *flags])
+        assert "Remove --train and --plot." in capsys.readouterr().err
 
 
-def test_operations_in_half_precision(capsys):
-    benchmark.main(["--count", "--model", "avit_micro_patch4_32", "--batch-size", "2", "--amp", "bf16"])
-    assert "device form" in capsys.readouterr().out
+def test_ops_are_counted_in_half_precision(capsys):
+    benchmark.main(["--count-ops", "--model", "avit_micro_patch4_32", "--batch-size", "2", "--amp", "bf16"])
+    assert "CUDA store" in capsys.readouterr().out
 
 
-def test_depths_of_real_images(image_folder, tmp_path):
+def test_finetune_measures_depths_of_real_images(image_folder, tmp_path):
     flags = ["--model", "avit_micro_patch4_32", "--finetune", str(save_halting_micro(tmp_path / "c.pth", 3))]
-    flags += ["--data-path", str(image_folder), "--batch-size", "4", "--runs", "1"]
+    flags += ["--data-path", str(image_folder), "--batch-size", "4", "--rounds", "1"]
     benchmark.main([*flags, "--json", str(tmp_path / "b.json")])
     assert json.loads((tmp_path / "b.json").read_text())[0]["mean_depth"] < 12
 
 
 @pytest.mark.parametrize("distilled", [False, True])
 @torch.no_grad()
-def test_the_static_twin_is_timms_network_with_the_same_weights(distilled):
+def test_static_twin_is_timms_model_with_the_same_weights(distilled):
     model = halting_model(distilled=distilled).eval()
     twin = cases.static_twin(model).eval()
     assert type(twin).__module__.startswith("timm.")
@@ -129,17 +129,34 @@ def test_the_static_twin_is_timms_network_with_the_same_weights(distilled):
     assert torch.equal(twin(x), model(x))
 
 
-def test_mistakes_get_one_line(capsys):
+def test_missing_checkpoint_exits_with_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--finetune", "missing.pth"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "benchmark.py: error: missing.pth: no such file\n"
 
 
-def test_onnx_beside_pytorch(capsys, tmp_path):
+def test_earlier_spellings_are_accepted():
+    parse = benchmark.make_parser().parse_args
+    assert parse(["--runs", "3", "--count"]) == parse(["--rounds", "3", "--count-ops"])
+    assert "--runs" not in benchmark.make_parser().format_help()
+    assert "--count " not in benchmark.make_parser().format_help()
+
+
+def test_earlier_names_are_importable():
+    namespace = {}
+    exec(f"from benchmark import {', '.join(benchmark.MOVED)}", namespace)
+    assert namespace["impose_depths"] is namespace["set_synthetic_depths"] is synthetic.set_synthetic_depths
+    assert namespace["multiply_adds"] is cases.variant_macs
+    assert namespace["count"] is operations.count_ops
+    with pytest.raises(AttributeError, match="module 'benchmark' has no attribute 'no_such_name'"):
+        _ = benchmark.no_such_name
+
+
+def test_onnx_is_compared_with_pytorch(capsys, tmp_path):
     pytest.importorskip("onnxruntime")
     threads = torch.get_num_threads()
-    argv = ["--model", "avit_micro_patch4_32", "--onnx", "--mean-depth", "5", "--runs", "2", "--json"]
+    argv = ["--model", "avit_micro_patch4_32", "--onnx", "--mean-depth", "5", "--rounds", "2", "--json"]
     benchmark.main([*argv, str(tmp_path / "out.json"), "--batch-size", "1", "4"])
     rows = json.loads((tmp_path / "out.json").read_text())
     one = ["PyTorch static", "PyTorch zipped", "ONNX static", "ONNX zipped"]
@@ -155,15 +172,15 @@ def test_onnx_beside_pytorch(capsys, tmp_path):
     assert "2 threads, wall time" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--train"], ["--count"], ["--amp", "bf16"], ["--device", "cuda"]])
-def test_onnx_is_inference_on_the_cpu(flags, capsys):
+@pytest.mark.parametrize("flags", [["--train"], ["--count-ops"], ["--amp", "bf16"], ["--device", "cuda"]])
+def test_onnx_excludes_training_counting_and_amp(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--onnx", *flags])
     assert stopped.value.code == 2
-    assert "--onnx is inference on the CPU" in capsys.readouterr().err
+    assert "--onnx measures float32 inference on the CPU. Remove --" in capsys.readouterr().err
 
 
-def test_a_network_that_cannot_be_exported_is_told(capsys):
+def test_onnx_with_unsupported_model_exits(capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--onnx", "--model", "vit_tiny_r_s16_p8_224", "--batch-size", "1"])
     assert stopped.value.code == 2

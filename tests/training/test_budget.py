@@ -278,7 +278,7 @@ def test_other_commands_ask_for_budgets_too(capsys, image_folder, tmp_path):
     image = next((image_folder / "val").rglob("*.png"))
     visualize.main([str(image), "--finetune", str(known), "--budget", "0.4", "--output-dir", str(tmp_path / "out")])
     assert "gate_center 10, for a budget of 0.4" in capsys.readouterr().out
-    flags = ["--data-path", str(image_folder), "--finetune", str(known), "--runs", "1", "--batch-size", "2"]
+    flags = ["--data-path", str(image_folder), "--finetune", str(known), "--rounds", "1", "--batch-size", "2"]
     benchmark.main([*flags, "--model", "avit_micro_patch4_32", "--budget", "0.5"])
     assert "gate_center 20, for a budget of 0.5" in capsys.readouterr().out
     for command, refused_flags in (
