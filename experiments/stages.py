@@ -70,7 +70,7 @@ def record(run: Path, file: Path, seconds: int, command: str) -> None:
         found["seconds"] = max(seconds, round(training))
     if (run / "eval.json").exists():
         found["eval"] = json.loads((run / "eval.json").read_text())
-        found["hits"] = "".join(str(int(hit)) for hit in read_correct(run / "predictions.csv")[1])
+        found["correct"] = "".join(str(int(correct)) for correct in read_correct(run / "predictions.csv")[1])
     text = json.dumps(found, indent=1) + "\n"
     partial = file.with_name(f"{file.name}.partial")
     with partial.open("w") as out:
@@ -157,9 +157,9 @@ def by_seed(stages: dict, prefix: str) -> dict[str, dict]:
     return {seed: stage for seed, stage in sorted(named.items()) if seed.isdecimal()}
 
 
-def hits(stages: Iterable[dict]) -> np.ndarray:
+def correct_rate(stages: Iterable[dict]) -> np.ndarray:
     """How often each image was recognised, over the seeds: [N], 0 to 1."""
-    return np.mean([np.array(list(stage["hits"]), dtype=float) for stage in stages], axis=0)
+    return np.mean([np.array(list(stage["correct"]), dtype=float) for stage in stages], axis=0)
 
 
 def share_saved(figures: dict, prefix: str = "") -> float:

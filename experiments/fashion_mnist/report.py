@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compare import paired_difference
-from experiments.stages import HELD_OUT, by_seed, held_out, hits, mean_and_error, share_saved, table
+from experiments.stages import HELD_OUT, by_seed, correct_rate, held_out, mean_and_error, share_saved, table
 
 
 def report(results: Path, file: Path, chosen: str) -> None:
@@ -43,10 +43,10 @@ def _test_table(stages: dict) -> str:
         depth = mean_and_error([e["depth_mean"] for e in evals])
         rows.append((name, str(len(runs)), mean_and_error([e["acc1"] for e in evals]), depth, macs))
     by_seed = [a["eval"]["acc1"] - c["eval"]["acc1"] for c, a in zip(control, adaptive)]
-    difference, error = paired_difference(hits(control), hits(adaptive))
+    difference, error = paired_difference(correct_rate(control), correct_rate(adaptive))
     head = ("network", "seeds", "top-1, %", "mean depth", "multiply-adds per image")
     text = f"""A-ViT less control: {mean_and_error(by_seed, "+")} points over the seeds of fine-tuning, which all start
-from one static network; {difference:+.2f} ± {error:.2f} points paired by the {len(hits(control)):,} test images, for
+from one static network; {difference:+.2f} ± {error:.2f} points paired by the {len(correct_rate(control)):,} test images, for
 these seeds. ± is one standard error."""
     return f"## Test images\n\n{table(head, rows)}\n\n{text}"
 

@@ -61,9 +61,9 @@ def training(acc1, macs_share, depth=6.0, seconds=100.0, **flags):
     return {**ORIGIN, "command": command, "epochs": [first, figures]}
 
 
-def evaluation(hits, macs_share, depth=6.0):
-    figures = {"acc1": 100 * hits.count("1") / len(hits), "depth_mean": depth, "gmacs": 0.02 * macs_share}
-    return {**ORIGIN, "eval": figures | {"gmacs_static": 0.02}, "hits": hits}
+def evaluation(correct, macs_share, depth=6.0):
+    figures = {"acc1": 100 * correct.count("1") / len(correct), "depth_mean": depth, "gmacs": 0.02 * macs_share}
+    return {**ORIGIN, "eval": figures | {"gmacs_static": 0.02}, "correct": correct}
 
 
 def gated(prior, ponder):
@@ -218,8 +218,8 @@ def test_the_whole_chain_and_that_nothing_is_done_twice(tmp_path):
     table = (results / "fashion_mnist.md").read_text()
     assert "| (c) A-ViT | 1 |" in table
     tested = json.loads((results / "test_adaptive_0.json").read_text())
-    assert len(tested["hits"]) == 20
-    assert tested["hits"].count("1") / 20 == pytest.approx(tested["eval"]["acc1"] / 100)
+    assert len(tested["correct"]) == 20
+    assert tested["correct"].count("1") / 20 == pytest.approx(tested["eval"]["acc1"] / 100)
     assert tested["eval"]["depth_mean"] < 12
     shutil.rmtree(results / "runs")  # as in a fresh clone
     assert "==" not in run().stdout
