@@ -1,14 +1,16 @@
-"""What a user might do instead of halting, for the flags of main_act.py: python -m experiments.baselines KIND FLAGS
+"""Static baselines to compare A-ViT with.
 
-full                # avit_micro_patch4_32 as it is
+Usage: python -m experiments.baselines KIND FLAGS
+
+full                # the full model, avit_micro_patch4_32
 shallow:N           # the first N blocks
-narrow:C            # C channels, in three heads as before
-random:K:N          # N of the patches go on after block K, drawn at random
-evit:K:N            # N of the patches go on after block K, those that the class token attends to most
+narrow:C            # embedding width C, with the same three heads
+random:K:N          # N patches, drawn at random, are kept after block K
+evit:K:N            # the N patches with the highest class-token attention are kept after block K
 
-KIND stands for --model avit_micro_patch4_32 with that difference, in float32 (--amp none) on every device. Whether its
-tokens halt is for the flags to say; of the last two they never do. The rule of the last is that of EViT (Liang et al.,
-ICLR 2022), without its fused token.
+FLAGS are those of main_act.py. KIND replaces --model avit_micro_patch4_32, and --amp none is the default, so that all
+kinds run in float32 on every device. The flags decide whether tokens halt; in `random` and `evit` they never do. `evit`
+selects patches as EViT does (Liang et al., ICLR 2022), but without its fused token.
 """
 
 from __future__ import annotations
@@ -24,20 +26,21 @@ import models_act
 from models_act import AdaptiveVisionTransformer, Halting
 
 
-class DroppingVisionTransformer(AdaptiveVisionTransformer):
-    """A static network of which a fixed number of patches goes on after a fixed block; the class token always does.
+class PatchPruningVisionTransformer(AdaptiveVisionTransformer):
+    """A static model that keeps a fixed number of patches after a fixed block, and always the class token.
 
-    after: K, the number of that block; kept: N, the number of patches; attentive: by the class token's attention in
-    block K, averaged over heads, else at random, in evaluation by a fixed seed.
+    after: K, the 1-based number of that block; kept: N, the number of patches to keep. by_attention: select patches by
+    the class token's attention in block K, averaged over heads. Otherwise select at random, with a fixed seed in
+    evaluation.
     """
 
-    def __init__(self, *args, after: int, kept: int, attentive: bool, **kwargs):
+    def __init__(self, *args, after: int, kept: int, by_attention: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.after, self.kept, self.attentive = after, kept, attentive
+        self.after, self.kept, self.by_attention = after, kept, by_attention
 
     def _features(self, x: Tensor, return_halting: bool = False, **_) -> tuple[Tensor, Halting | None]:
         x = self.blocks[: self.after - 1](self._embed(x))
-        score = self._attention(x) if self.attentive else self._random_score(x)
+        score = self._attention(x) if self.by_attention else self._random_score(x)
         x = self.blocks[self.after - 1](x)
         kept = 1 + score.topk(self.kept, dim=1).indices
         kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], dim=1)  # [B, 1 + N]
@@ -49,7 +52,11 @@ class DroppingVisionTransformer(AdaptiveVisionTransformer):
         return features, Halting(depth, depth + 1, depth.new_zeros(self.num_blocks))
 
     def _attention(self, x: Tensor) -> Tensor:
-        """x: [B, 1 + patches, C], what enters block K -> [B, patches], the class token's attention to each."""
+        """Return the class token's attention to each patch, averaged over heads.
+
+        x: [B, 1 + patches, C], the input of block K
+        returns: [B, patches]
+        """
         block = self.blocks[self.after - 1]
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, attn.head_dim))
@@ -62,21 +69,24 @@ class DroppingVisionTransformer(AdaptiveVisionTransformer):
 
 
 def register(kind: str) -> str:
-    """Makes the model of that kind known to timm; returns its name."""
-    what, *numbers = kind.split(":")
+    """Register the model of this kind with timm and return its name.
+
+    Exits with the usage text if the kind does not exist. Raises ValueError if it has too many or too few numbers.
+    """
+    method, *numbers = kind.split(":")
     numbers = [int(number) for number in numbers]
     if kind == "full":
         return "avit_micro_patch4_32"
-    if what == "shallow":
+    if method == "shallow":
         sizes = dict(zip(("depth",), numbers, strict=True))
-    elif what == "narrow":
+    elif method == "narrow":
         sizes = dict(zip(("embed_dim",), numbers, strict=True))
-    elif what in ("random", "evit"):
+    elif method in ("random", "evit"):
         sizes = dict(zip(("after", "kept"), numbers, strict=True))
-        sizes |= {"model_cls": DroppingVisionTransformer, "attentive": what == "evit"}
+        sizes |= {"model_cls": PatchPruningVisionTransformer, "by_attention": method == "evit"}
     else:
         raise SystemExit(__doc__)
-    name = "_".join(["avit_micro", what, *map(str, numbers), "patch4_32"])
+    name = "_".join(["avit_micro", method, *map(str, numbers), "patch4_32"])
     if timm.is_model(name):
         return name
     models_act.default_cfgs[name] = models_act.default_cfgs["avit_micro_patch4_32"]

@@ -1,49 +1,53 @@
-# Halting against what a user would do instead, at equal multiply-adds: the stages of experiments/*/run.sh.
+# Stages that compare A-ViT with static baselines at equal MACs. Sourced by experiments/*/*.sh after pipeline.sh.
 #
-# Each run.sh says which pictures (DATA_SET, SIZE), how static networks come about (`first_training` and then
-# `static_training` of KIND SUFFIX SEED, STAGE names with that suffix), and how many patches a fixed rule keeps for each
-# budget (KEPT, as K:N, see baselines.py). Every network is fine-tuned from the same static one, a narrower one from its own,
-# by the same recipe, with the uncut static network as the teacher. All was chosen on 5,000 held-out training images, the
-# test set of the folders `full` and `subset`.
+# The script that sources this file sets:
+#   DATA_SET, SIZE                   the dataset
+#   first_training, static_training  how static models are trained: functions of KIND SUFFIX SEED, run in this order
+#   PRUNING                          K:N for each budget: N patches are kept after block K, see baselines.py
+#
+# Every model is fine-tuned from the same static model, narrower ones from their own, by the same recipe, with the full
+# static model as the teacher. All settings were chosen on 5,000 held-out training images, which are the test set of the
+# folders `full` and `subset`.
 SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
 read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
 BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
-SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}  # of the first seven blocks, which cost 0.585: 0.45 and 0.3 of the whole network
-PICTURES="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
+# Fractions of the MACs of the first seven blocks, which have 0.585 of the full model's: 0.45 and 0.3 of the full model.
+SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}
+DATA_FLAGS="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
 RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
 HALTING="--distr_prior_alpha 0"
 
-train() {  # STAGE full|subset KIND FLAGS...; KIND: see baselines.py
+train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
   local name=$1 part=$2 kind=$3
   shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $PICTURES $RECIPE --data-path "$RUNS/data/$part" \
+  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
     --output_dir "$RUNS/$name" --resume auto "$@"
 }
 
-tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: on from these weights, taught by the static network of that seed
+tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: fine-tune these weights with the static model of that seed as teacher
   local name=$1 kind=$2 weights=$3 seed=$4
   shift 4
   train "$name" subset "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
     --distillation-type self --teacher-path "$(static_weights "$seed")" "$@"
 }
 
-evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: on the test images
+evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate on the test images
   local name=$1 kind=$2 checkpoint=$3
   shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $PICTURES --batch-size 256 --data-path "$DATA" --eval \
+  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS --batch-size 256 --data-path "$DATA" --eval \
     --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
 }
 
-static_weights() {  # SEED: in half precision, kept in the repository
+static_weights() {  # SEED: print the file in the repository, which is in half precision
   echo "$HERE/static_$1.pth"
 }
 
-truncated_weights() {  # BLOCKS SEED STAGE: made only if STAGE, which starts from them, still has to run
+truncated_weights() {  # BLOCKS SEED STAGE: write them, unless STAGE, which starts from them, is recorded
   local file=$RUNS/shallow$1_$2.pth
   [ -e "$OUT/$3.json" ] || once "$file" stages truncate "$(static_weights "$2")" "$1" "$file"
 }
 
-static_networks() {  # KIND SUFFIX: of every seed
+train_static() {  # KIND SUFFIX: train a static model of every seed
   local seed
   for seed in $SEEDS; do
     first_training "$1" "$2" "$seed"
@@ -55,7 +59,7 @@ static_networks() {  # KIND SUFFIX: of every seed
   until_fewer_than 1
 }
 
-static_networks full ""
+train_static full ""
 for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
@@ -63,10 +67,10 @@ done
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
   tune "full_$seed" full "$static" "$seed" --no-halting
-  for number in "${!BUDGETS[@]}"; do
-    budget=${BUDGETS[number]} kept=${KEPT[number]}
+  for index in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[index]} pruning=${PRUNING[index]}
     for rule in evit random; do
-      tune "$rule${budget}_$seed" "$rule:$kept" "$static" "$seed" --no-halting
+      tune "$rule${budget}_$seed" "$rule:$pruning" "$static" "$seed" --no-halting
     done
   done
   for blocks in $BLOCKS; do
@@ -86,7 +90,7 @@ for seed in $SEEDS; do
   tune "anybudget_$seed" full "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
 done
 for width in $WIDTHS; do
-  static_networks "narrow:$width" "_narrow$width"
+  train_static "narrow:$width" "_narrow$width"
 done
 for seed in $SEEDS; do
   for width in $WIDTHS; do
@@ -95,7 +99,7 @@ for seed in $SEEDS; do
 done
 until_fewer_than 1
 
-# what each part is for, on the held-out images
+# Ablations, on the held-out images.
 seed=${SEEDS%% *}
 static=$(static_weights "$seed")
 tune ablation_prior full "$static" "$seed" --distr_prior_alpha 0.01 --target-macs 0.45
@@ -107,20 +111,20 @@ train ablation_scratch subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr
 train ablation_scratch_static subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 --no-halting
 until_fewer_than 1
 
-# the test images, once, and the networks of the first seed side by side
+# Every model is evaluated on the test images once. Throughput is measured with the models of the first seed.
 networks=()
-test_network() {  # STAGE KIND CHECKPOINT FLAGS...; STAGE ends in its seed
+test_network() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate a model; STAGE ends with its seed
   evaluate "test_$1" "${@:2}"
   [ "${1##*_}" != "${SEEDS%% *}" ] || networks+=("${1%_*}=$2=$3")
 }
 for seed in $SEEDS; do
   test_network "full_$seed" full "$RUNS/full_$seed/checkpoint.pth" --no-halting
-  for number in "${!BUDGETS[@]}"; do
-    budget=${BUDGETS[number]}
+  for index in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[index]}
     test_network "halting${budget}_$seed" full "$RUNS/halting${budget}_$seed/checkpoint.pth"
     evaluate "test_anybudget${budget}_$seed" full "$RUNS/anybudget_$seed/checkpoint.pth" --budget "$budget"
     for rule in evit random; do
-      kind=$rule:${KEPT[number]}
+      kind=$rule:${PRUNING[index]}
       test_network "$rule${budget}_$seed" "$kind" "$RUNS/$rule${budget}_$seed/checkpoint.pth" --no-halting
     done
   done
@@ -137,10 +141,10 @@ done
 until_fewer_than 1
 once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
   --input-size "$SIZE" --rounds "$ROUNDS" --output "$OUT/throughput.json" "${networks[@]}"
-for budget in "${BUDGETS[@]}"; do  # a training step, the teacher's pass left out
+for budget in "${BUDGETS[@]}"; do  # time of a training step, without the teacher
   once "$OUT/step_$budget.json" "$PYTHON" benchmark.py --train --model avit_micro_patch4_32 --data-set "$DATA_SET" \
     --data-path "$RUNS/data/full" --input-size "$SIZE" --batch-size 128 --runs "$STEP_ROUNDS" \
     --finetune "$RUNS/halting${budget}_${SEEDS%% *}/checkpoint.pth" --json "$OUT/step_$budget.json"
 done
 "$PYTHON" -m experiments.baselines_report "$OUT" "$TITLE"
-echo "the chain has taken $((SECONDS / 60)) minutes"
+echo "pipeline finished in $((SECONDS / 60)) minutes"

@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# The paper's claim, measured on Fashion-MNIST: experiments/fashion_mnist/run.sh DATA [search|trials]
+# Train A-ViT with the paper's recipe on Fashion-MNIST: experiments/fashion_mnist/run.sh DATA [search|trials]
 #
-# DATA is the folder with its four *-ubyte.gz files (torchvision fills an empty one). With `search` the chain ends
-# when the settings have been searched; with `trials` it also tries some on all images, for about an hour more. It may
-# be stopped at any time, and goes on with the same command, see experiments/pipeline.sh.
+# DATA is the folder with its four *-ubyte.gz files; if it is empty, they are downloaded. With `search` the pipeline
+# ends after the search of settings. With `trials` it also tries some settings on all images, which takes about an hour
+# more. It can be stopped at any time and resumed with the same command, see experiments/pipeline.sh.
 set -euo pipefail -m
 cd "$(dirname "$0")/../.."
-DATA=${1:?folder with the four files of Fashion-MNIST}
+DATA=${1:?missing DATA, the folder with the four files of Fashion-MNIST}
 PART=${2:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/fashion_mnist
 OUT=$HERE/results RUNS=$HERE/results/runs
 STATIC=$HERE/avit_micro_fmnist_static.pth ADAPTIVE=$HERE/avit_micro_fmnist.pth
 
-# The recipe. All of it was chosen on 5,000 held-out training images, the test set of the folders `full` and `subset`.
+# The recipe. It was chosen on 5,000 held-out training images: the test set of the folders `full` and `subset`.
 STATIC_EPOCHS=${STATIC_EPOCHS:-4} TUNING_EPOCHS=${TUNING_EPOCHS:-6} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
 SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-3} SEEDS=${SEEDS:-0 1 2} ROUNDS=${ROUNDS:-31}
 NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
 RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug"
 FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0
-# gate scale : gate center : ponder scale. Negative, as channel 0 of this static network is low where an image is empty.
+# gate scale : gate center : ponder scale. The gate scale is negative because channel 0 of this static model is low
+# where an image is empty.
 CHOSEN=${CHOSEN:--1:8:0.00035}
-SEARCH=${SEARCH:--1:12:0.00035 -1:8:0.00035 -1:8:0.0018 -1:8:0.005 -1:4:0.01 1:8:0.00035}  # with the chosen one
+SEARCH=${SEARCH:--1:12:0.00035 -1:8:0.00035 -1:8:0.0018 -1:8:0.005 -1:4:0.01 1:8:0.00035}  # must contain CHOSEN
 # prior : gate scale : gate center : ponder scale
 TRIALS=${TRIALS:-0:-1:8:0.0005 0.0001:-1:8:0.00035 0.001:-1:8:0.0003 0.001:-1:8:0.00045 0.003:-1:8:0.00045 \
   0.01:-1:8:0.001 0.01:-1:8:0.0013 0.01:-1:8:0.0016 0.01:-1:8:0.0018 0.01:-1:8:0.002 0.01:-1:8:0.003}
@@ -35,13 +36,13 @@ train() {  # STAGE full|subset FLAGS...
     --resume auto "$@"
 }
 
-tune() {  # STAGE full|subset EPOCHS FLAGS...: on from the static network
+tune() {  # STAGE full|subset EPOCHS FLAGS...: fine-tune the static model
   local name=$1 part=$2 epochs=$3
   shift 3
   train "$name" "$part" --pretrained-path $STATIC --epochs "$epochs" $TUNING "$@"
 }
 
-halting() {  # SCALE:CENTER:PONDER PRIOR
+halting_flags() {  # SCALE:CENTER:PONDER PRIOR
   local scale center ponder
   IFS=: read -r scale center ponder <<< "$1"
   echo "--gate_scale $scale --gate_center $center --ponder_token_scale $ponder --distr_prior_alpha $2"
@@ -54,52 +55,52 @@ evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
     --output_dir "$RUNS/$name" "$@"
 }
 
-# (a) static, from scratch; its weights, in half precision, are what all others start from. Beside it an ablation: halting
-# from the start instead of fine-tuning, on a third of the images
+# (a) A static model from scratch. All other models start from its weights, in half precision. An ablation runs at the
+# same time: halting from scratch instead of fine-tuning, on a third of the images.
 train static full --no-halting --epochs "$STATIC_EPOCHS" $FROM_SCRATCH
 train ablation_scratch_static subset --no-halting --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
-train ablation_scratch_halting subset $(halting "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
+train ablation_scratch_halting subset $(halting_flags "$CHOSEN" $PRIOR) --epochs "$SCRATCH_EPOCHS" $FROM_SCRATCH
 until_fewer_than 1
 export_weights static $STATIC
 
-# what the static network does under each gate, untuned; and which setting, on a third of the images
+# The static model with each gate before fine-tuning; then the search of settings, on a third of the images.
 for gate in $(printf '%s\n' $SEARCH | sed 's/:[^:]*$//' | sort -u); do
   evaluate "gate_${gate/:/_}" "$RUNS/data/full" $STATIC --gate_scale "${gate%:*}" --gate_center "${gate#*:}"
 done
 tune search_static subset "$SEARCH_EPOCHS" --no-halting
 for setting in $SEARCH; do
-  tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting "$setting" $PRIOR)
+  tune "search_${setting//:/_}" subset "$SEARCH_EPOCHS" $(halting_flags "$setting" $PRIOR)
 done
 until_fewer_than 1
 [ "$PART" != search ] || exit 0
 
-# (b) the control, and (c) A-ViT: the same epochs, data and learning rates
+# (b) The control and (c) A-ViT, with the same epochs, data and learning rates.
 for seed in $SEEDS; do
   tune "control_$seed" full "$TUNING_EPOCHS" --no-halting --seed "$seed"
-  tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting "$CHOSEN" $PRIOR) --seed "$seed"
+  tune "adaptive_$seed" full "$TUNING_EPOCHS" $(halting_flags "$CHOSEN" $PRIOR) --seed "$seed"
 done
 until_fewer_than 1
 export_weights "adaptive_${SEEDS%% *}" $ADAPTIVE
 
-# what another prior and ponder scale would give, on all images
+# Trials: other priors and ponder scales, on all images.
 if [ "$PART" = trials ]; then
   for trial in $TRIALS; do
-    tune "trial_${trial//:/_}" full "$TUNING_EPOCHS" $(halting "${trial#*:}" "${trial%%:*}")
+    tune "trial_${trial//:/_}" full "$TUNING_EPOCHS" $(halting_flags "${trial#*:}" "${trial%%:*}")
   done
   until_fewer_than 1
 fi
 
-# an epoch more of each, side by side: what was trained on several days has no times to compare
+# One more epoch of each, at the same time: times of trainings from different days cannot be compared.
 train epoch_control full --pretrained-path $STATIC --no-halting --epochs 1 $TUNING
-train epoch_adaptive full --pretrained-path $ADAPTIVE $(halting "$CHOSEN" $PRIOR) --epochs 1 $TUNING
+train epoch_adaptive full --pretrained-path $ADAPTIVE $(halting_flags "$CHOSEN" $PRIOR) --epochs 1 $TUNING
 until_fewer_than 1
 evaluate exported_weights "$RUNS/data/full" $ADAPTIVE
 
-# what each part is for, on a third of the images
-tune ablation_prior subset "$SEARCH_EPOCHS" $(halting "$CHOSEN" 0.001)
-tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting "${CHOSEN%:*}:0" $PRIOR)
+# Ablations, on a third of the images.
+tune ablation_prior subset "$SEARCH_EPOCHS" $(halting_flags "$CHOSEN" 0.001)
+tune ablation_no_ponder subset "$SEARCH_EPOCHS" $(halting_flags "${CHOSEN%:*}:0" $PRIOR)
 
-# the test images, once
+# Every model is evaluated on the test images once.
 evaluate test_static "$DATA" $STATIC --no-halting
 for seed in $SEEDS; do
   evaluate "test_control_$seed" "$DATA" "$RUNS/control_$seed/checkpoint.pth" --no-halting
@@ -107,7 +108,7 @@ for seed in $SEEDS; do
 done
 until_fewer_than 1
 
-# speed, pictures, tables: of held-out images
+# Speed, charts and tables, on held-out images.
 HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
   --batch-size 64 256 1024 --runs "$ROUNDS" --finetune $ADAPTIVE --json $OUT/benchmark.json
@@ -120,4 +121,4 @@ once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_
 once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
   --demo --demo-by random --demo-dir $OUT/depths
 "$PYTHON" -m experiments.fashion_mnist.report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
-echo "the chain has taken $((SECONDS / 60)) minutes"
+echo "pipeline finished in $((SECONDS / 60)) minutes"
