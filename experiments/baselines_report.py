@@ -1,4 +1,7 @@
-"""Tables and charts of baselines.sh: python -m experiments.baselines_report RESULTS TITLE"""
+"""Write the tables and charts of baselines.sh.
+
+Usage: python -m experiments.baselines_report RESULTS TITLE
+"""
 
 from __future__ import annotations
 
@@ -17,148 +20,163 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.stages import HELD_OUT, held_out, mean_and_error, processors, table
+from experiments.stages import HELD_OUT, held_out, mean_and_error, table
 
-FULL, HALTING, ANY_BUDGET = "full", "halting", "anybudget"
-METHODS = {  # stages test_METHODSETTING_SEED, and what they are
-    HALTING: "A-ViT, trained for each budget",
-    ANY_BUDGET: "A-ViT, one network, --budget",
-    "shallowhalting": "A-ViT on the first 7 blocks",
-    "evit": "static, patches by attention",
-    "shallow": "static, fewer blocks",
-    "narrow": "static, narrower",
-    "random": "static, random patches",
-    FULL: "static, uncut",
+FULL, HALTING, ANY_BUDGET, SHALLOW_HALTING = "full", "halting", "anybudget", "shallowhalting"
+METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
+    HALTING: "A-ViT, one model per budget",
+    ANY_BUDGET: "A-ViT, one model for all budgets",
+    SHALLOW_HALTING: "A-ViT on the first 7 blocks",
+    "evit": "EViT-style pruning",
+    "shallow": "shallower",
+    "narrow": "narrower",
+    "random": "random patches",
+    FULL: "static, full",
 }
 STYLES = dict(zip(METHODS, ("o-", "s--", "^-", "D:", "v:", "P:", "x:", "*")))
 BASELINES = ("evit", "shallow", "narrow", "random")
+ABLATIONS = {  # by stage, in the order of the table
+    "halting0.45_{seed}": "full recipe",
+    "ablation_prior": "with the paper's prior, weight 0.01",
+    "ablation_fixed_weight": "no budget controller: --gate auto, ponder weight 0.001",
+    "ablation_no_ponder": "no ponder loss: --gate auto",
+    "ablation_paper_gate": "the paper's gate: scale 10, center 30",
+    "ablation_no_teacher": "no teacher",
+    "ablation_scratch_static": "from scratch, static",
+    "ablation_scratch": "from scratch, halting",
+}
+
+MODELS_NOTE = """± is one standard error over the seeds. Columns:
+
+* setting: the budget as a fraction of the MACs for A-ViT, on the first 7 blocks as a fraction of their MACs; the same
+  fraction for EViT-style pruning and random patches, approximated by a fixed number of patches; the number of blocks
+  for shallower models; the embedding width for narrower ones
+* speedup: images/s relative to the full model, first seed, batch size 256, {machine}
+* MACs ratio: the MACs of the full model divided by those of the model"""
 
 
 class Point(NamedTuple):
-    """A network on the test images, by seed: cost, share of the uncut network's multiply-adds, and accuracy, %."""
+    """The test results of a method at one setting, by seed.
+
+    macs: MACs as a fraction of the full model's; accuracy: top-1 in percent.
+    """
 
     method: str
     setting: str
-    cost: dict[str, float]
+    macs: dict[str, float]
     accuracy: dict[str, float]
 
 
-def points_of(results: Path) -> list[Point]:
-    """Of every stage that was tested, cheap ones first."""
+def load_points(results: Path) -> list[Point]:
+    """Load all test stages, ordered by method, then by MACs."""
     stages = {path.stem: json.loads(path.read_text())["eval"] for path in sorted(results.glob("test_*_*.json"))}
-    named = {name: re.fullmatch(r"test_([a-z]+)([\d.]*)_(\d+)", name) for name in stages}
-    found = defaultdict(dict)
-    for name, match in named.items():
+    matches = {name: re.fullmatch(r"test_([a-z]+)([\d.]*)_(\d+)", name) for name in stages}
+    evals_of = defaultdict(dict)
+    for name, match in matches.items():
         if match and match[1] in METHODS:
-            found[match[1], match[2]][match[3]] = stages[name]
-    static = next(iter(found[FULL, ""].values()))["gmacs"]
+            evals_of[match[1], match[2]][match[3]] = stages[name]
+    static = next(iter(evals_of[FULL, ""].values()))["gmacs"]
     points = []
-    for (method, setting), evals in found.items():
-        cost = {seed: figures["gmacs"] / static for seed, figures in evals.items()}
-        points.append(Point(method, setting, cost, {seed: figures["acc1"] for seed, figures in evals.items()}))
-    return sorted(points, key=lambda point: (list(METHODS).index(point.method), mean(point.cost)))
+    for (method, setting), evals in evals_of.items():
+        macs = {seed: metrics["gmacs"] / static for seed, metrics in evals.items()}
+        points.append(Point(method, setting, macs, {seed: metrics["acc1"] for seed, metrics in evals.items()}))
+    return sorted(points, key=lambda point: (list(METHODS).index(point.method), mean(point.macs)))
+
+
+def load_throughput(results: Path) -> tuple[dict[str, float], str]:
+    """Load images/s by method and setting, and the machine; both are empty before the measurement."""
+    file = results / "throughput.json"
+    if not file.exists():
+        return {}, ""
+    recorded = json.loads(file.read_text())
+    return recorded["images_per_s"], recorded["machine"]
 
 
 def mean(values: dict[str, float]) -> float:
     return statistics.mean(values.values())
 
 
-def networks_table(points: list[Point], speeds: dict[str, float]) -> str:
+def models_table(points: list[Point], images_per_s: dict[str, float]) -> str:
     rows = []
     for point in points:
-        speed = speeds.get(point.method + point.setting)
-        shown = f"{speed / speeds[FULL]:.2f}" if speed else ""
-        fewer = f"{1 - mean(point.cost):.1%}"
-        seeds, accuracy = str(len(point.accuracy)), mean_and_error([*point.accuracy.values()])
+        measured = images_per_s.get(point.method + point.setting)
         rows.append(
-            (METHODS[point.method], point.setting, seeds, fewer, accuracy, shown, f"{1 / mean(point.cost):.2f}")
+            (
+                METHODS[point.method],
+                point.setting,
+                str(len(point.accuracy)),
+                f"{1 - mean(point.macs):.1%}",
+                mean_and_error([*point.accuracy.values()]),
+                f"{measured / images_per_s[FULL]:.2f}" if measured else "",
+                f"{1 / mean(point.macs):.2f}",
+            )
         )
-    head = (
-        "network",
-        "setting",
-        "seeds",
-        "fewer multiply-adds",
-        "top-1, %",
-        "images/s / uncut",
-        "if multiply-adds told",
-    )
-    return table(head, rows)
+    return table(("model", "setting", "seeds", "MACs saved", "top-1 (%)", "speedup", "MACs ratio"), rows)
 
 
 def steps_table(results: Path) -> str:
-    """Training steps of the first seed's network for each budget, beside timm's static ones; no teacher."""
+    """Compare training steps of the first seed's model for each budget with timm's static model, without a teacher."""
     rows = []
     for path in sorted(results.glob("step_*.json"), reverse=True):
         step = next(row for row in json.loads(path.read_text()) if row["form"] == "zipped")
         saved, shorter = (f"{1 - 1 / step[ratio]:.1%}" for ratio in ("ideal", "speed_up"))
         rows.append((path.stem.removeprefix("step_"), saved, shorter))
-    return table(("budget", "multiply-adds saved in training", "a training step is shorter by"), rows)
-
-
-ABLATIONS = {
-    "halting0.45_{seed}": "the recipe",
-    "ablation_prior": "with the paper's prior, 0.01",
-    "ablation_fixed_weight": "without the controller: gate auto, ponder weight 0.001",
-    "ablation_no_ponder": "without the ponder loss: gate auto",
-    "ablation_paper_gate": "with the paper's gate, 10 and 30",
-    "ablation_no_teacher": "without a teacher",
-    "ablation_scratch_static": "from scratch, static",
-    "ablation_scratch": "from scratch",
-}
+    return table(("budget", "MACs saved in training", "training-step time saved"), rows)
 
 
 def ablations_table(results: Path) -> str:
-    """Of those that were trained, on the held-out images, first seed."""
+    """Tabulate the ablations that were trained: held-out images, first seed."""
     seed = min((path.stem.split("_")[1] for path in results.glob("full_*.json")), default="0")
     rows = []
     for stage, name in ABLATIONS.items():
         path = results / f"{stage.format(seed=seed)}.json"
         if path.exists():
             rows.append((name, *held_out(json.loads(path.read_text()))))
-    return table(("", *HELD_OUT), rows)
+    return table(("recipe", *HELD_OUT), rows)
 
 
 def machines_line(results: Path) -> str:
-    """Where trainings ended, which may have begun elsewhere; images/s are always of the processors."""
+    """Return a sentence on the machines where trainings ended, which may have begun elsewhere."""
     stages = [json.loads(path.read_text()) for path in results.glob("*_*.json")]
     machines = Counter(stage["machine"] for stage in stages if "epochs" in stage).most_common()
     trained = " and ".join(f"{name} ({number} stages)" for name, number in machines)
-    return f"Trainings ended on {trained or 'no machine'}; images/s of {processors()}."
+    return f"Training stages by the machine where they ended: {trained or 'none'}."
 
 
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
-    """Accuracy of a static method at a cost, linear between its networks and the uncut one; None where it has none."""
-    known = [p for p in points if p.method in (method, FULL) and seed in p.cost]
-    pairs = sorted((p.cost[seed], p.accuracy[seed]) for p in known)
+    """Return a function from MACs to a baseline's accuracy, interpolated linearly between its models and the full one.
 
-    def at(cost: float) -> float | None:
-        return float(np.interp(cost, *zip(*pairs))) if len(pairs) > 1 and pairs[0][0] - 0.01 <= cost else None
+    The function returns None below the baseline's smallest model, and if the baseline has no model of that seed.
+    """
+    known = [p for p in points if p.method in (method, FULL) and seed in p.macs]
+    pairs = sorted((p.macs[seed], p.accuracy[seed]) for p in known)
+
+    def at(macs: float) -> float | None:
+        return float(np.interp(macs, *zip(*pairs))) if len(pairs) > 1 and pairs[0][0] - 0.01 <= macs else None
 
     return at
 
 
 def differences_table(points: list[Point]) -> str:
-    """Of each halting network, its accuracy less that of each rival at the same cost, seed by seed."""
+    """Tabulate the accuracy of each A-ViT model minus that of each baseline at equal MACs, paired by seed."""
+    full = next(p for p in points if p.method == FULL)
     rows = []
-    for point in (p for p in points if p.method in (HALTING, ANY_BUDGET, "shallowhalting")):
-        row = [METHODS[point.method], f"{1 - mean(point.cost):.1%}"]
-        for rival in BASELINES:
-            by_seed = [
+    for point in (p for p in points if p.method in (HALTING, ANY_BUDGET, SHALLOW_HALTING)):
+        row = [METHODS[point.method], f"{1 - mean(point.macs):.1%}"]
+        for baseline in BASELINES:
+            differences = [
                 point.accuracy[seed] - other
                 for seed in point.accuracy
-                if (other := accuracy_at(points, rival, seed)(point.cost[seed])) is not None
+                if (other := accuracy_at(points, baseline, seed)(point.macs[seed])) is not None
             ]
-            row.append(mean_and_error(by_seed, "+") if by_seed else "")
-        uncut = next(p for p in points if p.method == FULL)
-        row.append(
-            mean_and_error([point.accuracy[s] - uncut.accuracy[s] for s in point.accuracy if s in uncut.accuracy], "+")
-        )
-        rows.append(row)
-    return table(("less, in points", "fewer multiply-adds", *(METHODS[r] for r in BASELINES), "static, uncut"), rows)
+            row.append(mean_and_error(differences, "+") if differences else "")
+        differences = [point.accuracy[seed] - full.accuracy[seed] for seed in point.accuracy if seed in full.accuracy]
+        rows.append([*row, mean_and_error(differences, "+")])
+    return table(("model", "MACs saved", *(METHODS[b] for b in BASELINES), METHODS[FULL]), rows)
 
 
 def chart(points: list[Point], place: Callable[[Point], float | None], label: str, title: str, path: Path) -> None:
-    """Accuracy against what `place` says of each network; bars are standard errors over seeds."""
+    """Plot accuracy over the value that `place` returns for each point; bars are standard errors over seeds."""
     figure, axes = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
     for number, (method, name) in enumerate(METHODS.items()):
         shown = [(place(p), p) for p in points if p.method == method and place(p) is not None]
@@ -171,7 +189,7 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
         style = {"fmt": STYLES[method], "color": f"C{number}", "markersize": 8 if method == FULL else 5}
         axes.errorbar(x, y, error, label=name, capsize=3, **style)
     axes.set_xlabel(label)
-    axes.set_ylabel("top-1 of the test images, %")
+    axes.set_ylabel("top-1 on the test images (%)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
@@ -180,22 +198,27 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
 
 
 def report(results: Path, title: str) -> None:
-    points = points_of(results)
-    speeds = json.loads((results / "throughput.json").read_text()) if (results / "throughput.json").exists() else {}
+    """Write baselines.md, accuracy_macs.png and, once throughput is recorded, accuracy_speed.png."""
+    points = load_points(results)
+    images_per_s, machine = load_throughput(results)
     text = [
         f"# {title}",
-        networks_table(points, speeds),
+        "## Test images",
+        models_table(points, images_per_s),
+        MODELS_NOTE.format(machine=machine or "not measured yet"),
+        "## Accuracy of A-ViT minus that of each baseline at equal MACs, in points",
         differences_table(points),
+        "## Training-step time",
         steps_table(results),
+        "## Ablation on held-out images, first seed, budget 0.45",
         ablations_table(results),
         machines_line(results),
     ]
     (results / "baselines.md").write_text("\n\n".join(text) + "\n")
-    fewer = "multiply-adds, share of the uncut network's"
-    chart(points, lambda point: mean(point.cost), fewer, title, results / "accuracy_macs.png")
-    if speeds:
-        per_second = "images/s, logits"
-        chart(points, lambda p: speeds.get(p.method + p.setting), per_second, title, results / "accuracy_speed.png")
+    chart(points, lambda p: mean(p.macs), "MACs (fraction of the full model)", title, results / "accuracy_macs.png")
+    if images_per_s:
+        label = f"images/s (batch size 256, {machine})"
+        chart(points, lambda p: images_per_s.get(p.method + p.setting), label, title, results / "accuracy_speed.png")
     print(f"{results / 'baselines.md'} written")
 
 

@@ -1,10 +1,12 @@
-"""What the chains need beside the ordinary commands: python -m experiments.stages COMMAND
+"""Helpers of the experiment pipelines.
 
-split DATA OUT           # hold 5,000 training images out; OUT/full and OUT/subset
-record RUN FILE ...      # what a stage has found, as JSON
-logs RESULTS RUNS        # the logs of trainings back from that JSON, where they are not
-export CHECKPOINT FILE   # weights, gate and class names alone, in half precision
-truncate CHECKPOINT N FILE # weights of the first N blocks
+Usage: python -m experiments.stages COMMAND
+
+split DATA OUT             # hold out 5,000 training images; write OUT/full and OUT/subset
+record RUN FILE ...        # record the result of a stage as JSON
+logs RESULTS RUNS          # restore missing training logs from the recorded JSON files
+export CHECKPOINT FILE     # keep weights, gate and class names only, in half precision
+truncate CHECKPOINT N FILE # keep the weights of the first N blocks
 """
 
 from __future__ import annotations
@@ -27,22 +29,26 @@ from compare import read_correct
 
 HELD_OUT_SHARE, SUBSET_SHARE = 1 / 12, 1 / 3  # of the training images: 5,000 and 20,000 of 60,000
 KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
+# Flags that describe the machine, not the recipe. Exported checkpoints do not contain them.
+PRIVATE_FLAGS = {"output_dir", "data_path", "pretrained_path", "resume", "finetune", "teacher_path"}
 
 
 def split(data: Path, out: Path) -> None:
-    """Two folders in the data set's form: `full` without the held-out images, `subset` with a part of that.
+    """Write two folders in Fashion-MNIST's format, with the held-out images as the test set of both.
 
-    In both the test set is the held-out images. The same images each time.
+    `full` has all other training images, `subset` a part of those. The split is the same every time. If `data` is
+    empty, Fashion-MNIST is downloaded into it.
     """
     from datasets import build_dataset
 
     data.mkdir(parents=True, exist_ok=True)
-    images = build_dataset("FMNIST", str(data), True, (28, 28))  # downloaded, where the folder is empty
+    images = build_dataset("FMNIST", str(data), True, (28, 28))
     pixels = images.data.numpy()
     arrays = (pixels, images.targets.numpy().astype(np.uint8))
     order = np.random.default_rng(0).permutation(len(pixels))
     held_out, rest = np.split(order, [round(len(pixels) * HELD_OUT_SHARE)])
-    partial = out.with_name(f"{out.name}.partial")  # a part of it would not be told from torchvision's empty folder
+    # The folder is renamed when it is complete: torchvision would fill up a folder that lacks a file.
+    partial = out.with_name(f"{out.name}.partial")
     for name, training in {"full": rest, "subset": rest[: round(len(pixels) * SUBSET_SHARE)]}.items():
         (partial / name).mkdir(parents=True, exist_ok=True)
         for part, chosen in {"train": training, "t10k": held_out}.items():
@@ -52,26 +58,29 @@ def split(data: Path, out: Path) -> None:
 
 
 def _write_idx(path: Path, array: np.ndarray) -> None:
-    """array: uint8; an IDX file of bytes, as in the original."""
+    """Write a uint8 array as a compressed IDX file, the original's format."""
     head = np.array([0x800 + array.ndim, *array.shape], ">i4")
     path.write_bytes(gzip.compress(head.tobytes() + array.tobytes(), mtime=0))
 
 
 def record(run: Path, file: Path, seconds: int, command: str) -> None:
-    """The log of a training, or the evaluation and which images were recognised; and what it ran on."""
-    found = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
-    found["torch"] = importlib.metadata.version("torch")
+    """Write the result of a stage as JSON: its command and machine, and its training log or evaluation.
+
+    Exits with an error if a training has not completed all its epochs. The file is written atomically.
+    """
+    result = {"command": command, "seconds": seconds, "commit": _commit(), "machine": machine()}
+    result["torch"] = importlib.metadata.version("torch")
     if epochs := re.search(r"--epochs (\d+)", command):
-        log, wanted = run / "log.txt", int(epochs[1])
-        found["epochs"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        if len(found["epochs"]) != wanted:
-            raise SystemExit(f"{run}: {len(found['epochs'])} of {wanted} epochs: not done")
-        training = sum(epoch["train_seconds"] for epoch in found["epochs"])  # of all attempts, where it was resumed
-        found["seconds"] = max(seconds, round(training))
+        log, expected = run / "log.txt", int(epochs[1])
+        result["epochs"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if len(result["epochs"]) != expected:
+            raise SystemExit(f"{run}/log.txt has {len(result['epochs'])} of {expected} epochs: training is incomplete")
+        training = sum(epoch["train_seconds"] for epoch in result["epochs"])
+        result["seconds"] = max(seconds, round(training))  # a resumed training took longer than its last attempt
     if (run / "eval.json").exists():
-        found["eval"] = json.loads((run / "eval.json").read_text())
-        found["correct"] = "".join(str(int(correct)) for correct in read_correct(run / "predictions.csv")[1])
-    text = json.dumps(found, indent=1) + "\n"
+        result["eval"] = json.loads((run / "eval.json").read_text())
+        result["correct"] = "".join(str(int(correct)) for correct in read_correct(run / "predictions.csv")[1])
+    text = json.dumps(result, indent=1) + "\n"
     partial = file.with_name(f"{file.name}.partial")
     with partial.open("w") as out:
         out.write(text)
@@ -81,7 +90,7 @@ def record(run: Path, file: Path, seconds: int, command: str) -> None:
 
 
 def logs(results: Path, runs: Path) -> None:
-    """RUNS/STAGE/log.txt of every training in `results` that has none, as `record` found it."""
+    """Write RUNS/STAGE/log.txt for every recorded training that has none."""
     for path in results.glob("*.json"):
         stage, log = json.loads(path.read_text()), runs / path.stem / "log.txt"
         if "epochs" in stage and not log.exists():
@@ -95,20 +104,21 @@ def _commit() -> str:
 
 
 def machine() -> str:
-    """What a stage runs on: the GPU, where there is one, else the processors."""
-    import torch  # here, as it takes seconds
+    """Return the name of the GPU if there is one, else the number and name of the CPUs."""
+    import torch  # imported here because it takes seconds
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processors()
 
 
 def processors() -> str:
+    """Return the number and name of the CPUs, for example "2 x AMD EPYC"."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 def export(checkpoint: Path, file: Path) -> None:
-    """Small enough to be kept in a repository; loads like any checkpoint of ours."""
+    """Write a checkpoint without training state, small enough for the repository."""
     from training.checkpoints import Checkpoint, save_checkpoint
 
     content = Checkpoint.load(str(checkpoint)).without_training_state(PRIVATE_FLAGS)
@@ -117,7 +127,7 @@ def export(checkpoint: Path, file: Path) -> None:
 
 
 def truncate(checkpoint: Path, blocks: int, file: Path) -> None:
-    """A static network's weights without the blocks after the first so many, as a checkpoint."""
+    """Write a checkpoint with the first `blocks` blocks of a static model, in float32."""
     from training.checkpoints import Checkpoint, save_checkpoint
 
     content = Checkpoint.load(str(checkpoint)).without_training_state(PRIVATE_FLAGS)
@@ -127,49 +137,42 @@ def truncate(checkpoint: Path, blocks: int, file: Path) -> None:
     save_checkpoint(content, file)
 
 
-PRIVATE_FLAGS = {
-    "output_dir",
-    "data_path",
-    "pretrained_path",
-    "resume",
-    "finetune",
-    "teacher_path",
-}  # of the machine, not the recipe
-
-
 # For tables -------------------------------------------------------------------------------------
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
     rows = [list(head), ["---"] * len(list(head)), *map(list, rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def mean_and_error(values: list[float], sign: str = "") -> str:
-    """Over seeds; sign: "+" to write it always."""
+    """Format the mean and standard error over seeds. sign: "+" writes the sign of positive means too."""
     mean = f"{statistics.mean(values):{sign}.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 def by_seed(stages: dict, prefix: str) -> dict[str, dict]:
-    """Stages by their seed."""
+    """Return the stages named PREFIX and a seed, by seed."""
     named = {name.removeprefix(prefix): stage for name, stage in stages.items() if name.startswith(prefix)}
     return {seed: stage for seed, stage in sorted(named.items()) if seed.isdecimal()}
 
 
 def correct_rate(stages: Iterable[dict]) -> np.ndarray:
-    """How often each image was recognised, over the seeds: [N], 0 to 1."""
+    """Return, for each image, the fraction of seeds whose prediction is correct: [N]."""
     return np.mean([np.array(list(stage["correct"]), dtype=float) for stage in stages], axis=0)
 
 
-def share_saved(figures: dict, prefix: str = "") -> float:
-    return 1 - figures[f"{prefix}gmacs"] / figures[f"{prefix}gmacs_static"]
+def share_saved(metrics: dict, prefix: str = "") -> float:
+    """Return the fraction of the static model's MACs that halting saves."""
+    return 1 - metrics[f"{prefix}gmacs"] / metrics[f"{prefix}gmacs_static"]
 
 
-HELD_OUT = ("held-out top-1, %", "mean depth", "multiply-adds saved")
+HELD_OUT = ("held-out top-1 (%)", "mean depth", "MACs saved")
 
 
 def held_out(stage: dict) -> tuple[str, str, str]:
+    """Return the cells of the columns HELD_OUT, measured after the last epoch."""
     last = stage["epochs"][-1]
     return f"{last['test_acc1']:.2f}", f"{last['test_depth_mean']:.2f}", f"{share_saved(last, 'test_'):.1%}"
 
@@ -177,26 +180,18 @@ def held_out(stage: dict) -> tuple[str, str, str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="stages.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    paths = {
-        split: ("data", "out"),
-        logs: ("results", "runs"),
-        export: ("checkpoint", "file"),
+    arguments = {
+        split: {"data": Path, "out": Path},
+        record: {"run": Path, "file": Path, "--seconds": int, "--command": str},
+        logs: {"results": Path, "runs": Path},
+        export: {"checkpoint": Path, "file": Path},
+        truncate: {"checkpoint": Path, "blocks": int, "file": Path},
     }
-    for function, names in paths.items():
-        command = commands.add_parser(function.__name__)
-        for name in names:
-            command.add_argument(name, type=Path)
+    for function, types in arguments.items():
+        command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
+        for name, kind in types.items():
+            command.add_argument(name, type=kind, **({"required": True} if name.startswith("--") else {}))
         command.set_defaults(function=function)
-    command = commands.add_parser("truncate")
-    for name, kind in {"checkpoint": Path, "blocks": int, "file": Path}.items():
-        command.add_argument(name, type=kind)
-    command.set_defaults(function=truncate)
-    command = commands.add_parser("record")
-    for name in ("run", "file"):
-        command.add_argument(name, type=Path)
-    command.add_argument("--seconds", type=int, required=True)
-    command.add_argument("--command", required=True)
-    command.set_defaults(function=record)
     args = vars(parser.parse_args(argv))
     args.pop("function")(**args)
 

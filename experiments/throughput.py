@@ -1,6 +1,9 @@
-"""Images/s of the logits of several networks, in turn: python -m experiments.throughput FLAGS NAME=KIND=CHECKPOINT...
+"""Measure images/s of several models in turn.
 
-KIND: see baselines.py; a network whose checkpoint has no gate runs as the static network that it is. Prints JSON.
+Usage: python -m experiments.throughput FLAGS NAME=KIND=CHECKPOINT...
+
+KIND is one of baselines.py. A checkpoint without a gate runs as a static model. Only logits are computed. The result,
+images/s by name and the CPU, is written as JSON and printed.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 import utils
 from datasets import build_dataset, spread_sample
 from experiments.baselines import register
+from experiments.stages import processors
 from training.checkpoints import Checkpoint
 
 
@@ -39,9 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         model = checkpoint.build_model(register(kind), halting=not checkpoint.is_static).eval()
         calls[name] = partial(model, batch)
     seconds = utils.time_interleaved(calls, torch.device("cpu"), args.rounds)
-    found = {name: len(batch) / statistics.median(times) for name, times in seconds.items()}
-    utils.write_bytes(args.output, (json.dumps(found, indent=1) + "\n").encode())
-    print(json.dumps(found))
+    images_per_s = {name: len(batch) / statistics.median(times) for name, times in seconds.items()}
+    result = {"machine": processors(), "images_per_s": images_per_s}
+    utils.write_bytes(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What experiments measure halting against: the static rivals, their tables, and the chain on a few images."""
+"""The static baselines of the experiments, their tables, and the pipeline on a few images."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from training.checkpoints import Checkpoint, load_checkpoint
 
 @pytest.fixture(autouse=True)
 def registry():
-    """As it was, afterwards: to other tests the rivals are no models of ours."""
+    """Restore the registry afterwards: other tests must not find the baselines among the registered models."""
     with patch.dict(_registry._model_entrypoints), patch.dict(models_act.default_cfgs):
         yield
 
@@ -45,7 +45,7 @@ def weights():
 
 @pytest.mark.parametrize("rule", ["evit", "random"])
 @torch.no_grad()
-def test_a_fixed_number_of_patches_goes_on_after_a_fixed_block(rule):
+def test_pruning_keeps_fixed_number_of_patches_after_fixed_block(rule):
     model, x = static(f"{rule}:3:20", **weights()), images(4, 32)
     logits, halting = model(x, return_halting=True)
     depth = halting.depth
@@ -63,25 +63,25 @@ def test_a_fixed_number_of_patches_goes_on_after_a_fixed_block(rule):
 
 
 @torch.no_grad()
-def test_the_rule_keeps_what_the_class_token_attends_to():
+def test_evit_keeps_patches_with_highest_class_token_attention():
     model, x = static("evit:2:5", **weights()), images(3, 32)
     block, entering = model.blocks[1], model.blocks[0](model._embed(x))
     attention = {}
     block.attn.fused_attn = False
-    block.attn.attn_drop.register_forward_hook(lambda module, args, out: attention.update(found=out))
+    block.attn.attn_drop.register_forward_hook(lambda module, args, out: attention.update(weights=out))
     block(entering)
-    expected = attention["found"].mean(dim=1)[:, 0, 1:].topk(5, dim=1).indices.sort(dim=1).values
+    expected = attention["weights"].mean(dim=1)[:, 0, 1:].topk(5, dim=1).indices.sort(dim=1).values
     depth = model(x, return_halting=True)[1].depth
     assert torch.equal(torch.stack([(row[1:] == 12).nonzero()[:, 0] for row in depth]), expected)
 
 
 @torch.no_grad()
-def test_all_patches_kept_is_the_static_network():
+def test_pruning_that_keeps_all_patches_equals_full_model():
     x = images(3, 32)
     assert_close(static("random:3:64", **weights())(x), static("full", **weights())(x), rtol=1e-4, atol=1e-5)
 
 
-def test_random_patches_are_the_same_in_each_evaluation_and_others_in_training():
+def test_random_patches_are_fixed_in_evaluation_and_vary_in_training():
     model, x = static("random:3:20", **weights()), images(3, 32)
     with torch.no_grad():
         assert torch.equal(model(x), model(x))
@@ -89,17 +89,17 @@ def test_random_patches_are_the_same_in_each_evaluation_and_others_in_training()
         assert not torch.equal(model(x), model(x))
 
 
-def test_a_cut_network_is_the_first_blocks_of_the_whole_one(tmp_path):
-    path = save_halting_micro(tmp_path / "whole.pth", num_classes=3, classes=["a", "b", "c"], args={"model": "x"})
-    stages.truncate(path, 5, tmp_path / "cut.pth")
-    whole = load_checkpoint(str(path))["model"]
-    found = Checkpoint.load(str(tmp_path / "cut.pth")).build_model(register("shallow:5"), img_size=(32, 32))
-    assert len(found.blocks) == 5
-    for name, value in found.state_dict().items():
-        assert_close(value, whole[name], rtol=1e-3, atol=1e-3)
+def test_truncated_model_has_first_blocks_of_full_model(tmp_path):
+    path = save_halting_micro(tmp_path / "full.pth", num_classes=3, classes=["a", "b", "c"], args={"model": "x"})
+    stages.truncate(path, 5, tmp_path / "shallow.pth")
+    full = load_checkpoint(str(path))["model"]
+    shallow = Checkpoint.load(str(tmp_path / "shallow.pth")).build_model(register("shallow:5"), img_size=(32, 32))
+    assert len(shallow.blocks) == 5
+    for name, value in shallow.state_dict().items():
+        assert_close(value, full[name], rtol=1e-3, atol=1e-3)
 
 
-def test_narrow_networks_and_kinds_that_are_none():
+def test_narrow_model_has_given_width_and_invalid_kind_raises():
     assert static("narrow:27").blocks[0].attn.qkv.weight.shape == (81, 27)
     for kind in ("wide:3", "shallow:1:2", "random:3"):
         with pytest.raises((SystemExit, ValueError)):
@@ -113,14 +113,15 @@ def put_test(folder, name, acc1, gmacs):
     (folder / f"test_{name}.json").write_text(json.dumps({"eval": {"acc1": acc1, "gmacs": gmacs}}))
 
 
-def test_every_figure_of_the_report(tmp_path):
+def test_report_contains_every_number(tmp_path):
     for seed, better in {"0": 0.0, "1": 1.0}.items():
         put_test(tmp_path, f"full_{seed}", 80.0 + better, 0.1)
         put_test(tmp_path, f"halting0.45_{seed}", 79.0 + better, 0.045)
         put_test(tmp_path, f"shallow5_{seed}", 74.0 + better, 0.04)
         put_test(tmp_path, f"shallow7_{seed}", 78.0, 0.06)
         put_test(tmp_path, f"random0.45_{seed}", 70.0, 0.05)
-    (tmp_path / "throughput.json").write_text(json.dumps({"full": 100.0, "halting0.45": 200.0}))
+    measured = {"machine": "4 x CPU", "images_per_s": {"full": 100.0, "halting0.45": 200.0}}
+    (tmp_path / "throughput.json").write_text(json.dumps(measured))
     for stage, machine in {"full_0": "a GPU", "full_1": "2 x CPU", "shallow5_0": "a GPU"}.items():
         (tmp_path / f"{stage}.json").write_text(json.dumps({"epochs": [], "machine": machine}))
     steps = [{"form": "static (timm)"}, {"form": "zipped", "ideal": 2.0, "speed_up": 1.6}]
@@ -128,34 +129,35 @@ def test_every_figure_of_the_report(tmp_path):
     baselines_report.report(tmp_path, "Title")
     text = (tmp_path / "baselines.md").read_text()
     for line in (
-        "| A-ViT, trained for each budget | 0.45 | 2 | 55.0% | 79.50 ± 0.50 | 2.00 | 2.22 |",
-        "| static, fewer blocks | 5 | 2 | 60.0% | 74.50 ± 0.50 |  | 2.50 |",
-        "| static, uncut |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
+        "| A-ViT, one model per budget | 0.45 | 2 | 55.0% | 79.50 ± 0.50 | 2.00 | 2.22 |",
+        "| shallower | 5 | 2 | 60.0% | 74.50 ± 0.50 |  | 2.50 |",
+        "| static, full |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
         "| 0.45 | 50.0% | 37.5% |",
-        # at 0.045: cut 75 and 75.75; random lies above that cost
-        "| A-ViT, trained for each budget | 55.0% |  | +4.12 ± 0.12 |  |  | -1.00 ± 0.00 |",
+        # At 0.045 GMACs, the shallower models interpolate to 75 and 75.75. Random patches has no model that small.
+        "| A-ViT, one model per budget | 55.0% |  | +4.12 ± 0.12 |  |  | -1.00 ± 0.00 |",
     ):
         assert line in text.splitlines(), text
-    assert "\nTrainings ended on a GPU (2 stages) and 2 x CPU (1 stages); images/s of " in text
+    assert "\nTraining stages by the machine where they ended: a GPU (2 stages) and 2 x CPU (1 stages)." in text
+    assert "first seed, batch size 256, 4 x CPU\n" in text
     assert (tmp_path / "accuracy_macs.png").stat().st_size > 5000
     assert (tmp_path / "accuracy_speed.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_a_training_that_was_stopped_is_not_kept_as_done(tmp_path, epochs):
+def test_recording_incomplete_training_raises(tmp_path, epochs):
     (tmp_path / "log.txt").write_text('{"train_seconds": 1.0}\n' * epochs)
     if not epochs:
         (tmp_path / "log.txt").unlink()
-    with pytest.raises(SystemExit, match=f"{epochs} of 2 epochs: not done"):
+    with pytest.raises(SystemExit, match=f"{epochs} of 2 epochs: training is incomplete"):
         stages.record(tmp_path, tmp_path / "stage.json", seconds=1, command="python main_act.py --epochs 2")
     assert not (tmp_path / "stage.json").exists()
 
 
-# The chain ---------------------------------------------------------------------------------------
+# The pipeline ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
+def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     repository = tmp_path / "repository"
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "*.pth"))
     data = make_fashion(tmp_path / "data", train=300)
@@ -180,8 +182,9 @@ def test_the_chain_from_the_start_and_that_nothing_is_done_twice(tmp_path):
     first = run()
     assert first.returncode == 0, first.stderr
     results = repository / "experiments/cluttered/results"
-    assert "| static, fewer blocks | 7 | 1 |" in (results / "baselines.md").read_text()
-    assert set(json.loads((results / "throughput.json").read_text())) >= {"full", "halting0.6", "shallow7", "random0.6"}
+    assert "| shallower | 7 | 1 |" in (results / "baselines.md").read_text()
+    images_per_s = json.loads((results / "throughput.json").read_text())["images_per_s"]
+    assert set(images_per_s) >= {"full", "halting0.6", "shallow7", "random0.6"}
     assert json.loads((results / "step_0.6.json").read_text())[0]["train"]
     again = run()
     assert again.returncode == 0, again.stderr
