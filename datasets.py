@@ -251,5 +251,5 @@ def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tens
     else:
         chosen = [images[index * len(images) // count] for index in range(count if len(images) else 0)]
     if not chosen:
-        raise UserError("not one image can be read")
+        raise UserError("no image can be read")
     return tuple(default_collate(chosen))

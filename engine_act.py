@@ -309,7 +309,7 @@ def train_one_epoch(
     loader = utils.TimedLoader(loader)
     batches = iter(utils.with_progress(loader, f"Epoch {epoch.number}", _progress(trainer, epoch), done=epoch.batches))
     while group := list(islice(batches, trainer.accum_steps)):
-        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.RANDOM_OF_STEPS)
+        utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.SEEDS_OF_STEPS)
         losses, metrics = [], []
         for number, (images, targets, *_) in enumerate(group, start=1):
             with _gradient_sync(trainer.model, number == len(group)):

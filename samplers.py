@@ -8,7 +8,7 @@ from itertools import islice
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
 
-from utils import RANDOM_OF_IMAGES
+from utils import SEEDS_OF_IMAGES
 
 EPOCH_STRIDE = 100_003  # keeps the orders of different seeds apart
 
@@ -56,7 +56,7 @@ class ResumableSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
         for place, index in enumerate(islice(self.sampler, self.first, None), start=self.first):
-            yield index, (self.seed, self.rank, self.epoch, place, RANDOM_OF_IMAGES)
+            yield index, (self.seed, self.rank, self.epoch, place, SEEDS_OF_IMAGES)
 
     def __len__(self) -> int:
         """Of a whole epoch."""

@@ -1,4 +1,4 @@
-"""What every command needs: errors for users, processes, averages, messages and progress."""
+"""Helpers shared by all commands: user errors, process groups, random seeds, files, averages and progress output."""
 
 from __future__ import annotations
 
@@ -26,58 +26,65 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it in one line and exits with status 2."""
+    """An error that the user can fix. The command line prints it in one line and exits with status 2."""
 
 
 class RankError(UserError):
-    """One that other processes do not meet: each process that does prints it."""
+    """A UserError raised by some ranks only. Each of them prints it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' (did you mean a, b?)', or '' where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f" (did you mean {', '.join(near)}?)" if near else ""
+    """Return the hint " (did you mean a, b?)", or "" if no known name is similar."""
+    similar = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {', '.join(similar)}?)" if similar else ""
 
 
 # Processes ---------------------------------------------------------------------------------------
 
 
 def world_size() -> int:
+    """Return the number of processes, 1 outside a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the rank of this process, 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
+    """Return the rank of this process on its machine, 0 outside a process group."""
     return environment_int("LOCAL_RANK", 0) if dist.is_initialized() else 0
 
 
+def is_main() -> bool:
+    """Return whether this is the main process (rank 0)."""
+    return rank() == 0
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores available to this process.
+
+    taskset, Slurm and containers may allow fewer cores than the machine has.
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment_int(name: str, default: int) -> int:
-    """From the environment. UserError where it is none."""
+    """Return an environment variable as an int, or the default if it is unset or empty. Raises UserError otherwise."""
     text = os.environ.get(name, "").strip()
     if not text:
         return default
     if not text.isdecimal():
-        raise UserError(f"{name} is {text!r} in the environment, which is no number: unset it, or start with torchrun")
+        raise UserError(f"{name} is {text!r} in the environment, expected an integer. Unset it, or use torchrun.")
     return int(text)
 
 
-def usable_cores() -> int:
-    """That this process may use, which are fewer than there are under taskset, Slurm and in containers."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-RANDOM_OF_STEPS, RANDOM_OF_IMAGES = 1, 2  # the last number of a key: what the random numbers are for
+SEEDS_OF_STEPS, SEEDS_OF_IMAGES = 1, 2  # last number of a seed key: the purpose of the random numbers
 
 
 def seed_everything(*key: int) -> None:
-    """Seeds Python, NumPy and torch (CPU, and CUDA where it is in use) from numbers, all of which matter."""
+    """Seed Python, NumPy and torch (CPU, and CUDA if it is in use) from a key. Every number of the key matters."""
     python, numpy, torch_low, torch_high = np.random.SeedSequence(key).generate_state(4).tolist()
     random.seed(python)
     np.random.seed(numpy)
@@ -88,7 +95,7 @@ def seed_everything(*key: int) -> None:
 
 
 def any_rank(condition: bool, device: torch.device) -> bool:
-    """Whether the condition holds in any process. All must call it at the same place."""
+    """Return whether the condition holds on any rank. Every rank must call this at the same point."""
     if not dist.is_initialized():
         return condition
     flag = torch.tensor(float(condition), device=device)
@@ -98,7 +105,7 @@ def any_rank(condition: bool, device: torch.device) -> bool:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The body runs in each machine's first process before the others: for downloads."""
+    """Run the body in the first process of each machine before the others, for downloads."""
     if dist.is_initialized() and local_rank() > 0:
         dist.barrier()
     try:
@@ -108,33 +115,39 @@ def main_process_first() -> Iterator[None]:
             dist.barrier()
 
 
+AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def amp_dtype_name(amp: str | None, device: torch.device) -> str:
-    """One of AMP_DTYPES; None: fp16 on CUDA, none on the CPU. UserError for fp16 on the CPU."""
+    """Return a key of AMP_DTYPES, by default fp16 on CUDA and none on the CPU.
+
+    Raises UserError for fp16 on the CPU.
+    """
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs CUDA; use --amp bf16")
     return amp or ("fp16" if device.type == "cuda" else "none")
 
 
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Return the mixed-precision context for a key of AMP_DTYPES."""
+    return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "none")
+
+
 def check_finite(logits: Tensor) -> None:
-    """logits: [B, K]; FloatingPointError where some are not finite: such a network has no accuracy, and no speed."""
+    """Raise FloatingPointError if the logits of any image are not finite: no accuracy or speed can be reported.
+
+    logits: [B, K]
+    """
     broken = len(logits) - int(logits.isfinite().all(dim=1).sum())
     if broken:
-        raise FloatingPointError(f"{broken} of {len(logits)} answers of the network are no finite numbers")
-
-
-AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision by its name on the command line."""
-    return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "none")
+        raise FloatingPointError(f"the logits of {broken} of {len(logits)} images are not finite")
 
 
 # Files -------------------------------------------------------------------------------------------
 
 
 def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
-    """Makes the folder, if one is named, and writes to it once. UserError if that fails."""
+    """Create the folder and check that it is writable. None stays None. Raises UserError if it is not writable."""
     if not path:
         return None
     folder = Path(path)
@@ -143,13 +156,13 @@ def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> P
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot write there: {error.strerror}") from error
+        raise UserError(f"{flag} {path}: cannot write to this folder: {error.strerror}") from error
     return folder
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """RankError, naming the path, where something cannot be written."""
+    """Turn an OSError of the body into a RankError that names the path."""
     try:
         yield
     except OSError as error:
@@ -157,9 +170,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
-    """Writes a file beside its place, flushes it to the disk if it is to be durable, then renames it.
+    """Write a temporary file next to `path`, then rename it, so that `path` is always the old or the new file.
 
-    At every instant the old file is there or the new one. OSError leaves the old one. A link stays one.
+    durable: flush the file and its folder to the disk. A symbolic link stays a link.
+    An OSError leaves the old file in place.
     """
     path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.partial")
@@ -173,21 +187,31 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if not durable:
-        return
-    with suppress(OSError):  # some file systems refuse it; the file is safe
-        folder = os.open(path.parent, os.O_RDONLY)
+    if durable:
+        _flush_folder(path.parent)
+
+
+def _flush_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, where the file system supports it."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the renaming too
+            os.fsync(folder)
         finally:
             os.close(folder)
 
 
+def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write a file by `atomic_write`. Raises RankError, which names the path, if it cannot be written."""
+    with writing(path):
+        atomic_write(path, lambda file: file.write(content), durable)
+
+
 @contextmanager
 def lock_output_dir(folder: Path | None) -> Iterator[None]:
-    """Holds the folder for this run, by a lock of its main process. UserError where another run holds it.
+    """Hold a lock on the folder in the main process. Raises UserError if another run holds it.
 
-    A run that is killed leaves no lock; where the file system has no locks, nobody is kept out.
+    The lock disappears with its process, even if that is killed. A file system without locks allows every run.
     """
     file, holder = None, ""
     if folder and is_main():
@@ -205,7 +229,7 @@ def lock_output_dir(folder: Path | None) -> Iterator[None]:
             holder = file.read(100) or "another process"
     holder = all_gather_objects(holder)[0]
     if holder:
-        raise UserError(f"--output_dir {folder}: another run is at work there ({holder}); choose another folder")
+        raise UserError(f"--output_dir {folder}: another run is using this folder ({holder}). Choose another folder.")
     try:
         yield
     finally:
@@ -214,24 +238,18 @@ def lock_output_dir(folder: Path | None) -> Iterator[None]:
 
 
 def is_plain_tensor(value: object) -> bool:
-    """Whether something read from a file is a tensor of real numbers on the CPU."""
+    """Return whether a value is a dense tensor of real numbers on the CPU, not quantized."""
     is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
     return is_plain and value.device.type == "cpu" and not value.is_complex()
-
-
-def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
-    """Whole or not at all, see `atomic_write`. RankError, naming the path, where it cannot be written."""
-    with writing(path):
-        atomic_write(path, lambda file: file.write(content), durable)
 
 
 # Numbers and progress ----------------------------------------------------------------------------
 
 
 class MetricAverages:
-    """Weighted means by name, over all batches and processes; scalars or vectors.
+    """Weighted means of named scalars and vectors, over all batches and processes.
 
-    Sums stay on the device until they are asked for, so that adding never waits for it.
+    Sums stay on the device until they are read, so `add` causes no host-device sync.
     """
 
     def __init__(self):
@@ -239,44 +257,45 @@ class MetricAverages:
         self.weight = 0.0
 
     def add(self, weight: float, **values: Tensor) -> None:
+        """Add values, each a scalar or a vector, with the same weight."""
         self.weight += weight
         for name, value in values.items():
             added = weight * value.detach().double()
             self.sums[name] = self.sums[name].to(added.device) + added if name in self.sums else added
 
     def state_dict(self) -> dict:
-        """What has been added in all processes; every process must call it."""
-        weight, sums = self._joint()
+        """Return the sums over all processes. Every process must call this."""
+        weight, sums = self._global_sums()
         return {"weight": weight, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from the `state_dict` of all processes: to be called in one of them."""
+        """Restore the sums of all processes. Exactly one process must call this."""
         self.weight = float(state["weight"])
         self.sums = {str(name): value.double() for name, value in state["sums"].items()}
 
     def local(self) -> dict[str, float]:
-        """Means of this process's scalars so far."""
+        """Return the means of this process, scalars only."""
         return {name: (s / self.weight).item() for name, s in self.sums.items() if s.ndim == 0}
 
     def reduced(self) -> tuple[float, dict[str, float | list[float]]]:
-        """Total weight and means over all processes; every process must call it, with or without values.
+        """Return the total weight and the means over all processes.
 
-        UserError if no process has any.
+        Every process must call this, even without values. Raises UserError if no process has any.
         """
-        total, sums = self._joint()
+        total, sums = self._global_sums()
         if total == 0:
-            raise UserError("not one image could be read")
+            raise UserError("no image could be read")
         return total, {name: (s / total).tolist() for name, s in sums.items()}
 
-    def _joint(self) -> tuple[float, dict[str, Tensor]]:
-        everyone = all_gather_objects((self.weight, {name: s.cpu() for name, s in self.sums.items()}))
-        names = {name: None for _, sums in everyone for name in sums}
-        sums = {name: torch.stack([own[name] for _, own in everyone if name in own]).sum(dim=0) for name in names}
-        return sum(weight for weight, _ in everyone), sums
+    def _global_sums(self) -> tuple[float, dict[str, Tensor]]:
+        ranks = all_gather_objects((self.weight, {name: s.cpu() for name, s in self.sums.items()}))
+        names = {name: None for _, sums in ranks for name in sums}
+        sums = {name: torch.stack([own[name] for _, own in ranks if name in own]).sum(dim=0) for name in names}
+        return sum(weight for weight, _ in ranks), sums
 
 
 def all_gather_objects(value: object) -> list:
-    """The values of all processes, in the order of their ranks."""
+    """Return the values of all processes, ordered by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -285,7 +304,7 @@ def all_gather_objects(value: object) -> list:
 
 
 def gather_objects_to_main(value: object) -> list:
-    """The values of all processes in the main one, in the order of their ranks; [] in the others."""
+    """Return the values of all processes, ordered by rank, in the main process and [] in the others."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size() if is_main() else None
@@ -294,7 +313,7 @@ def gather_objects_to_main(value: object) -> list:
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Return a time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -303,9 +322,9 @@ def synchronized_time(device: torch.device) -> float:
 def time_interleaved(
     calls: dict[str, Callable[[], None]], device: torch.device, rounds: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds that each call takes, once in every round, in turn, when all have been called once to warm up.
+    """Time each call once per round, in turn, after a warm-up call of each. Returns seconds per call, one per round.
 
-    min_seconds: calls are repeated until the slowest takes that long, and their mean counts.
+    min_seconds: repeat each call until the slowest takes this long, and return the mean.
     """
 
     def measure(call: Callable[[], None], repeats: int) -> float:
@@ -326,20 +345,20 @@ def time_interleaved(
 
 
 def log(message: str) -> None:
-    """Prints in the main process."""
+    """Print a message to stdout in the main process."""
     if is_main():
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(message: str, everywhere: bool = False) -> None:
-    """Prints a warning to stderr, in the main process or in every process that meets it."""
+    """Print a warning to stderr in the main process, or in each process that calls this if `everywhere`."""
     if is_main() or everywhere:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 class TimedLoader:
-    """The batches of a loader; `seconds`: how long they have been waited for, the start of its workers included."""
+    """The batches of a loader. `seconds` is the time spent waiting for them, including the start of the workers."""
 
     def __init__(self, loader: Iterable):
         self.loader, self.seconds = loader, 0.0
@@ -358,9 +377,9 @@ class TimedLoader:
 def with_progress(
     batches, title: str, describe: Callable[[], dict[str, str]], every: int = 50, done: int = 0
 ) -> Iterator:
-    """Yields the batches; shows a bar on a terminal, else a line every so many batches.
+    """Yield the batches and show progress: a bar on a terminal, else a printed line every `every` batches.
 
-    `describe` is called for the figures to show, every `every` batches; `done`: how many came before.
+    describe: returns the metrics to show, called every `every` batches; done: number of earlier batches.
     """
     on_terminal = sys.stderr.isatty()
     hidden = not (is_main() and on_terminal)
@@ -374,10 +393,11 @@ def with_progress(
                 continue
             per_batch = (time.perf_counter() - start) / (number - done)
             left = timedelta(seconds=int(per_batch * (len(batches) - number)))
-            figures = "  ".join(f"{k} {v}" for k, v in describe().items())
-            log(f"{title} [{number}/{len(batches)}]  {figures}  left {left}")
+            metrics = "  ".join(f"{k} {v}" for k, v in describe().items())
+            log(f"{title} [{number}/{len(batches)}]  {metrics}  left {left}")
 
 
 def table(rows: list[tuple[str, str]]) -> str:
+    """Return (name, value) rows as text with aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

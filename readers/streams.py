@@ -92,7 +92,7 @@ class Stream(IterableDataset):
         place = (self.seed, utils.rank(), self.epoch, 0 if worker is None else worker.id)
         for number, (image, target) in enumerate(islice(self.dataset, self.first, None, self.step)):
             if self.train:
-                utils.seed_everything(*place, number, utils.RANDOM_OF_IMAGES)
+                utils.seed_everything(*place, number, utils.SEEDS_OF_IMAGES)
             yield self.transform(image), target
 
 

@@ -282,7 +282,9 @@ def test_mistakes_get_one_line(flags, message, capsys):
 
 def test_an_output_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot write there" in mistake(capsys, "--data-set", "DIGITS", "--output_dir", tmp_path / "file" / "out")
+    assert "cannot write to this folder" in mistake(
+        capsys, "--data-set", "DIGITS", "--output_dir", tmp_path / "file" / "out"
+    )
 
 
 @pytest.mark.parametrize("mode", ["--eval", "--demo"])

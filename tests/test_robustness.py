@@ -170,13 +170,13 @@ def test_numbers_that_are_not_finite_get_no_figures(tmp_path, image_folder, caps
         main_act.main([*MICRO, "--eval", *data])
     assert stopped.value.code == 1
     told = capsys.readouterr()
-    assert "no finite numbers" in told.err
+    assert "are not finite" in told.err
     assert "top-1" not in told.out
     with pytest.raises(SystemExit):
         visualize.main([*MICRO[2:], "--summary", *data, "--output-dir", str(tmp_path / "out")])
-    assert "no finite numbers" in capsys.readouterr().err
+    assert "are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out" / "summary.html").exists()
-    assert "no finite numbers" in error_of(capsys, benchmark.main, "--model", "avit_micro_patch4_32", *data)
+    assert "are not finite" in error_of(capsys, benchmark.main, "--model", "avit_micro_patch4_32", *data)
 
 
 def test_a_link_to_a_checkpoint_stays_one(tmp_path):
@@ -216,7 +216,9 @@ def test_odd_variables_of_launchers_are_told(name, monkeypatch, capsys, image_fo
 def test_a_rank_beyond_the_processes_is_told(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "5")
-    assert "RANK is 5 in the environment, of 2 processes" in error_of(capsys, main_act.main, *MICRO, "--eval")
+    assert "RANK is 5 in the environment, which is out of range: WORLD_SIZE is 2" in error_of(
+        capsys, main_act.main, *MICRO, "--eval"
+    )
 
 
 def test_a_lone_process_tells_its_errors_whatever_its_local_rank(monkeypatch, capsys):
@@ -241,13 +243,13 @@ def test_who_waits_for_others_says_so(image_folder, tmp_path):
         "MASTER_PORT": "29763",
     }
     argv = (*MICRO, "--data-path", image_folder, "--eval")
-    soon = "from training import launch; launch.TOLD_AFTER = 0.2"
+    soon = "from training import launch; launch.WAIT_WARNING_SECONDS = 0.2"
     process = Script("main_act.py", *argv, log=tmp_path / "log", environment=environment, prepare=soon)
     try:
         process.wait_until(lambda: "\n" in process.errors())
     finally:
         process.kill()
-    assert "process 0 waits at 127.0.0.1:29763 for the others of 2" in process.errors()
+    assert "process 0 waits at 127.0.0.1:29763 for the other processes of 2" in process.errors()
 
 
 HOLDING = """
@@ -262,7 +264,7 @@ def test_a_folder_is_for_one_run(tmp_path):
     process = Script("-c", HOLDING, tmp_path, log=tmp_path / "log")
     try:
         process.wait_until(lambda: process.output() == "in\n")
-        told = f"another run is at work there .process {process.pid} on "
+        told = f"another run is using this folder .process {process.pid} on "
         with pytest.raises(UserError, match=told), utils.lock_output_dir(tmp_path):
             pass
     finally:

@@ -19,7 +19,7 @@ def test_averages_weigh_batches_by_their_size_and_go_on_from_their_state():
 
 
 def test_averages_of_nothing():
-    with pytest.raises(utils.UserError, match="not one image"):
+    with pytest.raises(utils.UserError, match="no image could be read"):
         utils.MetricAverages().reduced()
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find one another, and the device of each."""
+"""Start-up of a command: join the process group, and choose the device of this process."""
 
 from __future__ import annotations
 
@@ -7,82 +7,129 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from utils import RankError, UserError, environment_int, warn
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
-TOLD_AFTER = 5.0  # seconds, from which a process that waits for the others says so
-PROCESS_TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others before it fails
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # Slurm's names, in the same order
+WAIT_WARNING_SECONDS = 5.0  # a process that waits longer for the others prints a warning
+PROCESS_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others fails
+
+
+class LaunchEnvironment(NamedTuple):
+    """The position of this process among the processes of the run."""
+
+    rank: int
+    world_size: int
+
+
+def resolve_launch_environment(world_size: int | None = None) -> LaunchEnvironment:
+    """Read rank and world size from the variables of torchrun, torch.distributed.launch or srun.
+
+    world_size: number of processes if WORLD_SIZE is not set. A single process ignores RANK.
+    Under srun, torchrun's variables are first set from Slurm's.
+    Raises UserError if RANK is missing or out of range.
+    """
+    if not os.environ.get("RANK") and environment_int("SLURM_STEP_NUM_TASKS", 1) != 1:
+        os.environ.update({name: os.environ[slurm] for name, slurm in zip(LAUNCHER_VARIABLES, SLURM_VARIABLES)})
+        os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        os.environ.setdefault("MASTER_PORT", "29500")
+    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "").strip() else "--world_size"
+    world_size = environment_int("WORLD_SIZE", world_size or 1)
+    if world_size <= 1:
+        return LaunchEnvironment(0, 1)
+    rank = environment_int("RANK", -1)
+    if rank < 0:
+        raise UserError(
+            f"{source} is {world_size} but RANK is not set. "
+            f"Launch with torchrun, set RANK in each process, or do not set {source} to run one process."
+        )
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank} in the environment, which is out of range: {source} is {world_size}. "
+            "Launch with torchrun, or set neither to run one process."
+        )
+    return LaunchEnvironment(rank, world_size)
 
 
 @contextmanager
-def process_group(device_type: str | None, dist_url: str = "env://", size: int | None = None) -> Iterator[torch.device]:
-    """Joins the other processes, if the environment speaks of several, and yields this one's device.
+def process_group(
+    device_type: str | None, dist_url: str = "env://", world_size: int | None = None
+) -> Iterator[torch.device]:
+    """Join the process group that the environment describes, and yield the device of this process.
 
-    device_type: cuda or cpu, None for cuda where there is one.
-    Understands torchrun, torch.distributed.launch and srun. `size` and a `dist_url` of
-    tcp://host:port are for processes started by hand, with RANK in their environment.
+    device_type: cuda, cuda:N or cpu; None selects CUDA if it is available.
+    dist_url, world_size: a tcp://host:port URL and the number of processes, for processes that are started manually
+    with RANK set. torchrun, torch.distributed.launch and srun need neither.
+    A single process joins no group. Raises UserError if the processes cannot connect.
     """
-    _adopt_slurm()  # before the device, whose number follows from it
-    size = environment_int("WORLD_SIZE", size or 1)
-    device = _device(device_type, size)
+    launch = resolve_launch_environment(world_size)  # before the device, whose index is the local rank
+    device = _device(device_type, launch.world_size)
     if device.type == "cuda":
-        _switch_on_fast_kernels()
-    if size <= 1:
+        _enable_fast_kernels()
+    if launch.world_size == 1:
         yield device
         return
-    number = environment_int("RANK", -1)
-    if number < 0:
-        raise UserError(f"for {size} processes: start them with torchrun, or set RANK for each, or unset WORLD_SIZE")
-    if number >= size:
-        raise UserError(f"RANK is {number} in the environment, of {size} processes: unset both, or start with torchrun")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"world_size": size, "rank": number, "timeout": PROCESS_TIMEOUT}
-    bound = {"device_id": device} if backend == "nccl" else {}  # NCCL would guess it from the rank
-    where = dist_url if dist_url != "env://" else ":".join(os.environ.get(name, "?") for name in MEETING_PLACE)
-    told = f"process {number} waits at {where} for the others of {size}, as the environment or the flags ask for"
-    waiting = threading.Timer(TOLD_AFTER, warn, (f"{told}; if it is to run alone: unset WORLD_SIZE RANK", True))
-    waiting.daemon = True
-    waiting.start()
-    try:
-        store, *_ = next(dist.rendezvous(dist_url, **options))
-        # torchrun's store outlives the processes that it brings back, and so would the addresses in it
-        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, **options, **bound)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"the processes cannot meet at {dist_url}: {error}") from error
-    finally:
-        waiting.cancel()
+    with _warning_while_waiting(launch, dist_url):
+        _init_group(launch, dist_url, device)
     yield device
-    dist.destroy_process_group()  # not after an error: it might wait for processes that wait for this one
+    dist.destroy_process_group()  # not after an error: it could block on processes that wait for this one
+
+
+@contextmanager
+def _warning_while_waiting(launch: LaunchEnvironment, dist_url: str) -> Iterator[None]:
+    """Print a warning if the body takes longer than WAIT_WARNING_SECONDS."""
+    address = dist_url
+    if dist_url == "env://":
+        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    message = (
+        f"process {launch.rank} waits at {address} for the other processes of {launch.world_size}. "
+        "To run a single process, unset WORLD_SIZE and RANK."
+    )
+    timer = threading.Timer(WAIT_WARNING_SECONDS, warn, (message, True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _init_group(launch: LaunchEnvironment, dist_url: str, device: torch.device) -> None:
+    """Initialize torch.distributed. Raises UserError if the processes cannot connect."""
+    position = {"world_size": launch.world_size, "rank": launch.rank, "timeout": PROCESS_TIMEOUT}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = {"device_id": device} if backend == "nccl" else {}  # otherwise NCCL guesses it from the rank
+    try:
+        store, *_ = next(dist.rendezvous(dist_url, **position))
+        # torchrun's store outlives the processes it restarts. A prefix hides the addresses of earlier attempts.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, **position, **options)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes cannot connect at {dist_url}: {error}") from error
 
 
 @contextmanager
 def single_process(device_type: str | None) -> Iterator[torch.device]:
-    """As `process_group`, of a command that runs alone, whatever launchers have left in the environment."""
+    """Yield the device for a command that runs in one process, and ignore the variables that launchers leave behind.
+
+    Raises UserError under torchrun with several processes.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and environment_int("WORLD_SIZE", 1) > 1:
-        raise UserError("this command runs alone: start it without torchrun")
+        raise UserError("this command runs in one process, but torchrun started several. Start it without torchrun.")
     device = _device(device_type, 1)
     if device.type == "cuda":
-        _switch_on_fast_kernels()
+        _enable_fast_kernels()
     yield device
 
 
-def _adopt_slurm() -> None:
-    """Under srun, sets what torchrun would: Slurm's names for the same things."""
-    if os.environ.get("RANK") or environment_int("SLURM_STEP_NUM_TASKS", 1) == 1:
-        return
-    slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    os.environ.update({name: os.environ[source] for name, source in zip(LAUNCHER, slurm)})
-    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    os.environ.setdefault("MASTER_PORT", "29500")
-
-
 def _device(device_type: str | None, processes: int) -> torch.device:
+    """Return the device for this process, and make it the current CUDA device. Raises UserError if there is none."""
     try:
         device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -94,20 +141,21 @@ def _device(device_type: str | None, processes: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if device.index is not None and processes > 1:
-        each = f"each of the {processes} processes takes a device of its own"
-        raise UserError(f"--device {device_type}: {each}; give --device cuda")
-    count = torch.cuda.device_count()
-    index = device.index
+        raise UserError(
+            f"--device {device_type}: each of the {processes} processes needs its own device; use --device cuda"
+        )
+    count, index = torch.cuda.device_count(), device.index
     if index is None:
         index = environment_int("LOCAL_RANK", 0) if processes > 1 else 0
-    index = 0 if count == 1 and device.index is None and "SLURM_PROCID" in os.environ else index  # one each
+        if count == 1 and "SLURM_PROCID" in os.environ:
+            index = 0  # Slurm may show each task its own device only
     if index >= count:
-        raise RankError(f"--device {device_type}: device {index} is asked for, there are {count}")
+        raise RankError(f"--device {device_type or 'cuda'}: no CUDA device {index}; number of devices: {count}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
-def _switch_on_fast_kernels() -> None:
-    """On CUDA: the fastest convolution of those that there are, and TF32 where numbers are float32."""
+def _enable_fast_kernels() -> None:
+    """Let cuDNN choose the fastest convolution, and use TF32 for float32 matrix products."""
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # convolutions use TF32 of themselves
+    torch.set_float32_matmul_precision("high")  # convolutions use TF32 by default

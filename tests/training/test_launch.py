@@ -5,24 +5,26 @@ import torch
 import torch.distributed as dist
 
 import utils
-from training.launch import LAUNCHER, process_group
+from training.launch import LAUNCHER_VARIABLES, process_group, resolve_launch_environment
 from utils import UserError
 
 
-def test_slurm_speaks_torchruns_language(monkeypatch):
-    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in LAUNCHER})
+def test_slurm_variables_set_those_of_torchrun(monkeypatch):
+    monkeypatch.setattr(
+        os, "environ", {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    )
     os.environ.update(
         SLURM_PROCID="3", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_LAUNCH_NODE_IPADDR="192.0.2.7"
     )
-    with pytest.raises(UserError, match="cannot meet at nowhere://"), process_group("cpu", "nowhere://"):
+    with pytest.raises(UserError, match="cannot connect at nowhere://"), process_group("cpu", "nowhere://"):
         pass
-    assert [os.environ[name] for name in LAUNCHER] == ["3", "8", "1"]
+    assert [os.environ[name] for name in LAUNCHER_VARIABLES] == ["3", "8", "1"]
     assert os.environ["MASTER_ADDR"] == "192.0.2.7"
 
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Fakes CUDA with four devices; those that are chosen. What is switched on for CUDA is restored."""
+    """Fake CUDA with four devices, and list the devices that are chosen. Restores the settings that CUDA changes."""
     chosen, precision = [], torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -32,57 +34,57 @@ def chosen(monkeypatch):
     torch.set_float32_matmul_precision(precision)
 
 
-def test_each_slurm_task_takes_a_device_of_its_own(monkeypatch, chosen):
-    """The process group fails, as there is no NCCL here."""
+def test_slurm_tasks_choose_different_devices(monkeypatch, chosen):
+    """The process group itself fails, because NCCL is not available here."""
     for task in range(4):
         slurm = {"SLURM_PROCID": str(4 + task), "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": str(task)}
-        monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in LAUNCHER} | slurm)
-        with pytest.raises(UserError, match="cannot meet"), process_group("cuda", "nowhere://"):
+        monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | slurm)
+        with pytest.raises(UserError, match="cannot connect"), process_group("cuda", "nowhere://"):
             pass
     assert chosen == [0, 1, 2, 3]
 
 
-def test_a_task_outside_srun_is_alone(monkeypatch):
+def test_sbatch_without_srun_is_one_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "4")  # sbatch's own shell
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # as in the shell of sbatch
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     with process_group("cpu"):
         assert "RANK" not in os.environ
         assert utils.world_size() == 1
 
 
-def test_cuda_where_there_is_none(monkeypatch):
+def test_missing_cuda_raises(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: no CUDA device"), process_group("cuda"):
         pass
 
 
-def switches():
+def cuda_settings():
     return (
         torch.backends.cudnn.benchmark,
         torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,  # of convolutions
+        torch.backends.cudnn.allow_tf32,  # convolutions
     )
 
 
-def test_cuda_multiplies_in_tf32_and_tries_its_convolutions(chosen, recwarn):
-    before = switches()
+def test_cuda_enables_tf32_and_cudnn_benchmark(chosen, recwarn):
+    before = cuda_settings()
     with process_group("cpu"):
-        assert switches() == before == (False, "highest", True)
+        assert cuda_settings() == before == (False, "highest", True)
     with process_group("cuda") as device:
         assert device == torch.device("cuda", 0)
-        assert switches() == (True, "high", True)
+        assert cuda_settings() == (True, "high", True)
     assert not recwarn.list
 
 
-def test_one_process_takes_the_device_that_is_named(chosen):
+def test_one_process_uses_the_named_device(chosen):
     with process_group("cuda:1") as device:
         assert device == torch.device("cuda", 1)
     assert chosen == [1]
 
 
 def two_processes(monkeypatch, rank):
-    """In the environment, without there being another; returns what the process group is told."""
+    """Describe two processes in the environment and fake the connection. Returns the options of init_process_group."""
     options = {}
     environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     monkeypatch.setattr(os, "environ", os.environ | environment)
@@ -92,7 +94,7 @@ def two_processes(monkeypatch, rank):
     return options
 
 
-def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch, chosen):
+def test_only_nccl_gets_a_device_id(monkeypatch, chosen):
     options = two_processes(monkeypatch, rank=1)
     with process_group("cuda") as device:
         assert device == torch.device("cuda", 1)
@@ -110,11 +112,34 @@ def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch, chosen):
         {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"},
         {"RANK": "1"},
     ],
-    ids=["torchrun", "srun", "by hand"],
+    ids=["torchrun", "srun", "manual"],
 )
-def test_processes_do_not_share_the_device_that_is_named(monkeypatch, chosen, environment):
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in LAUNCHER} | environment)
-    message = "--device cuda:1: each of the 2 processes takes a device of its own; give --device cuda"
-    with pytest.raises(UserError, match=f"^{message}$"), process_group("cuda:1", "nowhere://", size=2):
+def test_named_device_for_two_processes_raises(monkeypatch, chosen, environment):
+    monkeypatch.setattr(
+        os, "environ", {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | environment
+    )
+    message = "--device cuda:1: each of the 2 processes needs its own device; use --device cuda"
+    with pytest.raises(UserError, match=f"^{message}$"), process_group("cuda:1", "nowhere://", world_size=2):
         pass
     assert chosen == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "world_size", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, None, "WORLD_SIZE is 4 but RANK is not set"),
+        ({}, 4, "--world_size is 4 but RANK is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2"},
+            None,
+            "RANK is 2 in the environment, which is out of range: WORLD_SIZE is 2",
+        ),
+        ({"WORLD_SIZE": "four"}, None, "WORLD_SIZE is 'four' in the environment, expected an integer"),
+    ],
+)
+def test_invalid_launch_environment_raises(monkeypatch, environment, world_size, message):
+    monkeypatch.setattr(
+        os, "environ", {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | environment
+    )
+    with pytest.raises(UserError, match=f"^{message}"):
+        resolve_launch_environment(world_size)
