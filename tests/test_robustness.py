@@ -137,7 +137,7 @@ def test_what_wraps_weights_is_taken_off(checkpoint, wrap):
 def test_averaged_weights_alone_name_their_flag(checkpoint):
     weights = dict(Checkpoint.load(str(checkpoint)).state_dict())
     lone = Checkpoint({"state_dict_ema": weights}, "x.pth")
-    with pytest.raises(UserError, match="averaged weights alone: give --use-ema"):
+    with pytest.raises(UserError, match="has only averaged weights; pass --use-ema"):
         lone.state_dict()
     assert lone.state_dict(use_ema=True).keys() == weights.keys()
 
