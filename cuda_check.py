@@ -1,11 +1,11 @@
-"""What only a GPU can tell: whether A-ViT is right on CUDA, and how fast it is there.
+"""Check that A-ViT is correct on this GPU, and measure its speed.
 
-    python cuda_check.py --output cuda_check.json    # everything; made to end in 6 minutes on one GPU
-    python cuda_check.py --only parity speed         # some of the parts, see --help
-    python cuda_check.py --device cpu --small        # seconds: whether the command itself works
+    python cuda_check.py --output cuda_check.json    # all parts; designed to end within 6 minutes on one GPU
+    python cuda_check.py --only parity speed         # some parts, see --help
+    python cuda_check.py --device cpu --small        # the same code on a CPU, in less than a minute
 
-Needs no data and no network. Prints a line for each check, and goes on after one that fails. Exit status 1 where a
-check failed, 2 for a mistake on the command line.
+Needs no dataset and no internet access. Prints one line per check and continues after a failed one. The exit status
+is 1 if a check failed, and 2 if a flag is invalid.
 """
 
 from __future__ import annotations
@@ -15,37 +15,50 @@ from typing import TYPE_CHECKING
 
 from training.arguments import Parser, at_least_one
 
-if TYPE_CHECKING:  # --help and mistakes are answered before torch is imported
-    import torch
+if TYPE_CHECKING:
+    import torch  # imported where it is used, so that --help and errors in flags do not wait for it
 
 PARTS = {
-    "attention": "attention within images against float64, forward and backward",
+    "attention": "packed attention against float64, forward and backward",
     "parity": "zipped against masked: logits, depths, ponder costs, gradients",
-    "edges": "the same where all halts at once, where nothing halts, with one image",
-    "training": "training steps, with gradient scaling in fp16",
-    "ddp": "one process of DistributedDataParallel, NCCL on CUDA",
-    "command": "main_act.py from start to end, and resumed, in fp16 on CUDA",
-    "lengths": "what the first sight of a number of tokens costs",
-    "launches": "launches and waits per block, copies to the device, and how long a call takes",
-    "speed": "against timm's network, eager and compiled, and memory; what no longer fits in --seconds is left out",
+    "edges": "the same if all tokens halt in block 1, if none halts, and on one image",
+    "training": "training steps, in fp16 with gradient scaling",
+    "ddp": "DistributedDataParallel in one process, with NCCL on CUDA",
+    "command": "main_act.py from start to end and resumed, in fp16 on CUDA",
+    "seqlens": "latency of new sequence lengths",
+    "launches": "kernel launches, host-device syncs and copies of a pass",
+    "speed": "speed and memory against the static model, eager and compiled; limited by --seconds",
 }
+RENAMED = {"lengths": "seqlens"}  # earlier names of parts
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="cuda_check.py", description="Whether A-ViT is right on this GPU, and how fast.")
+    """Build the parser of the flags."""
+    parser = Parser(prog="cuda_check.py", description="Check that A-ViT is correct on this GPU, and measure its speed.")
     add = parser.add_argument
     add("--device", default="cuda", help="cuda or cpu")
-    add("--small", action="store_true", help="sizes that take seconds on a CPU")
-    parts = "parts to run: " + "; ".join(f"{name} ({about})" for name, about in PARTS.items())
-    add("--only", nargs="+", choices=tuple(PARTS), metavar="PART", help=parts)
-    seconds = "measurements of speed that may not end by then are left out"
-    add("--seconds", type=at_least_one, default=340, metavar="S", help=seconds)
-    add("--output", metavar="FILE", help="write what was found there, as JSON, after each part")
+    add("--small", action="store_true", help="use sizes that take seconds on a CPU")
+    add(
+        "--only",
+        nargs="+",
+        type=lambda name: RENAMED.get(name, name),
+        choices=tuple(PARTS),
+        metavar="PART",
+        help="parts to run: " + "; ".join(f"{name} ({about})" for name, about in PARTS.items()) + " (default: all)",
+    )
+    add(
+        "--seconds",
+        type=at_least_one,
+        default=340,
+        metavar="S",
+        help="time limit in seconds; speed measurements that may exceed it are skipped",
+    )
+    add("--output", metavar="FILE", help="JSON file to write the results to, after each part")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """SystemExit with status 1 where a check failed, 2 for a mistake on the command line."""
+    """Run the command. Exits with status 1 if a check failed, and with status 2 if a flag is invalid."""
     parser = make_parser()
     args = parser.parse_args(argv)
 
@@ -62,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """Run the parts, print and save their results; return the names of the failed checks."""
+    """Run the parts, print and save their results, and return the names of the failed checks."""
     import torch
 
     from benchmarks import gpu_checks, gpu_speed

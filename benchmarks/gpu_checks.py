@@ -1,4 +1,7 @@
-"""Correctness checks of cuda_check.py: attention, zipped against masked, training, the command line."""
+"""Correctness checks of cuda_check.py: attention, zipped against masked, training and main_act.py.
+
+Each part is a function of a `Check`, which prints and collects the results; PARTS lists them.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,19 @@ from losses import AdaptiveLoss
 
 MODELS = {"micro": "avit_micro_patch4_32"}
 MODELS |= {size: f"avit_{size}_patch16_224" for size in ("tiny", "tiny_distilled", "small", "base")}
-MEAN_DEPTH, SPREAD = 7.3, 2.0  # of the tokens, in blocks
+MEAN_DEPTH, SPREAD = 7.3, 2.0  # imposed token depths, mean and standard deviation in blocks
 
 
 class Check:
-    """What the parts share: the device, the time that is left, and what has been found so far.
+    """Settings of a run, its remaining time, and the results so far.
 
-    size: of the network in most parts; amps: the kinds of mixed precision that the device has; amp: the one that
-    speed is measured in; rounds: of these measurements.
+    size: key of MODELS that most parts use
+    amps: mixed-precision types that the device supports
+    amp: mixed-precision type of the speed measurements
+    rounds: number of rounds of the speed measurements
+    part: name of the current part
+    checks: results that passed or failed
+    measured: results without a limit
     """
 
     def __init__(self, device: torch.device, small: bool, seconds: float):
@@ -54,67 +62,78 @@ class Check:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return time.perf_counter() - self.start
 
     @property
     def left(self) -> float:
+        """Seconds left for speed measurements."""
         return self.seconds - self.elapsed
 
     @property
     def failed(self) -> list[str]:
+        """Names of the failed checks."""
         return [f"{check['part']}: {check['what']}" for check in self.checks if not check["passed"]]
 
-    def expect(self, what: str, passed: bool, figure: str) -> None:
-        """Notes and prints one check."""
+    def check(self, what: str, passed: bool, figure: str) -> None:
+        """Print and record a result that passed or failed."""
         print(f"  {'ok  ' if passed else 'FAIL'}  {what}: {figure}", flush=True)
         self.checks.append({"part": self.part, "what": what, "passed": bool(passed), "figure": figure})
 
     def compare(self, what: str, errors: dict[str, float], limits: dict[str, float]) -> None:
-        """One check of several errors, by name. NaN passes no limit."""
+        """Check that no error exceeds the limit of the same name. NaN exceeds every limit."""
         wrong = {name for name, error in errors.items() if not error <= limits[name]}
         figures = [f"{name} {errors[name]:.1e}{f' (at most {limits[name]:g})' * (name in wrong)}" for name in errors]
-        self.expect(what, not wrong, ", ".join(figures))
+        self.check(what, not wrong, ", ".join(figures))
 
-    def tell(self, line: str, **figures) -> None:
-        """Notes and prints what is not judged."""
+    def report(self, line: str, **figures) -> None:
+        """Print and record a result that cannot fail: its figures, or the line if there are none."""
         print(f"  {line}", flush=True)
         self.measured.append({"part": self.part, **(figures or {"told": line.strip()})})
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """An error inside is a failed check, and what follows goes on."""
+        """Turn an exception in the body into a failed check, so that the run continues."""
         try:
             yield
-        except Exception:  # whatever a kernel, a driver or a compiler raises
-            self.expect(f"{what} runs to its end", False, traceback.format_exc(limit=-4))
+        except Exception:  # kernels, drivers and compilers raise many types
+            self.check(f"{what} completes", False, traceback.format_exc(limit=-4))
 
     @contextlib.contextmanager
-    def measuring(self, what: str, is_judged: bool = True) -> Iterator[None]:
-        """`guarded`, but too little memory is no fault, nor is what is not judged: a compiler may be missing."""
+    def measuring(self, what: str, may_fail: bool = False) -> Iterator[None]:
+        """Run a measurement as `guarded` does, but only report when it runs out of memory.
+
+        may_fail: only report other exceptions too; torch.compile, for example, requires a compiler.
+        """
         with self.guarded(what):
             try:
                 yield
             except torch.OutOfMemoryError:
-                self.tell(f"{what}: out of memory")
+                self.report(f"{what}: out of memory")
             except Exception as error:
-                if is_judged:
+                if not may_fail:
                     raise
-                self.tell(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                self.report(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         torch.cuda.empty_cache()  # does nothing without CUDA
 
-    def network(self, size: str, mean: float = MEAN_DEPTH, spread: float = SPREAD, **kwargs) -> nn.Module:
-        """With random weights, and tokens that halt around depth `mean`."""
+    def model(self, size: str, mean: float = MEAN_DEPTH, spread: float = SPREAD, **kwargs) -> nn.Module:
+        """Build a model of random weights with imposed token depths.
+
+        size: key of MODELS; mean, spread: see `set_synthetic_depths`; kwargs: for `timm.create_model`
+        """
         torch.manual_seed(0)
         model = timm.create_model(MODELS[size], **kwargs)
         set_synthetic_depths(model, mean, spread)
         return model.to(self.device)
 
     def images(self, model: nn.Module, count: int) -> Tensor:
+        """Return images of Gaussian noise, [count, 3, H, W], in the model's input size."""
         generator = torch.Generator(self.device).manual_seed(1)
         return torch.randn(count, 3, *model.patch_embed.img_size, generator=generator, device=self.device)
 
 
 def environment(device: torch.device) -> dict[str, object]:
+    """Return the device's name and the versions of the libraries."""
     about = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
     if device.type != "cuda":
         return {"device": "cpu", **about}
@@ -124,10 +143,10 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def save(path: str | None, about: dict[str, object], check: Check) -> None:
-    """RankError, naming the file, where it cannot be written."""
+    """Write the results to a JSON file, if there is a path. Raises RankError if it cannot be written."""
     if path:
-        found = {"about": about, "seconds": check.elapsed, "checks": check.checks, "measured": check.measured}
-        utils.write_bytes(Path(path), json.dumps(found, indent=2).encode() + b"\n")
+        report = {"about": about, "seconds": check.elapsed, "checks": check.checks, "measured": check.measured}
+        utils.write_bytes(Path(path), json.dumps(report, indent=2).encode() + b"\n")
 
 
 def _supports(device: torch.device, amp: str) -> bool:
@@ -136,20 +155,20 @@ def _supports(device: torch.device, amp: str) -> bool:
     return amp != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; NaN where either has one, or where there is nothing."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return ((found - expected).norm() / expected.norm()).item()
+def distance(result: Tensor, expected: Tensor) -> float:
+    """Return ||result - expected|| / ||expected||; NaN if either contains NaN, or if both are empty."""
+    result, expected = result.detach().double(), expected.detach().double()
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 def largest(values: Sequence[float]) -> float:
-    """NaN where one is."""
+    """Return the largest value, or NaN if one is NaN."""
     return torch.tensor(values).max().item()
 
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """float32 is multiplied as float32."""
+    """Disable TF32, so that float32 matrix products and convolutions keep full precision."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -163,91 +182,124 @@ def without_tf32() -> Iterator[None]:
 # Attention ---------------------------------------------------------------------------------------
 
 PRECISION = {"none": "float32", "bf16": "bf16", "fp16": "fp16"}
-LIMITS = {  # of `distance`, but for depths, of which a share may differ; zipped against masked, but for attention
-    "none": {"attention": 5e-5, "its gradient": 5e-5, "depths": 1e-4, "logits": 2e-5, "early exit": 2e-5},
-    "bf16": {"attention": 2e-2, "its gradient": 2e-2, "depths": 2e-2, "logits": 3e-2, "early exit": 3e-2},
-    "fp16": {"attention": 3e-3, "its gradient": 3e-3, "depths": 1e-2, "logits": 5e-3, "early exit": 5e-3},
+# Limits of `distance` by mixed-precision type; for depths, of the fraction that may differ. Attention is compared with
+# float64, everything else zipped with masked.
+LIMITS = {
+    "none": {
+        "attention": 5e-5,
+        "its gradient": 5e-5,
+        "depths": 1e-4,
+        "logits": 2e-5,
+        "early exit": 2e-5,
+        "ponder costs": 1e-5,
+        "gradients": 2e-4,
+    },
+    "bf16": {
+        "attention": 2e-2,
+        "its gradient": 2e-2,
+        "depths": 2e-2,
+        "logits": 3e-2,
+        "early exit": 3e-2,
+        "ponder costs": 1e-2,
+        "gradients": 6e-2,
+    },
+    "fp16": {
+        "attention": 3e-3,
+        "its gradient": 3e-3,
+        "depths": 1e-2,
+        "logits": 5e-3,
+        "early exit": 5e-3,
+        "ponder costs": 1e-3,
+        "gradients": 2e-2,
+    },
 }
-LIMITS["none"] |= {"ponder costs": 1e-5, "gradients": 2e-4}
-LIMITS["bf16"] |= {"ponder costs": 1e-2, "gradients": 6e-2}
-LIMITS["fp16"] |= {"ponder costs": 1e-3, "gradients": 2e-2}
-LENGTHS = ([1], [5, 5, 5], [3, 1, 40, 7, 1, 7], [197, 64, 130, 129, 1, 128, 127, 63, 65, 1] * 2)  # rows of each image
-LENGTHS += ([40, 0, 197, 3, 0], [0, 0, 7, 0], [0, 1])  # images that have left as a whole
+SEQLENS = (  # live tokens of each image
+    [1],
+    [5, 5, 5],
+    [3, 1, 40, 7, 1, 7],
+    [197, 64, 130, 129, 1, 128, 127, 63, 65, 1] * 2,
+    [40, 0, 197, 3, 0],  # with images that have none left
+    [0, 0, 7, 0],
+    [0, 1],
+)
 
 
 def attention(check: Check) -> None:
-    """Attention within images against that of each image by itself in float64, forward and backward."""
+    """Compare packed attention with float64 attention on each image alone, forward and backward."""
     has_kernels = zipping.uses_kernels(torch.zeros(1, device=check.device))
-    check.tell(f"Triton's kernels {'' if has_kernels else 'do not '}run")
+    check.report(f"Triton kernels: {'used' if has_kernels else 'not used'}")
     for amp in check.amps:
         for width in (64, 16, 60):
-            errors = [attention_errors(check.device, lengths, width, amp) for lengths in LENGTHS]
-            worst = {name: largest([of_one[name] for of_one in errors]) for name in errors[0]}
+            errors = [attention_errors(check.device, seqlens, width, amp) for seqlens in SEQLENS]
+            worst = {name: largest([error[name] for error in errors]) for name in errors[0]}
             check.compare(f"{PRECISION[amp]}, heads of {width}", worst, LIMITS[amp])
 
 
-def attention_errors(device: torch.device, lengths: list[int], width: int, amp: str) -> dict[str, float]:
-    """`distance` of output and gradient, where q, k and v are strided parts of one tensor."""
+def attention_errors(device: torch.device, seqlens: list[int], width: int, amp: str) -> dict[str, float]:
+    """Return the `distance` of output and gradient, for q, k and v that are strided parts of one tensor."""
     dtype = utils.AMP_DTYPES[amp] or torch.float32
-    generator = torch.Generator(device).manual_seed(len(lengths))
-    qkv = torch.randn(sum(lengths), 3, 3, width, generator=generator, device=device).to(dtype).requires_grad_()
-    out = attend(qkv, lengths)
+    generator = torch.Generator(device).manual_seed(len(seqlens))
+    qkv = torch.randn(sum(seqlens), 3, 3, width, generator=generator, device=device).to(dtype).requires_grad_()
+    out = attend(qkv, seqlens)
     weights = torch.randn(out.shape, generator=generator, device=device).to(dtype)
     (gradient,) = torch.autograd.grad(out, qkv, weights)
     exact = qkv.detach().double().requires_grad_()
-    expected = torch.cat([attend_one(image) for image in exact.split(lengths)])
+    expected = torch.cat([attend_one(image) for image in exact.split(seqlens)])
     (expected_gradient,) = torch.autograd.grad(expected, exact, weights.double())
     return {"attention": distance(out, expected), "its gradient": distance(gradient, expected_gradient)}
 
 
-def attend(qkv: Tensor, lengths: list[int]) -> Tensor:
-    """qkv: [T, 3, H, D], lengths: rows of each image -> [T, H, D], as zipping computes it on this device."""
+def attend(qkv: Tensor, seqlens: list[int]) -> Tensor:
+    """Compute attention within each image as zipping does on this device.
+
+    qkv: [T, 3, H, D]; seqlens: tokens of each image -> [T, H, D]
+    """
     q, k, v = qkv.permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, T, D]
     if zipping.uses_device_form(qkv):
-        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=qkv.device)
-        out = zipping.varlen_attention(q, k, v, bounds, longest=max(lengths) + 3)  # a bound is enough
+        starts = torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32, device=qkv.device)
+        upper_bound = max(seqlens) + 3  # the kernel accepts any upper bound of the lengths
+        out = zipping.varlen_attention(q, k, v, starts, upper_bound)
     else:
-        out = zipping.ragged_attention(q, k, v, list(filter(None, lengths)))
+        out = zipping.ragged_attention(q, k, v, list(filter(None, seqlens)))
     return out.squeeze(0).transpose(0, 1)
 
 
 def attend_one(qkv: Tensor) -> Tensor:
-    """qkv: [T, 3, H, D] of one image -> [T, H, D]"""
+    """Compute the attention of one image, [T, 3, H, D] -> [T, H, D]."""
     q, k, v = qkv.permute(1, 2, 0, 3)
     return ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v).transpose(0, 1)
 
 
-# The network -------------------------------------------------------------------------------------
+# Zipped against masked ---------------------------------------------------------------------------
 
-
-VARIANTS = {  # networks, and options of them
+CONFIGS = {  # options of models; the name starts with a key of MODELS
     "tiny": {},
     "small": {},
     "tiny_distilled": {},
     "tiny, 384 x 384": {"img_size": 384},
     "tiny, registers, 180 wide": {"reg_tokens": 4, "embed_dim": 180},
 }
-SMALL_VARIANTS = {"micro": {}, "micro, registers": {"reg_tokens": 4}}
+SMALL_CONFIGS = {"micro": {}, "micro, registers": {"reg_tokens": 4}}
 
 
 def parity(check: Check) -> None:
-    """Zipped against masked, in inference and in training, with stochastic depth; and with weights of 16 bits."""
-    for name, options in (SMALL_VARIANTS if check.small else VARIANTS).items():
-        model = check.network(name.partition(",")[0], drop_path_rate=0.1, **options)
+    """Compare zipped with masked in inference and training, with stochastic depth, and with half-precision weights."""
+    for name, options in (SMALL_CONFIGS if check.small else CONFIGS).items():
+        model = check.model(name.partition(",")[0], drop_path_rate=0.1, **options)
         images = check.images(model, 4 if check.small else 16 if options else 64)
         depth = zipped_against_masked(check, name, model, images)
-        check.expect(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
+        check.check(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
     for amp in check.amps:
         if dtype := utils.AMP_DTYPES[amp]:
-            halved = copy.deepcopy(model).eval().to(dtype)
-            masked = copy.deepcopy(halved)
+            half = copy.deepcopy(model).eval().to(dtype)
+            masked = copy.deepcopy(half)
             masked.zip_tokens = False
             what = f"{name}, weights in {PRECISION[amp]}"
             with check.guarded(what):
-                check.compare(what, output_errors(halved, masked, images.to(dtype), "none"), LIMITS[amp])
+                check.compare(what, output_errors(half, masked, images.to(dtype), "none"), LIMITS[amp])
 
 
-EDGES = {  # mean depth, images, what holds of the depths
+EDGES = {  # mean depth, number of images, condition that the depths must meet
     "every token halts in block 1": (-5.0, 3, lambda depth: depth.max() == 1),
     "no token halts": (30.0, 3, lambda depth: depth.min() == 12),
     "one image": (6.0, 1, lambda depth: len(depth) == 1),
@@ -255,101 +307,115 @@ EDGES = {  # mean depth, images, what holds of the depths
 
 
 def edges(check: Check) -> None:
-    """`parity` where there is nothing left to do, nothing to leave out, or no other image."""
+    """Compare zipped with masked if all tokens halt in block 1, if none halts, and on a single image."""
     for name, (mean, count, holds) in EDGES.items():
-        model = check.network(check.size, mean, 0.5)
+        model = check.model(check.size, mean, 0.5)
         depth = zipped_against_masked(check, name, model, check.images(model, count))
-        check.expect(f"{name}, so it is", bool(holds(depth)), f"depths {depth.min():g} to {depth.max():g}")
+        check.check(f"{name}, as set up", bool(holds(depth)), f"depths {depth.min():g} to {depth.max():g}")
 
 
 def zipped_against_masked(check: Check, name: str, model: nn.Module, images: Tensor) -> Tensor:
-    """A check for each precision, with Triton's kernels, where they run, and without; the masked network's depths."""
+    """Compare the model with its masked version in each precision, with and without the Triton kernels.
+
+    Returns the token depths of the masked model, [B, N].
+    """
     masked = copy.deepcopy(model)
     masked.zip_tokens = False
-    ways = {"operations": False} | ({"kernels": True} if zipping.uses_kernels(images) else {})
+    backends = {"torch ops": False}
+    if zipping.uses_kernels(images):
+        backends["Triton kernels"] = True
     with without_tf32():
         with torch.inference_mode():
-            depth = masked.eval()(images, return_halting=True)[1].depth  # [B, N]
-        for (way, by_kernels), amp in itertools.product(ways.items(), check.amps):
-            what = f"{name}, {way}, {PRECISION[amp]}"
+            depth = masked.eval()(images, return_halting=True)[1].depth
+        for (backend, by_kernels), amp in itertools.product(backends.items(), check.amps):
+            what = f"{name}, {backend}, {PRECISION[amp]}"
             with check.guarded(what), patch.object(models_act, "uses_kernels", lambda x, answer=by_kernels: answer):
                 errors = output_errors(model.eval(), masked.eval(), images, amp)
-                found, expected = (gradients(network.train(), images, amp) for network in (model, masked))
-                errors["gradients"] = distance(found, expected)
+                gradient, expected = (gradients(m.train(), images, amp) for m in (model, masked))
+                errors["gradients"] = distance(gradient, expected)
                 check.compare(what, errors, LIMITS[amp])
     return depth
 
 
 @torch.inference_mode()
 def output_errors(model: nn.Module, masked: nn.Module, images: Tensor, amp: str) -> dict[str, float]:
-    """Of depths, ponder costs, and logits of images in which no depth differs, by rounding, if there are such."""
+    """Return the errors of depths, ponder costs and logits.
+
+    Rounding may change the depth of a token. Logits are compared on the images without such a token, if there are any.
+    """
     with utils.autocast(images.device, amp):
         early = model(images)
         logits, halting = model(images, return_halting=True)
         expected, expected_halting = masked(images, return_halting=True)
-    same = halting.depth == expected_halting.depth
-    kept = same.all(dim=1)
-    kept |= ~kept.any()
-    errors = {"depths": 1 - same.double().mean().item()}
-    errors |= {"logits": distance(logits[kept], expected[kept]), "early exit": distance(early[kept], expected[kept])}
-    errors["ponder costs"] = distance(halting.ponder_cost[same], expected_halting.ponder_cost[same])
-    return errors
+    same = halting.depth == expected_halting.depth  # [B, N]
+    compared = same.all(dim=1)
+    compared |= ~compared.any()
+    return {
+        "depths": 1 - same.double().mean().item(),
+        "logits": distance(logits[compared], expected[compared]),
+        "early exit": distance(early[compared], expected[compared]),
+        "ponder costs": distance(halting.ponder_cost[same], expected_halting.ponder_cost[same]),
+    }
 
 
-def gradients(network: nn.Module, images: Tensor, amp: str) -> Tensor:
-    """[number of weights], of a loss in which every output of the network has a part."""
-    torch.manual_seed(3)  # of stochastic depth
+def gradients(model: nn.Module, images: Tensor, amp: str) -> Tensor:
+    """Return the gradient of a loss that depends on every output of the model, [number of weights]."""
+    torch.manual_seed(3)  # stochastic depth draws the same blocks each time
     with utils.autocast(images.device, amp):
-        logits, halting = network(images, return_halting=True)
+        logits, halting = model(images, return_halting=True)
     loss = F.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
     loss = loss + 0.01 * halting.ponder_cost.mean() + halting.layer_scores.square().sum()
-    found = torch.autograd.grad(1024 * loss, list(network.parameters()))  # scaled, for fp16
-    return torch.cat([gradient.flatten() for gradient in found])
+    scaled = torch.autograd.grad(1024 * loss, list(model.parameters()))  # or fp16 gradients underflow
+    return torch.cat([gradient.flatten() for gradient in scaled])
 
 
 # Training ----------------------------------------------------------------------------------------
 
-
-MAX_SKIPPED = 10  # steps that gradient scaling may skip until it has found its scale
+MAX_SKIPPED = 10  # steps that gradient scaling may skip until its scale is low enough
 
 
 def training(check: Check) -> None:
-    """Steps on one batch, which the network is to learn by heart."""
+    """Check that training steps on one batch reduce its loss."""
     for amp in check.amps:
         trainer = make_trainer(check, amp)
         losses = train(check, trainer, 4 if check.small else 30)
         passed = losses[-1] < losses[0] and trainer.skipped_steps <= MAX_SKIPPED
         skipped = f"{trainer.skipped_steps} steps skipped, scale {trainer.scaler.get_scale():g}"
-        check.expect(f"{PRECISION[amp]}, the loss falls", passed, f"{losses[0]:.3f} to {losses[-1]:.3f}, {skipped}")
+        check.check(f"{PRECISION[amp]}, loss decreases", passed, f"{losses[0]:.3f} to {losses[-1]:.3f}, {skipped}")
 
 
 def ddp(check: Check) -> None:
-    """The losses of some steps are those of a network that is not wrapped."""
+    """Check that one process of DistributedDataParallel has the losses of an unwrapped model."""
     expected = train(check, make_trainer(check, "none"), 3)
     is_cuda = check.device.type == "cuda"
-    options = {"device_id": check.device} if is_cuda else {}
     wrap = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)  # as in training
-    options |= {"store": dist.TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}  # 0: a free port
-    dist.init_process_group("nccl" if is_cuda else "gloo", **options)
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=dist.TCPStore("127.0.0.1", 0, is_master=True),  # 0: a free port
+        rank=0,
+        world_size=1,
+        **({"device_id": check.device} if is_cuda else {}),
+    )
     try:
-        found = train(check, make_trainer(check, "none", wrap), 3)
-        gathered = utils.all_gather_objects({"losses": found})
+        losses = train(check, make_trainer(check, "none", wrap), 3)
+        gathered = utils.all_gather_objects({"losses": losses})
     finally:
         dist.destroy_process_group()
-    error = largest([abs(a - b) / b for a, b in zip(found, expected)])
-    check.expect("losses of 3 steps", error < 1e-2, f"{error:.1e}")
-    check.expect("objects are gathered", gathered == [{"losses": found}], f"{len(gathered)} process")
+    error = largest([abs(a - b) / b for a, b in zip(losses, expected)])
+    check.check("losses of 3 steps", error < 1e-2, f"{error:.1e}")
+    check.check("objects are gathered", gathered == [{"losses": losses}], f"{len(gathered)} process")
 
 
 def make_trainer(check: Check, amp: str, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Trainer:
-    model = check.network(check.size, num_classes=10).train()
+    """Build a trainer of a model with 10 classes. wrap: wraps the model, for example for DDP."""
+    model = check.model(check.size, num_classes=10).train()
     criterion = AdaptiveLoss(nn.CrossEntropyLoss(), model.num_blocks).to(check.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     return Trainer(wrap(model), criterion, optimizer, check.device, amp=amp, clip_grad=1.0)
 
 
 def train(check: Check, trainer: Trainer, steps: int) -> list[float]:
-    """The classification loss of each step."""
+    """Take steps on one batch of noise; return the classification loss of each."""
     images = check.images(trainer.model_without_ddp, 8 if check.small else 32)
     targets = torch.arange(len(images), device=check.device) % 10
     losses = []
@@ -361,32 +427,32 @@ def train(check: Check, trainer: Trainer, steps: int) -> list[float]:
     return losses
 
 
-# The command -------------------------------------------------------------------------------------
+# main_act.py -------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "digits_adaptive.args"
 
 
 def command(check: Check) -> None:
-    """main_act.py on scikit-learn's digits in its own precision, fp16 on CUDA, and its resumption for an epoch more."""
+    """Train on scikit-learn's digits with main_act.py, then resume for one more epoch, in its default precision."""
     epochs, workers, size = (1, 0, 16) if check.small else (3, 2, 32)
     flags = f"--model-ema --mixup 0.8 --warmup-epochs 0 --num-workers {workers} --input-size {size}"
     flags += f" --device {check.device} --resume auto"
     with tempfile.TemporaryDirectory() as folder:
         for last in (epochs, epochs + 1):
             start = time.perf_counter()
-            status = status_of_main_act([f"@{RECIPE}", *flags.split(), "--output_dir", folder, "--epochs", str(last)])
+            status = run_main_act([f"@{RECIPE}", *flags.split(), "--output_dir", folder, "--epochs", str(last)])
             figure = f"status {status}, {time.perf_counter() - start:.0f} s"
-            check.expect(f"to epoch {last}", status == 0, figure)
+            check.check(f"to epoch {last}", status == 0, figure)
         lines = [json.loads(line) for line in Path(folder, "log.txt").read_text().splitlines()]
-    accuracy = ", ".join(f"{line['test_acc1']:.1f} %" for line in lines)
-    check.expect("its log has every epoch once", [line["epoch"] for line in lines] == list(range(last)), accuracy)
+    accuracy = ", ".join(f"{line['test_acc1']:.1f}%" for line in lines)
+    check.check("log.txt has each epoch once", [line["epoch"] for line in lines] == list(range(last)), accuracy)
 
 
-def status_of_main_act(argv: list[str]) -> int:
-    """Run main_act.py in a process of its own; return its exit status. Only its warnings and errors are shown."""
-    command = [sys.executable, ROOT / "main_act.py", *argv]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+def run_main_act(argv: list[str]) -> int:
+    """Run main_act.py and return its exit status. Its output is discarded, except for warnings and errors."""
+    process = [sys.executable, ROOT / "main_act.py", *argv]
+    return subprocess.run(process, stdout=subprocess.DEVNULL, check=False).returncode
 
 
 PARTS = {

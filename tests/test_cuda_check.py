@@ -15,7 +15,7 @@ SMALL = ["--device", "cpu", "--small"]
 
 
 def run(*argv, status=0):
-    """Runs it in this process, and expects that exit status."""
+    """Run the command in this process and assert its exit status."""
     if status == 0:
         return cuda_check.main([*SMALL, *argv])
     with pytest.raises(SystemExit) as stopped:
@@ -23,8 +23,8 @@ def run(*argv, status=0):
     assert stopped.value.code == status
 
 
-def test_every_part_on_the_cpu(tmp_path):
-    file = tmp_path / "found.json"
+def test_every_part_passes_on_cpu(tmp_path):
+    file = tmp_path / "results.json"
     command = [sys.executable, "cuda_check.py", *SMALL, "--output", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,18 +32,18 @@ def test_every_part_on_the_cpu(tmp_path):
     assert head.startswith("device cpu, torch ")
     assert {part.partition("]")[0]: part.count("\n  ") > 0 for part in parts} == dict.fromkeys(cuda_check.PARTS, True)
     assert " checks passed, 0 failed, in " in parts[-1]
-    found = json.loads(file.read_text())
-    assert all(check["passed"] for check in found["checks"])
-    assert {row["part"] for row in found["checks"] + found["measured"]} == set(cuda_check.PARTS)
-    speed = [(row["train"], row["form"]) for row in found["measured"] if row["part"] == "speed"]
+    results = json.loads(file.read_text())
+    assert all(check["passed"] for check in results["checks"])
+    assert {row["part"] for row in results["checks"] + results["measured"]} == set(cuda_check.PARTS)
+    speed = [(row["train"], row["form"]) for row in results["measured"] if row["part"] == "speed"]
     forms = ["static (timm)", "zipped", "zipped, early exit"]
     assert speed == [*((False, form) for form in forms), *((True, form) for form in forms[:2])]
 
 
-def test_a_check_that_fails(tmp_path, monkeypatch, capsys):
+def test_failed_check_is_printed_and_saved(tmp_path, monkeypatch, capsys):
     attention = zipping.ragged_attention
     monkeypatch.setattr(zipping, "ragged_attention", lambda *args: 1.1 * attention(*args))
-    file = tmp_path / "found.json"
+    file = tmp_path / "results.json"
     run("--only", "attention", "--output", str(file), status=1)
     out = capsys.readouterr().out
     assert "  FAIL  float32, heads of 64: attention 1.0e-01 (at most 5e-05), its gradient 1.0e-01 (at most" in out
@@ -52,23 +52,23 @@ def test_a_check_that_fails(tmp_path, monkeypatch, capsys):
     assert not any(check["passed"] for check in json.loads(file.read_text())["checks"])
 
 
-def test_numbers_that_are_none_pass_no_limit(monkeypatch, capsys):
+def test_nan_exceeds_every_limit(monkeypatch, capsys):
     attention = zipping.ragged_attention
     monkeypatch.setattr(zipping, "ragged_attention", lambda *args: attention(*args) * float("nan"))
     run("--only", "attention", status=1)
     assert "attention nan (at most 5e-05)" in capsys.readouterr().out
 
 
-def test_a_part_that_breaks_does_not_keep_the_next_from_running(monkeypatch, capsys):
+def test_exception_in_a_part_does_not_stop_the_next(monkeypatch, capsys):
     monkeypatch.setitem(gpu_checks.PARTS, "attention", lambda check: 1 / 0)
-    run("--only", "attention", "lengths", status=1)
+    run("--only", "attention", "seqlens", status=1)
     out = capsys.readouterr().out
-    assert "  FAIL  part runs to its end: " in out
+    assert "  FAIL  part completes: " in out
     assert "ZeroDivisionError" in out
-    assert "[lengths]" in out.partition("ZeroDivisionError")[2]
+    assert "[seqlens]" in out.partition("ZeroDivisionError")[2]
 
 
-def test_a_precision_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
+def test_exception_in_one_precision_does_not_stop_the_others(monkeypatch, capsys):
     gradients = gpu_checks.gradients
 
     def without_bf16(network, images, amp):
@@ -80,11 +80,11 @@ def test_a_precision_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("AssertionError: no kernel found to launch!") == len(gpu_checks.EDGES)
     assert out.count("  FAIL  edges: ") == len(gpu_checks.EDGES)
-    assert "  ok    one image, operations, float32: " in out
-    assert "  ok    one image, so it is: " in out
+    assert "  ok    one image, torch ops, float32: " in out
+    assert "  ok    one image, as set up: " in out
 
 
-def test_a_training_that_stops_is_a_failed_check(monkeypatch, capsys):
+def test_failed_training_is_a_failed_check(monkeypatch, capsys):
     monkeypatch.setattr(gpu_checks, "RECIPE", "missing.args")
     run("--only", "command", status=1)
     assert "  FAIL  to epoch 1: status 2" in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_a_training_that_stops_is_a_failed_check(monkeypatch, capsys):
 CASES = [gpu_speed.Case("micro", 8, compiled=True), gpu_speed.Case("micro", 8, train=True)]
 
 
-def test_the_compiled_network_is_one_form_more(monkeypatch, capsys):
+def test_compiled_model_is_an_additional_variant(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: compiled.append(options))
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES[:1])
@@ -102,15 +102,15 @@ def test_the_compiled_network_is_one_form_more(monkeypatch, capsys):
     assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
 
 
-def test_what_no_longer_fits_is_left_out(monkeypatch, capsys):
+def test_measurement_that_exceeds_the_time_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES)
     run("--only", "speed", "--seconds", "10")
     out = capsys.readouterr().out
-    assert "micro float32 inference 8 with the compiled network: left out, 10 s are left and 62 may be needed" in out
+    assert "micro float32 inference 8, with the compiled model: skipped, needs up to 62 s of the 10 s left" in out
     assert "micro float32 training 8, zipped  " in out
 
 
-def test_too_little_memory_is_a_line(monkeypatch, capsys):
+def test_out_of_memory_is_reported(monkeypatch, capsys):
     fits = iter([False, False, False, True])  # static and zipped, in two cases
 
     def peak_mib(call, device):
@@ -138,19 +138,23 @@ def test_too_little_memory_is_a_line(monkeypatch, capsys):
         (["--device", "cpx"], "--device: unknown device 'cpx'; expected cuda or cpu"),
         (["--only", "parity", "speeed"], "argument --only: invalid choice: 'speeed'"),
         (["--seconds", "0"], "argument --seconds: must be at least 1, got 0"),
-        (["--only", "lengths", "--output", "/no/such/folder/x.json"], "/no/such/folder/x.json: cannot be written: "),
+        (["--only", "seqlens", "--output", "/no/such/folder/x.json"], "/no/such/folder/x.json: cannot be written: "),
     ],
 )
-def test_mistakes_get_one_line(argv, message, capsys):
+def test_invalid_flags_exit_with_one_line(argv, message, capsys):
     run(*argv, status=2)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"cuda_check.py: error: {message}")
 
 
-def test_without_a_gpu_it_wants_to_be_told():
+def test_earlier_part_name_is_accepted():
+    assert cuda_check.make_parser().parse_args(["--only", "lengths", "speed"]).only == ["seqlens", "speed"]
+
+
+def test_default_device_is_cuda():
     assert cuda_check.make_parser().parse_args([]).device == "cuda"
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--no-such-flag"]])
-def test_help_and_mistakes_do_not_wait_for_torch(argv):
+def test_help_and_invalid_flags_do_not_import_torch(argv):
     assert not {"torch", "timm"} & imports_of(["cuda_check.py", *argv])
