@@ -19,7 +19,12 @@ from experiments.baselines_report import ABLATIONS, METHODS
 from training.arguments import make_parser
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").glob("*/*.md")),
+]
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))
 CLUTTERED, FASHION_MNIST = ROOT / "experiments" / "cluttered", ROOT / "experiments" / "fashion_mnist"
 MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser}

@@ -30,7 +30,14 @@ FOLDERS = CORE_PACKAGES | {
     ".ci",
 }
 FILES = {f"{name}.py" for name in CORE | COMMANDS} | {"README.md", "LICENSE", "Makefile", "pyproject.toml"}
-FILES |= {".gitignore", "requirements.txt", "requirements-dev.txt", "requirements-export.txt"}
+FILES |= {
+    "CONTRIBUTING.md",
+    "CITATION.cff",
+    ".gitignore",
+    "requirements.txt",
+    "requirements-dev.txt",
+    "requirements-export.txt",
+}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startswith(("tests/", "experiments/"))]
 
