@@ -1,11 +1,11 @@
-"""One training epoch, and one evaluation."""
+"""Training of one epoch, and evaluation."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -19,27 +19,51 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from losses import AdaptiveLoss, BudgetController
-from models_act import Halting, macs_per_image
+from macs import macs_per_image
+from models_act import Halting
 from utils import MetricAverages, autocast
 
-MAX_SKIPPED = 30  # steps in a row; by then gradient scaling has gone from 2^16 to 2^-14
+MAX_SKIPPED = 30  # steps in a row; gradient scaling has then fallen from 2^16 to 2^-14
+
+
+class MicroBatchResult(NamedTuple):
+    """Loss and metrics of one forward and backward pass.
+
+    images: number of images; loss: the total; loss_parts: its parts by name;
+    halting: see `halting_metrics`, empty for a static model.
+    """
+
+    images: int
+    loss: Tensor
+    loss_parts: dict[str, Tensor]
+    halting: dict[str, Tensor]
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The parts by name, then the total."""
+        return {**self.loss_parts, "loss": self.loss}
 
 
 class StepStatus(NamedTuple):
-    """What holds in any process after the backward passes of a step; the same in all."""
+    """The state of a training step after its backward passes, reduced over all processes.
 
-    loss_is_nonfinite: bool  # some part of some loss is not finite
+    loss_is_nonfinite, gradient_is_nonfinite, stop_requested: true if true in any process;
+    cost: MACs of the step's images as a share of the static model's, averaged over processes.
+    """
+
+    loss_is_nonfinite: bool
     gradient_is_nonfinite: bool
-    stop_requested: bool  # the run was asked to stop
-    cost: float  # of the step's images in all processes, as a share of the static network's multiply-adds
+    stop_requested: bool
+    cost: float
 
 
 @dataclass
 class Trainer:
-    """What a training step needs; `model` may be wrapped in DistributedDataParallel.
+    """The model and everything a training step needs. `model` may be wrapped in DistributedDataParallel.
 
-    budget: sets the weight of the ponder loss, where a cost was asked for;
-    gate_jitter: in training each image's gate center is shifted by a random number from -gate_jitter to gate_jitter.
+    budget: sets the weight of the ponder loss when training to a compute target, else None;
+    gate_jitter: each training image shifts the gate center by a random number from -gate_jitter to gate_jitter;
+    skipped_steps: number of steps skipped by gradient scaling so far.
     """
 
     model: nn.Module
@@ -56,7 +80,7 @@ class Trainer:
     gate_jitter: float = 0.0
     seed: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
-    skipped_steps: int = 0  # that gradient scaling has skipped so far
+    skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
     def __post_init__(self):
@@ -64,10 +88,34 @@ class Trainer:
 
     @property
     def model_without_ddp(self) -> nn.Module:
+        """The model without the DistributedDataParallel wrapper."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    def accumulate_gradients(self, batches: Sequence[tuple]) -> list[MicroBatchResult]:
+        """Run forward and backward passes on the micro-batches of one step.
+
+        batches: tuples that start with images [B, 3, H, W] and targets [B]
+        """
+        results = []
+        for number, (images, targets, *_) in enumerate(batches, start=1):
+            with self._gradient_sync(number == len(batches)):
+                loss, parts, halting = self.micro_batch(images, targets)
+                self.scaler.scale(loss / len(batches)).backward()
+            metrics = halting_metrics(self.model_without_ddp, halting)
+            results.append(MicroBatchResult(len(images), loss, parts, metrics))
+        return results
+
+    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Return a context in which DDP averages gradients over processes only in the last micro-batch of a step."""
+        if is_last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
     def micro_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], Halting | None]:
-        """Forward and loss: the total, its parts by name, and the halting of an adaptive model."""
+        """Compute the loss of one micro-batch.
+
+        Returns the total, its parts by name, and the halting (None for a static model).
+        """
         images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
         images, targets = self._mix(images, targets)
         with autocast(self.device, self.amp):
@@ -82,31 +130,35 @@ class Trainer:
             total, parts = self.criterion(logits, targets, halting, teacher_logits, ponder_scale)
         return total, parts, halting
 
+    def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply mixup and cutmix, which pair images. An odd batch loses one image; a single image is not mixed."""
+        if self.mixup is None:
+            return images, targets
+        if len(images) == 1:
+            return images, mixup_target(targets, self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
+        even = len(images) // 2 * 2
+        return self.mixup(images[:even], targets[:even])
+
     def _gate_offset(self, batch: int) -> Tensor | None:
-        """A random one for each image, [batch] float32."""
+        """Return a random offset of the gate center for each image, [B] float32, or None without jitter."""
         if not self.gate_jitter:
             return None
         return torch.empty(batch, device=self.device).uniform_(-self.gate_jitter, self.gate_jitter)
 
-    def update(
-        self,
-        step: str,
-        losses: Sequence[dict[str, Tensor]] = (),
-        stop: bool = False,
-        saved: Sequence[Tensor] = (),
-    ) -> StepStatus:
-        """One optimizer step with the gradients accumulated so far; its one wait for the device, but for zipping's.
+    def update(self, step: str, results: Sequence[MicroBatchResult] = (), stop: bool = False) -> StepStatus:
+        """Make one optimizer step with the accumulated gradients, with a single host-device sync.
 
-        step: its name; losses: of each micro-batch, by name; stop: whether this process was asked to stop;
-        saved: of each micro-batch of an adaptive model, the share of multiply-adds saved.
-        FloatingPointError, in every process, where a loss or a gradient is not finite in any. With gradient scaling
-        such a step is skipped, and the scale is lowered where a gradient overflows; too many in a row are an error.
+        step: name of the step, for messages; results: one for each micro-batch;
+        stop: whether this process was asked to stop.
+        Gradient scaling skips a step with a non-finite loss or gradient, and lowers the scale if a gradient overflows.
+        Raises FloatingPointError, in every process, for such a step without gradient scaling, or after too many in
+        a row.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model_without_ddp.parameters() if p.grad is not None])
-        status = self._reduce_step_status(losses, norm, stop, saved)
+        status = self._reduce_step_status(results, norm, stop)
         if status.loss_is_nonfinite or status.gradient_is_nonfinite:
-            self._handle_nonfinite(step, losses)
+            self._handle_nonfinite(step, results)
         else:
             self._step(norm)
         if self.budget is not None and not status.loss_is_nonfinite:
@@ -115,46 +167,47 @@ class Trainer:
         self.optimizer.zero_grad()
         return status
 
-    def _reduce_step_status(
-        self, losses: Sequence[dict[str, Tensor]], norm: Tensor, stop: bool, saved: Sequence[Tensor]
-    ) -> StepStatus:
-        values = [value.detach().float() for parts in losses for value in parts.values()]
-        all_finite = torch.stack([torch.zeros_like(norm), *values]).isfinite().all()
-        cost = 1 - torch.stack([*saved]).mean() if saved else torch.ones_like(norm)
-        found = torch.stack(
-            [(~all_finite).float(), (~norm.isfinite()).float(), torch.full_like(norm, stop), cost.float()]
-        )
+    def _reduce_step_status(self, results: Sequence[MicroBatchResult], norm: Tensor, stop: bool) -> StepStatus:
+        """Reduce the status over all processes, and read it from the device: the only sync of a step."""
+        losses = [value.detach().float() for result in results for value in result.losses.values()]
+        losses_are_finite = torch.stack([torch.zeros_like(norm), *losses]).isfinite().all()
+        saved = [result.halting["macs_saved"] for result in results if result.halting]
+        cost = 1 - torch.stack(saved).mean() if saved else torch.ones_like(norm)
+        flags = (~losses_are_finite, ~norm.isfinite(), torch.full_like(norm, stop))
+        reduced = torch.stack([*(flag.float() for flag in flags), cost.float()])
         if dist.is_initialized():
-            dist.all_reduce(found)
-        *flags, cost = found.tolist()
-        return StepStatus(*(flag > 0 for flag in flags), cost / utils.world_size())
+            dist.all_reduce(reduced)
+        nonfinite_losses, nonfinite_gradients, stops, shares = reduced.tolist()
+        return StepStatus(nonfinite_losses > 0, nonfinite_gradients > 0, stops > 0, shares / utils.world_size())
 
     def _step(self, norm: Tensor) -> None:
+        """Clip the gradients, whose norm is `norm`, and update the weights and their average."""
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model_without_ddp.parameters(), self.clip_grad, norm)
-        self.optimizer.step()  # not scaler.step, which would wait once more to learn what the status has told
+        self.optimizer.step()  # scaler.step would sync again to check for finite gradients
         self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self.model_without_ddp)
 
-    def _handle_nonfinite(self, step: str, losses: Sequence[dict[str, Tensor]]) -> None:
-        """A step whose numbers are not finite: skipped by gradient scaling, else FloatingPointError."""
+    def _handle_nonfinite(self, step: str, results: Sequence[MicroBatchResult]) -> None:
+        """Count a step as skipped, or raise FloatingPointError if gradient scaling is off or has skipped too many."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.scaler.is_enabled() and self.skipped_in_a_row <= MAX_SKIPPED:
             return
-        named = ((name, value.item()) for parts in losses for name, value in parts.items())
-        own_part = next((f"{name} is {value:g}" for name, value in named if not math.isfinite(value)), None)
-        part = next((part for part in utils.all_gather_objects(own_part) if part), "the loss is finite")
+        losses = ((name, value.item()) for result in results for name, value in result.losses.items())
+        own = next((f"{name} is {value:g}" for name, value in losses if not math.isfinite(value)), None)
+        loss = next((text for text in utils.all_gather_objects(own) if text), "the loss is finite")
         parameters = self.model_without_ddp.named_parameters()
-        wrong = (name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all())
-        parameter = next(wrong, None)
-        gradient = f"the gradient of {parameter} is not finite" if parameter else "the gradients' norm overflows"
+        broken = next((name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()), None)
+        gradient = f"the gradient of {broken} is not finite" if broken else "the gradient norm overflows"
         skipped = f"; {self.skipped_in_a_row} steps in a row were skipped" if self.scaler.is_enabled() else ""
-        raise FloatingPointError(f"{step}: {part}, {gradient}{skipped}; the last checkpoint is from before")
+        raise FloatingPointError(
+            f"{step}: {loss}, {gradient}{skipped}. Resume from the last checkpoint, for example with a lower --lr."
+        )
 
     def state_dict(self) -> dict:
-        """The entries of a checkpoint that this keeps up: weights, their average, and what follows them."""
+        """Return this object's entries of a checkpoint: weights, their average, optimizer and scaler."""
         return {
             "model": self.model_without_ddp.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -165,60 +218,55 @@ class Trainer:
         }
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """All of that but the model's weights. KeyError, ValueError or the like where it does not fit."""
+        """Restore all but the model's weights. Raises KeyError, ValueError or similar if an entry does not fit."""
         restore_optimizer(self.optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"] and self.scaler.is_enabled():  # empty where mixed precision was off
+        if checkpoint["scaler"] and self.scaler.is_enabled():  # empty if the run had no gradient scaling
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.skipped_steps, self.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
         if self.ema is not None and checkpoint["model_ema"] is not None:
             self.ema.module.load_state_dict(checkpoint["model_ema"])
-        if self.budget is not None and "budget_controller" in checkpoint:  # else of a run without a budget
+        if self.budget is not None and "budget_controller" in checkpoint:  # missing if the run had no budget
             self.budget.load_state_dict(checkpoint)
-
-    def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup and cutmix, which pair images: an odd batch loses one, a single image is not mixed."""
-        if self.mixup is None:
-            return images, targets
-        if len(images) == 1:
-            return images, mixup_target(targets, self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
-        even = len(images) // 2 * 2
-        return self.mixup(images[:even], targets[:even])
-
-
-OPTIONS_OF_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # of a group of parameters
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The state of each parameter, learning rates and counters; what flags say stays as they say it.
+    """Restore the state of each parameter, learning rates and counters. Settings that flags set are kept.
 
-    ValueError where the state does not fit the parameters.
+    Raises ValueError if the state does not fit the parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in saved["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor) and not (
-                utils.is_plain_tensor(value) and _is_part(value.shape, parameters[index].shape)
+                utils.is_plain_tensor(value) and _is_subsequence(value.shape, parameters[index].shape)
             ):
                 raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
-    own = optimizer.state_dict()["param_groups"]
-    groups = [group | _counters(old) for group, old in zip(own, saved["param_groups"], strict=True)]
+    current = optimizer.state_dict()["param_groups"]
+    groups = [group | _restored_entries(old) for group, old in zip(current, saved["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def _is_part(shape: torch.Size, whole: torch.Size) -> bool:
-    """Whether these are sizes of the whole, in order: factored optimizers leave some out."""
-    sizes = iter(whole)
-    return all(size in sizes for size in shape)
+def _is_subsequence(sizes: torch.Size, all_sizes: torch.Size) -> bool:
+    """Return whether `sizes` is `all_sizes` without some: factored optimizers drop dimensions of their state."""
+    remaining = iter(all_sizes)
+    return all(size in remaining for size in sizes)  # `in` consumes the iterator up to the match, so order counts
 
 
-def _counters(group: dict) -> dict:
-    """Numbers that an optimizer or a schedule keeps in a group of parameters."""
-    is_number = {k: isinstance(v, int | float) or (isinstance(v, Tensor) and v.ndim == 0) for k, v in group.items()}
-    return {k: v for k, v in group.items() if is_number[k] and k not in OPTIONS_OF_FLAGS}
+SET_BY_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # never restored
+
+
+def _restored_entries(group: dict) -> dict:
+    """Return the entries of a parameter group to restore: numbers such as `lr` and step counters."""
+    restored = {}
+    for name, value in group.items():
+        is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+        if is_number and name not in SET_BY_FLAGS:
+            restored[name] = value
+    return restored
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """Forward and backward are the same all-reduce, as in torch.distributed.nn, which is deprecated since 2.14."""
+    """An all-reduce forward and backward, as in torch.distributed.nn, which is deprecated since torch 2.14."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -232,18 +280,18 @@ class _MeanOverProcesses(torch.autograd.Function):
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Differentiable: with it, DDP's averaged gradient is that of the joint batch."""
+    """Average a tensor over all processes, differentiably, so that DDP's gradient is that of the global batch."""
     return _MeanOverProcesses.apply(value) if dist.is_initialized() else value
 
 
-MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # a checkpoint with more is none of ours
+MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # larger numbers in a checkpoint are invalid
 
 
 @dataclass
 class EpochState:
-    """How far an epoch has come: batches done, in how many seconds, and what has been averaged over them.
+    """The progress of an epoch: batches done, seconds spent on them, and averages over them.
 
-    waiting_seconds: of the seconds, those in which this process waited for its loader.
+    waiting_seconds: the part of `seconds` in which this process waited for its loader.
     """
 
     number: int
@@ -254,28 +302,33 @@ class EpochState:
 
     @property
     def local_data_wait_share(self) -> float:
-        """Share of the seconds so far in which this process waited for its loader."""
+        """The share of the seconds in which this process waited for its loader."""
         return self.waiting_seconds / max(self.seconds, 1e-9)
 
     def data_wait(self) -> float:
-        """That of the process that has waited most; every process must call it.
+        """Return the largest share of the time that a process waited for its loader. Every process must call this.
 
-        The others lose as much: they wait for it in the all-reduce of the gradients. Where now one process is late and
-        now another, more is lost than this share.
+        All processes lose at least this share, because the all-reduce of the gradients waits for the slowest.
+        They lose more if different processes are late at different steps.
         """
         return max(utils.all_gather_objects(self.local_data_wait_share))
 
     def state_dict(self) -> dict:
-        """The entries of a checkpoint that this keeps up; every process must call it."""
-        state = {"epoch": self.number - 1, "batches": self.batches, "seconds": self.seconds}  # the last that is done
-        return state | {"data_wait": self.data_wait(), "averages": self.averages.state_dict()}
+        """Return this object's entries of a checkpoint. Every process must call this."""
+        return {
+            "epoch": self.number - 1,  # the last finished epoch
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "data_wait": self.data_wait(),
+            "averages": self.averages.state_dict(),
+        }
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """KeyError, ValueError or the like where it does not fit."""
+        """Restore the state. Raises KeyError, ValueError or similar if an entry is wrong."""
         number, batches, seconds = int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), checkpoint["seconds"]
         if not (0 <= number <= MAX_EPOCHS and 0 <= batches <= MAX_BATCHES and 0 <= seconds < math.inf):
             raise ValueError(f"epoch {number}, batch {batches}, {seconds} s")
-        data_wait = float(checkpoint.get("data_wait", 0))  # older ones do not tell
+        data_wait = float(checkpoint.get("data_wait", 0))  # missing in older checkpoints
         if not 0 <= data_wait <= 1:
             raise ValueError(f"data_wait is {data_wait}")
         self.number, self.batches, self.seconds = number, batches, float(seconds)
@@ -283,71 +336,75 @@ class EpochState:
         if utils.is_main():
             self.averages.load_state_dict(checkpoint["averages"])
             if batches and self.averages.sums["loss"].ndim:
-                raise ValueError("the averaged loss is no number")
+                raise ValueError("the averaged loss is not a scalar")
+
+
+def micro_batch_groups(batches: Iterable, accum_steps: int) -> Iterator[list]:
+    """Yield the micro-batches of each optimizer step: lists of `accum_steps` batches. The last may be shorter."""
+    batches = iter(batches)
+    while group := list(islice(batches, accum_steps)):
+        yield group
 
 
 def train_one_epoch(
     trainer: Trainer,
     loader: Iterable,
     epoch: EpochState,
-    on_update: Callable[[bool], None] = lambda stop_requested: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    on_update: Callable[[bool], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float | list[float]]:
-    """Trains on the batches of the loader, the rest of the epoch; returns means over the whole of it, by name.
+    """Train on the remaining batches of an epoch.
 
-    Beside them `seconds`, and `data_wait`, the share of these that was spent waiting for the loader, see `EpochState`.
-
-    loader: yields images [B, 3, H, W] and targets [B], and what else it likes;
-    on_update: called after each optimizer step, when `epoch` is up to date, with whether any process was asked to
-    stop; may raise to do so; stop: whether this process is asked.
-    All random numbers of a step follow from its place in training. FloatingPointError, in every
-    process, where a loss or a gradient is not finite; where gradient scaling skips such a step instead, one whose loss
-    is not finite in some process counts in no mean.
+    loader: yields tuples that start with images [B, 3, H, W] and targets [B];
+    on_update: called after each optimizer step and the update of `epoch`, with whether any process was asked to stop;
+    should_stop: returns whether this process was asked to stop.
+    Returns means over the whole epoch by name, with `seconds` and `data_wait` of `EpochState`.
+    The random numbers of a step depend only on its position in training. Errors are those of `Trainer.update`. A step
+    whose loss is not finite is excluded from the means.
     """
     trainer.model.train()
     seconds_before, waiting_before, start = epoch.seconds, epoch.waiting_seconds, time.perf_counter()
     loader = utils.TimedLoader(loader)
-    batches = iter(utils.with_progress(loader, f"Epoch {epoch.number}", _progress(trainer, epoch), done=epoch.batches))
-    while group := list(islice(batches, trainer.accum_steps)):
+    batches = utils.with_progress(loader, f"Epoch {epoch.number}", _progress(trainer, epoch), done=epoch.batches)
+    for group in micro_batch_groups(batches, trainer.accum_steps):
         utils.seed_everything(trainer.seed, utils.rank(), epoch.number, epoch.batches, utils.SEEDS_OF_STEPS)
-        losses, metrics = [], []
-        for number, (images, targets, *_) in enumerate(group, start=1):
-            with _gradient_sync(trainer.model, number == len(group)):
-                total, parts, halting = trainer.micro_batch(images, targets)
-                trainer.scaler.scale(total / len(group)).backward()
-            losses.append({**parts, "loss": total})
-            metrics.append((len(images), halting_metrics(trainer.model_without_ddp, halting)))
+        results = trainer.accumulate_gradients(group)
         step = f"epoch {epoch.number}, batch {epoch.batches + len(group) - 1}"
-        saved = [halting["macs_saved"] for _, halting in metrics if halting]
-        status = trainer.update(step, losses, should_stop(), saved)
+        status = trainer.update(step, results, stop=should_stop is not None and should_stop())
         if not status.loss_is_nonfinite:
-            for (count, halting), parts in zip(metrics, losses):
-                epoch.averages.add(count, loss=parts.pop("loss"), **parts, **halting)
+            for result in results:
+                epoch.averages.add(result.images, loss=result.loss, **result.loss_parts, **result.halting)
         epoch.batches += len(group)
         epoch.seconds = seconds_before + time.perf_counter() - start
         epoch.waiting_seconds = waiting_before + loader.seconds
-        on_update(status.stop_requested)
-    _, means = epoch.averages.reduced()
-    skipped = {"skipped_steps": trainer.skipped_steps} if trainer.scaler.is_enabled() else {}
-    rate = {"lr": learning_rate(trainer.optimizer), "seconds": epoch.seconds, "data_wait": epoch.data_wait()}
-    return {**means, **skipped, **rate, **_budget_metrics(trainer.budget)}
+        if on_update is not None:
+            on_update(status.stop_requested)
+    return _epoch_metrics(trainer, epoch)
 
 
-def _budget_metrics(budget: BudgetController | None) -> dict[str, float]:
-    """Where the controller stands: cost and goal as shares of the static network's multiply-adds, and its weight."""
-    if budget is None or budget.cost is None:
-        return {}
-    return {"budget_cost": budget.cost, "budget_goal": budget.goal, "ponder_weight": budget.weight}
+def _epoch_metrics(trainer: Trainer, epoch: EpochState) -> dict[str, float | list[float]]:
+    """Return the metrics of a finished epoch by name. Every process must call this."""
+    _, metrics = epoch.averages.reduced()
+    if trainer.scaler.is_enabled():
+        metrics["skipped_steps"] = trainer.skipped_steps
+    metrics["lr"] = learning_rate(trainer.optimizer)
+    metrics["seconds"] = epoch.seconds
+    metrics["data_wait"] = epoch.data_wait()
+    if trainer.budget is not None and trainer.budget.cost is not None:
+        metrics["budget_cost"] = trainer.budget.cost
+        metrics["budget_goal"] = trainer.budget.goal
+        metrics["ponder_weight"] = trainer.budget.weight
+    return metrics
 
 
 def _progress(trainer: Trainer, epoch: EpochState) -> Callable[[], dict[str, str]]:
-    """What the progress bar shows, as a function of nothing."""
+    """Return a function that formats the current metrics for the progress line."""
     averages, start = epoch.averages, time.perf_counter()
     weight_before = averages.weight
 
     def metrics() -> dict[str, str]:
         means = averages.local()
-        shown = {"loss": f"{means['loss']:.4f}"} if means else {}  # none while every step was skipped
+        shown = {"loss": f"{means['loss']:.4f}"} if means else {}  # empty while every step was skipped
         shown["lr"] = f"{learning_rate(trainer.optimizer):.2e}"
         if "depth_mean" in means:
             shown["depth"] = f"{means['depth_mean']:.2f}"
@@ -366,19 +423,16 @@ def _progress(trainer: Trainer, epoch: EpochState) -> Callable[[], dict[str, str
     return metrics
 
 
-def _gradient_sync(model: nn.Module, now: bool):
-    """Gradients are averaged over the processes only in the last micro-batch of an update."""
-    if now or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
-
-
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the first parameter group."""
     return optimizer.param_groups[0]["lr"]
 
 
 def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tensor]:
-    """What is reported of one batch's halting, as means over the batch; nothing for a static model."""
+    """Return the halting metrics of a batch, as means over its images. Empty for a static model.
+
+    live_share: [L], the share of tokens that each block processes; macs_saved: a share of the static model's MACs.
+    """
     if halting is None:
         return {}
     depth, blocks, prefix = halting.depth, model.num_blocks, model.num_prefix_tokens
@@ -392,11 +446,11 @@ def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tens
         "depth_min": depth.amin(dim=1).mean(),
         "patch_depth_mean": depth[:, prefix:].mean(),
         **class_token,
-        "live_share": (depth.flatten() > per_block).double().mean(dim=1),  # [L], of the tokens
+        "live_share": (depth.flatten() > per_block).double().mean(dim=1),
         "layer_scores": halting.layer_scores,
         "gmacs": gmacs,
         "gmacs_static": gmacs_static,
-        "macs_saved": 1 - gmacs / gmacs_static,  # share
+        "macs_saved": 1 - gmacs / gmacs_static,
     }
 
 
@@ -407,26 +461,20 @@ def evaluate(
     device: torch.device,
     amp: str = "none",
     title: str = "Test",
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] | None = None,
     on_batch: Callable[[tuple, Tensor, Halting], None] | None = None,
 ) -> dict:
-    """Evaluates on every image of the loader, all processes' together; each image counts once.
+    """Evaluate a model on the images of all processes. Each image counts once.
 
-    loader: yields images [B, 3, H, W] and targets [B], and what else it likes;
-    stop: where it says so, this process looks at no more images;
+    loader: yields tuples that start with images [B, 3, H, W] and targets [B];
+    should_stop: called after each batch; this process stops if it returns true;
     on_batch: called with each batch, its logits [B, K] and halting.
-    Returns means by name: loss, acc1, acc5 (in per cent), those of `halting_metrics`, `images`
-    (how many), and `images_per_s`, of the forward pass in this process.
+    Returns means by name: loss, acc1 and acc5 (percent), and `halting_metrics`. In addition `images`, the number of
+    images, and `images_per_s`, the speed of the forward pass in this process.
     """
     model.eval()
     averages, seconds = MetricAverages(), 0.0
-    loss = nn.CrossEntropyLoss()
-
-    def metrics() -> dict[str, str]:
-        means = averages.local()
-        return {"acc1": f"{means['acc1']:.2f}", "depth": f"{means['depth_mean']:.2f}"}
-
-    for batch in utils.with_progress(loader, title, metrics):
+    for batch in utils.with_progress(loader, title, lambda: _evaluation_progress(averages)):
         images, targets = (t.to(device, non_blocking=True) for t in batch[:2])
         start = utils.synchronized_time(device)
         with autocast(device, amp):
@@ -434,11 +482,17 @@ def evaluate(
         seconds += utils.synchronized_time(device) - start
         logits = logits.float()
         utils.check_finite(logits)
+        loss = nn.functional.cross_entropy(logits, targets)
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
-        averages.add(len(images), loss=loss(logits, targets), acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
+        averages.add(len(images), loss=loss, acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
         if on_batch is not None:
             on_batch(batch, logits, halting)
-        if should_stop():
+        if should_stop is not None and should_stop():
             break
     images, means = averages.reduced()
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}
+
+
+def _evaluation_progress(averages: MetricAverages) -> dict[str, str]:
+    means = averages.local()
+    return {"acc1": f"{means['acc1']:.2f}", "depth": f"{means['depth_mean']:.2f}"}

@@ -420,10 +420,9 @@ def train(check: Check, trainer: Trainer, steps: int) -> list[float]:
     targets = torch.arange(len(images), device=check.device) % 10
     losses = []
     for number in range(steps):
-        total, parts, _ = trainer.micro_batch(images, targets)
-        trainer.scaler.scale(total).backward()
-        trainer.update(f"step {number}", [{**parts, "loss": total}])
-        losses.append(parts["classification_loss"].item())
+        results = trainer.accumulate_gradients([(images, targets)])
+        trainer.update(f"step {number}", results)
+        losses.append(results[0].loss_parts["classification_loss"].item())
     return losses
 
 

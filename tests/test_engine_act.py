@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import losses
 import utils
-from engine_act import EpochState, Trainer, evaluate, train_one_epoch
+from engine_act import EpochState, MicroBatchResult, Trainer, evaluate, train_one_epoch
 from models_act import macs_per_image
 from utils import UserError
 
@@ -238,7 +238,7 @@ def test_a_step_that_gradient_scaling_skips_changes_nothing():
     trainer = make_trainer(model, init_scale=4.0, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
     trainer.scaler.scale(model(images()).sum()).backward()
-    status = trainer.update("a step", [{"loss": torch.tensor(float("inf"))}])
+    status = trainer.update("a step", [MicroBatchResult(6, torch.tensor(float("inf")), {}, {})])
     assert status.loss_is_nonfinite
     assert not status.gradient_is_nonfinite
     assert torch.equal(model.head.weight, before)
