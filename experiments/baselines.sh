@@ -143,7 +143,7 @@ once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DAT
   --input-size "$SIZE" --rounds "$ROUNDS" --output "$OUT/throughput.json" "${networks[@]}"
 for budget in "${BUDGETS[@]}"; do  # time of a training step, without the teacher
   once "$OUT/step_$budget.json" "$PYTHON" benchmark.py --train --model avit_micro_patch4_32 --data-set "$DATA_SET" \
-    --data-path "$RUNS/data/full" --input-size "$SIZE" --batch-size 128 --runs "$STEP_ROUNDS" \
+    --data-path "$RUNS/data/full" --input-size "$SIZE" --batch-size 128 --rounds "$STEP_ROUNDS" \
     --finetune "$RUNS/halting${budget}_${SEEDS%% *}/checkpoint.pth" --json "$OUT/step_$budget.json"
 done
 "$PYTHON" -m experiments.baselines_report "$OUT" "$TITLE"

@@ -111,7 +111,7 @@ until_fewer_than 1
 # Speed, charts and tables, on held-out images.
 HELD_OUT="--data-set FMNIST --data-path $RUNS/data/full"
 once $OUT/benchmark.json "$PYTHON" benchmark.py --model avit_micro_patch4_32 --input-size 28 $HELD_OUT \
-  --batch-size 64 256 1024 --runs "$ROUNDS" --finetune $ADAPTIVE --json $OUT/benchmark.json
+  --batch-size 64 256 1024 --rounds "$ROUNDS" --finetune $ADAPTIVE --json $OUT/benchmark.json
 once $OUT/search/accuracy_macs.png "$PYTHON" visualize.py --curves "$RUNS/search_static" \
   $(for setting in $SEARCH; do echo "$RUNS/search_${setting//:/_}"; done) --output-dir $OUT/search
 once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \
