@@ -1,7 +1,7 @@
-"""Evaluations side by side: python compare.py OUTPUT_DIR...
+"""Compare evaluations: python compare.py OUTPUT_DIR...
 
-Each folder holds what `main_act.py --eval --output_dir OUTPUT_DIR` writes. The last column is the
-difference to the first folder's top-1, with its standard error, paired by the images.
+Each folder holds the output of `main_act.py --eval --output_dir OUTPUT_DIR`. The last column of the table is the
+difference to the top-1 accuracy of the first folder, with its standard error, paired by image.
 """
 
 from __future__ import annotations
@@ -19,33 +19,50 @@ HEAD = ("", "top-1", "mean depth", "multiply-adds", "difference in points")
 
 
 def row(folder: Path, first: Path) -> tuple[str, ...]:
-    """A cell for each of HEAD; ValueError, OSError or the like for no evaluation."""
-    result = json.loads((folder / "eval.json").read_text())
-    cells = (folder.name, f"{result['acc1']:.2f} %", f"{result['depth_mean']:.2f}", f"{result['gmacs'] * 1e3:.1f} M")
+    """Return a cell for each of HEAD.
+
+    Raises OSError or ValueError if the folder has no evaluation, or one of other images than the first folder.
+    """
+    acc1, depth_mean, gmacs = read_result(folder / "eval.json")
+    cells = (folder.name, f"{acc1:.2f} %", f"{depth_mean:.2f}", f"{gmacs * 1e3:.1f} M")
     if folder == first:
         return (*cells, "")
-    (images, before), (same_images, now) = (read_correct(place / "predictions.csv") for place in (first, folder))
-    if images != same_images:
-        raise ValueError(f"{folder} is of other images than {first}, or in another order")
-    difference, error = paired_difference(before, now)
+    first_images, first_correct = read_correct(first / "predictions.csv")
+    images, correct = read_correct(folder / "predictions.csv")
+    if images != first_images:
+        raise ValueError(f"its images differ from those of {first}, or are in another order")
+    difference, error = paired_difference(first_correct, correct)
     return (*cells, f"{difference:+.2f} ± {error:.2f}")
 
 
+def read_result(path: Path) -> tuple[float, ...]:
+    """Return top-1 accuracy in percent, mean token depth and GMACs per image. Raises OSError or ValueError."""
+    result = json.loads(path.read_text())
+    try:
+        return tuple(float(result[key]) for key in ("acc1", "depth_mean", "gmacs"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the result of an evaluation ({error!r})") from error
+
+
 def read_correct(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Name and class of each image, and which were recognised, [N] float, 0 or 1. OSError or ValueError for none."""
+    """Return name and class of each image, and whether it was classified correctly, [N] float, 0 or 1.
+
+    Raises OSError or ValueError if the file is not a table of predictions.
+    """
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        hits = np.array([float(row["target"] == row["prediction"]) for row in rows])
-        return [(row["image"], row["target"]) for row in rows], hits
+        correct = np.array([float(row["target"] == row["prediction"]) for row in rows])
+        return [(row["image"], row["target"]) for row in rows], correct
     except (KeyError, csv.Error) as error:
-        raise ValueError(f"{path}: no table of predictions: {error}") from error
+        raise ValueError(f"{path} is not a table of predictions ({error!r})") from error
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Top-1 of the second less that of the first, and its standard error, both in points.
+    """Return the top-1 accuracy of the second minus that of the first, and its standard error, both in points.
 
-    first, second: [N], how often each of the same images was recognised, 0 to 1. ValueError for other numbers of them.
+    first, second: [N] how often each of the same images was classified correctly, 0 to 1
+    Raises ValueError if the numbers of images differ, or if there are fewer than 2.
     """
     if first.shape != second.shape or len(first) < 2:
         raise ValueError(f"{len(first)} and {len(second)} images cannot be paired")
@@ -54,14 +71,23 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
 
 
 def main(argv: list[str] | None = None) -> None:
-    """SystemExit with status 2 where a folder holds no evaluation, or one of other images."""
-    parser = Parser(prog="compare.py", description=__doc__.splitlines()[0].partition(":")[0] + ".")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_DIR", help="of main_act.py --eval")
+    """Run the command. Exits with status 2 if a folder has no evaluation, or one of other images."""
+    parser = Parser(prog="compare.py", description="Compare evaluations on the same images.")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="OUTPUT_DIR",
+        help="output folder of main_act.py --eval; differences are to the first one",
+    )
     folders = parser.parse_args(argv).folders
-    try:
-        rows = [HEAD, *(row(folder, folders[0]) for folder in folders)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"no evaluation: {error}")
+    rows = [HEAD]
+    for folder in folders:
+        try:
+            rows.append(row(folder, folders[0]))
+        except (OSError, ValueError) as error:
+            fix = "Each folder must hold the output of main_act.py --eval --output_dir on the same images."
+            parser.error(f"cannot compare {folder}: {error}. {fix}")
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip())
