@@ -1,4 +1,4 @@
-"""Commands answer at once: see tools/startup.py, which measures it."""
+"""Commands answer --help and errors in flags without importing torch; tools/startup.py measures the time."""
 
 import subprocess
 import sys
@@ -7,25 +7,25 @@ import pytest
 import startup
 from conftest import ROOT
 
-AT_ONCE = [command for command, (compared_with, _) in startup.COMMANDS.items() if compared_with == "torch"]
+WITHOUT_TORCH = [command for command, (compared_with, _) in startup.COMMANDS.items() if compared_with == "torch"]
 SLOW_TO_IMPORT = ("sklearn", "matplotlib", "jinja2", "tensorboard", "webdataset", "torch.utils.tensorboard")
 
 
 def imports_of(command) -> set[str]:
-    """Names of all modules that a command imports."""
+    """Return the names of all modules that a command imports."""
     done = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, check=False)
     lines = done.stderr.decode().splitlines()
     return {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
 
 
-@pytest.mark.parametrize("command", AT_ONCE, ids=" ".join)
-def test_help_and_mistakes_do_not_wait_for_torch(command):
+@pytest.mark.parametrize("command", WITHOUT_TORCH, ids=" ".join)
+def test_help_and_invalid_flags_do_not_import_torch(command):
     names = imports_of(command)
     assert "argparse" in names
     assert not {"torch", "timm"} & names
 
 
-def test_an_evaluation_imports_what_it_uses(image_folder):
+def test_evaluation_does_not_import_unused_packages(image_folder):
     flags = "main_act.py --model avit_micro_patch4_32 --input-size 32 --num_workers 0 --eval --device cpu --data-path"
     names = imports_of([*flags.split(), str(image_folder)])
     assert "timm" in names
@@ -33,8 +33,8 @@ def test_an_evaluation_imports_what_it_uses(image_folder):
 
 
 @pytest.mark.slow
-def test_cpu_time_before_the_work():
-    """With room for the noise of a machine that does other things too."""
-    command = [sys.executable, "tests/tools/startup.py", "--runs", "2", "--tolerance", "1.2"]
+def test_startup_time_is_below_the_limits():
+    """The tolerance allows for other load on the machine."""
+    command = [sys.executable, "tests/tools/startup.py", "--rounds", "2", "--tolerance", "1.2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
