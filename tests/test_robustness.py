@@ -134,7 +134,7 @@ def test_what_wraps_weights_is_taken_off(checkpoint, wrap):
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-def test_averaged_weights_alone_name_their_flag(checkpoint):
+def test_only_averaged_weights_ask_for_use_ema(checkpoint):
     weights = dict(Checkpoint.load(str(checkpoint)).state_dict())
     lone = Checkpoint({"state_dict_ema": weights}, "x.pth")
     with pytest.raises(UserError, match="has only averaged weights; pass --use-ema"):

@@ -241,17 +241,17 @@ def refused(capsys, *flags):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--target-macs", "0"], "a share above 0 and at most 1, or an amount"),
-        (["--target-macs", "2"], "a share above 0 and at most 1, or an amount"),
-        (["--target-macs=-1G"], "a share above 0 and at most 1, or an amount"),
-        (["--target-macs", "much"], "invalid share or amount value"),
-        (["--target-macs", "0.5", "--no-halting"], "--target-macs is for training an adaptive network"),
-        (["--target-macs", "0.5", "--eval"], "--target-macs is for training an adaptive network"),
-        (["--budget", "0.5"], "--budget is for --eval and --demo"),
+        (["--target-macs", "0"], "a fraction above 0 and at most 1, or a number of MACs"),
+        (["--target-macs", "2"], "a fraction above 0 and at most 1, or a number of MACs"),
+        (["--target-macs=-1G"], "a fraction above 0 and at most 1, or a number of MACs"),
+        (["--target-macs", "much"], "invalid fraction or number of MACs value"),
+        (["--target-macs", "0.5", "--no-halting"], "--target-macs cannot be combined with"),
+        (["--target-macs", "0.5", "--eval"], "--target-macs cannot be combined with"),
+        (["--budget", "0.5"], "--budget requires --eval or --demo"),
         (["--eval", "--budget", "1.5"], "above 0 and at most 1"),
-        (["--eval", "--budget", "0.5", "--gate-center", "3"], "exclude each other"),
-        (["--eval", "--budget", "0.5", "--no-halting"], "exclude each other"),
-        (["--gate", "auto", "--gate-scale", "3"], "--gate auto"),
+        (["--eval", "--budget", "0.5", "--gate-center", "3"], "cannot be combined"),
+        (["--eval", "--budget", "0.5", "--no-halting"], "cannot be combined"),
+        (["--gate", "auto", "--gate-scale", "3"], "--gate auto cannot be combined with --gate_scale"),
     ],
 )
 def test_flags_that_do_not_go_together(capsys, flags, reason):

@@ -150,7 +150,7 @@ def test_auto_needs_a_folder(capsys):
     with pytest.raises(SystemExit) as exit_:
         main_act.main(["--data-set", "DIGITS", "--resume", "auto"])
     assert exit_.value.code == 2
-    assert "--resume auto needs --output_dir" in capsys.readouterr().err
+    assert "--resume auto requires --output_dir" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
