@@ -1,7 +1,9 @@
-"""The parts of A-ViT's training loss, each a small class, and their sum.
+"""The terms of A-ViT's training loss, and their sum.
 
-classification + ponder_token_scale * ponder loss + distr_prior_alpha * distribution prior,
-with the classification loss optionally wrapped in DeiT's distillation.
+    classification + ponder_token_scale * ponder loss + distr_prior_alpha * distribution prior
+
+The classification loss may be wrapped in a distillation loss. `BudgetController` sets the ponder weight when training
+to a compute target.
 """
 
 from __future__ import annotations
@@ -18,55 +20,62 @@ from models_act import Halting
 
 
 class PonderLoss(nn.Module):
-    """Mean ponder cost over every token of the batch (Eq. 10 of the A-ViT paper)."""
+    """The mean ponder cost over all tokens of the batch (Eq. 10 of the A-ViT paper)."""
 
     def forward(self, ponder_cost: Tensor) -> Tensor:
-        """ponder_cost: [B, N] float -> scalar"""
+        """Compute the loss.
+
+        ponder_cost: [B, N] float -> scalar
+        """
         return ponder_cost.mean()
 
 
 class BudgetController:
-    """Sets the ponder loss's weight so that training costs what was asked for: proportional control, of both signs.
+    """A proportional controller that sets the weight of the ponder loss to reach a compute budget.
 
-    The ponder loss alone has no opponent among the patches: it pushes every score up, by a constant, whatever the
-    depth. Here its weight follows from the cost itself, vanishes at the goal, and pushes back where the cost is lower.
+    With a fixed weight, the ponder loss pushes every halting score up by a constant, and nothing pushes the scores of
+    patch tokens back. Here the weight depends on the cost, which is MACs as a share of the static model's. The weight
+    is zero at the goal and negative below it.
 
-        goal = budget + (start - budget) * (1 - ramp)   # half a cosine over the first half of training, then flat
+        goal = budget + (start - budget) * (1 - ramp)   # ramp: half a cosine over the first half of training, then 1
         weight = max_weight * clip((cost - goal) / band, -1, 1)
 
-    budget: share of the static network's multiply-adds, above 0 and at most 1; band: of the same kind;
-    updates_per_epoch: after so many with the weight at its limit and no progress the controller `is_stuck`.
+    budget: target cost in (0, 1]; band: distance from the goal at which the weight reaches its limit;
+    updates_per_epoch: number of updates at the limit without progress after which the controller `is_stuck`.
     """
 
     def __init__(self, budget: float, updates_per_epoch: int, max_weight: float = 0.02, band: float = 0.05):
         self.budget, self.max_weight, self.band = budget, max_weight, band
         self.updates_per_epoch = updates_per_epoch
-        self.progress = 0.0  # share of training that is done
-        self.start: float | None = None  # cost of the first update
-        self.cost: float | None = None  # running mean over the last updates
-        self.stuck_at, self.stuck_for = 1.0, 0  # at which cost, for how many updates
+        self.progress = 0.0  # finished share of the training
+        self.start: float | None = None  # cost at the first update
+        self.cost: float | None = None  # running mean over updates
+        self.stuck_at, self.stuck_for = 1.0, 0  # cost without progress, and for how many updates
 
     @property
     def goal(self) -> float:
-        """Cost that is aimed at now."""
+        """The current target cost."""
         start = self.budget if self.start is None else max(self.start, self.budget)
         ramp = (1 - math.cos(math.pi * min(2 * self.progress, 1))) / 2
         return self.budget + (start - self.budget) * (1 - ramp)
 
     @property
     def weight(self) -> float:
-        """Of the ponder loss, for the next update; 0 before the first."""
+        """The weight of the ponder loss for the next update, 0 before the first."""
         if self.cost is None:
             return 0.0
         return self.max_weight * min(max((self.cost - self.goal) / self.band, -1), 1)
 
     @property
     def is_stuck(self) -> bool:
-        """Whether, just now, the cost has stayed away from the goal for an epoch; true once each time."""
+        """Whether the cost has now been far from the goal for exactly one epoch. True for one update only."""
         return self.stuck_for == self.updates_per_epoch
 
     def observe(self, cost: float, momentum: float = 0.9) -> None:
-        """cost: of an update's images in all processes, as a share of the static network's."""
+        """Record the cost of one update.
+
+        cost: mean over the update's images in all processes
+        """
         self.start = cost if self.start is None else self.start
         self.cost = cost if self.cost is None else momentum * self.cost + (1 - momentum) * cost
         if abs(self.weight) < self.max_weight or abs(self.cost - self.stuck_at) > self.band:
@@ -75,25 +84,24 @@ class BudgetController:
             self.stuck_for += 1
 
     def state_dict(self) -> dict:
-        """The entry of a checkpoint that this keeps up."""
+        """Return this object's entry of a checkpoint."""
         return {"budget_controller": [self.start, self.cost, self.stuck_at, self.stuck_for]}
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """KeyError, ValueError or the like where it does not fit."""
+        """Restore the state. Raises KeyError, ValueError or similar if it does not fit."""
         start, cost, stuck_at, stuck_for = checkpoint["budget_controller"]
         costs = [float(value) for value in (start, cost, stuck_at) if value is not None]
         if not all(0 <= value <= 1 for value in costs) or (start is None) != (cost is None):
-            raise ValueError(f"costs are shares, not {costs}")
+            raise ValueError(f"costs must be in [0, 1], got {costs}")
         self.start, self.cost, self.stuck_at, self.stuck_for = start, cost, float(stuck_at), int(stuck_for)
 
 
 class DistributionPriorLoss(nn.Module):
-    """KL divergence of the layers' mean halting scores from a target (Eq. 12 of the A-ViT paper).
+    """The KL divergence of the blocks' mean halting scores from a target (Eq. 12 of the A-ViT paper).
 
-    The target is a Gaussian density at 0, 1, ..., depth - 1, scaled so that the entries before its
-    mean sum to 0.98; it does not sum to 1. `target[i]` belongs to block i + 1. For 12 blocks mean
-    and standard deviation are the paper's 8 and 1; for other depths both scale with the depth, so
-    that the peak stays two thirds of the way up.
+    The target is a Gaussian density at 0, 1, ..., depth - 1; `target[i]` belongs to block i + 1. It is scaled so that
+    the entries before its mean sum to 0.98, and does not sum to 1. For 12 blocks, mean and standard deviation are the
+    paper's 8 and 1. For other depths both scale with the depth, so the peak stays at two thirds of it.
     """
 
     def __init__(self, depth: int = 12):
@@ -104,11 +112,12 @@ class DistributionPriorLoss(nn.Module):
         self.register_buffer("target", target.float(), persistent=False)
 
     def forward(self, layer_scores: Tensor) -> Tensor:
-        """layer_scores: [L], each from 0 to 1 -> scalar float32, (1/L) sum_l t_l (log t_l - log q_l).
+        """Compute (1/L) sum_l t_l (log t_l - log q_l) in float32.
 
-        q is `layer_scores` scaled to sum 1, then clamped to [0.01, 0.99]. Value and gradient are
-        finite for any scores; where they sum to less than 1e-30, q is 0.01 and the gradient 0.
-        ValueError if the number of layers is another.
+        layer_scores: [L], in [0, 1] -> scalar
+        q is `layer_scores` scaled to sum to 1, then clamped to [0.01, 0.99]. Value and gradient are finite for any
+        scores. If these sum to less than 1e-30, q is 0.01 and the gradient 0.
+        Raises ValueError if L differs from the depth.
         """
         if layer_scores.shape != self.target.shape:
             raise ValueError(f"expected {len(self.target)} layer scores, got shape {tuple(layer_scores.shape)}")
@@ -121,27 +130,30 @@ class DistributionPriorLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """DeiT's distillation from a teacher's logits (arXiv 2012.12877, Eq. 2 and 3).
+    """Distillation from a teacher's logits as in DeiT (arXiv 2012.12877, Eq. 2 and 3).
 
-    kind "hard": (1 - alpha) * classification + alpha * cross-entropy with the teacher's arg max;
-    kind "soft": the second term is tau^2 times the KL divergence between distributions softened
-    by tau, averaged over the elements.
+    kind "hard": (1 - alpha) * classification + alpha * cross-entropy with the teacher's predicted class;
+    kind "soft": the second term is tau^2 times the KL divergence between distributions softened by tau, averaged over
+    all elements.
     """
 
     def __init__(self, classification: nn.Module, kind: str, alpha: float = 0.5, tau: float = 1.0):
         super().__init__()
         if kind not in ("hard", "soft"):
-            raise ValueError(f"distillation is 'hard' or 'soft', not {kind!r}")
+            raise ValueError(f"kind must be 'hard' or 'soft', got {kind!r}")
         self.classification = classification
         self.kind, self.alpha, self.tau = kind, alpha, tau
 
     def forward(self, logits: tuple[Tensor, Tensor], targets: Tensor, teacher_logits: Tensor) -> Tensor:
-        """logits: class head's and distillation head's, [B, K] each; teacher_logits: [B, K] -> scalar.
+        """Compute the loss.
 
-        ValueError if the student returned one tensor of logits: it has no distillation head.
+        logits: those of the class head and of the distillation head, [B, K] each; teacher_logits: [B, K] -> scalar
+        Raises ValueError if `logits` is a single tensor, because the student has no distillation head.
         """
         if not isinstance(logits, tuple):
-            raise ValueError("distillation needs a distilled model in distilled training, one with two heads")
+            raise ValueError(
+                "distillation needs a distilled model with two heads in distilled training; got one tensor of logits"
+            )
         class_logits, distillation_logits = logits
         if self.kind == "hard":
             distillation = F.cross_entropy(distillation_logits, teacher_logits.argmax(dim=1))
@@ -153,10 +165,10 @@ class DistillationLoss(nn.Module):
 
 
 class SelfDistillationLoss(nn.Module):
-    """Learning from the static network that training starts from, which has the same heads.
+    """Distillation from the static model that training starts from (Hinton et al., arXiv 1503.02531).
 
-    (1 - alpha) * classification + alpha * tau^2 * KL(teacher || student), distributions softened by tau, mean over
-    images (Hinton et al., arXiv 1503.02531).
+    (1 - alpha) * classification + alpha * tau^2 * KL(teacher || student), with distributions softened by tau, averaged
+    over images.
     """
 
     def __init__(self, classification: nn.Module, alpha: float = 0.5, tau: float = 1.0):
@@ -165,7 +177,10 @@ class SelfDistillationLoss(nn.Module):
         self.alpha, self.tau = alpha, tau
 
     def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> Tensor:
-        """logits, teacher_logits: [B, K] -> scalar"""
+        """Compute the loss.
+
+        logits, teacher_logits: [B, K] -> scalar
+        """
         student = F.log_softmax(logits / self.tau, dim=1)
         teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
         distillation = self.tau**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -173,9 +188,9 @@ class SelfDistillationLoss(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A trained classifier in evaluation mode that takes the student's images.
+    """A trained classifier in evaluation mode that reads the student's images.
 
-    mean, std: [3] each, what its own input was normalised with; student_mean, student_std: what the student's is.
+    mean, std: [3] each, the normalization of its training images; student_mean, student_std: that of the student's.
     """
 
     def __init__(
@@ -196,12 +211,15 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W], normalised as the student's -> logits [B, K]"""
+        """Normalize the images for the classifier, and classify them.
+
+        images: [B, 3, H, W], normalized for the student -> logits [B, K]
+        """
         return self.classifier(images * self.scale + self.shift)
 
 
 class AdaptiveLoss(nn.Module):
-    """The sum of the parts; of a static network, the classification part alone."""
+    """The sum of all loss terms. For a static model, the classification loss only."""
 
     def __init__(
         self, classification: nn.Module, depth: int, ponder_token_scale: float = 0.001, distr_prior_alpha: float = 0.01
@@ -221,13 +239,16 @@ class AdaptiveLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         ponder_token_scale: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the total, and its parts by name, scaled as they enter the total.
+        """Return the total and its weighted terms by name.
 
-        targets: [B] int64, or [B, K] soft; teacher_logits: [B, K], where distilling;
-        ponder_token_scale: of this batch, where it is not always the same, see `BudgetController`.
+        logits: [B, K], or two such tensors for `DistillationLoss`; targets: [B] int64, or [B, K] soft;
+        halting: None for a static model; teacher_logits: [B, K] if distilling;
+        ponder_token_scale: replaces the fixed weight for this batch, see `BudgetController`.
         """
-        distilled = () if teacher_logits is None else (teacher_logits,)
-        parts = {"classification_loss": self.classification(logits, targets, *distilled)}
+        if teacher_logits is None:
+            parts = {"classification_loss": self.classification(logits, targets)}
+        else:
+            parts = {"classification_loss": self.classification(logits, targets, teacher_logits)}
         if halting is not None:
             scale = self.ponder_token_scale if ponder_token_scale is None else ponder_token_scale
             parts["ponder_loss_token"] = scale * self.ponder(halting.ponder_cost)
@@ -236,7 +257,7 @@ class AdaptiveLoss(nn.Module):
 
 
 def classification_loss(mixup: bool, smoothing: float) -> nn.Module:
-    """Soft-target cross-entropy under mixup, else label smoothing if any, else cross-entropy."""
+    """Return cross-entropy: with soft targets under mixup, else with label smoothing unless `smoothing` is 0."""
     if mixup:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

@@ -1,4 +1,4 @@
-"""Which process sees which images, in which order."""
+"""Samplers: the images of each process, and their order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.utils.data import DistributedSampler, Sampler
 
 from utils import SEEDS_OF_IMAGES
 
-EPOCH_STRIDE = 100_003  # keeps the orders of different seeds apart
+EPOCH_STRIDE = 100_003  # epochs of different seeds get different shuffling seeds
 
 
 class RepeatedAugmentationSampler(RepeatAugSampler):
-    """timm's repeated augmentation (three views of an image in one epoch), with a seed."""
+    """timm's repeated augmentation (three views of an image per epoch), with a seed."""
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int, seed: int = 0):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank)
@@ -22,11 +22,12 @@ class RepeatedAugmentationSampler(RepeatAugSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
         super().set_epoch(self.seed * EPOCH_STRIDE + epoch)
 
 
 class UnpaddedDistributedSampler(Sampler):
-    """Every index once over all processes: no padding, so processes may differ by one image."""
+    """All indices, each in one process. There is no padding, so numbers of images may differ by one."""
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int):
         self.indices = range(rank, len(dataset), num_replicas)
@@ -39,10 +40,9 @@ class UnpaddedDistributedSampler(Sampler):
 
 
 class ResumableSampler(Sampler):
-    """Yields (index, seeds) from any place of an epoch on.
+    """A sampler that can start anywhere in an epoch and yields (index, seeds).
 
-    The seeds of an image follow from its place in training, so that nothing has to be remembered to
-    go on from there.
+    The seeds of an image depend only on its position in training, so a resumed run needs no other state.
     """
 
     def __init__(self, sampler: Sampler, seed: int, rank: int):
@@ -50,21 +50,21 @@ class ResumableSampler(Sampler):
         self.start_at(0)
 
     def start_at(self, epoch: int, first: int = 0) -> None:
-        """The next iteration is that of `epoch`, without its first so many images."""
+        """Let the next iteration be that of `epoch`, without its first `first` images."""
         self.sampler.set_epoch(epoch)
         self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        for place, index in enumerate(islice(self.sampler, self.first, None), start=self.first):
-            yield index, (self.seed, self.rank, self.epoch, place, SEEDS_OF_IMAGES)
+        for position, index in enumerate(islice(self.sampler, self.first, None), start=self.first):
+            yield index, (self.seed, self.rank, self.epoch, position, SEEDS_OF_IMAGES)
 
     def __len__(self) -> int:
-        """Of a whole epoch."""
+        """Return the number of images in a full epoch."""
         return len(self.sampler)
 
 
 def training_sampler(dataset: Sized, num_replicas: int, rank: int, seed: int, repeated_aug: bool) -> Sampler:
-    """Shuffles anew after each `set_epoch(epoch)`; equally many images in every process."""
+    """Return a sampler that shuffles in each epoch and yields the same number of images in every process."""
     if repeated_aug:
         return RepeatedAugmentationSampler(dataset, num_replicas, rank, seed)
     return DistributedSampler(dataset, num_replicas, rank, shuffle=True, seed=seed)

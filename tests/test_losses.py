@@ -20,7 +20,7 @@ from losses import (
 from models_act import Halting
 
 
-def test_target_of_the_paper():
+def test_prior_target_for_12_blocks_is_the_papers():
     target = DistributionPriorLoss(12).target
     assert target.argmax() == 8  # block 9
     assert_close(target[:8].sum(), torch.tensor(0.98))
@@ -29,7 +29,7 @@ def test_target_of_the_paper():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 6, 12, 24])
-def test_prior_is_the_formula(depth):
+def test_prior_equals_its_formula(depth):
     scores = torch.rand(depth) * 0.2 + 0.05
     prior = DistributionPriorLoss(depth)
     q, t = (scores / scores.sum()).clamp(max=0.99), prior.target
@@ -48,7 +48,7 @@ def test_prior_is_finite_for_any_scores(values, dtype):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-33])
-def test_prior_of_next_to_nothing_has_no_gradient(value):
+def test_prior_of_tiny_scores_has_no_gradient(value):
     scores = torch.full((12,), value, requires_grad=True)
     prior = DistributionPriorLoss(12)
     loss = prior(scores)
@@ -64,7 +64,7 @@ def test_prior_is_computed_in_float32_under_autocast():
         assert DistributionPriorLoss(12)(scores).dtype == torch.float32
 
 
-def test_prior_names_a_wrong_number_of_layers():
+def test_prior_with_wrong_number_of_scores_raises():
     with pytest.raises(ValueError, match="expected 12 layer scores"):
         DistributionPriorLoss(12)(torch.rand(6))
 
@@ -96,7 +96,7 @@ def test_total_is_the_sum_of_named_parts():
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_distillation_formulas(kind):
+def test_distillation_equals_its_formula(kind):
     logits, dist_logits, teacher = torch.randn(3, 4, 6).unbind()
     labels = torch.tensor([0, 1, 2, 3])
     loss = DistillationLoss(nn.CrossEntropyLoss(), kind, alpha=0.3, tau=2.0)((logits, dist_logits), labels, teacher)
@@ -108,15 +108,15 @@ def test_distillation_formulas(kind):
     assert_close(loss, 0.7 * F.cross_entropy(logits, labels) + 0.3 * expected)
 
 
-def test_distillation_without_a_distilled_student():
+def test_invalid_distillation_raises():
     loss = DistillationLoss(nn.CrossEntropyLoss(), "hard")
     with pytest.raises(ValueError, match="distilled model"):
         loss(torch.randn(2, 3), torch.tensor([0, 1]), torch.randn(2, 3))
-    with pytest.raises(ValueError, match="'hard' or 'soft'"):
+    with pytest.raises(ValueError, match="must be 'hard' or 'soft'"):
         DistillationLoss(nn.CrossEntropyLoss(), "other")
 
 
-def test_teacher_gets_images_in_its_own_normalisation():
+def test_teacher_gets_images_in_its_own_normalization():
     teacher = Teacher(nn.Flatten(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     pixels = torch.rand(2, 3, 4, 4)
     student_mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -125,8 +125,8 @@ def test_teacher_gets_images_in_its_own_normalisation():
     assert not teacher.classifier.training
 
 
-def test_every_part_teaches_the_network():
-    """A gradient of each part reaches the first block through halting, or through the logits."""
+def test_every_term_has_a_gradient():
+    """Each gradient reaches the first block, through halting or through the logits."""
     model = halting_model().train()
     logits, halting = model(images(), return_halting=True)
     criterion = AdaptiveLoss(nn.CrossEntropyLoss(), depth=8)
@@ -137,7 +137,7 @@ def test_every_part_teaches_the_network():
         assert grad.any(), name
 
 
-def test_learning_from_oneself_is_the_formula():
+def test_self_distillation_equals_its_formula():
     own, teacher, targets = torch.randn(5, 7), torch.randn(5, 7), torch.arange(5)
     loss = SelfDistillationLoss(nn.CrossEntropyLoss(), alpha=0.3, tau=2.0)
     p, q = (teacher / 2).softmax(1), (own / 2).softmax(1)
@@ -150,8 +150,8 @@ def test_learning_from_oneself_is_the_formula():
 
 
 @given(st.floats(0.2, 1.0), st.floats(0.3, 1.0), st.floats(0.3, 6.0))
-def test_the_controller_brings_a_cost_that_follows_its_weight_to_the_budget(budget, start, gain):
-    """The ponder loss moves the cost at a rate that the weight sets, as training does."""
+def test_controller_reaches_the_budget(budget, start, gain):
+    """In this simulation, the weight sets the rate at which the cost changes, as in training."""
     controller, cost = BudgetController(budget, updates_per_epoch=50), start
     for update in range(400):
         controller.progress = update / 400
@@ -159,11 +159,11 @@ def test_the_controller_brings_a_cost_that_follows_its_weight_to_the_budget(budg
         cost = min(max(cost - gain * 0.01 * controller.weight / controller.max_weight, 0.0), 1.0)
         controller.observe(cost)
     assert controller.goal == budget
-    if start - gain * 2 < budget:  # else it is out of reach
+    if start - gain * 2 < budget:  # otherwise the budget is out of reach
         assert abs(cost - budget) < 0.05
 
 
-def test_the_goal_falls_from_where_training_starts_to_the_budget_in_its_first_half():
+def test_goal_falls_to_the_budget_in_the_first_half_of_training():
     controller = BudgetController(0.4, updates_per_epoch=10)
     assert controller.weight == 0
     controller.observe(0.9)
@@ -176,24 +176,24 @@ def test_the_goal_falls_from_where_training_starts_to_the_budget_in_its_first_ha
     assert goals[-3:] == [pytest.approx(0.4)] * 3
 
 
-def test_a_network_below_the_budget_is_pushed_up():
+def test_cost_below_the_budget_gives_a_negative_weight():
     controller = BudgetController(0.8, updates_per_epoch=10)
     controller.observe(0.5)
     assert controller.goal == 0.8
     assert controller.weight == -controller.max_weight
 
 
-def test_a_budget_out_of_reach_is_told_once_within_an_epoch():
-    controller, told = BudgetController(0.3, updates_per_epoch=10), []
+def test_unreachable_budget_is_reported_once_within_an_epoch():
+    controller, stuck_updates = BudgetController(0.3, updates_per_epoch=10), []
     controller.progress = 1.0
     for update in range(40):
         controller.observe(0.9)
-        told += [update] if controller.is_stuck else []
-    assert len(told) == 1
-    assert told[0] <= 11
+        stuck_updates += [update] if controller.is_stuck else []
+    assert len(stuck_updates) == 1
+    assert stuck_updates[0] <= 11
 
 
-def test_the_controller_goes_on_from_its_state():
+def test_controller_resumes_from_its_state():
     controller, again = (BudgetController(0.3, updates_per_epoch=10) for _ in range(2))
     again.load_state_dict(controller.state_dict())
     assert again.state_dict() == controller.state_dict()
@@ -203,5 +203,5 @@ def test_the_controller_goes_on_from_its_state():
     assert again.state_dict() == controller.state_dict()
     assert again.weight == controller.weight
     for state in ([0.5, None, 1.0, 0], [0.5, 2.0, 1.0, 0], [0.5, float("nan"), 1.0, 0], [0.5, 0.5]):
-        with pytest.raises(ValueError, match=r"costs are shares|unpack"):
+        with pytest.raises(ValueError, match=r"costs must be in|unpack"):
             again.load_state_dict({"budget_controller": state})

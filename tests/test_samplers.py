@@ -8,14 +8,14 @@ from samplers import RepeatedAugmentationSampler, UnpaddedDistributedSampler, tr
 
 
 @given(st.integers(0, 50), st.integers(1, 7))
-def test_evaluation_sees_every_image_once(length, processes):
-    seen = [i for rank in range(processes) for i in UnpaddedDistributedSampler(range(length), processes, rank)]
-    assert sorted(seen) == list(range(length))
+def test_evaluation_yields_every_image_once(length, processes):
+    found = [i for rank in range(processes) for i in UnpaddedDistributedSampler(range(length), processes, rank)]
+    assert sorted(found) == list(range(length))
 
 
 @pytest.mark.parametrize("repeated_aug", [False, True])
 @given(st.integers(1, 600), st.integers(1, 4), st.integers(0, 5))
-def test_training_processes_see_equally_many_images(repeated_aug, length, processes, seed):
+def test_training_yields_equal_numbers_of_images(repeated_aug, length, processes, seed):
     samplers = [training_sampler(range(length), processes, rank, seed, repeated_aug) for rank in range(processes)]
     orders = [list(sampler) for sampler in samplers]
     assert len({len(order) for order in orders}) == 1
@@ -32,7 +32,7 @@ def test_order_depends_on_epoch_and_seed():
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_repeated_augmentation_shows_an_image_three_times():
+def test_repeated_augmentation_yields_an_image_three_times():
     counts = Counter(RepeatedAugmentationSampler(range(600), 1, 0))
     assert set(counts.values()) <= {1, 2, 3}
     assert max(counts.values()) == 3
