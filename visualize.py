@@ -1,11 +1,12 @@
-"""What the tokens do, in pictures.
+"""Visualize token halting: in images, on a dataset, and over training.
 
-    python visualize.py IMAGE... --finetune CHECKPOINT           # files, folders, globs: a panel and an animation each
-    python visualize.py --summary --data-set NAME --data-path DIR --finetune CHECKPOINT     # charts of a data set
+    python visualize.py IMAGE... --finetune CHECKPOINT           # a panel and an animation of each image
+    python visualize.py --summary --data-set NAME --data-path DIR --finetune CHECKPOINT     # charts of a dataset
     python visualize.py --curves OUTPUT_DIR...                   # charts of training runs
 
-`--html` adds a gallery to search and sort. `--help` lists the flags. Bad input ends with one line on
-stderr and exit status 2; images that cannot be read are named, the rest is done, the status is 1.
+IMAGE is a file, a directory or a glob. `--html` adds a gallery to search and sort. `--help` lists the flags. Invalid
+input ends with one line on stderr and exit status 2. Unreadable images are skipped with a warning, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import TYPE_CHECKING
 
 from training import arguments
 
-if TYPE_CHECKING:
-    import torch  # --help and mistakes do not wait for it: what needs it is imported where it is used
+if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
+    import torch
 
     from training.checkpoints import Checkpoint
     from visualization.draw import RenderJob
 
 
 def main(argv: list[str] | None = None) -> None:
-    """SystemExit with status 1 where images could not be read, 2 for other bad input."""
+    """Run the command. Raises SystemExit with status 1 for unreadable images, 2 for other invalid input."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if sum(map(bool, (args.images, args.summary, args.curves))) != 1:
-        parser.error("expected images, --summary or --curves, one of them")
+        parser.error("pass exactly one of: images, --summary, --curves")
     if not args.curves and not args.finetune:
-        parser.error("--finetune CHECKPOINT says which network to look into")
+        parser.error("--finetune is required with images and --summary. Pass a checkpoint.")
     arguments.check_size(parser, args.input_size)
     arguments.check_budget(parser, args)
 
@@ -42,27 +43,44 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> arguments.Parser:
     parser = arguments.Parser(
         prog="visualize.py",
-        description="What the tokens of an A-ViT do, in pictures.",
+        description="Visualize token halting in images, on a dataset, and over training.",
         parents=[arguments.network_flags(), arguments.data_flags(), arguments.gallery_flags()],
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, folders, or globs")
-    parser.add_argument("--summary", action="store_true", help="charts of a whole data set")
-    parser.add_argument("--curves", nargs="+", metavar="OUTPUT_DIR", help="charts of training runs, from their log.txt")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, directories, or globs")
+    parser.add_argument("--summary", action="store_true", help="draw charts of a dataset")
+    parser.add_argument(
+        "--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs whose log.txt to plot"
+    )
     add = parser.add_argument_group("network").add_argument
-    add("--finetune", metavar="FILE", help="checkpoint, a path or https URL")
-    add("--model", metavar="NAME", help="of ours, or of a plain ViT of timm's (default: the checkpoint's)")
-    kind = {"type": arguments.at_least_one, "nargs": "+", "metavar": "PIXELS"}
-    add("--input-size", **kind, help="image size; two numbers: height, width (default: the checkpoint's)")
-    add = parser.add_argument_group("pictures").add_argument
-    add("--output-dir", default=arguments.DEMO_FOLDER, metavar="DIR", help="where to")
-    add("--cmap", default="viridis", metavar="NAME", help="matplotlib's colour map; the paper's is hot")
-    add("--size", type=arguments.at_least_one, default=224, metavar="PIXELS", help="smallest side of each image shown")
-    add("--animation", choices=("gif", "webp", "none"), default="gif", help="of the halting, block by block")
+    add("--finetune", metavar="FILE", help="path or https URL of a checkpoint")
+    add(
+        "--model",
+        metavar="NAME",
+        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's model)",
+    )
+    add(
+        "--input-size",
+        type=arguments.at_least_one,
+        nargs="+",
+        metavar="PIXELS",
+        help="image size in pixels, or height and width (default: the checkpoint's size)",
+    )
+    add = parser.add_argument_group("images").add_argument
+    add("--output-dir", default=arguments.DEMO_FOLDER, metavar="DIR", help="directory for the output")
+    add("--cmap", default="viridis", metavar="NAME", help="matplotlib colormap of the depths; the paper uses hot")
+    add(
+        "--size",
+        type=arguments.at_least_one,
+        default=224,
+        metavar="PIXELS",
+        help="smallest side of each image shown, in pixels",
+    )
+    add("--animation", choices=("gif", "webp", "none"), default="gif", help="format of the block-by-block animation")
     return parser
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Returns the exit status."""
+    """Draw what the flags ask for, and return the exit status."""
     from matplotlib import colormaps
 
     import utils
@@ -71,7 +89,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     from training.models import check_model_name
 
     if args.cmap not in colormaps:
-        raise utils.UserError(f"--cmap: unknown colour map {args.cmap!r}{utils.did_you_mean(args.cmap, colormaps)}")
+        raise utils.UserError(f"--cmap: unknown colormap {args.cmap!r}{utils.did_you_mean(args.cmap, colormaps)}")
     args.amp = utils.amp_dtype_name(args.amp, device)
     args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
     if args.curves:
@@ -86,7 +104,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> int:
-    """Returns 1 where some images cannot be read."""
+    """Draw panels and animations of image files, and return the exit status: 1 if some cannot be read."""
     import utils
     from datasets import class_names
     from visualization.draw import draw_files, find_images
@@ -98,38 +116,48 @@ def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.
         raise utils.UserError(f"no image found: {'; '.join(problems)}")
     classes = checkpoint.names_by_class()
     names = class_names(list(classes), None, args.class_index) if args.class_index else list(classes.values())
-    drawing = make_drawing(args, checkpoint, names, device)
-    drawn = draw_files(drawing, files, list(classes), args.batch_size, args.animation)
-    return int(bool(problems) or drawn < len(files))
+    job = make_job(args, checkpoint, names, device)
+    num_drawn = draw_files(job, files, list(classes), args.batch_size, args.animation)
+    return int(bool(problems) or num_drawn < len(files))
 
 
 def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> int:
-    """Returns 1 where some images cannot be read."""
+    """Draw the charts of a dataset, and return the exit status: 1 if some images cannot be read."""
     import visualization.draw
     from datasets import build_dataset, class_names
     from training.build import loader_options
     from training.loaders import demo_loader
     from training.models import default_image_size, preprocessing
 
-    size = args.input_size or checkpoint.image_size() or default_image_size(args.model)
-    options = {"inat_category": args.inat_category, "split": args.val_split, "num_classes": args.num_classes}
-    options |= {"preprocessing": preprocessing(args.model)}
-    images = build_dataset(args.data_set, args.data_path, False, size, **options)
+    images = build_dataset(
+        args.data_set,
+        args.data_path,
+        False,
+        args.input_size or checkpoint.image_size() or default_image_size(args.model),
+        inat_category=args.inat_category,
+        split=args.val_split,
+        num_classes=args.num_classes,
+        preprocessing=preprocessing(args.model),
+    )
     names = class_names(images.classes, args.data_path, args.class_index)
-    drawing = make_drawing(args, checkpoint, names, device, images.classes)
+    job = make_job(args, checkpoint, names, device, images.classes)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name)]
-    return int(visualization.draw.draw_summary(drawing, loader, args.data_set, facts) < loader.num_images)
+    num_drawn = visualization.draw.draw_summary(job, loader, args.data_set, facts)
+    return int(num_drawn < loader.num_images)
 
 
-def make_drawing(
+def make_job(
     args: argparse.Namespace,
     checkpoint: Checkpoint,
     names: list[str],
     device: torch.device,
     classes: list[str] | None = None,
 ) -> RenderJob:
-    """The checkpoint's network, where flags say nothing else; names: of its classes, to show; classes: the data's."""
+    """Build the checkpoint's model with the overrides of the flags.
+
+    names: class names to show; classes: classes of the dataset, which the model must predict
+    """
     from visualization.draw import RenderJob
     from visualization.heatmaps import Style
 
@@ -147,16 +175,16 @@ def make_drawing(
     return RenderJob(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
 
 
-def draw_curves(folders: list[Path], folder: Path) -> int:
-    """Accuracy, losses, depth and multiply-adds over the epochs of runs, and accuracy against multiply-adds."""
+def draw_curves(run_folders: list[Path], folder: Path) -> int:
+    """Draw the metrics of training runs over the epochs, and accuracy against MACs, and return the exit status."""
     from utils import log
-    from visualization.heatmaps import write_picture
+    from visualization.heatmaps import write_image
     from visualization.training_curves import accuracy_against_macs, curves, read_runs
 
-    runs = read_runs(folders)
-    write_picture(folder / "curves.png", curves(runs))
-    write_picture(folder / "accuracy_macs.png", accuracy_against_macs(runs))
-    log(f"curves of {len(runs)} run(s) in {folder}")
+    runs = read_runs(run_folders)
+    write_image(folder / "curves.png", curves(runs))
+    write_image(folder / "accuracy_macs.png", accuracy_against_macs(runs))
+    log(f"wrote curves of {len(runs)} run(s) to {folder}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures end to end, in this process."""
+"""Visualization commands, end to end in this process."""
 
 import json
 import time
@@ -42,7 +42,7 @@ def run_demo(folder, model, dataset, **options):
     draw_demo(RenderJob(model, "none", folder, names, heatmaps.Style(model.num_blocks, "hot"), **options), loader)
 
 
-def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
+def test_demo_shows_the_image_with_largest_depth_spread(tmp_path):
     model, x, targets = halting_model(), images(12), torch.arange(12) % 3
     run_demo(tmp_path, model, TensorDataset(x, targets))
     names = {f"class{c}_{kind}.jpg" for c in range(3) for kind in KINDS}
@@ -60,7 +60,7 @@ def test_the_image_whose_patch_depths_vary_most_is_shown(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
+def test_thousand_classes_are_drawn_within_two_minutes(tmp_path):
     class Many(torch.utils.data.Dataset):
         def __len__(self):
             return 1000
@@ -76,16 +76,16 @@ def test_a_thousand_classes_are_drawn_in_less_than_two_minutes(tmp_path):
     assert seconds < 120
 
 
-def test_nothing_to_show_is_told(tmp_path, capsys):
+def test_demo_without_matching_image_warns(tmp_path, capsys):
     model = halting_model()
     with torch.no_grad():
         targets = model.eval()(images(4)).argmax(dim=1)
     run_demo(tmp_path, model, TensorDataset(images(4), targets), criterion="wrong", html=True)
-    assert "no image to show by --demo-by wrong" in capsys.readouterr().err
+    assert "no image meets --demo-by wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_flags_and_an_unreadable_image(image_folder, tmp_path, capsys):
+def test_demo_flags_with_unreadable_image_exits_with_one(image_folder, tmp_path, capsys):
     checkpoint = save_halting_micro(tmp_path / "c.pth", 3)
     (image_folder / "val" / "class_1" / "0.png").write_bytes(b"no image")
     (image_folder / "imagenet_class_index.json").write_text(json.dumps({"0": ["class_0", "a <b>fish</b>"]}))
@@ -109,13 +109,13 @@ def checkpoint(tmp_path_factory):
     return save_halting_micro(path, 3, args=args, classes=["class_0", "class_1", "class_2"])
 
 
-def visualise(*argv):
+def run_visualize(*argv):
     visualize.main([*map(str, argv), "--num_workers", "0", "--batch-size", "4"])
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five images in three formats, two of one name, one in a folder with a class's name."""
+    """A directory of five images in three formats, two with equal names, one in a directory named after a class."""
     folder = tmp_path / "photos"
     (folder / "class_1").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -125,12 +125,12 @@ def photos(tmp_path):
     return folder
 
 
-def test_files_folders_globs_and_long_names(photos, checkpoint, tmp_path, monkeypatch):
+def test_files_directories_and_globs_get_distinct_names(photos, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "token_act_visualization"
     (photos / f"{'é' * 120}.png").write_bytes((photos / "a.png").read_bytes())
     (photos / f"{'é' * 121}.png").write_bytes((photos / "a.png").read_bytes())
-    visualise("photos/b.jpg", "photos", "photos/*.webp", "--finetune", checkpoint, "--html")
+    run_visualize("photos/b.jpg", "photos", "photos/*.webp", "--finetune", checkpoint, "--html")
     stems = ("a", "a_2", "b", "c", "d e", "é" * 100, f"{'é' * 100}_2")
     expected = {f"{stem}_{end}" for stem in stems for end in ("panel.png", "halting.gif")}
     assert {p.name for p in out.iterdir()} == expected | {"index.html"}
@@ -138,72 +138,75 @@ def test_files_folders_globs_and_long_names(photos, checkpoint, tmp_path, monkey
     assert "class_1" in (out / "index.html").read_text()
 
 
-def test_options_of_the_pictures(photos, checkpoint, tmp_path):
+def test_size_and_animation_flags_change_the_output(photos, checkpoint, tmp_path):
     for folder, *options in (("64", "--size", 64), ("128", "--size", 128, "--cmap", "hot", "--input-size", 16, 40)):
         options += ["--animation", "webp" if folder == "64" else "none", "--output-dir", tmp_path / folder]
-        visualise(photos / "a.png", "--finetune", checkpoint, *options)
+        run_visualize(photos / "a.png", "--finetune", checkpoint, *options)
     assert {p.name for p in (tmp_path / "64").iterdir()} == {"a_panel.png", "a_halting.webp"}
     assert {p.name for p in (tmp_path / "128").iterdir()} == {"a_panel.png"}
     small, large = (Image.open(tmp_path / folder / "a_panel.png").width for folder in ("64", "128"))
     assert large > 1.7 * 40 / 16 * small
 
 
-def test_unreadable_images_are_named_and_the_rest_is_done(photos, checkpoint, tmp_path, capsys):
+def test_unreadable_images_are_skipped_with_a_warning(photos, checkpoint, tmp_path, capsys):
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
     argv = (photos, photos / "gone.png", "--finetune", checkpoint, "--output-dir", tmp_path / "out")
-    assert status_of(visualise, *argv) == 1
+    assert status_of(run_visualize, *argv) == 1
     err = capsys.readouterr().err
     assert "b.jpg: cannot be read as an image" in err
-    assert "gone.png: no such file or folder" in err
+    assert "gone.png: no such file or directory" in err
     assert len(list((tmp_path / "out").glob("*.gif"))) == 4
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "expected images, --summary or --curves"),
-        ("a.png --summary --finetune c.pth", "one of them"),
-        ("a.png", "--finetune"),
-        ("gone.png --finetune {c}", "gone.png: no such file or folder"),
-        ("{empty} --finetune {c}", "no image in this folder"),
-        ("{empty}/*.png --finetune {c}", "no file matches it"),
+        ("", "pass exactly one of: images, --summary, --curves"),
+        ("a.png --summary --finetune c.pth", "pass exactly one of"),
+        ("a.png", "--finetune is required"),
+        ("gone.png --finetune {c}", "gone.png: no such file or directory"),
+        ("{empty} --finetune {c}", "this directory contains no image"),
+        ("{empty}/*.png --finetune {c}", "no file matches this pattern"),
         ("a.png --finetune {c} --cmap hott", "did you mean hot"),
         ("{photos} --finetune {c} --model avit_tiny_patch16_224", "use --model avit_micro_patch4_32"),
-        ("{photos}/notes.txt --finetune {c}", "not one image could be read"),
+        ("{photos}/notes.txt --finetune {c}", "no image could be read"),
         ("--curves {empty}", "log.txt"),
         ("{photos} --finetune {c} --input-size 32 32 99", "--input-size takes one number"),
         ("a.png --finetune {c} --amp fp16", "--amp fp16 needs CUDA"),
-        ("{photos}/a.png a_panel.png --finetune {c} --output-dir .", "a_panel.png would be overwritten"),
+        (
+            "{photos}/a.png a_panel.png --finetune {c} --output-dir .",
+            "a_panel.png is an input and would be overwritten",
+        ),
         ("--summary --data-path data --finetune {c}", "cannot predict class_3: the dataset has "),
-        (f"{'x' * 300}.png --finetune {{c}}", "no such file or folder"),
+        (f"{'x' * 300}.png --finetune {{c}}", "no such file or directory"),
     ],
 )
-def test_bad_input(argv, message, photos, checkpoint, tmp_path, capsys, monkeypatch):
+def test_invalid_input_fails_with_one_line(argv, message, photos, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_panel.png").touch()
     make_image_folder(tmp_path / "data", classes=4, train=0, val=1)
     argv = argv.format(c=checkpoint, photos=photos, empty=tmp_path / "empty")
-    assert status_of(visualise, *argv.split()) == 2
+    assert status_of(run_visualize, *argv.split()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("visualize.py: error: ")
     assert message in last
 
 
-def test_a_static_network_is_drawn_as_one(image_folder, tmp_path):
+def test_static_model_has_full_depth_everywhere(image_folder, tmp_path):
     static = save_halting_micro(tmp_path / "c.pth", 3, gate=None)
-    visualise("--summary", "--data-path", image_folder, "--finetune", static, "--output-dir", tmp_path / "out")
+    run_visualize("--summary", "--data-path", image_folder, "--finetune", static, "--output-dir", tmp_path / "out")
     assert "12.00 of 12" in (tmp_path / "out" / "summary.html").read_text()
 
 
 # visualize.py --summary, --curves ----------------------------------------------------------------
 
 
-def test_summary_with_an_unreadable_image(image_folder, checkpoint, tmp_path, capsys):
+def test_summary_with_unreadable_image_exits_with_one(image_folder, checkpoint, tmp_path, capsys):
     (image_folder / "val" / "class_1" / "0.png").write_bytes(b"no image")
     out = tmp_path / "out"
     argv = ("--summary", "--data-path", image_folder, "--finetune", checkpoint, "--output-dir", out, "--html")
-    assert status_of(visualise, *argv) == 1
+    assert status_of(run_visualize, *argv) == 1
     charts = ("depth_histogram", "live_tokens", "class_token_depth", "class_depths", "accuracy_against_depth")
     expected = {f"{name}.png" for name in (*charts, "halting_scores")} | {"summary.html", "index.html"}
     assert {p.name for p in out.iterdir()} == expected
@@ -212,14 +215,14 @@ def test_summary_with_an_unreadable_image(image_folder, checkpoint, tmp_path, ca
     assert "avit_micro_patch4_32" in page
     captured = capsys.readouterr()
     assert "0.png: cannot be read as an image" in captured.err
-    assert "summary of 8 images" in captured.out
+    assert "wrote the summary of 8 images" in captured.out
 
 
-def test_curves_and_pictures_of_a_training_run(image_folder, tmp_path):
+def test_training_run_gives_curves_and_tensorboard_images(image_folder, tmp_path):
     out = tmp_path / "run"
     gate = ("--gate_scale", 10, "--gate_center", 5)
     run_main("--data-path", image_folder, "--output_dir", out, "--epochs", 2, *gate, "--tensorboard")
-    visualise("--curves", out, "--output-dir", tmp_path / "curves")
+    run_visualize("--curves", out, "--output-dir", tmp_path / "curves")
     assert {p.name for p in (tmp_path / "curves").iterdir()} == {"curves.png", "accuracy_macs.png"}
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,4 +1,4 @@
-"""What a network does with images, as files: with a whole data set, and with files from anywhere; see also demo.py."""
+"""Drawing of datasets (visualize.py --summary) and of image files (visualize.py IMAGE...)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from datasets import (
 from losses import DistributionPriorLoss
 from utils import UserError, log, warn
 from visualization import heatmaps, html_pages
-from visualization.heatmaps import Style, macs_text, write_picture
+from visualization.heatmaps import Style, macs_text, write_image
 from visualization.image_record import ImageRecord
 from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch
 
-MAX_STEM_BYTES = 200  # of 255 that a file's name may have
+MAX_STEM_BYTES = 200  # a file name may have 255 bytes, endings included
 
 
 @dataclass(frozen=True)
 class RenderJob:
-    """Whose work is drawn, how, and where to.
+    """What to draw, how, and where to.
 
-    amp: see `utils.autocast`; names: of the classes;
-    criterion, per_class: which images of each class are shown, see `Selection`; html: in a gallery too.
+    model: an adaptive model; amp: see `utils.autocast`; folder: for the output; names: class names
+    criterion, per_class: which images of each class are shown, see `Selection`; html: whether to write a gallery
     """
 
     model: nn.Module
@@ -49,46 +49,46 @@ class RenderJob:
     html: bool = False
 
     def write_gallery(self, records: list[ImageRecord], title: str = "Token depths") -> None:
-        """Where one is asked for."""
+        """Write the gallery if `html` is set."""
         if self.html:
             html_pages.write_gallery(self.folder, title, records, self.names, self.style)
 
 
-# A whole data set ---------------------------------------------------------------------------------
+# A dataset ----------------------------------------------------------------------------------------
 
 
-def draw_summary(drawing: RenderJob, loader: Iterable, title: str, facts: list[tuple[str, str]]) -> int:
-    """Charts of a data set as PNG files, and summary.html of them; all processes take part. Returns how many images.
+def draw_summary(job: RenderJob, loader: Iterable, title: str, facts: list[tuple[str, str]]) -> int:
+    """Draw charts of a dataset as PNG files and on summary.html. Collective: every process must call it.
 
-    loader: a `demo_loader`; facts: names and values, to be told beside what is measured.
-    UserError where no image can be read.
+    loader: a `demo_loader`; facts: names and values shown on the page in addition to the measured ones
+    Returns the number of images. Raises UserError if no image can be read.
     """
     from visualization import charts  # slow to import
 
-    examples, gallery, batches = Selection(), Selection(drawing.criterion, drawing.per_class), []
+    examples, gallery, batches = Selection(), Selection(job.criterion, job.per_class), []
     for loaded in utils.with_progress(loader, "Summary", dict):
-        batch = record_batch(drawing.model, loaded, drawing.amp)
+        batch = record_batch(job.model, loaded, job.amp)
         batches.append(batch.without_pixels())
         examples.add(batch.records)
-        gallery.add(batch.records if drawing.html else [])
+        gallery.add(batch.records if job.html else [])
     batches = [batch for own in utils.all_gather_objects(batches) for batch in own]
     if not batches:
-        raise UserError("not one image could be read")
-    statistics = DatasetStatistics.of(batches, drawing.model.has_class_token)
-    example_of = {record.target: record for _, record in gather_to_main(examples.own_chosen())}
-    shown = [record for _, record in gather_to_main(gallery.own_chosen())]
+        raise UserError("no image could be read")
+    statistics = DatasetStatistics.from_batches(batches, job.model.has_class_token)
+    example_of = {record.target: record for _, record in gather_to_main(examples.local_selection())}
+    shown = [record for _, record in gather_to_main(gallery.local_selection())]
     if utils.is_main():
         prior = DistributionPriorLoss(statistics.num_blocks).target.numpy()
-        found = charts.summary_charts(statistics, prior, drawing.names, example_of, drawing.style)
-        drawn = [
-            (chart.title, chart.explanation, write_picture(drawing.folder / f"{name}.png", chart.figure))
-            for name, chart in found.items()
+        drawn = charts.summary_charts(statistics, prior, job.names, example_of, job.style)
+        written = [
+            (chart.title, chart.explanation, write_image(job.folder / f"{name}.png", chart.figure))
+            for name, chart in drawn.items()
         ]
-        drawing.write_gallery(shown, f"{title}: token depths")
+        job.write_gallery(shown, f"{title}: token depths")
         facts = [*facts, *_facts(statistics)]
-        path = html_pages.write_summary(drawing.folder, f"{title}: summary", facts, drawn, drawing.html)
-        log(f"summary of {len(statistics.target)} images in {path}")
-    utils.all_gather_objects(None)  # whoever ends first with a status that is not 0 would end the others
+        path = html_pages.write_summary(job.folder, f"{title}: summary", facts, written, job.html)
+        log(f"wrote the summary of {len(statistics.target)} images to {path}")
+    utils.all_gather_objects(None)  # wait: a process that exits with status 1 first would end the others
     return len(statistics.target)
 
 
@@ -96,88 +96,93 @@ def _facts(statistics: DatasetStatistics) -> list[tuple[str, str]]:
     macs, static_macs, class_token = statistics.macs.mean(), statistics.static_macs, statistics.class_token_depth
     return [
         ("images", f"{len(statistics.target):,}"),
-        ("top-1", f"{statistics.is_right.mean():.2%}"),
+        ("top-1", f"{statistics.is_correct.mean():.2%}"),
         ("patch depth", f"{statistics.depth.mean():.2f} of {statistics.num_blocks}"),
         *([] if class_token is None else [("class token depth", f"{class_token.mean():.2f}")]),
-        ("multiply-adds", f"{macs_text(macs)} of {macs_text(static_macs)}"),
-        ("saved", f"{1 - macs / static_macs:.1%}"),
+        ("MACs per image", f"{macs_text(macs)} of {macs_text(static_macs)}"),
+        ("MACs saved", f"{1 - macs / static_macs:.1%}"),
     ]
 
 
-# Image files from anywhere ------------------------------------------------------------------------
+# Image files --------------------------------------------------------------------------------------
 
 
 def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Image files named, in folders (at any depth), or matched by globs, each once; and what was not found."""
+    """Find the image files of paths, directories (at any depth) and globs, each once.
+
+    Returns the files and one message for each pattern without an image.
+    """
     files, problems = [], []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            problems.append(f"{pattern}: no such file or folder, and no file matches it")
+            problems.append(f"{pattern}: no such file or directory, and no file matches this pattern")
         for path in map(Path, found):
             inside = [path]
             if path.is_dir():
                 inside, skipped = find_image_files(path)
                 warn_skipped_files(path, skipped)
             if not inside:
-                problems.append(f"{path}: no image in this folder")
+                problems.append(f"{path}: this directory contains no image")
             files += inside
     return list(dict.fromkeys(files)), problems
 
 
-def draw_files(
-    drawing: RenderJob, files: Sequence[Path], classes: Sequence[str], batch_size: int, animation: str
-) -> int:
-    """A panel of each image, and an animation ("gif", "webp" or "none"); returns how many could be read.
+def draw_files(job: RenderJob, files: Sequence[Path], classes: Sequence[str], batch_size: int, animation: str) -> int:
+    """Draw a panel and an animation of each image file, and return the number of images that could be read.
 
-    classes: the model's, which a folder may be named after. UserError where a file would be overwritten, or no
-    image can be read.
+    classes: classes of the model; a file in a directory named after one is labeled with it
+    animation: "gif", "webp" or "none"
+    Raises UserError if an input would be overwritten or no image can be read.
     """
     endings = ["_panel.png", *([f"_halting.{animation}"] if animation != "none" else [])]
-    outputs = [[drawing.folder / f"{stem}{ending}" for ending in endings] for stem in _distinct_stems(files)]
+    outputs = [[job.folder / f"{stem}{ending}" for ending in endings] for stem in _distinct_stems(files)]
     overwritten = {path.resolve() for path in itertools.chain(*outputs)} & {file.resolve() for file in files}
     if overwritten:
-        raise UserError(f"{min(overwritten)} would be overwritten: choose another --output-dir")
+        raise UserError(f"{min(overwritten)} is an input and would be overwritten. Choose another --output-dir.")
     drawn, shown = 0, []
     for first in utils.with_progress(range(0, len(files), batch_size), "Images", dict):
-        records = _record_files(drawing, dict(enumerate(files[first : first + batch_size], first)), classes)
+        records = _record_files(job, dict(enumerate(files[first : first + batch_size], first)), classes)
         for record in records:
             panel, *movie = outputs[record.index]
-            write_picture(panel, heatmaps.panel(record, drawing.names, drawing.style))
+            write_image(panel, heatmaps.panel(record, job.names, job.style))
             for path in movie:
-                utils.write_bytes(path, heatmaps.animation(record, drawing.style, animation))
+                utils.write_bytes(path, heatmaps.animation(record, job.style, animation))
         drawn += len(records)
-        shown += records if drawing.html else []
+        shown += records if job.html else []
     if not drawn:
-        raise UserError("not one image could be read")
-    drawing.write_gallery(shown)
-    log(f"{drawn} images drawn in {drawing.folder}")
+        raise UserError("no image could be read")
+    job.write_gallery(shown)
+    log(f"wrote panels of {drawn} images to {job.folder}")
     return drawn
 
 
 def _distinct_stems(files: Iterable[Path]) -> Iterator[str]:
-    """The names of files without their endings, cut where they are long, numbered where they would be the same."""
+    """Yield a distinct name for each file: its stem, truncated if long, numbered if already taken."""
     taken: set[str] = set()
     for file in files:
-        own = os.fsdecode(os.fsencode(file.stem)[:MAX_STEM_BYTES])
-        numbered = (f"{own}_{number}" for number in itertools.count(2))
-        stem = next(stem for stem in itertools.chain([own], numbered) if stem not in taken)
+        truncated = os.fsdecode(os.fsencode(file.stem)[:MAX_STEM_BYTES])
+        numbered = (f"{truncated}_{number}" for number in itertools.count(2))
+        stem = next(stem for stem in itertools.chain([truncated], numbered) if stem not in taken)
         taken.add(stem)
         yield stem
 
 
-def _record_files(drawing: RenderJob, files: dict[int, Path], classes: Sequence[str]) -> list[ImageRecord]:
-    """The files, by their places, that can be read; the others are named. A folder with a class's name is a label."""
-    preprocessing, images = Preprocessing.from_model(drawing.model), {}
-    transform = evaluation_transform(drawing.model.patch_embed.img_size, preprocessing=preprocessing)
-    for place, file in files.items():
+def _record_files(job: RenderJob, files: dict[int, Path], classes: Sequence[str]) -> list[ImageRecord]:
+    """Record the readable files and warn of the others.
+
+    files: by position; classes: a file in a directory named after one of them is labeled with it
+    """
+    preprocessing, images = Preprocessing.from_model(job.model), {}
+    transform = evaluation_transform(job.model.patch_embed.img_size, preprocessing=preprocessing)
+    for position, file in files.items():
         try:
-            images[place] = transform(load_image(file))
+            images[position] = transform(load_image(file))
         except UnreadableImage as error:
-            warn(f"{error}; it is passed over")
+            warn(f"{error}. The file is skipped.")
     if not images:
         return []
     numbers = {name: number for number, name in enumerate(classes)}
-    targets = torch.tensor([numbers.get(files[place].parent.name, -1) for place in images])
-    batch = (torch.stack(list(images.values())), targets, list(images), [str(files[place]) for place in images])
-    return record_batch(drawing.model, batch, drawing.amp).records
+    targets = torch.tensor([numbers.get(files[position].parent.name, -1) for position in images])
+    batch = (torch.stack(list(images.values())), targets, list(images), [str(files[position]) for position in images])
+    return record_batch(job.model, batch, job.amp).records

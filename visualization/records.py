@@ -1,4 +1,4 @@
-"""What a network did with single images, and which of them to show."""
+"""Records of what the model did with images: per batch, selected by class, and as statistics of a dataset."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from visualization.image_record import CRITERIA, ImageRecord
 
 
 class BatchRecords(NamedTuple):
-    """A batch: its images one by one, and the mean halting score of its patches after each block, [L]."""
+    """Records of the images of a batch, and the mean halting score of its patches after each block, [L]."""
 
     records: list[ImageRecord]
     layer_scores: Tensor
@@ -32,7 +32,10 @@ class BatchRecords(NamedTuple):
 def records_of_batch(
     model: nn.Module, batch: tuple, logits: Tensor, halting: Halting, with_pixels: bool = False
 ) -> list[ImageRecord]:
-    """batch: images [B, 3, H, W], targets [B] (-1: unknown), places in the data set, names; logits: [B, K]."""
+    """Return one record per image of a batch.
+
+    batch: images [B, 3, H, W], targets [B] (-1: unknown), positions in the dataset, names; logits: [B, K]
+    """
     images, targets, indices, names = batch
     confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
     macs = macs_per_image(model, halting.depth).tolist()
@@ -50,7 +53,10 @@ def records_of_batch(
 
 @torch.no_grad()
 def record_batch(model: nn.Module, batch: tuple, amp: str) -> BatchRecords:
-    """batch: see `records_of_batch`"""
+    """Run the model on a batch and record the results with pixels. batch: see `records_of_batch`.
+
+    Raises FloatingPointError if logits are NaN or Inf.
+    """
     device = next(model.eval().parameters()).device
     with autocast(device, amp):
         logits, halting = model(batch[0].to(device, non_blocking=True), return_halting=True)
@@ -58,13 +64,13 @@ def record_batch(model: nn.Module, batch: tuple, amp: str) -> BatchRecords:
     return BatchRecords(records_of_batch(model, batch, logits, halting, with_pixels=True), halting.layer_scores.cpu())
 
 
-# Which to show ------------------------------------------------------------------------------------
+# Selection of images ------------------------------------------------------------------------------
 
 
 class Selection:
-    """The first `per_class` images of each class by one of CRITERIA; of equal ones, the earlier in the data set.
+    """The first `per_class` images of each class by one of CRITERIA. On a tie, the earlier in the dataset wins.
 
-    The order in which images come, and which process sees them, does not matter.
+    The selection does not depend on the order of the images or on the process that adds them.
     """
 
     def __init__(self, criterion: str = "std", per_class: int = 1):
@@ -77,17 +83,17 @@ class Selection:
             is_full = len(kept) == self.per_class
             if self.measure(record) is None or (is_full and self._order(record) > self._order(kept[-1])):
                 continue
-            kept.append(replace(record, pixels=record.pixels.copy()))  # not the whole batch's
+            kept.append(replace(record, pixels=record.pixels.copy()))  # a view would keep the batch in memory
             kept.sort(key=self._order)
             del kept[self.per_class :]
 
     def _order(self, record: ImageRecord) -> tuple[float, int]:
         return -self.measure(record), record.index
 
-    def own_chosen(self) -> list[tuple[int, ImageRecord]]:
-        """This process's part of what is chosen, each with its number in its class, from 1.
+    def local_selection(self) -> list[tuple[int, ImageRecord]]:
+        """Return the selected images of this process, each with its number within its class, from 1.
 
-        Every process must call it. Images stay where they are: only their measures are exchanged.
+        Collective: every process must call it. Only the criterion values are exchanged, not the images.
         """
         own = [record for kept in self.kept.values() for record in kept]
         keys = [(record.target, *self._order(record), utils.rank(), place) for place, record in enumerate(own)]
@@ -100,22 +106,25 @@ class Selection:
 
 
 def gather_to_main(chosen: list[tuple[int, ImageRecord]]) -> list[tuple[int, ImageRecord]]:
-    """What all processes have chosen, class by class, in the main one; nothing in the others. All must call it."""
+    """Return the selected images of all processes, sorted by class, in the main process; elsewhere an empty list.
+
+    Collective: every process must call it.
+    """
     everyone = utils.gather_objects_to_main(chosen)
     return sorted((entry for own in everyone for entry in own), key=lambda entry: (entry[1].target, entry[0]))
 
 
-# All of them --------------------------------------------------------------------------------------
+# Statistics of a dataset --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What the network did with N images of n patches each, in no certain order.
+    """What the model did with N images of n patches each, in no defined order.
 
-    depth: [N, n] uint8, of the patches; class_token_depth: [N] uint8, where there is one;
-    target, prediction: [N] class indices;
-    macs: [N] multiply-adds; static_macs: those of the static network;
-    layer_scores: [L], mean halting score of the patches after each block, a halted one counting 0.
+    depth: [N, n] uint8, patch depths; class_token_depth: [N] uint8, or None without a class token
+    target, prediction: [N] class indices
+    macs: [N] MACs; static_macs: MACs of the static model
+    layer_scores: [L], mean halting score of the patches after each block; a halted patch counts as 0
     """
 
     depth: np.ndarray
@@ -127,7 +136,7 @@ class DatasetStatistics:
     layer_scores: np.ndarray
 
     @classmethod
-    def of(cls, batches: list[BatchRecords], has_class_token: bool) -> DatasetStatistics:
+    def from_batches(cls, batches: list[BatchRecords], has_class_token: bool) -> DatasetStatistics:
         records = [one for batch in batches for one in batch.records]
         scores, sizes = zip(*((batch.layer_scores.numpy(), len(batch.records)) for batch in batches))
         return cls(
@@ -146,10 +155,10 @@ class DatasetStatistics:
 
     @property
     def mean_depth(self) -> np.ndarray:
-        """[N], of the patches of each image."""
+        """Mean patch depth of each image: [N]."""
         return self.depth.mean(axis=1)
 
     @property
-    def is_right(self) -> np.ndarray:
-        """[N] bool"""
+    def is_correct(self) -> np.ndarray:
+        """Whether each prediction is correct: [N] bool."""
         return self.target == self.prediction

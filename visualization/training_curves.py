@@ -1,4 +1,4 @@
-"""Charts of training runs, from their log.txt."""
+"""Charts of training runs, read from their log.txt."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils import UserError, warn
-from visualization.charts import GREY, PALETTE, SMALL_TEXT, legend_above, new_figure, one_line, percent, style_axes
+from visualization.charts import GRAY, PALETTE, SMALL_TEXT, legend_above, new_figure, one_line, percent, style_axes
 
 # Reading ------------------------------------------------------------------------------------------
 
-MAX_DRAWN = 1e30  # matplotlib cannot draw axes from one end of the floats to the other
+MAX_DRAWN = 1e30  # matplotlib cannot draw axes over the full range of floats
+
+EXPECTED = "Pass the --output_dir of a training run of main_act.py, which contains log.txt."
 
 
 class Run(NamedTuple):
-    """lines: what log.txt holds, one for each epoch."""
+    """The log of a training run. lines: the entries of log.txt, one per epoch."""
 
     name: str
     lines: list[dict]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads --output_dirs, each once; names runs by their folders or, if two of these are equal, by their paths.
+    """Read the runs in output directories, each once.
 
-    Raises UserError if a folder has no log.txt with an epoch in it.
+    A run is named after its directory or, if two names are equal, after the path below the common parent.
+    Raises UserError if a directory has no log.txt with at least one epoch.
     """
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     names = [folder.name for folder in folders]
@@ -46,11 +49,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_log(path: Path) -> list[dict]:
-    """Leaves out lines that hold no epoch, and warns of them."""
+    """Read log.txt. Lines without an epoch are skipped with a warning."""
     try:
         raw = path.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected an --output_dir of main_act.py, with log.txt") from error
+        raise UserError(f"{path}: {error.strerror}. {EXPECTED}") from error
     lines = []
     for number, text in enumerate(raw, start=1):
         try:
@@ -60,9 +63,9 @@ def _read_log(path: Path) -> list[dict]:
         if isinstance(line, dict) and _is_finite(line.get("epoch")):
             lines.append(line)
         elif text.strip():
-            warn(f"{path}, line {number}: not an epoch's figures; it is left out")
+            warn(f"{path}, line {number} is not a log entry with an epoch. The line is skipped.")
     if not lines:
-        raise UserError(f"{path}: no epoch in it; expected an --output_dir of main_act.py, with log.txt")
+        raise UserError(f"{path} contains no epoch. {EXPECTED}")
     return lines
 
 
@@ -71,7 +74,10 @@ def _is_finite(value: object) -> bool:
 
 
 def series(run: Run, *names: str) -> np.ndarray:
-    """[epochs, 1 + names]: the epochs where all of these figures are finite numbers; of a repeated one, the last."""
+    """Return an epoch and its metrics per row: [epochs, 1 + names].
+
+    Epochs in which a metric is missing or not finite are left out. The last entry of a repeated epoch counts.
+    """
     by_epoch = {line["epoch"]: line for line in run.lines}
     rows = [[by_epoch[epoch].get(name) for name in ("epoch", *names)] for epoch in sorted(by_epoch)]
     return np.array([row for row in rows if all(map(_is_finite, row))], dtype=float).reshape(-1, 1 + len(names))
@@ -84,21 +90,23 @@ def run_colors(count: int) -> list:
     return list(PALETTE[:count]) if count <= len(PALETTE) else list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
 
 
-def name_runs(figure: Figure, names: Sequence[str], handles: Sequence[Artist], loc: str, columns: int = 1) -> None:
-    """Draws a legend outside of the axes."""
-    labels = ["run"] * len(names)  # matplotlib before 3.10 would leave out a name that begins with _
+def draw_run_legend(
+    figure: Figure, names: Sequence[str], handles: Sequence[Artist], loc: str, columns: int = 1
+) -> None:
+    """Draw a legend outside of the axes."""
+    labels = ["run"] * len(names)  # matplotlib before 3.10 omits names that start with _
     legend = figure.legend(handles, labels, loc=f"outside {loc}", ncols=columns, frameon=False, fontsize=SMALL_TEXT)
     for text, name in zip(legend.get_texts(), names):
         text.set(text=name, parse_math=False)
 
 
-def say_no_data(axes: Axes) -> None:
+def draw_no_data(axes: Axes) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color=GRAY)
 
 
 def logged_macs_unit(runs: Sequence[Run]) -> tuple[float, str]:
-    """Returns how many of the logged G one unit is, and the unit's letter."""
+    """Return the unit for logged MACs: its size in G, and its prefix."""
     points = [series(run, name)[:, 1] for run in runs for name in (MACS.solid, MACS.other)]
     return (1, "G") if max(np.concatenate(points), default=0) >= 1 else (1e-3, "M")
 
@@ -107,7 +115,11 @@ def logged_macs_unit(runs: Sequence[Run]) -> tuple[float, str]:
 
 
 class Panel(NamedTuple):
-    """solid, other: figures of log.txt; key: what the other's style means; band: between which two figures."""
+    """A panel of the curves.
+
+    solid, other: names of metrics; style, key: line style of the other, and its meaning
+    band: two metrics between which an area is filled; from_zero: whether the y axis starts at 0
+    """
 
     title: str
     solid: str
@@ -118,20 +130,20 @@ class Panel(NamedTuple):
     from_zero: bool = False
 
 
-MACS = Panel("multiply-adds", "test_gmacs", "test_gmacs_static", key="dashed: static", from_zero=True)
+MACS = Panel("MACs per image", "test_gmacs", "test_gmacs_static", key="dashed: static", from_zero=True)
 DEPTHS = ("train_depth_min", "train_depth_max")
 PANELS = (
-    Panel("top-1 (%)", "test_acc1", "test_ema_acc1", ":", "dotted: averaged weights"),
+    Panel("top-1 accuracy (%)", "test_acc1", "test_ema_acc1", ":", "dotted: EMA weights"),
     Panel("loss", "test_loss", "train_loss", key="dashed: training"),
     Panel("ponder loss", "train_ponder_loss_token", "train_distr_prior_loss", key="dashed: prior"),
-    Panel("mean depth", "test_depth_mean", key="band: least to most", band=DEPTHS, from_zero=True),
+    Panel("mean depth", "test_depth_mean", key="band: min to max", band=DEPTHS, from_zero=True),
     MACS,
     Panel("learning rate", "train_lr"),
 )
 
 
 def curves(runs: Sequence[Run]) -> Figure:
-    """Draws everything of interest over the epochs, one colour a run."""
+    """Draw the metrics of runs over the epochs, one color per run."""
     names = [one_line(run.name, 50) for run in runs]
     columns = max(1, min(len(runs), 110 // (max(map(len, names)) + 9)))
     figure = new_figure(4.9 + 0.2 * -(-len(runs) // columns), width=8.6)
@@ -141,7 +153,7 @@ def curves(runs: Sequence[Run]) -> Figure:
         axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
         _draw_panel(axes, panel, runs)
     handles = [Line2D([], [], color=color, linewidth=2) for color in run_colors(len(runs))]
-    name_runs(figure, names, handles, "lower center", columns)
+    draw_run_legend(figure, names, handles, "lower center", columns)
     return figure
 
 
@@ -158,26 +170,26 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
         if panel.band and len(band := series(run, *panel.band)):
             axes.fill_between(*band.T, color=color, alpha=0.15 / len(runs), linewidth=0)
     if not axes.lines:
-        say_no_data(axes)
+        draw_no_data(axes)
         return
     if any(len(series(run, *(panel.band or [panel.other]))) for run in runs):
-        axes.set_title(panel.key, loc="right", fontsize=8, color=GREY)
+        axes.set_title(panel.key, loc="right", fontsize=8, color=GRAY)
     if panel.from_zero:
         axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
-# Accuracy against multiply-adds -------------------------------------------------------------------
+# Accuracy against MACs ----------------------------------------------------------------------------
 
 
 def accuracy_against_macs(runs: Sequence[Run]) -> Figure:
-    """Draws the path of each run over its epochs, and where it ended; the runs are named from best to worst.
+    """Draw top-1 accuracy against MACs for every epoch of each run, with the last epoch marked.
 
-    Static networks are squares with a dashed line.
+    The legend lists the runs from best to worst. A static model is a square with a dashed line.
     """
     figure = new_figure(max(4.4, 0.2 * len(runs) + 1), width=8.6)
     size, letter = logged_macs_unit(runs)
-    axes = style_axes(figure.subplots(), f"multiply-adds per image ({letter})", "top-1 (%)", grid="both")
+    axes = style_axes(figure.subplots(), f"MACs per image ({letter})", "top-1 accuracy (%)", grid="both")
     ends, lows, highs = [], [], []
     for run, color in zip(runs, run_colors(len(runs))):
         path = series(run, "test_gmacs", "test_acc1", "test_gmacs_static")
@@ -185,24 +197,40 @@ def accuracy_against_macs(runs: Sequence[Run]) -> Figure:
             continue
         _, macs, accuracy, static_macs = path.T
         is_static = math.isclose(macs[-1], static_macs[-1], rel_tol=1e-6)
-        axes.plot(macs / size, accuracy, ".-", color=color, alpha=0.3, markersize=4, linewidth=1.2)
-        if is_static:
-            axes.axhline(accuracy[-1], color=color, linewidth=1.1, linestyle="--", alpha=0.8)
-        options = {"markersize": 8, "markeredgecolor": "white", "linestyle": "", "zorder": 3}
-        (end,) = axes.plot(macs[-1] / size, accuracy[-1], "s" if is_static else "o", color=color, **options)
-        ends.append((accuracy[-1], f"{one_line(run.name, 28)}: {percent(accuracy[-1] / 100)}", end))
-        lows.append(min(np.median(accuracy), accuracy[-1]))  # the first half of a training may lie below
+        marker = _draw_path(axes, macs / size, accuracy, color, is_static)
+        ends.append((accuracy[-1], f"{one_line(run.name, 28)}: {percent(accuracy[-1] / 100)}", marker))
+        lows.append(min(np.median(accuracy), accuracy[-1]))  # low accuracies of early epochs may be cut off
         highs.append(accuracy.max())
     if not ends:
-        say_no_data(axes)
+        draw_no_data(axes)
         return figure
     margin = 0.12 * max(max(highs) - min(lows), 4)
     axes.set_ylim(min(lows) - margin, max(highs) + margin)
     axes.margins(x=0.1)
-    last = Line2D([], [], color=GREY, marker="o", markersize=7, linestyle="")
-    last_static = Line2D([], [], color=GREY, marker="s", markersize=7, linestyle="--", linewidth=1.1)
-    before = Line2D([], [], color=GREY, marker=".", markersize=4, alpha=0.4)
-    legend_above(axes, {"last epoch": last, "of a static network": last_static, "epochs before": before})
+    entries = {
+        "last epoch": Line2D([], [], color=GRAY, marker="o", markersize=7, linestyle=""),
+        "static model, last epoch": Line2D([], [], color=GRAY, marker="s", markersize=7, linestyle="--", linewidth=1.1),
+        "earlier epochs": Line2D([], [], color=GRAY, marker=".", markersize=4, alpha=0.4),
+    }
+    legend_above(axes, entries)
     _, names, markers = zip(*sorted(ends, key=lambda end: -end[0]))
-    name_runs(figure, names, markers, "right center")
+    draw_run_legend(figure, names, markers, "right center")
     return figure
+
+
+def _draw_path(axes: Axes, macs: np.ndarray, accuracy: np.ndarray, color: object, is_static: bool) -> Artist:
+    """Draw the epochs of one run, and return the marker of the last one."""
+    axes.plot(macs, accuracy, ".-", color=color, alpha=0.3, markersize=4, linewidth=1.2)
+    if is_static:
+        axes.axhline(accuracy[-1], color=color, linewidth=1.1, linestyle="--", alpha=0.8)
+    (marker,) = axes.plot(
+        macs[-1],
+        accuracy[-1],
+        "s" if is_static else "o",
+        color=color,
+        markersize=8,
+        markeredgecolor="white",
+        linestyle="",
+        zorder=3,
+    )
+    return marker

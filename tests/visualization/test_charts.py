@@ -55,7 +55,7 @@ def texts(figure) -> list[str]:
 
 
 def assert_drawn_well(figure) -> None:
-    """Nothing warns but for letters that the font lacks, and nothing sticks out of the picture."""
+    """Check that drawing does not warn, except of missing glyphs, and that all of the chart is inside the figure."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -64,11 +64,11 @@ def assert_drawn_well(figure) -> None:
     assert (np.array([drawn.min, figure.bbox_inches.size - drawn.max]) >= -0.01).all(), drawn
 
 
-# Of a data set ------------------------------------------------------------------------------------
+# Charts of a dataset ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(40, 8, 5), (1, 8, 2), (9, 4, 5, 4), (60, 24, 1000, 1)], ids=str)
-def test_every_chart_can_be_drawn(shape):
+def test_every_chart_is_drawn_inside_its_figure(shape):
     statistics = make_statistics(*shape)
     examples = {int(c): small_record(size=(20, 12)) for c in statistics.target[::2]}
     found = summary(statistics, [f"$class_{c} of a very, very long name" for c in range(1000)], examples)
@@ -78,7 +78,7 @@ def test_every_chart_can_be_drawn(shape):
 
 
 @pytest.mark.parametrize(("name", "field"), [("depth_histogram", "depth"), ("class_token_depth", "class_token_depth")])
-def test_shares_by_depth(name, field):
+def test_depth_histogram_shows_share_of_each_depth(name, field):
     statistics, style = make_statistics(), Style(8, "hot")
     (axes,) = summary(statistics, style=style)[name].figure.axes
     depth = getattr(statistics, field)
@@ -88,7 +88,7 @@ def test_shares_by_depth(name, field):
     assert f"mean {depth.mean():.2f}" in texts(axes.figure)
 
 
-def test_live_patches_per_block():
+def test_live_tokens_shows_mean_and_percentiles():
     statistics = make_statistics()
     chart = summary(statistics)["live_tokens"]
     (axes,) = chart.figure.axes
@@ -98,11 +98,11 @@ def test_live_patches_per_block():
     for block, share in enumerate(live.T, start=1):
         band = outer[outer[:, 0] == block, 1]
         assert (band.min(), band.max()) == pytest.approx(tuple(np.percentile(share, [10, 90])))
-    saved = f"{100 * (1 - statistics.macs.mean() / 8e6):.1f} %"
-    assert f"saved: {saved}\nof multiply-adds" in texts(chart.figure)
+    saved = f"{100 * (1 - statistics.macs.mean() / 8e6):.1f}%"
+    assert f"{saved} of MACs saved" in texts(chart.figure)
 
 
-def test_all_of_a_few_classes_from_shallow_to_deep():
+def test_few_classes_are_all_shown_from_shallow_to_deep():
     statistics = make_statistics()
     names = ["$a$", "_b_", "line\nbreak", "日本\x07\udcff", "x" * 99, "never seen"]
     chart = summary(statistics, names, {0: small_record()})["class_depths"]
@@ -119,7 +119,7 @@ def test_all_of_a_few_classes_from_shallow_to_deep():
     assert_drawn_well(chart.figure)
 
 
-def test_the_ends_of_many_classes_and_all_in_a_histogram():
+def test_many_classes_show_both_ends_and_a_histogram():
     statistics = make_statistics(images=400, classes=30)
     bars, strip = summary(statistics)["class_depths"].figure.axes
     means = np.array([statistics.depth[statistics.target == c].mean() for c in range(30)])
@@ -130,7 +130,7 @@ def test_the_ends_of_many_classes_and_all_in_a_histogram():
     assert heights(strip).sum() == 30
 
 
-def test_accuracy_of_shallow_and_deep_images():
+def test_accuracy_by_depth_shows_accuracy_of_each_bin():
     statistics = make_statistics()
     statistics.depth[:30], statistics.depth[30:] = 2, 6
     statistics.prediction[:] = statistics.target
@@ -142,7 +142,7 @@ def test_accuracy_of_shallow_and_deep_images():
     assert ends == pytest.approx(wilson_interval(np.array([2 / 3, 1 / 2]), np.array([30, 10])).T)
     assert heights(bottom).tolist() == [30, 10]
     assert [bar.get_x() + bar.get_width() / 2 for bar in bottom.patches] == pytest.approx([2.2, 5.8])  # tenths of 2..6
-    assert "62.5 %: 66.7 % of images about 2.0 deep and 50.0 % of images about 6.0 deep" in chart.explanation
+    assert "62.5%: 66.7% at a mean depth of 2.0 and 50.0% at a mean depth of 6.0" in chart.explanation
     statistics.depth[:] = 8
     top, bottom = summary(statistics)["accuracy_against_depth"].figure.axes
     assert heights(bottom).tolist() == [40]
@@ -150,15 +150,15 @@ def test_accuracy_of_shallow_and_deep_images():
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1))
-def test_wilson_interval(count, share):
+def test_wilson_interval_ends_are_one_standard_error_away(count, share):
     share = round(share * count) / count
     low, high = wilson_interval(np.array([share]), np.array([count]))[:, 0]
     assert -1e-9 <= low <= share + 1e-9 <= high + 2e-9 <= 1 + 3e-9
-    for end in (low, high):  # where the share lies one standard error away
+    for end in (low, high):
         assert (share - end) ** 2 == pytest.approx(end * (1 - end) / count, abs=1e-9)
 
 
-def test_halting_scores_against_the_prior():
+def test_halting_scores_and_prior_sum_to_one():
     statistics = make_statistics(blocks=12)
     prior = DistributionPriorLoss(12).target.numpy()
     (axes,) = summary(statistics)["halting_scores"].figure.axes
@@ -168,11 +168,11 @@ def test_halting_scores_against_the_prior():
     assert "is 0 in all blocks" in chart.explanation
 
 
-# Of shrinking rows --------------------------------------------------------------------------------
+# Teaser -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "size", "least_depth"), [(1, (12, 12), 8), (8, (8, 24), 1), (10, (24, 8), 1)])
-def test_teaser(count, size, least_depth):
+def test_teaser_shows_images_depths_and_live_patches(count, size, least_depth):
     records = [small_record(n, size, least_depth) for n in range(count)]
     style, first = Style(8), records[:8]
     figure = teaser(records, style)
@@ -180,11 +180,11 @@ def test_teaser(count, size, least_depth):
     live = [[(one.depth >= b).sum() for b in range(1, 9)] for one in first]
     drawn = heights(bars).reshape(len(first) + 1, 8)
     assert drawn[:-1].tolist() == live
-    assert drawn.sum(axis=0).tolist() == [9 * len(first)] * 8  # the last ones fill up to the static network
+    assert drawn.sum(axis=0).tolist() == [9 * len(first)] * 8  # the last bars fill up to the static model
     bottoms = np.array([bar.get_y() for bar in bars.patches]).reshape(drawn.shape)
-    assert bottoms.tolist() == (drawn.cumsum(axis=0) - drawn).tolist()  # each on those before
+    assert bottoms.tolist() == (drawn.cumsum(axis=0) - drawn).tolist()  # stacked
     saved = 1 - sum(one.macs for one in first) / sum(one.static_macs for one in first)
-    assert f"saved: {100 * saved:.0f} %" in " ".join(texts(figure))
+    assert f"{100 * saved:.0f}% of MACs saved" in texts(figure)
     assert len(pictures) == 2 * len(first)
     for number, one in enumerate(first):
         image, patches = pictures[2 * number : 2 * number + 2]
@@ -195,7 +195,7 @@ def test_teaser(count, size, least_depth):
     assert_drawn_well(figure)
 
 
-def test_letters_that_the_font_lacks_are_no_warning():
+def test_missing_glyph_does_not_warn():
     script = "from visualization import charts; figure = charts.new_figure(1); figure.text(0, 0, '猫')"
     script += "; figure.savefig('/dev/null', format='png')"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)

@@ -12,7 +12,7 @@ NAMES = ["a class", "b" * 300]
 
 
 def graded(height: int, width: int, num_blocks: int = 8, side: int = 4, **kwargs):
-    """A record of height x width patches of depths 1..num_blocks, on a coloured image."""
+    """Return a record of height x width patches with depths 1..num_blocks, on a random image."""
     depth = (np.arange(height * width) % num_blocks + 1).reshape(height, width)
     shape = (height * side, width * side, 3)
     pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
@@ -23,16 +23,16 @@ def pixels_of(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture).astype(int)
 
 
-def test_whiter_is_deeper_in_the_papers_map_and_full_depth_is_white():
+def test_paper_colormap_gets_whiter_with_depth():
     shades = heatmaps.colors(np.arange(1, 13), Style(12, "hot")).astype(int)
     assert (np.diff(shades.sum(axis=1)) > 0).all()
     assert (shades[-1] == 255).all()
 
 
 @pytest.mark.parametrize(("grid", "side"), [((4, 4), 4), ((2, 6), 4), ((2, 2), 120)])
-def test_the_heat_map_has_the_images_size_and_flat_patches(grid, side):
+def test_heat_map_has_image_size_and_flat_patches(grid, side):
     record, style = graded(*grid, side=side), Style(8)
-    drawn = {name: pixels_of(picture) for name, picture in heatmaps.demo_pictures(record, NAMES, style).items()}
+    drawn = {name: pixels_of(picture) for name, picture in heatmaps.demo_views(record, NAMES, style).items()}
     reference, gap = drawn["ref"], style.gap
     height, width, _ = reference.shape
     assert min(height, width) >= 224
@@ -46,15 +46,15 @@ def test_the_heat_map_has_the_images_size_and_flat_patches(grid, side):
 
 
 @pytest.mark.parametrize("blocks", [4, 12, 24])
-def test_the_legend_has_every_depth(blocks):
+def test_legend_shows_every_depth(blocks):
     style = Style(blocks)
     colors = [tuple(c) for c in heatmaps.colors(np.arange(1, blocks + 1), style).tolist()]
     column = [tuple(p) for p in pixels_of(heatmaps.legend(224, style))[:, 6].tolist()]
     assert [color for color in dict.fromkeys(column) if color in colors] == colors[::-1]
-    assert heatmaps.legend(8, style).height == 8, "lower than its blocks"
+    assert heatmaps.legend(8, style).height == 8, "fewer pixels than blocks"
 
 
-def test_halted_patches_are_grey_and_live_ones_untouched():
+def test_halted_patches_are_gray_and_live_ones_unchanged():
     record, style = graded(2, 4), Style(8, size=8)
     image = pixels_of(heatmaps.enlarge(record.pixels, style))
     for block in range(1, 9):
@@ -67,24 +67,24 @@ def test_halted_patches_are_grey_and_live_ones_untouched():
 
 
 @pytest.mark.parametrize("target", [-1, 0, 1])
-def test_a_caption_names_class_prediction_depth_and_cost(target):
+def test_caption_contains_class_prediction_depth_and_macs(target):
     lines = heatmaps.caption(make_record(target=target, prediction=0), NAMES, Style(8))
     text = "\n".join(line for line, _ in lines)
     assert ("class: " in text) == (target >= 0)
     assert "predicted: a class, 90.0%" in text
     assert "mean depth 3.5 of 8" in text
-    assert "75% saved" in text
+    assert "M MACs (75% saved)" in text
     assert any(color == heatmaps.WARNING for _, color in lines) == (target == 1)
 
 
-def test_long_and_strange_names_are_cut_to_the_width():
+def test_long_and_unprintable_names_fit_the_width():
     for text in ("x" * 1000, "\x1b[31m\n\t", "", "名前 имя"):
-        assert heatmaps.line(text, 100, Style(8)).width == 100
-    ink = pixels_of(heatmaps.line("x" * 1000, 100, Style(8)))
-    assert ink[:, -2:].min() > 200, "text runs out of the picture"
+        assert heatmaps.draw_text(text, 100, Style(8)).width == 100
+    ink = pixels_of(heatmaps.draw_text("x" * 1000, 100, Style(8)))
+    assert ink[:, -2:].min() > 200, "text exceeds the image"
 
 
-def test_a_panel_ends_with_the_last_block_and_a_sheet_has_a_column_for_each_image():
+def test_panel_ends_with_last_block_and_sheet_has_a_column_per_image():
     style = Style(5, size=64)
     last = pixels_of(heatmaps.panel(graded(4, 4, 5), NAMES, style))[:, -style.gap - 64 : -style.gap]
     expected = pixels_of(heatmaps.in_block(graded(4, 4, 5), 5, style))
@@ -94,7 +94,7 @@ def test_a_panel_ends_with_the_last_block_and_a_sheet_has_a_column_for_each_imag
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_an_animation_has_a_picture_for_each_block(kind):
+def test_animation_has_a_frame_per_block(kind):
     record, style = graded(4, 4), Style(8, size=64)
     movie = Image.open(io.BytesIO(heatmaps.animation(record, style, kind)))
     assert movie.n_frames == 8
@@ -102,4 +102,4 @@ def test_an_animation_has_a_picture_for_each_block(kind):
         movie.seek(number)
         shown = pixels_of(movie.convert("RGB"))[style.gap : style.gap + 64, style.gap : -style.gap]
         expected = pixels_of(heatmaps.in_block(record, number + 1, style))
-        assert np.abs(shown - expected).mean() < 6  # a palette of 256
+        assert np.abs(shown - expected).mean() < 6  # GIF has 256 colors

@@ -1,4 +1,4 @@
-"""The pages: what is in them, that names stay text, and how they behave in a browser."""
+"""HTML pages: their content, escaping of names, and behavior in a browser."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ NAN = float("nan")
 
 
 def record(index: int, **changes) -> ImageRecord:
-    """An image that no other index has, its patches of all depths; every third prediction wrong."""
+    """Return a distinct image for each index, with random patch depths. Every third prediction is wrong."""
     rng = np.random.default_rng(index)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     values = {"target": index % 5, "prediction": (index + (index % 3 == 0)) % 5, "name": f"val/{index:04d}.jpg"}
@@ -59,7 +59,7 @@ def summary(folder: Path, title="A summary", charts=(("Depths", "Half are 3.", P
 
 
 class Page(HTMLParser):
-    """source; tags; [(name, value)] of all attributes."""
+    """A parsed page: source, tags, and all attributes as (name, value)."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -75,17 +75,17 @@ class Page(HTMLParser):
 
     def images(self) -> list[dict]:
         text = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.DOTALL)[1]
-        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["images"]
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))["images"]
 
 
 def pixels_of(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")).astype(int)
 
 
-# What is in them ----------------------------------------------------------------------------------
+# Content ------------------------------------------------------------------------------------------
 
 
-def test_gallery_holds_what_was_measured(tmp_path):
+def test_gallery_contains_the_records(tmp_path):
     one, other = record(3), record(4, target=-1, confidence=NAN, pixels=np.full((96, 128, 3), 77, np.uint8))
     first, second = Page(gallery(tmp_path, [one, other])).images()
     assert (first["depth"], first["columns"]) == (one.depth.ravel().tolist(), 4)
@@ -96,24 +96,24 @@ def test_gallery_holds_what_was_measured(tmp_path):
         "confidence": f"{one.confidence:.1%}",
         "mean depth": f"{one.mean_depth:.2f} of 8",
         "depth spread": f"{one.depth_spread:.2f}",
-        "multiply-adds": f"{one.macs / 1e6:.0f} M",
-        "share saved": f"{1 - one.macs / 1e9:.0%}",
+        "MACs": f"{one.macs / 1e6:.0f}M",
+        "MACs saved": f"{1 - one.macs / 1e9:.0%}",
         "file": "val/0003.jpg",
     }
     assert (second["class"], second["verdict"], second["confidence"]) == (None, "predicted", None)
     assert second["image"].startswith("data:image/jpeg")
 
 
-def test_gallery_offers_only_what_there_is(tmp_path):
+def test_gallery_without_labels_or_images_omits_controls(tmp_path):
     for records, known in (([record(0, target=-1)], False), ([record(0, target=-1), record(1)], True)):
         page = Page(gallery(tmp_path, records))
         assert ("wrong" in page.values("id")) is ("class_rank" in page.values("value")) is known
     page = Page(gallery(tmp_path, []))
-    assert "No images here yet" in page.source
+    assert "<h2>No images</h2>" in page.source
     assert "search" not in page.values("id")
 
 
-def test_summary_holds_facts_and_charts(tmp_path):
+def test_summary_contains_facts_and_charts(tmp_path):
     charts = [("Depths", "Half are 3.", PNG), ("Tokens", "A third.", b"png")]
     page = Page(summary(tmp_path, charts=charts, has_gallery=True))
     assert page.values("alt") == ["Half are 3.", "A third."]
@@ -124,7 +124,7 @@ def test_summary_holds_facts_and_charts(tmp_path):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_stay_text(tmp_path, name):
+def test_hostile_names_are_escaped(tmp_path, name):
     page = Page(gallery(tmp_path, [record(0, name=name)], [name] * 5, title=name))
     assert page.tags == Page(gallery(tmp_path, [record(0)])).tags
     entry = page.images()[0]
@@ -134,7 +134,7 @@ def test_hostile_names_stay_text(tmp_path, name):
     assert page.values("alt") == [name.replace("\udcff", "?")]
 
 
-def test_pages_need_no_network(tmp_path):
+def test_pages_use_no_network(tmp_path):
     for page in (Page(gallery(tmp_path)), Page(summary(tmp_path))):
         addresses = page.values("src", "href", "srcset", "action", "poster", "data", "xlink:href")
         assert addresses
@@ -147,7 +147,7 @@ def test_pages_need_no_network(tmp_path):
 
 
 class Browser:
-    """Chromium without a window."""
+    """Headless Chromium."""
 
     def __init__(self, driver):
         self.driver, self.run = driver, driver.execute_script
@@ -160,7 +160,7 @@ class Browser:
         self.driver.get(path.as_uri())
 
     def until(self, condition: str) -> None:
-        """Waits until it holds, in JavaScript."""
+        """Wait until a JavaScript expression is true."""
         from selenium.webdriver.support.wait import WebDriverWait
 
         WebDriverWait(self.driver, 10, 0.02).until(lambda _: self.run(f"return {condition}"), condition)
@@ -170,7 +170,7 @@ class Browser:
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     def press(self, *keys: str) -> None:
-        """Keys by their letters or by their names in selenium's Keys."""
+        """Press keys, given as letters or names of selenium's Keys."""
         from selenium.webdriver import ActionChains, Keys
 
         for key in keys:
@@ -188,15 +188,15 @@ class Browser:
         return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector)
 
     def order(self) -> list[int]:
-        """Indices of the images shown."""
+        """Return the indices of the images shown."""
         return self.run("return [...document.querySelectorAll('#grid > li')].map((card) => card.item.index)")
 
     def focused(self) -> int | str:
-        """The index of the image, or the id or class of what else has the focus."""
+        """Return the index of the focused image, or the id or class of another focused element."""
         return self.run("const e = document.activeElement; return e.parentNode.item?.index ?? (e.id || e.className)")
 
     def pixels(self, selector: str) -> np.ndarray:
-        """[H, W, 3] int, of a canvas."""
+        """Return the pixels of a canvas: [H, W, 3] int."""
         self.drawn()
         return pixels_of(self.run("return document.querySelector(arguments[0]).toDataURL()", selector))
 
@@ -218,7 +218,7 @@ def chromium():
 
 @pytest.fixture
 def browser(chromium):
-    """After each test: nothing was said on the console, above all no error."""
+    """A browser whose console must be empty after each test."""
     yield chromium
     assert chromium.driver.get_log("browser") == []
 
@@ -228,7 +228,7 @@ def page(tmp_path_factory) -> Path:
     return gallery(tmp_path_factory.mktemp("gallery"))
 
 
-def test_search_and_filter(browser, page):
+def test_search_and_filter_select_matching_images(browser, page):
     browser.open(page)
     browser.press("/", *"ZEBRA")
     expected = [one.index for one in SOME if 2 in {one.target, one.prediction}]
@@ -243,7 +243,7 @@ def test_search_and_filter(browser, page):
     assert browser.order() == [one.index for one in SOME if one.is_wrong] == [0, 3, 6, 9, 12, 15, 18]
 
 
-def test_sort_in_both_directions_with_unknown_values_last(browser, tmp_path):
+def test_sort_in_both_directions_puts_unknown_values_last(browser, tmp_path):
     some = [*SOME, record(20, confidence=NAN, target=-1)]
     browser.open(gallery(tmp_path, [some[i] for i in np.random.default_rng(0).permutation(21)]))
     ranks = ["class 9", "class 10", "espresso", "tabby cat", "zebra"]
@@ -262,38 +262,40 @@ def test_sort_in_both_directions_with_unknown_values_last(browser, tmp_path):
             browser.click("#direction")
 
 
-def test_canvases_show_what_pillow_draws(browser, page):
+def test_canvases_equal_pillow_images(browser, page):
     one, card = SOME[1], "#grid li:nth-child(2) canvas"
     browser.open(page)
     for block in (1, 3, BLOCKS):
         browser.choose("#blocks input", block)
         assert np.abs(browser.pixels(card) - np.asarray(heatmaps.in_block(one, block, STYLE))).max() <= 2
     depth_map = heatmaps.heat_map(one.depth, (32, 32), STYLE)
-    expected = {"depth": depth_map, "both": heatmaps.overlay(one, STYLE), "image": one.pixels}
+    expected = {"depth": depth_map, "overlay": heatmaps.overlay(one, STYLE), "image": one.pixels}
     for view, picture in expected.items():
         browser.click(f".views label:has([value={view}])")
         assert np.abs(browser.pixels(card) - np.asarray(picture)).max() <= 2, view
 
 
-def test_slider_and_play(browser, tmp_path, monkeypatch):
+def test_slider_and_play_set_the_block(browser, tmp_path, monkeypatch):
     monkeypatch.setattr(html_pages, "FRAME_SECONDS", 0.01)
     browser.open(gallery(tmp_path))
     browser.click(".views label:has([value=depth])")
     browser.press("]", "]", "[")
-    assert browser.run("return document.querySelector('[value=live]').checked"), "the slider shows what it does"
+    assert browser.run("return document.querySelector('[value=live]').checked"), (
+        "moving the slider selects the live view"
+    )
     assert browser.texts("#blocks output") == [f"block 5: {np.mean([one.depth >= 5 for one in SOME]):.0%} live"]
     browser.choose("#search", "0007")
     assert browser.texts("#blocks output") == [f"block 5: {np.mean(SOME[7].depth >= 5):.0%} live"]
     browser.click("#blocks .play")
     browser.until(f"block === {BLOCKS}")
-    browser.until("block < 4")  # and begins again
+    browser.until("block < 4")  # it loops
     browser.press("p")
     at = browser.run("return block")
     browser.driver.execute_async_script("setTimeout(arguments[0], 100)")
     assert browser.run("return block") == at
 
 
-def test_enlarge_and_look_through(browser, page):
+def test_enlarged_image_shows_details_and_neighbors(browser, page):
     browser.open(page)
     browser.choose("#search", "zebra")
     shown = browser.order()
@@ -312,14 +314,14 @@ def test_enlarge_and_look_through(browser, page):
     browser.click("#next")
     browser.press("ESCAPE")
     browser.until("opened === null && !document.querySelector('#one').open")
-    assert browser.focused() == shown[0], "the focus goes to the card of the image that was seen last"
-    for selector in ("#close", "#one"):  # a click beside the sheet hits the dialog itself
+    assert browser.focused() == shown[0], "the focus returns to the card of the last image"
+    for selector in ("#close", "#one"):  # a click on the backdrop hits the dialog
         browser.click("#grid li button")
         browser.run("document.querySelector(arguments[0]).click()", selector)
         browser.until("opened === null")
 
 
-def test_keyboard(browser, page):
+def test_keyboard_reaches_controls_and_cards(browser, page):
     browser.open(page)
     reached = [browser.press("TAB") or browser.focused() for _ in range(10)]
     assert [*reached[:6], reached[9]] == ["ask", "theme", "search", "sort", "direction", "wrong", 0]
@@ -340,20 +342,20 @@ def test_theme_follows_the_system_until_switched(browser, page):
     halted = np.kron(SOME[0].depth < 4, np.ones((8, 8), bool))
     browser.open(page, scheme="dark")
     dark, drawn = browser.run(ground), browser.pixels("#grid canvas")
-    assert drawn[halted].max() < 100 < heatmaps.HALTED, "halted patches do not fade into a dark page"
+    assert drawn[halted].max() < 100 < heatmaps.HALTED, "halted patches are not dark on a dark page"
     assert np.array_equal(drawn[~halted], SOME[0].pixels[~halted])
     browser.open(page)
     light = browser.run(ground)
     browser.click("#theme")
     browser.driver.refresh()
-    assert browser.run(ground) == dark, "it is remembered"
+    assert browser.run(ground) == dark, "the choice is not stored"
     browser.click("#theme")
     assert browser.run(ground) == light
     browser.run("localStorage.clear()")
 
 
 @pytest.mark.parametrize("width", [1280, 320])
-def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
+def test_long_names_do_not_overflow_the_window(browser, tmp_path, width):
     long = "Kakatoe_galerita" * 12
     browser.open(gallery(tmp_path, [record(i, name=long) for i in range(6)], [long] * 5, title=long), width)
     assert browser.run("return document.documentElement.scrollWidth") <= width
@@ -363,8 +365,8 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
     assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
-def test_hostile_names_do_nothing_in_a_browser(browser, tmp_path):
-    names = HOSTILE[:-1]  # JSON would not bring a lone surrogate over
+def test_hostile_names_do_not_execute_in_a_browser(browser, tmp_path):
+    names = HOSTILE[:-1]  # JSON cannot carry a lone surrogate
     some = [record(i, name=name, target=i, prediction=i) for i, name in enumerate(names)]
     browser.open(gallery(tmp_path, some, names))
     assert browser.texts("#grid .name") == names
@@ -386,7 +388,7 @@ def test_only_canvases_near_the_viewport_are_drawn(browser, tmp_path):
     last = browser.run(drawn)
     assert (first[0], last[-1]) == (0, 199)
     assert all(4 <= len(places) < 60 for places in (first, last))
-    assert not set(first) & set(last), "what has left the window is let go"
+    assert not set(first) & set(last), "images outside the window are still drawn"
 
 
 @pytest.mark.slow

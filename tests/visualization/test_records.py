@@ -16,7 +16,7 @@ from visualization.image_record import CRITERIA
 from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch
 
 
-def test_a_record_tells_what_the_network_did():
+def test_record_equals_model_output():
     model, x = halting_model(), images(6)
     targets = [0, 1, 2, 3, 4, -1]
     found = record_batch(model, (x, torch.tensor(targets), range(10, 16), list("abcdef")), "none")
@@ -40,14 +40,16 @@ def test_a_record_tells_what_the_network_did():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8), st.booleans()), max_size=30), st.integers(1, 3))
-def test_a_selection_does_not_depend_on_order(rows, per_class):
+def test_selection_does_not_depend_on_order(rows, per_class):
     population = [make_record(i, ((1, d), (1, 1)), t, t + wrong) for i, (t, d, wrong) in enumerate(rows)]
     for criterion in CRITERIA:
         chosen = []
         for order in (population, random.Random(0).sample(population, len(population))):
             selection = Selection(criterion, per_class)
             selection.add(order)
-            chosen.append([(one.target, number, one.index) for number, one in gather_to_main(selection.own_chosen())])
+            chosen.append(
+                [(one.target, number, one.index) for number, one in gather_to_main(selection.local_selection())]
+            )
         assert chosen[0] == chosen[1]
         assert chosen[0] == sorted(chosen[0])
         assert all(1 <= number <= per_class for _, number, _ in chosen[0])
@@ -57,21 +59,21 @@ def test_a_selection_does_not_depend_on_order(rows, per_class):
     ("criterion", "expected"),
     [("std", [1, 3]), ("deepest", [3, 2]), ("shallowest", [0, 1]), ("wrong", [2, 0]), ("random", [2, 0])],
 )
-def test_what_a_criterion_chooses(criterion, expected):
+def test_criterion_selects_largest_first(criterion, expected):
     depths = [((1, 1), (1, 1)), ((1, 1), (1, 8)), ((5, 5), (5, 5)), ((8, 8), (8, 2))]
     population = [make_record(i, depth) for i, depth in enumerate(depths)]
-    for index, confidence in {0: 0.5, 2: 0.8, 3: float("nan")}.items():  # the last of a network that has diverged
+    for index, confidence in {0: 0.5, 2: 0.8, 3: float("nan")}.items():  # NaN: a diverged model
         population[index] = dataclasses.replace(population[index], prediction=1, confidence=confidence)
     selection = Selection(criterion, 2)
     selection.add(population)
-    assert [one.index for _, one in selection.own_chosen()] == expected
+    assert [one.index for _, one in selection.local_selection()] == expected
 
 
-def test_a_selection_keeps_its_images_alone_not_their_batches():
+def test_selection_does_not_keep_batches_in_memory():
     batch = np.zeros((50, 4, 4, 3), np.uint8)
     selection = Selection()
     selection.add([make_record(pixels=batch[3])])
-    ((_, one),) = selection.own_chosen()
+    ((_, one),) = selection.local_selection()
     assert one.pixels.base is None or one.pixels.base.nbytes == one.pixels.nbytes
 
 
@@ -81,11 +83,11 @@ def test_dataset_statistics_counts_every_image_once():
     loader = demo_loader(data, 4, num_workers=0, pin_memory=False)
     batches = [record_batch(model, batch, "none") for batch in loader]
     assert [one.index for batch in batches for one in batch.records] == list(range(11))
-    statistics = DatasetStatistics.of([batch.without_pixels() for batch in batches], has_class_token=True)
+    statistics = DatasetStatistics.from_batches([batch.without_pixels() for batch in batches], has_class_token=True)
     with torch.no_grad():
         logits, halting = model(data.tensors[0], return_halting=True)
     assert (statistics.depth == halting.depth[:, 1:].numpy()).all()
     assert (statistics.class_token_depth == halting.depth[:, 0].numpy()).all()
-    assert (statistics.is_right == (logits.argmax(dim=1) == data.tensors[1]).numpy()).all()
+    assert (statistics.is_correct == (logits.argmax(dim=1) == data.tensors[1]).numpy()).all()
     assert statistics.layer_scores == pytest.approx(halting.layer_scores.numpy(), rel=1e-5)
     assert statistics.macs == pytest.approx(macs_per_image(model, halting.depth).numpy())

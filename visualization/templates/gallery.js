@@ -4,17 +4,17 @@ const data = JSON.parse($("data").textContent);
 const items = data.images;
 const lastBlock = data.colors.length - 1;
 const palette = data.colors.map((color) => [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16)));
-let shown = items; // in the order of the grid
+let shown = items; // matching items in the order of the grid
 let block = Math.ceil(lastBlock / 2);
-let opened = null; // the enlarged item
-let layersOfOpened = null; // what it is drawn from, or a promise of it
-let timer = null; // runs while playing
+let opened = null; // the item shown enlarged
+let layersOfOpened = null; // its layers, or a promise of them
+let timer = null; // set while playing
 let descending = false;
 
-// Words and figures ---------------------------------------------------------------------------------
+// Text and numbers ----------------------------------------------------------------------------------
 
 const fold = (text) => text.normalize("NFKC").toLowerCase();
-const rounded = new Intl.NumberFormat("en", { style: "percent", roundingMode: "halfEven" }); // as Python does
+const rounded = new Intl.NumberFormat("en", { style: "percent", roundingMode: "halfEven" }); // rounds as Python does
 const thousands = (count) => count.toLocaleString("en");
 const radio = (view) => document.querySelector(`input[name=view][value=${view}]`);
 const chosenView = () => document.querySelector("input[name=view]:checked").value;
@@ -28,7 +28,7 @@ function liveShare(some) {
   return live / Math.max(patches, 1);
 }
 
-// Items, and a card for each ------------------------------------------------------------------------
+// Items and their cards -----------------------------------------------------------------------------
 
 function prepare() {
   const classes = [...new Set(items.map((item) => item.class))].filter((name) => name !== null);
@@ -48,7 +48,7 @@ function makeCard(item) {
   const put = (selector, text) => { card.querySelector(selector).textContent = text; };
   const canvas = card.querySelector("canvas");
   canvas.style.aspectRatio = `${item.width} / ${item.height}`;
-  canvas.classList.toggle("small", Math.max(item.width, item.height) <= 96); // shown larger than it is
+  canvas.classList.toggle("small", Math.max(item.width, item.height) <= 96); // scaled up on the page
   card.classList.toggle("wrong", item.wrong);
   card.title = item.figures.map((pair) => pair.join(": ")).join("\n");
   card.item = item;
@@ -64,22 +64,22 @@ function makeCard(item) {
 
 // Drawing -------------------------------------------------------------------------------------------
 
-// On the processor: the canvases are small, and read back.
+// The canvases stay on the CPU, because they are small and their pixels are read back.
 function sheet(width, height) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
   return canvas.getContext("2d", { willReadFrequently: true });
 }
 
-// What an item is drawn from: the picture, the same in grey, and its depth map, one pixel per patch.
+// Load the layers of an item: the image, the image in gray, and the depth map with one pixel per patch.
 async function load(item) {
   const picture = new Image();
   picture.src = item.image;
   await picture.decode();
-  return { picture, grey: greyOf(picture), map: mapOf(item) };
+  return { picture, gray: grayOf(picture), map: mapOf(item) };
 }
 
-function greyOf(picture) {
+function grayOf(picture) {
   const context = sheet(picture.naturalWidth, picture.naturalHeight);
   context.drawImage(picture, 0, 0);
   const image = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
@@ -98,29 +98,29 @@ function mapOf(item) {
   return context.canvas;
 }
 
-function draw(canvas, item, { picture, grey, map }, view) {
+function draw(canvas, item, { picture, gray, map }, view) {
   const [width, height] = [picture.naturalWidth, picture.naturalHeight];
   if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(view === "both" ? grey : picture, 0, 0);
-  if (view === "live") fadeHalted(context, item, grey);
-  if (view !== "depth" && view !== "both") return;
-  context.globalAlpha = view === "both" ? data.overlay : 1;
+  context.drawImage(view === "overlay" ? gray : picture, 0, 0);
+  if (view === "live") fadeHalted(context, item, gray);
+  if (view !== "depth" && view !== "overlay") return;
+  context.globalAlpha = view === "overlay" ? data.overlay : 1;
   context.imageSmoothingEnabled = false;
   context.drawImage(map, 0, 0, width, height);
   context.globalAlpha = 1;
 }
 
-// Halted patches keep an eighth of their contrast, in grey, near the colour of the page.
-function fadeHalted(context, item, grey) {
+// Draw halted patches in gray with an eighth of their contrast, close to the color of the page.
+function fadeHalted(context, item, gray) {
   const rest = (data.halted * 8) / 7;
   const veil = isDark() ? 255 - rest : rest;
   context.save();
-  context.clip(haltedPatches(item, grey.width, grey.height));
-  context.drawImage(grey, 0, 0);
+  context.clip(haltedPatches(item, gray.width, gray.height));
+  context.drawImage(gray, 0, 0);
   context.globalAlpha = 7 / 8;
   context.fillStyle = `rgb(${veil} ${veil} ${veil})`;
-  context.fillRect(0, 0, grey.width, grey.height);
+  context.fillRect(0, 0, gray.width, gray.height);
   context.restore();
 }
 
@@ -136,7 +136,7 @@ function haltedPatches(item, width, height) {
   return path;
 }
 
-// Cards near the viewport hold their pictures; the others let go of them.
+// Only cards near the viewport keep their layers in memory.
 const near = new Map();
 const observer = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) (isIntersecting ? arrive : leave)(target);
@@ -145,7 +145,7 @@ const observer = new IntersectionObserver((entries) => {
 async function arrive(card) {
   near.set(card, null);
   const layers = await load(card.item);
-  if (!near.has(card)) return; // it has left meanwhile
+  if (!near.has(card)) return; // the card left the viewport while its layers were loading
   near.set(card, layers);
   drawCard(card, layers);
 }
@@ -171,13 +171,13 @@ function redraw() {
   });
 }
 
-// Which are shown, in which order -------------------------------------------------------------------
+// Search, filter and sort ---------------------------------------------------------------------------
 
 function arrange() {
   const words = fold($("search").value).split(/\s+/);
   const matches = (item) => (!$("wrong")?.checked || item.wrong) && words.every((word) => item.words.includes(word));
   const [key, sign] = [$("sort").value, descending ? -1 : 1];
-  // Unknown values come last in either direction, equal ones in the order of the data.
+  // Unknown values come last in both directions. Equal values keep the order of the dataset.
   const compare = ({ [key]: a, place: p }, { [key]: b, place: q }) =>
     (a === null) - (b === null) || (a === null ? 0 : sign * (a - b)) || p - q;
   shown = items.filter(matches).sort(compare);
@@ -222,7 +222,7 @@ function showBlock() {
     slider.querySelector("output").textContent = text;
     slider.querySelectorAll("li").forEach((tick, place) => tick.classList.toggle("now", place + 1 === block));
   }
-  $("blocks").classList.toggle("colored", ["depth", "both"].includes(chosenView()));
+  $("blocks").classList.toggle("colored", ["depth", "overlay"].includes(chosenView()));
   redraw();
 }
 
@@ -241,7 +241,7 @@ function pause() {
 function showPlaying() {
   for (const slider of sliders) {
     slider.classList.toggle("playing", timer !== null);
-    slider.querySelector(".play").ariaLabel = timer === null ? "Play through the blocks" : "Pause";
+    slider.querySelector(".play").ariaLabel = timer === null ? "Play the blocks" : "Pause";
   }
 }
 
@@ -252,7 +252,7 @@ function stepBlock(by) {
   setBlock(block + by);
 }
 
-// One image, enlarged -------------------------------------------------------------------------------
+// Enlarged image ------------------------------------------------------------------------------------
 
 function enlarge(item) {
   opened = item;
@@ -279,7 +279,7 @@ function figure([name, value]) {
 async function drawOpened() {
   const item = opened;
   const layers = await layersOfOpened;
-  if (opened !== item) return; // another one, meanwhile
+  if (opened !== item) return; // another image was opened while the layers were loading
   const titles = {
     image: "image",
     depth: `depth, mean ${item.mean_depth.toFixed(1)}`,
@@ -319,7 +319,7 @@ function onKey(event) {
   act();
 }
 
-// The slider's own left and right stay its own.
+// In the slider, the left and right arrows keep their default action.
 const turns = (target) => (target.matches("input") ? {} : { ArrowLeft: () => turn(-1), ArrowRight: () => turn(1) });
 
 function moves(target) {
@@ -333,7 +333,7 @@ function moves(target) {
   };
 }
 
-// What happens when ---------------------------------------------------------------------------------
+// Events --------------------------------------------------------------------------------------------
 
 function listen() {
   document.addEventListener("keydown", onKey);
@@ -365,7 +365,7 @@ function listen() {
   $("one").addEventListener("close", closed);
   $("ask").addEventListener("click", () => $("help").showModal());
   for (const dialog of [$("one"), $("help")]) {
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // beside it
+    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // a click on the backdrop
   }
 }
 
