@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from conftest import ROOT, images, make_fashion, save_halting_micro
 from timm.models import _registry
 from torch.testing import assert_close
+from warm_python import warm_python
 
 import models_act
 from experiments import baselines_report, stages
@@ -160,7 +160,7 @@ def test_recording_incomplete_training_raises(tmp_path, epochs):
 def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     repository = tmp_path / "repository"
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "*.pth"))
-    data = make_fashion(tmp_path / "data", train=300)
+    data = make_fashion(tmp_path / "data", train=60)
     settings = {
         "SEEDS": "0",
         "TUNING_EPOCHS": "1",
@@ -176,8 +176,9 @@ def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     command = ["bash", str(repository / "experiments/cluttered/run.sh"), str(data)]
 
     def run():
-        environment = {**os.environ, **settings, "PYTHON": sys.executable}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500, check=False)
+        with warm_python() as python:
+            environment = {**os.environ, **settings, "PYTHON": str(python)}
+            return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500, check=False)
 
     first = run()
     assert first.returncode == 0, first.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_fashion, save_halting_micro
+from warm_python import warm_python
 
 import visualize
 from datasets import build_dataset
@@ -181,7 +182,13 @@ def test_tables_of_recipe_page_equal_report():
     assert [row for row in rows if row not in report] == []
 
 
-def pipeline(tmp_path, train, **settings):
+@pytest.fixture
+def python():
+    with warm_python() as program:
+        yield str(program)
+
+
+def pipeline(tmp_path, python, train, **settings):
     """Copy the repository and make `train` random images; return the copy and a function that runs run.sh in it."""
     repository = tmp_path / "repository"
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "results", "*.pth"))
@@ -189,14 +196,14 @@ def pipeline(tmp_path, train, **settings):
     command = ["bash", str(repository / HERE.relative_to(ROOT) / "run.sh"), str(data)]
 
     def run(**more):
-        environment = {**os.environ, **settings, **more, "PYTHON": sys.executable}
+        environment = {**os.environ, **settings, **more, "PYTHON": python}
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
 
     return repository, run
 
 
-def test_failed_stage_ends_pipeline(tmp_path):
-    repository, run = pipeline(tmp_path, 120, STATIC_EPOCHS="-1", SCRATCH_EPOCHS="1000")
+def test_failed_stage_ends_pipeline(tmp_path, python):
+    repository, run = pipeline(tmp_path, python, 120, STATIC_EPOCHS="-1", SCRATCH_EPOCHS="1000")
     done = run()
     assert done.returncode == 1
     assert "stage static failed, see experiments/fashion_mnist/results/runs/static.log" in done.stderr
@@ -206,11 +213,11 @@ def test_failed_stage_ends_pipeline(tmp_path):
 
 
 @pytest.mark.slow
-def test_full_pipeline_runs_and_repeats_no_stage(tmp_path):
+def test_full_pipeline_runs_and_repeats_no_stage(tmp_path, python):
     setting = "10:10:0.005"  # some tokens halt by chance even after very few steps
     short = {"STATIC_EPOCHS": "2", "TUNING_EPOCHS": "1", "SEARCH_EPOCHS": "1", "SCRATCH_EPOCHS": "1", "SEEDS": "0"}
     short["ROUNDS"] = "1"  # rounds of the benchmark
-    repository, run = pipeline(tmp_path, 600, **short, CHOSEN=setting, SEARCH=setting)
+    repository, run = pipeline(tmp_path, python, 240, **short, CHOSEN=setting, SEARCH=setting)
     first = run()
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("\n== ") > 10

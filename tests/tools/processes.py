@@ -36,21 +36,23 @@ def in_processes(function: Callable, *args, processes: int = 2) -> None:
     assert [_exit_status(process) for process in started] == [0] * processes
 
 
-def main_in_processes(processes: int, argv: list, log: Path) -> tuple[list[int], str, str]:
-    """Run main_act.py in several processes and return their exit statuses and their joint stdout and stderr.
+def script_in_processes(
+    processes: int, argv: list, log: Path, script: str = "main_act.py", **options
+) -> tuple[list[int], str, str]:
+    """Run a script in several processes; return their exit statuses, and what they print on stdout and on stderr.
 
     log: folder for the output. Unlike torchrun, a process that fails does not end the others.
     """
-    started = start_group(processes, argv, log)
-    statuses = [script.wait() for script in started]
+    started = start_group(processes, argv, log, script, **options)
+    statuses = [process.wait() for process in started]
     return statuses, "".join(s.output() for s in started), "".join(s.errors() for s in started)
 
 
-def start_group(processes: int, argv: list, log: Path) -> list[Script]:
-    """Start main_act.py in several processes, with the environment that torchrun would give them."""
+def start_group(processes: int, argv: list, log: Path, script: str = "main_act.py", **options) -> list[Script]:
+    """Start a script in several processes, with the environment that torchrun would give them."""
     port = free_port()
     return [
-        Script("main_act.py", *argv, log=log / str(rank), environment=_launched(rank, processes, port))
+        Script(script, *argv, log=log / str(rank), environment=_launched(rank, processes, port), **options)
         for rank in range(processes)
     ]
 
@@ -141,7 +143,7 @@ def _run_script(files: list[Path], script: str, argv: list[str], environment: di
         if script == "-c":
             exec(argv[0], {"__name__": "__main__"})
         else:
-            runpy.run_path(script, run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         try:
             if sys.stdout:

@@ -8,7 +8,7 @@ from conftest import halting_model, images, make_shards, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
 from kill_and_resume import same
-from processes import main_in_processes
+from processes import script_in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import kl_div
 
@@ -222,7 +222,7 @@ def test_processes_hold_one_cost_and_start_from_one_gate(image_folder, tmp_path,
     weights = load_checkpoint(str(start))["model"]
     torch.save(weights, start)  # which tells no gate
     flags = [*FLAGS, "--data-path", image_folder, "--pretrained-path", start, "--output_dir", tmp_path / "out"]
-    statuses, _, errors = main_in_processes(2, [*map(str, flags)], tmp_path / "log")
+    statuses, _, errors = script_in_processes(2, [*map(str, flags)], tmp_path / "log")
     assert statuses == [0, 0], errors
     found = load_checkpoint(str(tmp_path / "out" / "checkpoint.pth"))
     assert Checkpoint.load(str(tmp_path / "out" / "checkpoint.pth")).budget_curve() is not None
