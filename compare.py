@@ -62,6 +62,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     """Return the top-1 accuracy of the second minus that of the first, and its standard error, both in points.
 
     first, second: [N] how often each of the same images was classified correctly, 0 to 1
+
     Raises ValueError if the numbers of images differ, or if there are fewer than 2.
     """
     if first.shape != second.shape or len(first) < 2:

@@ -254,7 +254,7 @@ def format_row(label: str, row: dict) -> str:
 
 
 def peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
-    """Return the peak memory of a second call in MiB, minus what was allocated before it; None on a CPU."""
+    """Return the peak memory of a second call in MiB, minus the memory in use before it. None on a CPU."""
     call()
     if device.type != "cuda":
         return None

@@ -49,9 +49,9 @@ class OperationCounter(TorchDispatchMode):
 
     @staticmethod
     def _varlen_attention_on_cpu(function, args: tuple) -> tuple:
-        """Return the output that CUDA's op would return; the op's other outputs are empty.
+        """Return the output of CUDA's op. The op's other outputs are empty.
 
-        args: q, k, v, [T, H, D] or [1, T, H, D]; the fifth has the start of each sequence and the end of the last.
+        args: q, k, v, [T, H, D] or [1, T, H, D]; the fifth is cu_seqlens, [number of images + 1].
         """
         q, k, v = (x.view(1, *x.shape[-3:]).transpose(1, 2) for x in args[:3])
         seqlens = [length for length in args[4].diff().tolist() if length]

@@ -1,6 +1,6 @@
 """Weights that impose token depths on a model, for tests and benchmarks.
 
-The halting gate of an A-ViT model reads channel 0 of a token after each block, and its logit is
+The halting gate of an A-ViT model reads channel 0 of a token after each block. Its logit is
 gate_scale * channel 0 - gate_center. `set_synthetic_depths` makes channel 0 a straight line over depth, with the same
 slope for all tokens. A token halts soon after its line crosses the threshold, so its start decides its depth:
 
@@ -16,8 +16,8 @@ slope for all tokens. A token halts soon after its line crosses the threshold, s
         | B
         +----------------------------------> blocks
 
-The starts are normally distributed. Their variance comes from the position of the token (1/2), its content (1/4)
-and the content of its image (1/4), so that depths differ within an image and between images.
+The starts are normally distributed. Their variance comes from the position of the token (1/2), its content (1/4) and
+the content of its image (1/4). So depths differ within an image and between images.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _set_content_term(model: VisionTransformer, std: float, generator: torch.Gen
 
 
 def _set_start(model: VisionTransformer, start: float, position_std: float, generator: torch.Generator) -> None:
-    """Set what position adds to channels 0 to 2: `start` plus a normal quantile per patch, 0 and 0.
+    """Set the contribution of the position to channels 0 to 2: `start` plus a normal quantile per patch, 0 and 0.
 
     Prefix tokens get `start`. Without position embeddings, the bias of the patch embedding is `start`.
     """

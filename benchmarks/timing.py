@@ -24,7 +24,7 @@ MIN_SECONDS = 0.2  # calls are repeated until the slowest variant takes this lon
 def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int) -> list[dict]:
     """Measure the speed and memory of each variant.
 
-    Returns one row per variant. Its numbers are medians over the rounds; a speedup is the median of the ratios that
+    Returns one row per variant. Its numbers are medians over the rounds. A speedup is the median of the ratios that
     the rounds give. `speed_up` is relative to the static model, `ideal` is the ratio of the MACs, and
     `speed_of_floor` is relative to the floor.
     """
@@ -113,7 +113,7 @@ def training_loss(model: nn.Module, images: Tensor, amp: str) -> Callable[[Tenso
 def _memory_mib(call: Callable[[], None], model: nn.Module, case: Case, train: bool) -> float | None:
     """Return the memory of one call in MiB, without the weights.
 
-    CUDA: the peak of the allocator. CPU: what autograd saves per training step; None in inference.
+    CUDA: the peak of the allocator. CPU: what autograd saves per training step, and None in inference.
     """
     device = case.images.device
     if device.type == "cuda":

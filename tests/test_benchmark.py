@@ -44,17 +44,23 @@ def test_rows_are_relative_to_the_static_model(tmp_path, train, capsys):
 def test_floor_runs_static_blocks_on_as_many_tokens(batch_size):
     model = halting_model(early_exit=False).eval()
     case = cases.make_case(batch_size, model, images(6))
-    rows = {"floor": [], "zipped": []}
     floor = cases.Floor(cases.static_twin(model), case).eval()
-    for form, network in (("floor", floor.static), ("zipped", model)):
-        for block in network.blocks:
-            qkv = block.attn.qkv.forward
-            block.attn.qkv.forward = lambda x, f=form, qkv=qkv: rows[f].append(x.shape[:2].numel()) or qkv(x)
+    tokens = {"floor": [], "zipped": []}  # in each block that runs
+
+    def count_tokens(variant, qkv_forward):
+        def forward(x):
+            tokens[variant].append(x.shape[:2].numel())
+            return qkv_forward(x)
+
+        return forward
+
+    for variant, blocks in (("floor", floor.static.blocks), ("zipped", model.blocks)):
+        for block in blocks:
+            block.attn.qkv.forward = count_tokens(variant, block.attn.qkv.forward)
     for batch in case.batches:
         floor(batch)
         model(batch)
-    lengths = [-(-n // batch_size) * batch_size for n in rows["zipped"]]  # rounded up per image
-    assert rows["floor"] == lengths
+    assert tokens["floor"] == [-(-n // batch_size) * batch_size for n in tokens["zipped"]]  # rounded up per image
 
 
 def test_overflowing_fp16_gradients_leave_weights_unchanged():
@@ -67,10 +73,16 @@ def test_overflowing_fp16_gradients_leave_weights_unchanged():
 
 
 def test_training_call_requests_halting(monkeypatch):
-    model, asked = halting_model(), []
-    monkeypatch.setattr(model, "forward", lambda x, f=model.forward, **o: asked.append(o) or f(x, **o))
+    model, requested = halting_model(), []
+    model_forward = model.forward
+
+    def forward(x, **options):
+        requested.append(options)
+        return model_forward(x, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
     timing.training_call(model, [images(2)], "none")()
-    assert asked == [{"return_halting": True}]
+    assert requested == [{"return_halting": True}]
 
 
 def test_halting_adds_few_ops(tmp_path, capsys):

@@ -71,9 +71,9 @@ def test_exception_in_a_part_does_not_stop_the_next(monkeypatch, capsys):
 def test_exception_in_one_precision_does_not_stop_the_others(monkeypatch, capsys):
     gradients = gpu_checks.gradients
 
-    def without_bf16(network, images, amp):
+    def without_bf16(model, images, amp):
         assert amp != "bf16", "no kernel found to launch!"
-        return gradients(network, images, amp)
+        return gradients(model, images, amp)
 
     monkeypatch.setattr(gpu_checks, "gradients", without_bf16)
     run("--only", "edges", status=1)
@@ -95,7 +95,7 @@ CASES = [gpu_speed.Case("micro", 8, compiled=True), gpu_speed.Case("micro", 8, t
 
 def test_compiled_model_is_an_additional_variant(monkeypatch, capsys):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: compiled.append(options))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: compiled.append(options))
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES[:1])
     run("--only", "speed")
     assert "inference 8, static, compiled   " in capsys.readouterr().out
