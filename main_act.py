@@ -1,10 +1,11 @@
-"""A-ViT from the command line: train, evaluate, or draw token depths.
+"""Train, evaluate or visualize A-ViT models from the command line.
 
     torchrun --nproc_per_node=4 main_act.py --data-path IMAGENET --output_dir OUT --pretrained
     python main_act.py --data-path IMAGENET --eval --finetune a-vit-weights/tiny-10-30.pth
     python main_act.py --data-path IMAGENET --demo --finetune a-vit-weights/visualization-tiny.pth
 
-`--help` lists the flags, @FILE reads some from a file. Bad input ends with one line on stderr and exit status 2.
+`--help` lists the flags, and @FILE reads flags from a file. Invalid input exits with status 2 and one line on stderr.
+Modules that need torch are imported inside functions, so that --help and invalid flags are answered immediately.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 from training import arguments
 
 if TYPE_CHECKING:
-    import torch  # --help and mistakes do not wait for it: what needs it is imported where it is used
+    import torch
+    from torch import nn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,13 +31,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Returns the exit status."""
+    """Run the command that the flags select. Returns the exit status."""
     import utils
     from training.models import check_model_name
 
     for flag in ("act_mode", "warmup_epoch"):
         if getattr(args, flag) is not None:
-            utils.log(f"note: --{flag} is accepted and ignored")
+            utils.log(f"--{flag} has no effect; it is accepted for existing scripts")
     check_model_name(args.model)
     utils.amp_dtype_name(args.amp, device)
     utils.seed_everything(args.seed)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
-    import utils
+    """Train a model, or continue a run. Returns the exit status."""
     from training import build, loop
     from training.checkpoints import Checkpoint
     from training.loaders import evaluation_loader, training_loader
@@ -67,8 +69,14 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 
     # losses, optimizer, schedule
     trainer = build.build_trainer(args, model, classes, device)
-    order = {"seed": args.seed, "repeated_aug": args.repeated_aug, "max_bad_images": args.max_bad_images}
-    train_loader = training_loader(train_images, args.batch_size, **order, **loading)
+    train_loader = training_loader(
+        train_images,
+        args.batch_size,
+        seed=args.seed,
+        repeated_aug=args.repeated_aug,
+        max_bad_images=args.max_bad_images,
+        **loading,
+    )
     test_loader = evaluation_loader(test_images, args.batch_size, **loading)
     updates = loop.updates_per_epoch(train_loader, args.accum_steps)
     schedule = build.build_schedule(args, trainer.optimizer, updates)
@@ -82,15 +90,24 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         training_run.load_state_dict(start)
     if args.start_epoch is not None:
         training_run.start_at(args.start_epoch)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    epoch = f"{len(train_loader)} batches of {args.batch_size} per epoch and process"
-    utils.log(f"{args.model}: {size}, {len(classes)} classes, {epoch}, {utils.world_size()} process(es)")
-    with contextlib.suppress(Interrupted):  # saved, and told, already
+    _log_size(args, model, len(classes), len(train_loader))
+    with contextlib.suppress(Interrupted):  # the run has already saved its state and printed why it stopped
         training_run.train()
     return 0
 
 
+def _log_size(args: argparse.Namespace, model: nn.Module, num_classes: int, num_batches: int) -> None:
+    import utils
+
+    utils.log(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {num_classes} classes; "
+        f"{num_batches} batches of {args.batch_size} images per epoch and process; "
+        f"number of processes: {utils.world_size()}"
+    )
+
+
 def evaluate(args: argparse.Namespace, device: torch.device) -> int:
+    """Evaluate a model on the validation set. Returns the exit status."""
     import utils
     from training import build, evaluation
     from training.checkpoints import Checkpoint
@@ -108,13 +125,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     output_dir = utils.prepare_output_dir(args.output_dir)
     amp = utils.amp_dtype_name(args.amp, device)
     result, predictions = evaluation.evaluate_dataset(model, loader, device, amp)
-    evaluation.report(result)
+    evaluation.report(result, model.halting)
     evaluation.save(result, predictions, output_dir)
     return 0
 
 
 def demo(args: argparse.Namespace, device: torch.device) -> int:
-    """Returns 1 where images cannot be read."""
+    """Draw the token depths of validation images. Returns the exit status: 1 if an image cannot be read."""
     import utils
     from datasets import class_names
     from training import build
@@ -133,7 +150,7 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     start = Checkpoint.from_args(args)
     model = build.build_model(args, images.classes, start).to(device)
 
-    # pictures
+    # images
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()
     folder = Path(args.demo_dir) if args.demo_dir else output_dir / arguments.DEMO_FOLDER
     amp, style = utils.amp_dtype_name(args.amp, device), Style(model.num_blocks, PAPERS_COLORMAP)

@@ -20,7 +20,7 @@ from datasets import IMAGENET
 from models_act import AdaptiveTokens, adapt, macs_per_image
 from training.budget import budget_curve, min_cost
 from training.checkpoints import Checkpoint
-from training.models import create_model, other_names, preprocessing, unsupported_reason
+from training.models import create_model, preprocessing, timm_vit_names, unsupported_reason
 from utils import UserError
 
 CLIP = "vit_base_patch32_clip_224.openai"
@@ -54,7 +54,7 @@ def smallest_size(model: AdaptiveTokens) -> int:
 
 @pytest.mark.slow
 def test_every_name_fits_or_says_why():
-    found = {name: unsupported_reason(name) for name in other_names()}
+    found = {name: unsupported_reason(name) for name in timm_vit_names()}
     reasons = {reason.split(": ", 1)[1] for reason in found.values() if reason}
     assert sum(reason is None for reason in found.values()) >= 165
     assert all(" is a " in reason or "global_pool is " in reason for reason in reasons), reasons
@@ -82,7 +82,7 @@ def test_every_name_fits_or_says_why():
 def test_every_combination_of_options():
     """For each the smallest of timm's models that has it, made small."""
     representatives = {}
-    for name in (name for name in other_names() if unsupported_reason(name) is None):
+    for name in (name for name in timm_vit_names() if unsupported_reason(name) is None):
         model = build_on_meta(name)
         size = sum(p.numel() for p in model.parameters())
         key = options_of(model)
@@ -199,12 +199,12 @@ def test_weights_out_of_reach_are_one_line(monkeypatch):
 
     for loader in ("load_state_dict_from_hf", "load_state_dict_from_url"):
         monkeypatch.setattr(f"timm.models._builder.{loader}", unreachable)
-    with pytest.raises(UserError, match=f"^no pretrained weights for {CLIP}: unreachable$"):
+    with pytest.raises(UserError, match=f"^the pretrained weights of {CLIP} cannot be loaded: unreachable$"):
         create_model(CLIP, (32, 32), pretrained=True)
 
 
 def test_sizes_that_a_stem_cannot_take_are_one_line():
-    with pytest.raises(UserError, match=r"^--input-size 48 x 48: not for vit_tiny_r_s16_p8_224: "):
+    with pytest.raises(UserError, match=r"^--input-size 48 48 is not supported by vit_tiny_r_s16_p8_224: "):
         create_model("vit_tiny_r_s16_p8_224", (48, 48))
 
 
@@ -218,10 +218,13 @@ def test_a_record_is_believed_where_the_weights_fit():
 def test_images_made_otherwise_than_in_training_are_refused(recorded, capsys):
     weights = timm.create_model("avit_tiny_patch16_224", num_classes=3, img_size=32).state_dict()
     checkpoint = Checkpoint({"model": weights, "gate": None, "args": {"model": recorded, "input_size": [32]}}, "c")
-    with pytest.raises(UserError, match=f"give --model {recorded}$"):
+    with pytest.raises(UserError, match=f"pass --model {recorded}$"):
         checkpoint.build_model("avit_tiny_patch16_224")
     checkpoint.build_model("avit_tiny_patch16_224", classes=["a", "b", "c"], replace_head=True)
-    assert f"c: was trained on images made for {recorded}" in capsys.readouterr().err
+    assert (
+        f"c was trained with {recorded}'s preprocessing, which differs from avit_tiny_patch16_224's"
+        in capsys.readouterr().err
+    )
     checkpoint.build_model(recorded.partition(".")[0])
     foreign = Checkpoint({name: value for name, value in checkpoint.content.items() if name != "gate"}, "c")
     foreign.build_model("avit_tiny_patch16_224", img_size=(32, 32))

@@ -242,11 +242,11 @@ def mistake(capsys, *argv):
             "its tokens cannot be adaptive: blocks.0 is a ResPostBlock (did you mean vit_base_patch16_",
         ),
         ("--model vit_small_patch14_dinov3", "did you mean vit_small_patch14_dinov2"),
-        ("--model deit_tiny_patch16_224.fb_in1", "no weights of this tag (did you mean fb_in1k?)"),
+        ("--model deit_tiny_patch16_224.fb_in1", "with this tag (did you mean fb_in1k?)"),
         ("--data-set CIFAR100", "did you mean CIFAR10"),
         ("--batch-size 0", "must be at least 1"),
         ("--batch 4", "unrecognized arguments"),
-        ("--data-set DIGITS --input-size 30", "not a multiple of the patches' 4 x 4"),
+        ("--data-set DIGITS --input-size 30", "--input-size 30 30 is not a multiple of the patch size 4 x 4"),
         ("--input-size 0", "must be at least 1"),
         ("--input-size 1 2 3", "one number, or height and width"),
         ("--data-set DIGITS --device nonsense", "unknown device"),
@@ -299,7 +299,7 @@ def test_class_counts_that_do_not_fit(mode, image_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("mode", "make", "message"),
     [
-        (["--resume"], lambda: timm.create_model("avit_micro_patch4_32", num_classes=3), "no training state"),
+        (["--resume"], lambda: timm.create_model("avit_micro_patch4_32", num_classes=3), "training state is missing"),
         (["--eval", "--finetune"], halting_model, "does not fit the model: blocks.8.norm1.weight is missing"),
     ],
 )

@@ -149,11 +149,13 @@ def test_a_folder_is_no_checkpoint(checkpoint):
 
 def test_a_network_trained_without_halting_runs_as_it_was_trained(tmp_path, image_folder, capsys):
     path = save_halting_micro(tmp_path / "static.pth", 3, gate=None, classes=CLASSES)
-    main_act.main([*MICRO, "--eval", "--finetune", str(path), "--data-path", str(image_folder)])
-    told = capsys.readouterr()
-    assert "mean depth" in told.out
-    assert " 12.00 " in told.out
-    assert "was trained without halting" in told.err
+    flags = ["--finetune", str(path), "--data-path", str(image_folder), "--output_dir", str(tmp_path)]
+    main_act.main([*MICRO, "--eval", *flags])
+    printed = capsys.readouterr()
+    assert json.loads((tmp_path / "eval.json").read_text())["depth_mean"] == 12
+    assert "MACs per image" in printed.out
+    assert not re.search("depth|gate|live tokens", printed.out.split("acc1", 1)[1].split("left", 1)[1])
+    assert "was trained without halting" in printed.err
     checkpoint = Checkpoint.load(str(path))
     assert not checkpoint.build_model().halting
     assert checkpoint.build_model(gate_center=20.0).halting  # who gives a gate wants to see it at work
@@ -371,7 +373,7 @@ def test_a_line_of_the_log_that_was_cut_spoils_no_other(tmp_path, image_folder):
 
 def test_an_epoch_beyond_the_last_is_told(image_folder, capsys):
     told = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--epochs", 2, "--start_epoch", 5)
-    assert "of 2 epochs (--epochs) none is left to train" in told
+    assert "--start_epoch 5 leaves no epoch to train; --epochs is 2" in told
 
 
 def test_benchmark_checks_its_flags_before_the_work(tmp_path, capsys):

@@ -1,4 +1,7 @@
-"""What a network costs: by its gate center, and whether it can cost what was asked for."""
+"""MACs budgets: measuring a model's MACs by gate center, and checking that a budget is possible.
+
+The cost of a model is its MACs per image as a fraction of the static model's, averaged over images.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ from training.loaders import ImageLoader
 from utils import UserError
 
 CALIBRATION_IMAGES = 1000
-MAX_ROUNDS = 16  # of looking at all images; a smooth curve is done after three or four
-GAP, FAR_GAP = 0.06, 0.03  # in cost, from which a curve is straight enough between neighbours, or far ones
-NEAR = 1.0  # centers; a score is a sigmoid of its center, so costs hardly bend on less
-MAX_POINTS = 1000  # a curve with more is none of ours
+MAX_ROUNDS = 16  # of measuring on all images; a smooth curve needs three or four
+GAP, FAR_GAP = 0.06, 0.03  # largest cost difference of neighboring points that are near and far apart
+NEAR = 1.0  # distance in centers: a score is a sigmoid of its center, so costs are almost linear within it
+MAX_POINTS = 1000  # a recorded curve with more points is ignored
 
 
 class BudgetCurve(NamedTuple):
-    """What a network costs by its gate center.
+    """Cost of a model by gate center.
 
-    points: (center, cost), ascending in both; cost: share of the static network's multiply-adds, mean over images.
+    points: (center, cost), ascending in both; cost: fraction of the static model's MACs, mean over images.
     """
 
     points: tuple[tuple[float, float], ...]
 
     @classmethod
-    def of(cls, record: object) -> BudgetCurve | None:
-        """From what a checkpoint holds, a list of pairs; None where that is no curve."""
+    def from_record(cls, record: object) -> BudgetCurve | None:
+        """Read a checkpoint's record, a list of pairs. Returns None if it is not a valid curve."""
         if not isinstance(record, list) or not 2 <= len(record) <= MAX_POINTS:
             return None
         for point in record:
@@ -44,6 +47,7 @@ class BudgetCurve(NamedTuple):
         return cls(tuple((center, cost) for center, cost in record)) if sorted(record) == record else None
 
     def record(self) -> list[list[float]]:
+        """Return the curve as plain types, for a checkpoint."""
         return [list(point) for point in self.points]
 
     @property
@@ -55,64 +59,64 @@ class BudgetCurve(NamedTuple):
         return self.points[-1][1]
 
     def cost(self, center: float) -> float:
-        """At that gate center; linear between points."""
+        """Return the cost at a gate center, interpolated linearly."""
         return float(np.interp(center, *zip(*self.points)))
 
     def center(self, budget: float) -> float:
-        """The gate center of that cost, or of the nearest that the curve has; linear between points."""
+        """Return the gate center of a cost, interpolated linearly; outside the curve, its nearest end."""
         centers, costs = zip(*self.points)
         return float(np.interp(budget, costs, centers))
 
 
 def budget_curve(
-    model: AdaptiveTokens, batches: Iterable, device: torch.device, amp: str, dearest: float = 0.9
+    model: AdaptiveTokens, batches: Iterable, device: torch.device, amp: str, max_cost: float = 0.9
 ) -> BudgetCurve:
-    """Of a network, see `measure_costs` and `measure_curve`; every process must call it."""
+    """Measure the budget curve of a model, see `measure_costs` and `measure_curve`. Every process must call it."""
 
     def costs_of(centers: list[float]) -> list[float]:
         return measure_costs(model, batches, device, amp, centers)
 
-    return measure_curve(costs_of, model.gate_center, min_cost(model), dearest)
+    return measure_curve(costs_of, model.gate_center, min_cost(model), max_cost)
 
 
 def measure_curve(
-    costs_of: Callable[[list[float]], list[float]], center: float, cheapest: float, dearest: float
+    costs_of: Callable[[list[float]], list[float]], center: float, min_cost: float, max_cost: float
 ) -> BudgetCurve:
-    """Measures at more and more centers, until neighbours differ in cost by at most `GAP`, far ones by less.
+    """Measure costs at more and more centers, until neighbors differ by at most `GAP`, or `FAR_GAP` if far apart.
 
-    costs_of: cost at each of some centers, see `measure_costs`; center: where to begin; cheapest: the least possible
-    cost; dearest: up to which cost it is measured.
+    costs_of: returns the cost at each of some centers, see `measure_costs`. center: where the search starts.
+    min_cost: lowest possible cost. max_cost: cost up to which the curve is measured.
     """
     points: dict[float, float] = {}
-    wanted = [center + step for step in (-4, -2, -1, 0, 1, 2, 4)]
+    missing = [center + step for step in (-4, -2, -1, 0, 1, 2, 4)]
     for _ in range(MAX_ROUNDS):
-        points |= zip(wanted, costs_of(wanted))
-        wanted = _missing_centers(sorted(points.items()), cheapest, dearest)
-        if not wanted:
+        points |= zip(missing, costs_of(missing))
+        missing = _missing_centers(sorted(points.items()), min_cost, max_cost)
+        if not missing:
             break
     centers = sorted(points)
-    costs = np.maximum.accumulate([points[c] for c in centers])  # noise may turn neighbours around
+    costs = np.maximum.accumulate([points[c] for c in centers])  # noise may swap neighbors
     return BudgetCurve(tuple(zip(centers, costs.tolist())))
 
 
-def _missing_centers(points: list[tuple[float, float]], cheapest: float, dearest: float) -> list[float]:
-    """points: (center, cost), ascending in the center."""
-    wanted = [
+def _missing_centers(points: list[tuple[float, float]], min_cost: float, max_cost: float) -> list[float]:
+    """Return centers to measure next; points: (center, cost), ascending in the center."""
+    missing = [
         (low + high) / 2
         for (low, cost), (high, next_cost) in itertools.pairwise(points)
-        if cost < dearest and next_cost - cost > (GAP if high - low <= NEAR else FAR_GAP)
+        if cost < max_cost and next_cost - cost > (GAP if high - low <= NEAR else FAR_GAP)
     ]
     (first, low_cost), (last, high_cost) = points[0], points[-1]
-    wanted += [first - (last - first)] if low_cost > cheapest + GAP else []
-    wanted += [last + (last - first)] if high_cost < dearest else []
-    return wanted
+    missing += [first - (last - first)] if low_cost > min_cost + GAP else []
+    missing += [last + (last - first)] if high_cost < max_cost else []
+    return missing
 
 
 class CalibrationBatches:
-    """The first batches of a training loader's first epoch, each time the same ones."""
+    """The first batches of a training loader's first epoch, the same in every iteration."""
 
     def __init__(self, loader: ImageLoader, num_images: int):
-        """num_images: over all processes, in whole batches."""
+        """num_images: over all processes, rounded up to whole batches."""
         self.loader = loader
         self.num_batches = math.ceil(num_images / (loader.batch_size * utils.world_size()))
 
@@ -125,9 +129,9 @@ class CalibrationBatches:
 def measure_costs(
     model: AdaptiveTokens, batches: Iterable, device: torch.device, amp: str, centers: list[float]
 ) -> list[float]:
-    """Cost at each gate center: share of the static network's multiply-adds, mean over the images of all processes.
+    """Return the cost at each gate center, averaged over the images of all processes.
 
-    batches: each begins with images [B, 3, H, W]; every process must call it.
+    batches: tuples that start with images [B, 3, H, W]. Every process must call it.
     """
     model = copy.deepcopy(model).to(device).eval()
     sums, count = torch.zeros(len(centers), dtype=torch.float64, device=device), 0
@@ -146,12 +150,12 @@ def measure_costs(
 
 
 def static_macs(model: AdaptiveTokens) -> float:
-    """Multiply-adds of an image through every block."""
+    """Return the MACs per image of the static model, in which every token runs through every block."""
     return _macs_of_depth(model, model.num_blocks)
 
 
 def min_cost(model: AdaptiveTokens) -> float:
-    """Where every token halts in the first block: share of the static network's multiply-adds."""
+    """Return the lowest possible cost: every token halts in the first block."""
     return _macs_of_depth(model, 1) / static_macs(model)
 
 
@@ -161,13 +165,16 @@ def _macs_of_depth(model: AdaptiveTokens, depth: int) -> float:
 
 
 def resolve_budget(model: AdaptiveTokens, target: float) -> float:
-    """target: a share of the static network's multiply-adds, or above 1 an amount -> the share.
+    """Convert a compute target to a fraction of the static model's MACs.
 
-    UserError where no tokens' depths reach it.
+    target: a fraction in (0, 1], or a number of MACs if above 1.
+    Returns the fraction. Raises UserError if no token depths can reach it.
     """
-    static, cheapest = static_macs(model), min_cost(model)
+    static, lowest = static_macs(model), min_cost(model)
     budget = target / static if target > 1 else target
-    range_of = f"between {cheapest:.3g} (every token halts in the first block) and 1 ({static / 1e9:.4g}G)"
-    if not cheapest < budget <= 1:
-        raise UserError(f"--target-macs {target:g}: out of reach of this network, which costs {range_of}")
+    if not lowest < budget <= 1:
+        raise UserError(
+            f"--target-macs {target:g} is out of reach: this model uses between {lowest:.3g} "
+            f"(every token halts in the first block) and 1 of the static model's {static / 1e9:.4g}G MACs"
+        )
     return budget

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import utils
 from datasets import placeholder_names
 from training.budget import BudgetCurve
-from training.models import create_model, default_image_size, own_names, preprocessing, unsupported_reason
+from training.models import avit_names, create_model, default_image_size, preprocessing, unsupported_reason
 from training.weights import (
     GATE_NAMES,
     ClassMatch,
@@ -136,7 +136,7 @@ class Checkpoint:
             return recorded
         fitting = fitting_models(weights)
         if not fitting:
-            raise UserError(f"{self.location} fits no registered model ({', '.join(own_names())}); pass --model")
+            raise UserError(f"{self.location} fits no registered model ({', '.join(avit_names())}); pass --model")
         return fitting[0]
 
     def recorded_model(self) -> str | None:
@@ -223,7 +223,7 @@ class Checkpoint:
         """Return the budget curve of the weights, or None if there is none."""
         curves = self.content.get("budget_curves")
         name = "model_ema" if use_ema else "model"
-        return BudgetCurve.of(curves.get(name)) if isinstance(curves, dict) else None
+        return BudgetCurve.from_record(curves.get(name)) if isinstance(curves, dict) else None
 
     def center_of_budget(self, budget: float, use_ema: bool = False) -> float:
         """Return the gate center at which the weights use this fraction of the static model's MACs.

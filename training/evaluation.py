@@ -1,4 +1,4 @@
-"""A whole evaluation: its table on the terminal, eval.json, and predictions.csv, which compare.py reads."""
+"""Evaluation of a dataset: the printed table, eval.json, and predictions.csv for compare.py."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
 
 
 def evaluate_dataset(model: nn.Module, loader: ImageLoader, device: torch.device, amp: str) -> tuple[dict, bytes]:
-    """Means by name, see `engine_act.evaluate`, and the rows of all images as CSV; every process must call it.
+    """Evaluate a model. Returns means by name, see `engine_act.evaluate`, and a CSV row per image.
 
-    Of an adaptive network also the speed of the logits alone, in both forms, where it is the main process.
+    For a halting model, the main process also measures the speed of the logits alone, zipped and masked.
+    Every process must call it. Raises UserError if an image is missing.
     """
     rows: list[tuple] = []
 
@@ -44,22 +45,22 @@ def evaluate_dataset(model: nn.Module, loader: ImageLoader, device: torch.device
 
 
 def _row(record: ImageRecord) -> tuple:
-    """See COLUMNS; depth is the mean of all tokens."""
+    """Return the values of COLUMNS; depth is the mean over all tokens."""
     return (record.index, record.name, record.target, record.prediction, record.confidence, record.token_depth)
 
 
 def _as_csv(rows: list[tuple]) -> bytes:
-    """Of all processes, in the order of the data set."""
+    """Return the rows of all processes in the order of the dataset."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
-    for *row, confidence, depth in sorted(row for own in utils.all_gather_objects(rows) for row in own):
+    for *row, confidence, depth in sorted(row for local in utils.all_gather_objects(rows) for row in local):
         writer.writerow((*row, f"{confidence:.4f}", f"{depth:.4f}"))
     return file.getvalue().encode(errors="replace")
 
 
 def check_complete(result: dict, loader: ImageLoader) -> None:
-    """UserError where a whole evaluation has seen fewer images than there are."""
+    """Raise UserError if a complete evaluation has read fewer images than the dataset has."""
     if result["images"] < loader.num_images:
         raise UserError(f"only {result['images']} of {loader.num_images} validation images could be read")
 
@@ -68,48 +69,52 @@ def check_complete(result: dict, loader: ImageLoader) -> None:
 def zipping_speeds(
     model: nn.Module, images: Tensor, device: torch.device, amp: str, rounds: int = 5
 ) -> dict[str, float]:
-    """Images/s of the logits alone, zipped and masked, on one batch [B, 3, H, W]: medians of interleaved rounds."""
+    """Measure images/s of the logits alone, zipped and masked: medians of interleaved rounds; images: [B, 3, H, W]."""
     images = images.to(device)
 
-    def call(form: nn.Module) -> None:
+    def call(variant: nn.Module) -> None:
         with utils.autocast(device, amp):
-            form(images)
+            variant(images)
 
     calls = {}
     for name, zip_tokens in {"images_per_s_zipped": True, "images_per_s_masked": False}.items():
-        form = copy.deepcopy(model).eval()
-        form.zip_tokens = zip_tokens
-        calls[name] = partial(call, form)
+        variant = copy.deepcopy(model).eval()
+        variant.zip_tokens = zip_tokens
+        calls[name] = partial(call, variant)
     seconds = utils.time_interleaved(calls, device, rounds)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 
 def save(result: dict, predictions: bytes, output_dir: Path | None) -> None:
-    """eval.json and predictions.csv, by the main process, where there is a folder. UserError if it cannot."""
+    """Write eval.json and predictions.csv if there is a folder. Raises UserError if they cannot be written."""
     if output_dir is None or not utils.is_main():
         return
     utils.write_bytes(output_dir / "predictions.csv", predictions, durable=True)
     utils.write_bytes(output_dir / "eval.json", (json.dumps(result, indent=2) + "\n").encode(), durable=True)
 
 
-def report(result: dict) -> None:
-    """Prints what was measured, as a table."""
-    depths = f"patches {result['patch_depth_mean']:.2f}"
-    depths += f", class token {result['class_token_depth']:.2f}" if "class_token_depth" in result else ""
-    macs, static_macs = result["gmacs"], result["gmacs_static"]
-    rows = [
-        ("top-1", f"{result['acc1']:.2f} %"),
-        ("top-5", f"{result['acc5']:.2f} %"),
-        ("loss", f"{result['loss']:.4f}"),
-        ("mean depth", f"{result['depth_mean']:.2f}  ({depths})"),
-        ("live tokens per block", " ".join(f"{share:.2f}" for share in result["live_share"])),
-        ("multiply-adds per image", f"{macs:.3f} G  (static {static_macs:.3f} G, {macs / static_macs:.1%})"),
-        ("images/s", f"{result['images_per_s']:.1f}"),
-    ]
+def report(result: dict, halting: bool) -> None:
+    """Print the metrics as a table; halting: also print the metrics of a halting model."""
+    rows = [("top-1", f"{result['acc1']:.2f}%")]
+    if "ema_acc1" in result:
+        rows.append(("top-1 of the EMA weights", f"{result['ema_acc1']:.2f}%"))
+    rows += [("top-5", f"{result['acc5']:.2f}%"), ("loss", f"{result['loss']:.4f}")]
+    rows += _halting_rows(result) if halting else [("MACs per image", f"{result['gmacs']:.3f}G")]
+    rows.append(("images/s", f"{result['images_per_s']:.1f}"))
     if "images_per_s_zipped" in result:
         zipped, masked = result["images_per_s_zipped"], result["images_per_s_masked"]
-        rows.append(("images/s of logits alone", f"{zipped:.1f} zipped, {masked:.1f} masked"))
-    if "ema_acc1" in result:
-        rows.insert(1, ("top-1 of the averaged weights", f"{result['ema_acc1']:.2f} %"))
+        rows.append(("images/s, forward pass only", f"{zipped:.1f} zipped, {masked:.1f} masked"))
     utils.log(utils.table(rows))
     utils.log(f"Accuracy of the network on the {result['images']} test images: {result['acc1']:.1f}%")
+
+
+def _halting_rows(result: dict) -> list[tuple[str, str]]:
+    depths = f"patches {result['patch_depth_mean']:.2f}"
+    if "class_token_depth" in result:
+        depths += f", class token {result['class_token_depth']:.2f}"
+    macs, static_macs = result["gmacs"], result["gmacs_static"]
+    return [
+        ("mean depth", f"{result['depth_mean']:.2f} ({depths})"),
+        ("live tokens per block", " ".join(f"{share:.2f}" for share in result["live_share"])),
+        ("MACs per image", f"{macs:.3f}G ({macs / static_macs:.1%} of the static model's {static_macs:.3f}G)"),
+    ]

@@ -1,4 +1,4 @@
-"""From a data set to batches: which images in which order, their random numbers, and unreadable ones."""
+"""Data loaders: the order of the images, their random numbers, and unreadable images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from samplers import EPOCH_STRIDE, ResumableSampler, UnpaddedDistributedSampler,
 from training.signals import ignore_signals_in_worker
 from utils import RankError
 
-MAX_TRIES = 20  # images in a row that may be unreadable
+MAX_TRIES = 20  # number of images that are tried in place of an unreadable one
 
 
 class Sample(NamedTuple):
-    """image: [3, H, W] or None where it could not be read; unreadable: what could not be, on the way to this one."""
+    """One image; unreadable: messages about the images that were skipped before it.
+
+    image: [3, H, W], or None if none could be read.
+    """
 
     image: Tensor | None
     target: int | None
@@ -31,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images: [B, 3, H, W] float; targets: [B] int64; indices: B places in the data set; names: of their files."""
+    """images: [B, 3, H, W] float; targets: [B] int64; indices: B positions in the dataset; names: B file names."""
 
     images: Tensor
     targets: Tensor
@@ -40,10 +43,10 @@ class Batch(NamedTuple):
 
 
 class SkipUnreadable(Dataset):
-    """Takes an index, or (index, seeds), to a Sample.
+    """A dataset that maps an index, or (index, seeds), to a Sample and skips unreadable images.
 
-    The seeds alone decide the image's augmentation, whichever process loads it. In place of an unreadable image comes
-    the next one, `tries` in all; if none can be read, none.
+    The augmentation of an image depends on the seeds only, so it is the same in every process.
+    An unreadable image is replaced by the next readable one of `tries` images in a row, or by None.
     """
 
     def __init__(self, images: Dataset, tries: int = 1):
@@ -66,26 +69,26 @@ class SkipUnreadable(Dataset):
 
 
 def collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor | None, list[int], list[str]]:
-    """Samples -> images [B, 3, H, W] and targets [B] of those that could be read, indices, and what could not be.
+    """Return images [B, 3, H, W], targets [B] and indices of the readable samples, and messages about the others.
 
-    Of a stream, whose samples are (image, target), the indices are None.
+    The samples of a stream are (image, target), so their indices are None.
     """
     samples = [Sample(*sample) for sample in samples]
-    whole = [sample for sample in samples if sample.image is not None]
-    images, targets = default_collate([sample[:2] for sample in whole]) if whole else (None, None)
-    return images, targets, [sample.index for sample in whole], [name for s in samples for name in s.unreadable]
+    readable = [sample for sample in samples if sample.image is not None]
+    images, targets = default_collate([sample[:2] for sample in readable]) if readable else (None, None)
+    return images, targets, [sample.index for sample in readable], [name for s in samples for name in s.unreadable]
 
 
 class ImageLoader(DataLoader):
-    """Yields a Batch at a time.
+    """A data loader that yields a Batch at a time.
 
-    Errors are raised here, not in the loader processes, which send what they found with the batch.
+    Errors about images are raised here, not in the data-loader workers, which send messages with the batch.
 
-    images: the data set of ([3, H, W] float, class index) that a map-style `dataset` reads;
-    num_images: of the data set, over all processes, 0 where that is not known;
-    bad_images: what could not be read so far, each once; each is named on stderr;
-    max_bad_images: RankError where there are more than that;
-    allow_empty_batches: a batch of which nothing can be read is left out; else it is a RankError.
+    images: the dataset of ([3, H, W] float, class index) that a map-style `dataset` reads;
+    num_images: size of the dataset over all processes, 0 if unknown;
+    bad_images: one message per unreadable image so far; each is printed once as a warning;
+    max_bad_images: raise RankError if there are more;
+    allow_empty_batches: skip a batch without readable images instead of raising RankError.
     """
 
     def __init__(self, dataset: Dataset, *args, max_bad_images: float = 0, allow_empty_batches: bool = False, **kwargs):
@@ -97,7 +100,7 @@ class ImageLoader(DataLoader):
         self.max_bad_images, self.allow_empty_batches = max_bad_images, allow_empty_batches
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """From which batch of which epoch on the next iteration goes."""
+        """Make the next iteration start at this batch of this epoch."""
         self.sampler.start_at(epoch, batch * self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -106,7 +109,7 @@ class ImageLoader(DataLoader):
             if images is not None:
                 yield Batch(images, targets, indices, [image_name(self.images, index) for index in indices])
             elif not self.allow_empty_batches:
-                raise RankError(f"a whole batch cannot be read; {unreadable[-1]}")
+                raise RankError(f"no image of a batch can be read: {unreadable[-1]}")
 
     def _note(self, unreadable: list[str]) -> None:
         for message in dict.fromkeys(unreadable):
@@ -115,22 +118,23 @@ class ImageLoader(DataLoader):
             self.bad_images.append(message)
             if len(self.bad_images) > self.max_bad_images:
                 limit = self.max_bad_images
-                raise RankError(message + (f"; these are more than --max-bad-images {limit}" if limit else ""))
-            utils.warn(f"{message}; it is passed over", everywhere=True)
+                reason = f"; more than {limit} images are unreadable (--max-bad-images)" if limit else ""
+                raise RankError(message + reason)
+            utils.warn(f"{message}; it is skipped", everywhere=True)
 
     def state_dict(self) -> dict:
-        """The entry of a checkpoint that this keeps up; every process must call it."""
+        """Return the loader's entry of a checkpoint. Every process must call it."""
         return {"bad_images": utils.all_gather_objects(self.bad_images)}
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """KeyError, ValueError or the like where it does not fit."""
+        """Restore the loader. Raises KeyError, ValueError or the like if the entry does not fit."""
         bad_images = checkpoint["bad_images"]
         if utils.rank() < len(bad_images):
             self.bad_images = list(map(str, bad_images[utils.rank()]))
 
 
 class StreamLoader(ImageLoader):
-    """The same of a Stream, whose images have no places: they are numbered as they come."""
+    """A loader of a Stream, whose images have no positions: they are numbered in the order they arrive."""
 
     def __init__(self, stream: Stream, batch_size: int, **kwargs):
         super().__init__(stream, batch_size, **kwargs)
@@ -138,10 +142,10 @@ class StreamLoader(ImageLoader):
         self.first_batch = 0
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """From which batch of which epoch on the next iteration goes; it reads its way to it."""
+        """Make the next iteration start at this batch of this epoch; it reads and skips the batches before."""
         self.dataset.set_epoch(epoch)
         seed = self.dataset.seed * EPOCH_STRIDE + epoch
-        self.generator.manual_seed(seed)  # of the loader processes, and so of the reader's shuffling
+        self.generator.manual_seed(seed)  # seeds the workers, and through them the reader's shuffling
         self.first_batch = batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,8 +153,10 @@ class StreamLoader(ImageLoader):
             return
         places, classes = itertools.count(utils.rank(), utils.world_size()), len(self.dataset.classes)
         for number, (images, targets, *_) in enumerate(DataLoader.__iter__(self)):
-            if not ((targets >= 0) & (targets < classes)).all():  # its labels are seen only when read
-                raise RankError(f"an image is labelled {targets.max()}, but there are {classes} classes")
+            if not ((targets >= 0) & (targets < classes)).all():  # labels of a stream are known only once read
+                raise RankError(
+                    f"an image has label {targets.max()} but there are {classes} classes; check --num-classes"
+                )
             indices = list(itertools.islice(places, len(images)))
             if number >= self.first_batch:
                 yield Batch(images, targets, indices, [image_name(self.dataset, index) for index in indices])
@@ -166,47 +172,63 @@ def training_loader(
     pin_memory: bool,
     max_bad_images: int,
 ) -> ImageLoader:
-    """Drops an incomplete last batch, unless it is the only one."""
+    """Build the loader of training images; it drops an incomplete last batch, unless it is the only one."""
     if isinstance(images, Stream):
         return _stream_loader(images, batch_size, num_workers, pin_memory, persistent=False, drop_last=True)
     sampler = training_sampler(images, utils.world_size(), utils.rank(), seed, repeated_aug)
     sampler = ResumableSampler(sampler, seed, utils.rank())
-    options = _workers(_at_most_cores(num_workers), pin_memory)
-    options |= {"max_bad_images": max_bad_images, "drop_last": len(sampler) >= batch_size}
-    return ImageLoader(SkipUnreadable(images, MAX_TRIES), batch_size, sampler=sampler, **options)
+    return ImageLoader(
+        SkipUnreadable(images, MAX_TRIES),
+        batch_size,
+        sampler=sampler,
+        max_bad_images=max_bad_images,
+        drop_last=len(sampler) >= batch_size,
+        **_worker_options(_at_most_cores(num_workers), pin_memory),
+    )
 
 
 def evaluation_loader(
     images: Dataset, batch_size: int, *, num_workers: int, pin_memory: bool, skip_unreadable: bool = False
 ) -> ImageLoader:
-    """Over all processes each image once; an unreadable one ends the evaluation, or is named and passed over."""
+    """Build a loader that reads each image once over all processes.
+
+    skip_unreadable: skip unreadable images with a warning instead of raising RankError.
+    """
     if isinstance(images, Stream):
         return _stream_loader(images, batch_size, num_workers, pin_memory)
     sampler = UnpaddedDistributedSampler(images, utils.world_size(), utils.rank())
-    options = _workers(_at_most_cores(num_workers), pin_memory)
-    if skip_unreadable:
-        options |= {"max_bad_images": math.inf, "allow_empty_batches": True}
-    return ImageLoader(SkipUnreadable(images), batch_size, sampler=sampler, **options)
+    return ImageLoader(
+        SkipUnreadable(images),
+        batch_size,
+        sampler=sampler,
+        max_bad_images=math.inf if skip_unreadable else 0,
+        allow_empty_batches=skip_unreadable,
+        **_worker_options(_at_most_cores(num_workers), pin_memory),
+    )
 
 
 def demo_loader(images: Dataset, batch_size: int, **options) -> ImageLoader:
-    """An `evaluation_loader` for looking at single images: an unreadable one is named and passed over."""
+    """Build an `evaluation_loader` that skips unreadable images with a warning."""
     return evaluation_loader(images, batch_size, skip_unreadable=True, **options)
 
 
 def _stream_loader(
     stream: Stream, batch_size: int, num_workers: int, pin_memory: bool, persistent: bool = True, **options
 ) -> StreamLoader:
-    options |= _workers(stream.prepare_workers(_at_most_cores(num_workers)), pin_memory, persistent)
-    return StreamLoader(stream, batch_size, **options)
+    num_workers = stream.prepare_workers(_at_most_cores(num_workers))
+    return StreamLoader(stream, batch_size, **_worker_options(num_workers, pin_memory, persistent), **options)
 
 
 def _at_most_cores(num_workers: int) -> int:
     return min(num_workers, utils.usable_cores())
 
 
-def _workers(count: int, pin_memory: bool, persistent: bool = True) -> dict:
-    """Processes are forked: what a signal has asked of the main one is then known to them."""
-    context = "fork" if count > 0 and "fork" in multiprocessing.get_all_start_methods() else None
-    options = {"persistent_workers": persistent and count > 0, "multiprocessing_context": context}
-    return {"num_workers": count, "pin_memory": pin_memory, **options}
+def _worker_options(count: int, pin_memory: bool, persistent: bool = True) -> dict:
+    # Workers are forked so that they share the flag of `training.signals` with the main process.
+    can_fork = count > 0 and "fork" in multiprocessing.get_all_start_methods()
+    return {
+        "num_workers": count,
+        "pin_memory": pin_memory,
+        "persistent_workers": persistent and count > 0,
+        "multiprocessing_context": "fork" if can_fork else None,
+    }

@@ -1,4 +1,4 @@
-"""A whole training run: its epochs, what is saved and written down, and going on from there."""
+"""A training run: its epochs, checkpoints and logs, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from training.loaders import ImageLoader
 from training.signals import Interrupted, StopRequest
 from utils import UserError, log, warn
 
-WATCHED = ("acc1", "depth_mean")  # from one test to the next
-DEAREST_BUDGET = 0.9  # up to which a network's costs are measured
-COLLAPSED_DEPTH = 2.5  # mean depth under which hardly anything is computed any more
+WATCHED = ("acc1", "depth_mean")  # metrics that are compared with the previous epoch's
+MAX_COST = 0.9  # a budget curve is measured up to this fraction of the static model's MACs
+COLLAPSED_DEPTH = 2.5  # a warning is printed if the mean depth is below
 
-# Flags that may differ without another outcome.
+# A resumed run may change these flags without changing its result.
 HARMLESS_FLAGS = {
     *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size"),
     *("checkpoint_steps", "keep", "max_bad_images"),
@@ -35,12 +35,12 @@ HARMLESS_FLAGS = {
 
 @dataclass
 class RunOptions:
-    """How long a run goes, and what it leaves.
+    """Length and outputs of a run.
 
-    output_dir: for checkpoint.pth, best.pth, log.txt and TensorBoard; None saves nothing;
-    checkpoint_steps: also save after so many updates inside an epoch, 0 for not;
-    keep: so many epochs' checkpoints stay, as checkpoint-EPOCH.pth;
-    flags: plain values by name, kept in the checkpoint for whoever reads it.
+    output_dir: folder of checkpoint.pth, best.pth, log.txt and TensorBoard logs; None saves nothing;
+    checkpoint_steps: number of updates between checkpoints inside an epoch; 0 saves after epochs only;
+    keep: number of last epochs kept as checkpoint-EPOCH.pth;
+    flags: plain values by name, recorded in the checkpoint.
     """
 
     epochs: int
@@ -52,10 +52,10 @@ class RunOptions:
 
 
 class TrainingRun:
-    """Trains epoch after epoch, and evaluates after each.
+    """A run that trains and evaluates epoch after epoch.
 
-    Everything random in training follows from the place in it, so that a run goes on exactly from a
-    checkpoint that holds that place, the weights and what follows them.
+    All random numbers follow from the seed and the position in training. A checkpoint stores the position, the weights
+    and the state of the optimizer, so a resumed run continues exactly.
     """
 
     def __init__(
@@ -67,22 +67,25 @@ class TrainingRun:
         options: RunOptions,
         calibration: CalibrationBatches | None = None,
     ):
-        """calibration: training images as in evaluation, on which a run with a budget measures what its gate costs."""
+        """calibration: training images preprocessed as in evaluation, on which a budget curve is measured."""
         self.trainer, self.schedule = trainer, schedule
         self.train_loader, self.test_loader = train_loader, test_loader
         self.options, self.calibration = options, calibration
         self.classes = getattr(train_loader.images, "classes", None)
         self.stop = StopRequest()
         self.tensorboard = None
-        self.epoch = EpochState(0)  # the one that is being trained
+        self.epoch = EpochState(0)  # the current epoch
         self.resumed = False
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
         self.saving_seconds = 0.0
-        self.budget_curves: dict[str, list] = {}  # of the last epoch's weights, by their name
+        self.budget_curves: dict[str, list] = {}  # records by name of the weights, after the last epoch
 
     def train(self) -> None:
-        """UserError if the output folder cannot be written; Interrupted where a signal asked to stop."""
+        """Train all remaining epochs.
+
+        Raises UserError if the output folder cannot be written, and Interrupted if a signal asked to stop.
+        """
         utils.prepare_output_dir(self.options.output_dir)
         if utils.is_main() and self.options.output_dir is not None:
             self._prepare_logs()
@@ -94,34 +97,37 @@ class TrainingRun:
                     self.trainer, self.train_loader, self.epoch, self._after_update, should_stop=self.stop.asked
                 )
                 training["bad_images"] = sum(utils.all_gather_objects(len(self.train_loader.bad_images)))
-                self.save("checkpoint.pth")  # so that nothing is lost but the evaluation, if that is interrupted
+                self.save("checkpoint.pth")  # an interrupted evaluation loses nothing else
                 if self.trainer.budget is not None and epoch + 1 == self.options.epochs:
                     self._calibrate()
                 test = self._test()
                 self.schedule.step_epoch(epoch + 1, test["acc1"])
-                self._warn_of_collapse(test)
+                self._warn_about_collapse(test)
                 self.log_epoch(training, test)
         if self.best_acc1 >= 0:
-            log(f"best top-1 {self.best_acc1:.2f} %")
+            log(f"best top-1: {self.best_acc1:.2f}%")
         if self.tensorboard is not None:
             self.tensorboard.close()
 
     def start_at(self, epoch: int) -> None:
-        """Goes on from the start of that epoch. UserError where none is left."""
+        """Continue from the start of an epoch. Raises UserError if it is beyond --epochs."""
         if epoch >= self.options.epochs:
-            raise UserError(f"--start_epoch {epoch}: of {self.options.epochs} epochs (--epochs) none is left to train")
+            raise UserError(f"--start_epoch {epoch} leaves no epoch to train; --epochs is {self.options.epochs}")
         self.epoch = EpochState(epoch)
 
     def _prepare_logs(self) -> None:
-        """Drops the lines that were logged after the checkpoint that the run goes on from."""
+        """Open the logs, and remove lines that were written after the checkpoint that the run resumes from."""
         folder = self.options.output_dir
         with utils.writing(folder):
             path = folder / "log.txt"
             lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if _epoch_of(line) < self.epoch.number]
             if lines and not self.resumed:
-                warn(f"{folder} holds another run, which only --resume continues; log.txt goes on below it")
-                if not lines[-1].endswith("\n"):  # cut by a crash
+                warn(
+                    f"{folder} already contains a run. Pass --resume auto to continue it; "
+                    "otherwise checkpoints are overwritten and new epochs are appended to log.txt"
+                )
+                if not lines[-1].endswith("\n"):  # the last line is incomplete after a crash
                     utils.atomic_write(path, lambda file: file.write(("".join(lines) + "\n").encode()))
             elif kept != lines:
                 utils.atomic_write(path, lambda file: file.write("".join(kept).encode()))
@@ -132,7 +138,7 @@ class TrainingRun:
                 self.tensorboard = TensorBoardLogger(folder, first_epoch, self.test_loader, self.classes)
 
     def _updates(self) -> int:
-        """Done so far, over all epochs."""
+        """Return the number of optimizer steps done so far, over all epochs."""
         per_epoch = updates_per_epoch(self.train_loader, self.trainer.accum_steps)
         return self.epoch.number * per_epoch + math.ceil(self.epoch.batches / self.trainer.accum_steps)
 
@@ -147,50 +153,51 @@ class TrainingRun:
         budget = self.trainer.budget
         if budget is not None and budget.is_stuck:
             warn(
-                f"--target-macs: the cost stays at {budget.cost:.3f} of the static network's, the goal is "
-                f"{budget.goal:.3f}, with the ponder loss's weight at its limit, {budget.weight:g}: "
-                f"this gate may not reach {budget.budget:.3f}"
+                f"--target-macs: this gate may not reach {budget.budget:.3f} of the static model's MACs. They stay at "
+                f"{budget.cost:.3f} (current goal {budget.goal:.3f}) with the ponder loss at its weight limit, "
+                f"{budget.weight:g}; try another gate (--gate, --gate_scale, --gate_center)"
             )
         self._step_schedules()
         if stop:
             self.save("checkpoint.pth")
-            self._interrupt(f"in epoch {self.epoch.number}, after batch {self.epoch.batches - 1}")
+            self._interrupt(f"in epoch {self.epoch.number} after batch {self.epoch.batches - 1}")
         if self.options.checkpoint_steps and self._updates() % self.options.checkpoint_steps == 0:
             self.save("checkpoint.pth")
 
     def _interrupt(self, place: str) -> None:
         asked = next(filter(None, utils.all_gather_objects(self.stop.signal)))
-        saved = (
-            "to go on: the same command with --resume auto" if self.options.output_dir else "nothing was to be saved"
-        )
-        log(f"stopped by {asked} {place}; {saved}")
+        if self.options.output_dir:
+            hint = "run the same command with --resume auto to continue"
+        else:
+            hint = "nothing is saved without --output_dir"
+        log(f"stopped by {asked} {place}; {hint}")
         raise Interrupted
 
     def _calibrate(self) -> None:
-        """Gates at the center of the budget, and what every center costs: of the weights, and of their average."""
+        """Measure the budget curves of the weights and of the EMA weights, and set both gates to the budget."""
         trainer = self.trainer
         networks = {"model": trainer.model_without_ddp}
         networks |= {} if trainer.ema is None else {"model_ema": trainer.ema.module}
         for name, network in networks.items():
             budget = trainer.budget.budget
-            dearest = max(DEAREST_BUDGET, budget)
-            curve = budget_curve(network, self.calibration, trainer.device, trainer.amp, dearest)
+            max_cost = max(MAX_COST, budget)
+            curve = budget_curve(network, self.calibration, trainer.device, trainer.amp, max_cost)
             before, network.gate_center = network.gate_center, curve.center(budget)
             log(
-                f"calibration of {name}: gate_center {before:g} costs {curve.cost(before):.3f} of the static network's "
-                f"multiply-adds, {network.gate_center:g} {curve.cost(network.gate_center):.3f}; "
-                f"--budget from {curve.min_cost:.2f} to {curve.max_cost:.2f} can be asked for"
+                f"calibration of {name}: gate_center {before:g} -> {network.gate_center:g} changes the MACs from "
+                f"{curve.cost(before):.3f} to {curve.cost(network.gate_center):.3f} of the static model's; "
+                f"--budget accepts {curve.min_cost:.2f} to {curve.max_cost:.2f}"
             )
             self.budget_curves[name] = curve.record()
 
     def _test(self) -> dict:
-        """Of the raw weights; where an average is kept, its accuracy beside them."""
+        """Evaluate the weights, and the accuracy of the EMA weights if there are any."""
         trainer = self.trainer
         test = self._evaluate(trainer.model_without_ddp)
         if trainer.ema is not None:
-            averaged = copy.deepcopy(trainer.ema.module).to(trainer.device)  # it may be kept on the CPU
+            averaged = copy.deepcopy(trainer.ema.module).to(trainer.device)  # EMA weights may be on the CPU
             test["ema_acc1"] = self._evaluate(averaged, title="Test EMA")["acc1"]
-        report(test)
+        report(test, trainer.model_without_ddp.halting)
         return test
 
     def _evaluate(self, model: nn.Module, **options) -> dict:
@@ -201,25 +208,30 @@ class TrainingRun:
         check_complete(test, self.test_loader)
         return test
 
-    def _warn_of_collapse(self, test: dict) -> None:
+    def _warn_about_collapse(self, test: dict) -> None:
         if not self.trainer.model_without_ddp.halting:
             return
         if test["depth_mean"] < COLLAPSED_DEPTH:
-            mend = "a smaller --ponder_token_scale or another --gate_center keeps them going"
-            warn(f"tokens collapse: their mean depth is {test['depth_mean']:.2f}; {mend}")
+            warn(
+                f"tokens collapse: their mean depth is {test['depth_mean']:.2f}; "
+                "reduce --ponder_token_scale or change --gate_center"
+            )
         before = self.previous_test
         if before and test["acc1"] < before["acc1"] - 1 and test["depth_mean"] < before["depth_mean"]:
-            accuracy = f"{before['acc1']:.1f} % to {test['acc1']:.1f} %"
-            warn(f"accuracy falls while depth does: {accuracy}, {before['depth_mean']:.2f} to {test['depth_mean']:.2f}")
+            warn(
+                f"accuracy and depth fall together: {before['acc1']:.1f}% to {test['acc1']:.1f}%, "
+                f"{before['depth_mean']:.2f} to {test['depth_mean']:.2f} blocks; "
+                "reduce --ponder_token_scale or change --gate_center"
+            )
         self.previous_test = {name: test[name] for name in WATCHED}
 
     def log_epoch(self, training: dict, test: dict) -> None:
-        """best.pth where it is the best so far, a line in log.txt, TensorBoard's points, checkpoint.pth.
+        """Write best.pth if this epoch is the best so far, log.txt, TensorBoard points and checkpoint.pth.
 
-        The checkpoint comes last: until it is there, the epoch is not done, and is done again.
+        The checkpoint comes last: a run that is killed before it repeats the epoch.
         """
         number = self.epoch.number
-        is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, once it is kept
+        is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, only after the calibration
         is_best = is_candidate and test["acc1"] > self.best_acc1
         self.best_acc1 = test["acc1"] if is_best else self.best_acc1
         self.epoch = EpochState(number + 1)
@@ -246,7 +258,7 @@ class TrainingRun:
                 self.tensorboard.record(number, training, test, self.trainer)
 
     def delete_old_checkpoints(self, last: int) -> None:
-        """Removes the numbered checkpoints up to this one."""
+        """Delete the numbered checkpoints up to this epoch."""
         if not utils.is_main() or self.options.output_dir is None:
             return
         for path in self.options.output_dir.glob("checkpoint-*.pth"):
@@ -256,7 +268,7 @@ class TrainingRun:
                     path.unlink()
 
     def save(self, name: str) -> None:
-        """Every process must call it; the main one writes."""
+        """Save a checkpoint. Every process must call it; the main process writes."""
         if self.options.output_dir is None:
             return
         start = time.perf_counter()
@@ -268,7 +280,7 @@ class TrainingRun:
         self.saving_seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict:
-        """A checkpoint, see `Checkpoint`: tensors and plain types only; every process must call it."""
+        """Return a checkpoint of tensors and plain types, see `Checkpoint`. Every process must call it."""
         model, ema = self.trainer.model_without_ddp, self.trainer.ema
         calibrated = {"gate_ema": _gate(ema.module)} if "model_ema" in self.budget_curves else {}
         calibrated |= {"budget_curves": self.budget_curves} if self.budget_curves else {}
@@ -284,9 +296,9 @@ class TrainingRun:
         }
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
-        """Everything but the model's weights. UserError where that is missing, or of another run.
+        """Restore everything except the model's weights, and warn about changed flags.
 
-        Says which flags differ from those of the checkpoint.
+        Raises UserError if the training state is missing or belongs to another run.
         """
         content = checkpoint.content
         try:
@@ -301,18 +313,22 @@ class TrainingRun:
             self.warn_changed_flags(content["args"], int(content["processes"]))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(
-                f"--resume {checkpoint.location}: no training state that fits ({error}); try --finetune"
+                f"--resume {checkpoint.location}: the training state is missing or does not fit this run ({error}); "
+                "pass the file with --finetune to start a new run from its weights"
             ) from error
 
     def warn_changed_flags(self, flags: dict, processes: int) -> None:
-        """flags, processes: of the run that is resumed."""
-        changes = [f"{processes} processes are now {utils.world_size()}"] if processes != utils.world_size() else []
+        """Warn about flags that differ from the resumed run's and may change its result."""
+        changes = []
+        if processes != utils.world_size():
+            changes.append(f"the number of processes was {processes} and is now {utils.world_size()}")
         for name in self.options.flags.keys() - HARMLESS_FLAGS:
             if name in flags and flags[name] != self.options.flags[name]:
-                before = flags[name] if isinstance(flags[name], str | int | float | None) else "another value"
-                changes.append(f"--{name} was {str(before)[:80]!r}, is now {self.options.flags[name]!r}")
+                is_plain = isinstance(flags[name], str | int | float | None)
+                before = repr(flags[name])[:80] if is_plain else "another value"
+                changes.append(f"--{name} was {before} and is now {self.options.flags[name]!r}")
         if changes:
-            warn(f"the resumed run changes: {'; '.join(sorted(changes))}")
+            warn(f"the resumed run has other flags, so its result may differ: {'; '.join(sorted(changes))}")
 
 
 def _gate(model: nn.Module) -> dict[str, float]:
@@ -320,7 +336,7 @@ def _gate(model: nn.Module) -> dict[str, float]:
 
 
 def _epoch_of(line: str) -> float:
-    """Of a line of log.txt; infinity where it is broken."""
+    """Return the epoch of a line of log.txt; infinity if the line is broken."""
     try:
         return float(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):

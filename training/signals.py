@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, saves, and ends well."""
+"""Signals that ask a run to stop: it finishes its step, saves a checkpoint and exits with status 0."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what Slurm's --signal=USR1@SECONDS sends; some systems lack it
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: Slurm's --signal=USR1@SECONDS; not on all systems
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-_asked = RawValue("b", 0)  # shared with the loader processes: whether a signal has asked this process to stop
+_asked = RawValue("b", 0)  # shared with the data-loader workers: 1 if a signal has asked this process to stop
 
 
 class Interrupted(Exception):
-    """The run has been saved and stops here, because it was asked to."""
+    """Raised after a run has saved a checkpoint because a signal asked it to stop."""
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop.
+    """A signal that has asked this process to stop, if any.
 
-    The first signal is noted; a second one acts at once, as it would without us.
+    The first signal is recorded. A second one takes effect immediately, as it does by default.
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are noted (in the main thread alone, where Python takes them)."""
+        """Record signals inside the context. Does nothing outside the main thread, where Python handles no signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -50,18 +50,19 @@ class StopRequest:
         _asked.value = 1
 
     def asked(self) -> bool:
-        """Whether a signal has come to this process; see `utils.any_rank` for any of them."""
+        """Return whether this process received a signal; see `utils.any_rank` for all processes."""
         return self.signal is not None
 
 
 def ignore_signals_in_worker(_: int) -> None:
-    """For a loader process: it gets the signals of its group too, but is needed until the step is done.
+    """Ignore stop signals in a data-loader worker, because its process still needs batches to finish the step.
 
-    SIGTERM without the main process having been asked comes from that, which wants no more batches.
+    A worker receives the signals of its process group too. If the main process was not asked to stop, SIGTERM comes
+    from the main process itself, which needs no more batches: then the worker exits.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "alarm"):
         return
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1))  # in a second the main process has got its own
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1))  # by then the main process has received its own signal
     signal.signal(signal.SIGALRM, lambda *_: _asked.value or os._exit(0))

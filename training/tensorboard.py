@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training run: a point per epoch for each figure, and what the tokens do."""
+"""TensorBoard logs of a training run: a point per epoch and metric, and token-depth images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SHOWN_SIZE = 128  # pixels
 
 
 class TensorBoardLogger:
-    """Writes to a folder; points of earlier writers from `first_epoch` on no longer count, where it is given.
+    """A writer of TensorBoard logs.
 
-    loader: of the validation images; some from all over are shown each epoch, the same ones in every run.
+    first_epoch: hide the points of earlier writers from this epoch on; None keeps them.
+    loader: of the validation images; the same evenly spaced ones are shown in every epoch and run.
     """
 
     def __init__(self, folder: Path, first_epoch: int | None, loader: ImageLoader, class_names: list[str]):
@@ -32,7 +33,7 @@ class TensorBoardLogger:
         self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def record(self, epoch: int, training: dict, test: dict, trainer: Trainer) -> None:
-        """training, test: means by name, of `train_one_epoch` and `evaluate`."""
+        """Write the points of an epoch; training, test: means by name, of `train_one_epoch` and `evaluate`."""
         for name, value in _scalars(training, test).items():
             self.writer.add_scalar(name, value, epoch)
         if trainer.model_without_ddp.halting:
@@ -40,13 +41,16 @@ class TensorBoardLogger:
         self.writer.flush()
 
     def _show_depths(self, epoch: int, live_share: list[float], trainer: Trainer) -> None:
-        """live_share: of the tokens, by block; what a block's share loses to the next halts in it."""
+        """Write depth maps and the histogram of depths; live_share: fraction of live tokens by block.
+
+        The tokens that halt in a block are the difference of its fraction and the next block's.
+        """
         names = [f"image {number}" for number in range(len(self.shown))]
         batch = (self.shown, self.targets, range(len(names)), names)
         records = record_batch(trainer.model_without_ddp, batch, trainer.amp).records
         style = Style(len(live_share), size=SHOWN_SIZE)
-        picture = sheet(records, self.class_names, style)
-        self.writer.add_image("test/token_depth", np.asarray(picture), epoch, dataformats="HWC")
+        image = sheet(records, self.class_names, style)
+        self.writer.add_image("test/token_depth", np.asarray(image), epoch, dataformats="HWC")
         blocks = np.arange(1, len(live_share) + 1)
         counts = -np.diff(live_share, append=0)
         self.writer.add_histogram_raw(
@@ -66,7 +70,7 @@ class TensorBoardLogger:
 
 
 def _scalars(training: dict, test: dict) -> dict[str, float]:
-    """The original's names, and everything else under its own."""
+    """Return TensorBoard values by tag: the original's tags where it has some, else the metric's name."""
     scalars = {ORIGINAL_NAMES.get(name, name): value for name, value in training.items() if name not in PER_BLOCK}
     for series in PER_BLOCK:
         scalars |= {f"{series}/block_{i:02d}": value for i, value in enumerate(training.get(series, ()), start=1)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasets import placeholder_names
 from models_act import HALTING
 from training.arguments import GATE_DEFAULTS
-from training.models import build_on_meta, own_names
+from training.models import avit_names, build_on_meta
 from utils import UserError, log, warn
 
 GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
@@ -230,7 +230,7 @@ def _with_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def fitting_models(weights: dict[str, Tensor]) -> list[str]:
     """Return the registered models that these weights fit; those of the same image size come first."""
     weights = _with_timm_names(weights)
-    own = {name: empty_state_dict(name) for name in own_names()}
+    own = {name: empty_state_dict(name) for name in avit_names()}
     fitting = [name for name in own if not state_dict_mismatches(own[name], weights, may_be_resized)]
     return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
 

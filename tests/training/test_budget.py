@@ -98,12 +98,12 @@ def test_a_network_costs_what_its_curve_says():
     ],
 )
 def test_what_is_no_curve_is_none(record):
-    assert BudgetCurve.of(record) is None
+    assert BudgetCurve.from_record(record) is None
 
 
 def test_a_curve_survives_its_record():
     curve = BudgetCurve(((-1.0, 0.2), (0.5, 0.4), (3.0, 1.0)))
-    assert BudgetCurve.of(curve.record()) == curve
+    assert BudgetCurve.from_record(curve.record()) == curve
     assert curve.center(0.7) == pytest.approx(1.75)
 
 
@@ -125,7 +125,7 @@ def test_the_chosen_gate_costs_and_harms_what_it_says_and_less_than_others(cost,
         static = model(x)
     model.halting = True
     choice = choose_gate(model, x, CPU, "none", cost)
-    worst = float(capsys.readouterr().out.split("48 gates: ")[1].rstrip(")\n"))
+    worst = float(capsys.readouterr().out.split("worst of 48 gates: ")[1].rstrip(")\n"))
     assert choice.divergence < worst / 2
     choice.apply(model)
     found = divergence_and_cost(model, x, static)
@@ -189,7 +189,7 @@ def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, ca
     assert {"train/budget_cost", "train/budget_goal", "train/ponder_weight"} <= set(shown)
     assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
     told = capsys.readouterr().out
-    assert "calibration of model: gate_center" in told
+    assert "calibration of model: gate_center " in told
     assert "the teacher's forward pass adds 40% of a training step's MACs" in told
     path = tmp_path / "out" / "checkpoint.pth"
     curve = Checkpoint.load(str(path)).budget_curve()

@@ -101,10 +101,12 @@ def test_unreadable_training_images_are_passed_over_and_named_once(image_folder,
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_unreadable_training_images_stop_the_run(image_folder, workers):
     break_images(image_folder, "train", 6)
-    with pytest.raises(RankError, match=r"^/.*\.png: cannot be read as an image: .*; these are more than.* 2$"):
+    with pytest.raises(
+        RankError, match=r"^/.*\.png: cannot be read as an image: .*; more than 2 images are unreadable"
+    ):
         training_batches(image_folder, workers, limit=2)
     break_images(image_folder, "train", 15)
-    with pytest.raises(RankError, match=r"^a whole batch cannot be read; /.*\.png: cannot be read as an image"):
+    with pytest.raises(RankError, match=r"^no image of a batch can be read: /.*\.png: cannot be read as an image"):
         training_batches(image_folder, workers)
 
 
@@ -121,7 +123,7 @@ def test_an_unreadable_validation_image_stops_the_evaluation(image_folder, worke
 def test_an_impossible_label_is_told_in_one_line(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
     images = build_dataset("wds/", str(root), False, SIZE, num_classes=5)
-    with pytest.raises(RankError, match=r"^an image is labelled \d+, but there are 5 classes$"):
+    with pytest.raises(RankError, match=r"^an image has label \d+ but there are 5 classes; check --num-classes$"):
         list(evaluation_loader(images, 4, num_workers=workers, pin_memory=False))
 
 
@@ -200,4 +202,4 @@ def test_looking_at_images_passes_over_unreadable_ones_and_knows_the_places_of_t
             assert image_folder / "val" / name == Path(data.samples[place][0])
     assert seen == {1: 0, 2: 0, 3: 1, 6: 2, 7: 2, 8: 2}
     assert len(loader.bad_images) == 3
-    assert capsys.readouterr().err.count("it is passed over") == 3
+    assert capsys.readouterr().err.count("it is skipped") == 3

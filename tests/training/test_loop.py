@@ -70,7 +70,7 @@ def test_the_plateau_schedule_sees_the_accuracy():
     ("acc1", "depth", "message"),
     [
         ((50, 50), (2.4, 2.4), "tokens collapse: their mean depth is 2.40"),
-        ((50, 40), (6.0, 5.0), "accuracy falls while depth does: 50.0 % to 40.0 %, 6.00 to 5.00"),
+        ((50, 40), (6.0, 5.0), "accuracy and depth fall together: 50.0% to 40.0%, 6.00 to 5.00 blocks"),
         ((50, 40), (5.0, 6.0), None),
         ((40, 50), (6.0, 5.0), None),
     ],

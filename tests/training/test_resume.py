@@ -123,14 +123,14 @@ def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, 
     run(image_folder, out, "--epochs", 2, "--lr", 0.02, "--num_workers", 1)
     captured = capsys.readouterr()
     assert f"resuming from {out / 'checkpoint.pth'}" in captured.out
-    (warning,) = [line for line in captured.err.splitlines() if "the resumed run changes" in line]
-    assert "--epochs was '1', is now 2" in warning
-    assert "--lr was '0.01', is now 0.02" in warning
+    (warning,) = [line for line in captured.err.splitlines() if "the resumed run has other flags" in line]
+    assert "--epochs was 1 and is now 2" in warning
+    assert "--lr was 0.01 and is now 0.02" in warning
     assert "num_workers" not in warning
     assert "resume" not in warning.replace("resumed", "")
     assert (out / "checkpoint-0.pth").exists()
     run(image_folder, out, "--epochs", 2, "--lr", 0.02)
-    assert "the resumed run changes" not in capsys.readouterr().err
+    assert "the resumed run has other flags" not in capsys.readouterr().err
 
 
 def test_the_last_epochs_are_kept(image_folder, tmp_path):
@@ -143,7 +143,7 @@ def test_the_last_epochs_are_kept(image_folder, tmp_path):
 def test_another_run_in_the_folder_is_told(image_folder, tmp_path, capsys):
     run(image_folder, tmp_path / "out", "--epochs", 1)
     run(image_folder, tmp_path / "out", "--epochs", 1, "--resume", "")
-    assert "holds another run, which only --resume continues" in capsys.readouterr().err
+    assert "already contains a run. Pass --resume auto to continue it" in capsys.readouterr().err
 
 
 def test_auto_needs_a_folder(capsys):
@@ -216,7 +216,7 @@ def saved(tmp_path_factory):
 def test_training_state_that_does_not_fit_is_refused(saved, change):
     checkpoint = torch.load(io.BytesIO(saved))
     change(checkpoint)
-    with pytest.raises(UserError, match=r"^--resume c\.pth: no training state that fits"):
+    with pytest.raises(UserError, match=r"^--resume c\.pth: the training state is missing or does not fit this run"):
         make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
 
 
