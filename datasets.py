@@ -1,4 +1,7 @@
-"""Data sets and the transforms before the network."""
+"""Datasets by name, and the transforms of their images.
+
+This module is the interface to `readers/`, which holds the implementations.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +55,14 @@ __all__ = [
     "warn_skipped_files",
 ]
 
-MAX_UNCROPPED_SIDE = 32  # up to this many pixels, images are resized whole instead of cropped from a larger one
+MAX_UNCROPPED_SIDE = 32  # pixels; up to this input size, images are resized without a crop
 
 
 class Preprocessing(NamedTuple):
-    """How an image is made for a network, in the words of timm's pretrained_cfg.
+    """The preprocessing that a model requires. The fields are those of timm's pretrained_cfg.
 
-    mean, std: [3] each, of its normalisation; interpolation: of resizing; crop_pct: the share of the shorter side that
-    evaluation sees; crop_mode: center, squash or border.
+    mean, std: [3] each, for normalization; interpolation: for resizing; crop_pct: share of the shorter side that is
+    kept in evaluation; crop_mode: center, squash or border.
     """
 
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
@@ -70,22 +73,25 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def from_config(cls, config: dict) -> Preprocessing:
-        """config: a pretrained_cfg; what it does not say is timm's default."""
-        found = resolve_data_config(pretrained_cfg=config)
-        return cls(*(found[name] for name in cls._fields))
+        """Build it from a pretrained_cfg. Missing entries get timm's defaults."""
+        resolved = resolve_data_config(pretrained_cfg=config)
+        return cls(*(resolved[name] for name in cls._fields))
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Preprocessing:
-        """ImageNet's where the model was not made by name."""
+        """Return the preprocessing of a model that was created by name, else that of ImageNet."""
         config = getattr(model, "pretrained_cfg", None)
         return cls.from_config(config) if config else cls()
 
     def uncropped(self) -> Preprocessing:
-        """As `evaluation_transform` makes small and placed images: resized, not cropped."""
+        """Return the preprocessing that `evaluation_transform` applies if `is_uncropped`: resizing without a crop."""
         return self._replace(interpolation="bilinear", crop_pct=1.0, crop_mode="squash")
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
-        """[..., 3, H, W] float as the transforms made them -> uint8."""
+        """Convert normalized images to pixels.
+
+        images: [..., 3, H, W] float -> uint8 of the same shape
+        """
         mean, std = torch.tensor([self.mean, self.std], device=images.device)[:, :, None, None]
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -99,10 +105,10 @@ IMAGENET = Preprocessing()
 def training_transform(
     size: tuple[int, int], augmentation: dict, placed: bool = False, preprocessing: Preprocessing = IMAGENET
 ):
-    """PIL image -> [3, H, W] float.
+    """Return a transform from a PIL image to [3, H, W] float.
 
-    augmentation: keywords of timm.data.create_transform: auto_augment, color_jitter, re_prob and so on;
-    placed: the data set itself places what its images show: no crop, no flip.
+    augmentation: keyword arguments of timm.data.create_transform, such as auto_augment, color_jitter and re_prob;
+    placed: whether the dataset places its objects itself, so that images are neither cropped nor flipped.
     """
     options = {"mean": preprocessing.mean, "std": preprocessing.std, **augmentation}
     crop_and_flip, augment, to_tensor = create_transform(size, is_training=True, separate=True, **options)
@@ -115,12 +121,12 @@ def training_transform(
 
 
 def is_uncropped(size: tuple[int, int], placed: bool) -> bool:
-    """Whether evaluation sees images to their borders; placed: as in `training_transform`."""
+    """Return whether evaluation resizes images without a crop. placed: see `training_transform`."""
     return placed or max(size) <= MAX_UNCROPPED_SIDE
 
 
 def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocessing: Preprocessing = IMAGENET):
-    """PIL image -> [3, H, W] float; placed: as in `training_transform`."""
+    """Return a transform from a PIL image to [3, H, W] float. placed: see `training_transform`."""
     if is_uncropped(size, placed):
         normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
@@ -129,7 +135,7 @@ def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocess
     return transforms.Compose([transforms.Lambda(to_rgb), *steps])
 
 
-# By name ------------------------------------------------------------------------------------------
+# Datasets ----------------------------------------------------------------------------------------
 
 DATA_SETS = {
     "IMNET": image_folder,
@@ -141,17 +147,17 @@ DATA_SETS = {
     "CLUTTERED": ClutteredFashionMNIST,
     "DIGITS": Digits,
 }
-PLACED = {"DIGITS", "CLUTTERED"}  # these themselves place what their images show
-NEEDS_NO_FOLDER = {"DIGITS"}  # these need no folder
+PLACED = {"DIGITS", "CLUTTERED"}  # these place their objects themselves
+NEEDS_NO_FOLDER = {"DIGITS"}
 
 
 def check_name(name: str) -> None:
-    """UserError for an unknown data set, or where the package that reads it is missing."""
+    """Raise UserError if the dataset is unknown, or the package that reads it is missing."""
     if "/" in name:
         return check_reader(name)
     if name not in DATA_SETS:
-        hint = utils.did_you_mean(name, DATA_SETS) or f"; known are {', '.join(DATA_SETS)}"
-        raise UserError(f"--data-set: unknown data set {name!r}{hint}")
+        hint = utils.did_you_mean(name, DATA_SETS) or f"; expected one of {', '.join(DATA_SETS)}"
+        raise UserError(f"--data-set: unknown dataset {name!r}{hint}")
 
 
 def build_dataset(
@@ -168,13 +174,12 @@ def build_dataset(
     seed: int = 0,
     preprocessing: Preprocessing = IMAGENET,
 ) -> Dataset:
-    """A data set of ([3, H, W] float, class index) with its class names under `.classes`.
+    """Build a dataset of ([3, H, W] float, class index) with an attribute `classes`, the class names.
 
-    name: one of DATA_SETS, or one that timm.data.create_dataset knows, with its prefix (see READERS);
-    augmentation: how training images are varied, see `training_transform`; None takes them as in evaluation;
-    split, num_classes, batch_size, seed: for timm's readers; the split is "train" or "validation"
-    by default.
-    UserError for a missing or empty folder, or another layout.
+    name: a key of DATA_SETS, or a name of timm.data.create_dataset with its prefix (see READERS);
+    augmentation: see `training_transform`; None preprocesses training images as in evaluation;
+    split, num_classes, batch_size, seed: for timm's readers; the default split is "train" or "validation".
+    Raises UserError if the folder is missing, empty or has another layout.
     """
     check_name(name)
     placed = name in PLACED
@@ -183,9 +188,11 @@ def build_dataset(
         try:
             transform = training_transform(size, augmentation, placed, preprocessing)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy of timm's: {error}") from error
+            raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}") from error
     if "/" not in name and (split is not None or num_classes is not None):
-        raise UserError(f"--train-split, --val-split and --num-classes are for timm's data sets, {name} is none")
+        raise UserError(
+            f"--train-split, --val-split and --num-classes need a dataset that timm reads (e.g. wds/), got {name}"
+        )
     if name in NEEDS_NO_FOLDER:
         return DATA_SETS[name](None, train, transform)
     if not data_path:
@@ -204,26 +211,26 @@ CLASS_INDEX_FILES = "*class_index.json"
 
 
 def class_names(classes: list[str], data_path: str | None, index_file: str | None) -> list[str]:
-    """The names to show of a data set's classes: from a class-index file where there is one, else its own.
+    """Return the class names to show: those of a class-index file, else those of the dataset.
 
-    index_file: its path; None looks for one in the data set's folder. JSON: {"0": "tench", ...},
-    {"0": ["n01440764", "tench"], ...}, {"n01440764": "tench", ...} or ["tench", ...]. UserError for
-    another form.
+    index_file: a JSON file; None looks for one in the dataset's folder. Its content is {"0": "tench", ...},
+    {"0": ["n01440764", "tench"], ...}, {"n01440764": "tench", ...} or ["tench", ...].
+    Raises UserError if the file has another content. A file from the dataset's folder is then ignored with a warning.
     """
-    found = sorted(Path(data_path).glob(CLASS_INDEX_FILES)) if data_path and index_file is None else []
-    path = Path(index_file) if index_file is not None else next(iter(found), None)
+    candidates = sorted(Path(data_path).glob(CLASS_INDEX_FILES)) if data_path and index_file is None else []
+    path = Path(index_file) if index_file is not None else next(iter(candidates), None)
     try:
         names = {} if path is None else _read_class_index(path)
     except UserError as error:
         if index_file is not None:
             raise
-        warn(f"{error}: not used")  # nobody asked for it
+        warn(f"{error}. The file is ignored.")
         names = {}
     return [names.get(own, names.get(str(number), own)) for number, own in enumerate(classes)]
 
 
 def _read_class_index(path: Path) -> dict[str, str]:
-    """Names by the class's own name (its folder's), or by its number."""
+    """Return the names by class name (the folder's) or by class index, as text."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = enumerate(content) if isinstance(content, list) else content.items()
@@ -232,24 +239,24 @@ def _read_class_index(path: Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"--class-index {path}: cannot be read: {error.strerror}") from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f'{path}: no class index; expected {{"0": ["n01440764", "tench"], ...}}') from error
+        raise UserError(f'{path}: not a class index; expected {{"0": ["n01440764", "tench"], ...}}') from error
 
 
 def image_name(images: Dataset, index: int) -> str:
-    """Its file within the data set's folder, where it knows files, else its number."""
+    """Return the path of an image within the dataset's folder, or its number if the dataset has no files."""
     samples = getattr(images, "samples", None)
     return Path(os.path.relpath(samples[index][0], images.root)).as_posix() if samples else f"image {index}"
 
 
 def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images from all over a data set (the first ones of a stream), and their class indices.
+    """Return evenly spaced images of a dataset (the first ones of a stream), and their class indices.
 
-    [B, 3, H, W] float and [B] int64, B at most `count`. UserError if there are none.
+    [B, 3, H, W] float and [B] int64, with B <= count. Raises UserError if there are none.
     """
     if isinstance(images, Stream):
-        chosen = images.first_images(count)
+        samples = images.first_images(count)
     else:
-        chosen = [images[index * len(images) // count] for index in range(count if len(images) else 0)]
-    if not chosen:
+        samples = [images[index * len(images) // count] for index in range(count if len(images) else 0)]
+    if not samples:
         raise UserError("no image can be read")
-    return tuple(default_collate(chosen))
+    return tuple(default_collate(samples))

@@ -1,4 +1,4 @@
-"""Data sets that torchvision downloads: CIFAR-10, CIFAR-100 and Fashion-MNIST."""
+"""Datasets that torchvision downloads: CIFAR-10, CIFAR-100 and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from utils import UserError, main_process_first
 
 
 def downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
+    """Build a torchvision dataset, and download it into the folder if necessary. Raises UserError if this fails."""
     try:
         with main_process_first():
             return kind(str(folder), train=train, transform=transform, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--data-path {folder}: holds no {kind.__name__}, and it cannot be downloaded: {error}"
+            f"--data-path {folder}: {kind.__name__} is missing and cannot be downloaded: {error}"
         ) from error
 
 
 class FashionMNISTFiles(FashionMNIST):
-    """torchvision's, of a folder that itself holds the *-ubyte.gz files, as they are."""
+    """torchvision's FashionMNIST, read from a folder that directly contains the *-ubyte.gz files."""
 
     def _check_exists(self) -> bool:
         return True
@@ -36,7 +37,7 @@ class FashionMNISTFiles(FashionMNIST):
 
 
 def _read_idx(path: str, ndim: int) -> torch.Tensor:
-    """An IDX file of bytes (yann.lecun.com/exdb/mnist): big-endian magic, sizes, values."""
+    """Read an IDX file of bytes (yann.lecun.com/exdb/mnist): big-endian magic number, sizes, values."""
     try:
         data = gzip.decompress(Path(path).read_bytes())
         magic, *shape = np.frombuffer(data, ">i4", count=1 + ndim).tolist()
@@ -48,6 +49,7 @@ def _read_idx(path: str, ndim: int) -> torch.Tensor:
 
 
 def fashion_mnist(folder: Path, train: bool, transform) -> FashionMNIST:
+    """Build Fashion-MNIST from its four files in the folder, or from a download."""
     if (folder / "t10k-images-idx3-ubyte.gz").exists():
         return FashionMNISTFiles(str(folder), train, transform)
     return downloaded(FashionMNIST, folder, train, transform)

@@ -1,4 +1,4 @@
-"""Image files: reading one, finding all in a folder, and data sets of class folders or of iNaturalist's layout."""
+"""Image files: decoding, search in folders, and datasets of class folders or in iNaturalist's layout."""
 
 from __future__ import annotations
 
@@ -18,38 +18,39 @@ from utils import RankError, UserError, warn
 
 # Images ------------------------------------------------------------------------------------------
 
-MAX_ASPECT_RATIO = 20  # a longer side than so many times the shorter one is cut to it, around the centre
+MAX_ASPECT_RATIO = 20  # longer images are cropped to this ratio, around their center
+WHITE_LEVELS = (1, 255, 2**16 - 1, 2**32 - 1)  # of pixels in floating point, 8, 16 and 32 bit
 
 
 class UnreadableImage(RankError):
-    """A file that is no image, a broken one, or one of too many pixels."""
+    """A file that is not an image, is broken, or has too many pixels."""
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An image file in RGB, upright. UnreadableImage, naming it, for anything else."""
+    """Load an image file as RGB, rotated upright. Raises UnreadableImage, which names the file, if this fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return to_rgb(_upright(image))
-    except Exception as error:  # Pillow's decoders raise what they like
+    except Exception as error:  # Pillow's decoders raise errors of any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"{path}: cannot be read as an image: {reason}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its metadata say, where they can be read: they do not decide whether the image can."""
+    """Rotate an image as its metadata require. Broken metadata are ignored."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow's readers of metadata raise what they like
+    except Exception:  # Pillow's metadata readers raise errors of any type
         return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK and more than 8 bit become RGB; of an animation, the first picture."""
-    if image.mode[:1] in "IF":  # which Pillow would clip to 8 bit
-        image = _to_8_bit(image)
+    """Convert an image of any mode and bit depth to RGB, and crop extreme aspect ratios. Animations give one frame."""
+    if image.mode[:1] in "IF":
+        image = _to_8_bit(image)  # Pillow would clip larger values
     image = image.convert("RGB")
     shortest = min(image.size)
     width, height = (min(side, MAX_ASPECT_RATIO * shortest) for side in image.size)
@@ -59,84 +60,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-WHITES = (1, 255, 2**16 - 1, 2**32 - 1)  # of pixels in floating point, and of 8, 16 and 32 bit
-
-
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Of 16 or 32 bit, or floating point, whose range is the narrowest of the usual ones that holds it."""
+    """Scale an image of 16 or 32 bit or floating point to 8 bit. White is the lowest usual level that fits."""
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
-    ranges = WHITES[2:] if "16" in image.mode else WHITES[1:] if image.mode.startswith("I") else WHITES
-    white = next((white for white in ranges if pixels.max() <= white), WHITES[-1])
+    levels = WHITE_LEVELS
+    if "16" in image.mode:
+        levels = WHITE_LEVELS[2:]
+    elif image.mode.startswith("I"):
+        levels = WHITE_LEVELS[1:]
+    white = next((level for level in levels if pixels.max() <= level), WHITE_LEVELS[-1])
     return Image.fromarray((pixels * (255.999 / white)).clip(0, 255).astype(np.uint8))
 
 
 # Folders -----------------------------------------------------------------------------------------
 
-
-def image_folder(folder: Path, train: bool, transform) -> ImageFolder:
-    expected = f"expected {folder}/train/CLASS/IMAGE and {folder}/val/CLASS/IMAGE"
-    part = folder / ("train" if train else "val")
-    if not part.is_dir():
-        raise UserError(f"--data-path {folder}: {part} is missing; {expected}")
-    try:
-        images = ClassFolders(part, transform=transform, loader=load_image)
-    except FileNotFoundError as error:
-        raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
-    warn_skipped_files(part, images.skipped)
-    return images
-
-
-class ClassFolders(ImageFolder):
-    """torchvision's, with the images that `find_image_files` finds in each class's folder.
-
-    skipped: what is no class or no image, by kind, and how often.
-    """
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-        classes = [name for name in folders if not is_hidden(name)]
-        self.skipped = Counter({HIDDEN: len(folders) - len(classes)})
-        if not classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        return classes, {name: number for number, name in enumerate(classes)}
-
-    def make_dataset(self, directory, class_to_idx, *_, **__) -> list[tuple[str, int]]:
-        samples = []
-        for name, number in class_to_idx.items():
-            files, skipped = find_image_files(Path(directory, name))
-            if not files:
-                raise FileNotFoundError(f"Found no image of the class {name} in {directory}.")
-            samples += [(str(file), number) for file in files]
-            self.skipped += skipped
-        return samples
-
-
-HIDDEN = "hidden"  # a kind of what is left out
+HIDDEN = "hidden"  # a kind of skipped file
 SERVICE_NAMES = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 SERVICE_NAMES |= {"Thumbs.db", "desktop.ini"}
-UNREAD_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only recognises them, or runs a program
+EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow cannot read them, or runs a program to do so
 
 
 def is_hidden(name: str) -> bool:
-    """Of a file or folder that systems and programs keep beside the data."""
+    """Return whether a file or folder belongs to a system or program and not to the data."""
     return name.startswith(".") or name in SERVICE_NAMES
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Of the files that Pillow reads, with their dot, in lower case."""
+    """Return the suffixes of readable image files, in lower case and with the dot."""
     formats = Image.registered_extensions()
-    return frozenset(ending for ending, kind in formats.items() if kind in Image.OPEN and kind not in UNREAD_FORMATS)
+    return frozenset(suffix for suffix, kind in formats.items() if kind in Image.OPEN and kind not in EXCLUDED_FORMATS)
 
 
 def find_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Images in a folder at any depth, by folder and name, each real folder once; what is left out, by kind."""
-    files, skipped, seen = [], Counter(), set()
+    """Find the image files in a folder and its subfolders.
+
+    Returns the files, sorted by folder and name, and the numbers of skipped files by kind. Links are followed, but
+    each real folder is read once.
+    """
+    files, skipped, visited = [], Counter(), set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:
+        if os.path.realpath(place) in visited:
             folders.clear()
             continue
-        seen.add(os.path.realpath(place))
+        visited.add(os.path.realpath(place))
         skipped[HIDDEN] += sum(map(is_hidden, [*folders, *names]))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in names:
@@ -149,42 +116,87 @@ def find_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def warn_skipped_files(folder: Path, skipped: Counter[str]) -> None:
-    """Says once what in a folder was taken for no image."""
+    """Print one warning that counts the files of a folder that were not used as images."""
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(skipped.items()) if number)
     if kinds:
-        warn(f"{folder}: left out as no images: {kinds}")
+        warn(f"{folder}: skipped files that are not images: {kinds}")
 
 
-# iNaturalist --------------------------------------------------------------------------------------
+class ClassFolders(ImageFolder):
+    """torchvision's ImageFolder with the files of `find_image_files`.
+
+    skipped: numbers of files and folders that are not images or classes, by kind.
+    """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the class names, which are folder names, and their indices."""
+        folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        classes = [name for name in folders if not is_hidden(name)]
+        self.skipped = Counter({HIDDEN: len(folders) - len(classes)})
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def make_dataset(self, directory, class_to_idx, *_, **__) -> list[tuple[str, int]]:
+        """Return the path and class index of each image."""
+        samples = []
+        for name, number in class_to_idx.items():
+            files, skipped = find_image_files(Path(directory, name))
+            if not files:
+                raise FileNotFoundError(f"Found no image of the class {name} in {directory}.")
+            samples += [(str(file), number) for file in files]
+            self.skipped += skipped
+        return samples
+
+
+def image_folder(folder: Path, train: bool, transform) -> ImageFolder:
+    """Build a dataset from FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE. Raises UserError if this fails."""
+    expected = f"expected {folder}/train/CLASS/IMAGE and {folder}/val/CLASS/IMAGE"
+    part = folder / ("train" if train else "val")
+    if not part.is_dir():
+        raise UserError(f"--data-path {folder}: {part} is missing; {expected}")
+    try:
+        images = ClassFolders(part, transform=transform, loader=load_image)
+    except FileNotFoundError as error:
+        raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
+    warn_skipped_files(part, images.skipped)
+    return images
+
+
+# iNaturalist -------------------------------------------------------------------------------------
 
 
 class INaturalist(Dataset):
-    """iNaturalist 2018 or 2019 in its original layout: {train,val}YEAR.json, categories.json, images.
+    """iNaturalist 2018 or 2019 in its original layout: {train,val}YEAR.json, categories.json and images.
 
-    category: which entry of categories.json names the class (name, genus, family, ...). Classes are
-    numbered in the order in which the training annotations first name them.
+    category: the entry of categories.json that names the class (name, genus, family, ...). Classes are numbered in the
+    order of their first training annotation.
     """
 
     def __init__(self, year: int, folder: Path, train: bool, transform, category: str = "name"):
         try:
             self.classes, self.samples = self._read(year, folder, train, category)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--data-path {folder}: its JSON files are not iNaturalist's: no {error}") from error
+            raise UserError(
+                f"--data-path {folder}: the JSON files are not in iNaturalist's format: {error!r}"
+            ) from error
         self.transform, self.root = transform, folder
 
     @staticmethod
     def _read(year: int, folder: Path, train: bool, category: str) -> tuple[list[str], list[tuple[Path, int]]]:
         categories = {entry["id"]: entry for entry in _read_json(folder / "categories.json")}
-        known = set.intersection(*(set(entry) for entry in categories.values())) - {"id"}
-        if category not in known:
-            raise UserError(f"--inat-category {category}: {folder / 'categories.json'} has {', '.join(sorted(known))}")
+        available = set.intersection(*(set(entry) for entry in categories.values())) - {"id"}
+        if category not in available:
+            raise UserError(
+                f"--inat-category {category}: unknown; {folder / 'categories.json'} has {', '.join(sorted(available))}"
+            )
         training = _read_json(folder / f"train{year}.json")
         records = training if train else _read_json(folder / f"val{year}.json")
         classes = list(dict.fromkeys(categories[a["category_id"]][category] for a in training["annotations"]))
         number = {name: index for index, name in enumerate(classes)}
         files = {image["id"]: folder / image["file_name"] for image in records["images"]}
-        labelled = [(files[a["image_id"]], categories[a["category_id"]][category]) for a in records["annotations"]]
-        return classes, [(file, number[name]) for file, name in labelled]
+        labeled = [(files[a["image_id"]], categories[a["category_id"]][category]) for a in records["annotations"]]
+        return classes, [(file, number[name]) for file, name in labeled]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -1,4 +1,4 @@
-"""What timm reads: `wds/`, `tfds/` and `torch/`."""
+"""Datasets that timm reads, with the prefixes `torch/`, `wds/` (WebDataset) and `tfds/` (TensorFlow Datasets)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ import utils
 from readers.folders import load_image
 from utils import UserError, main_process_first
 
-READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # and the package of each
+READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # package of each
 
 
 def check_reader(name: str) -> None:
-    """UserError where a name like `wds/...` has no reader, or its package is missing."""
+    """Raise UserError if a name like `wds/...` has an unknown prefix, or the package of its reader is missing."""
     prefix = name.partition("/")[0].lower()
     if prefix in ("hfds", "hfids"):
-        raise UserError(f"{name}: not available: the package it needs, datasets, has the name of our datasets.py")
+        raise UserError(
+            f"--data-set {name}: not supported, because Hugging Face's package has the same name as datasets.py here"
+        )
     if prefix not in READERS:
-        raise UserError(f"{name}: no reader of that name; known are {', '.join(f'{known}/' for known in READERS)}")
+        raise UserError(f"--data-set {name}: unknown prefix; expected {', '.join(f'{known}/' for known in READERS)}")
     if importlib.util.find_spec(READERS[prefix]) is None:
-        raise UserError(f"{name} needs the package {READERS[prefix]}: pip install {READERS[prefix]}")
+        raise UserError(f"--data-set {name} needs the package {READERS[prefix]}: pip install {READERS[prefix]}")
 
 
 class Stream(IterableDataset):
-    """What timm reads in order: WebDataset (`wds/`) and TensorFlow Datasets (`tfds/`).
+    """A dataset that is read in order: WebDataset (`wds/`) or TensorFlow Datasets (`tfds/`).
 
-    In training timm's reader shuffles the shards and deals them to the loaders of all processes. In
-    validation every image counts once, for any number of shards and processes: shards are dealt to
-    the processes; where there are none, each process reads everything and keeps its share.
+    In training, timm's reader shuffles the shards and splits them across the data-loader workers of all processes.
+    In validation, each image counts once for any number of shards and processes. The shards are split across
+    processes. Without shards, each process reads everything and keeps its part.
     """
 
     def __init__(self, dataset: IterableDataset, classes: list[str], train: bool, transform, seed: int = 0):
@@ -42,11 +44,11 @@ class Stream(IterableDataset):
         self.seed, self.epoch = seed, 0
         self.first, self.step = 0, 1
         if not train:
-            self._take_share()
+            self._split_across_processes()
 
-    def _take_share(self) -> None:
+    def _split_across_processes(self) -> None:
         reader = self.dataset.reader
-        reader.dist_rank, reader.dist_num_replicas = 0, 1  # it would fill shares up to equal lengths
+        reader.dist_rank, reader.dist_num_replicas = 0, 1  # timm's own split would repeat images to get equal lengths
         if _has_shards(self.dataset):
             reader.split_info.filenames = reader.split_info.filenames[utils.rank() :: utils.world_size()]
         else:
@@ -54,58 +56,65 @@ class Stream(IterableDataset):
 
     @property
     def num_images(self) -> int:
-        """Over all processes, as the data set says; 0 where it does not."""
+        """The number of images over all processes, 0 if the dataset does not declare it."""
         return self.dataset.reader.num_samples
 
     def prepare_workers(self, wanted: int) -> int:
-        """How many loader processes to use: at most `wanted`, so that shards divide evenly if they can.
+        """Set and return the number of data-loader workers: at most `wanted`, chosen to divide the shards evenly.
 
-        UserError if there are fewer shards than processes to train.
+        Every process must call this. Raises UserError if there are fewer training shards than processes.
         """
-        workers = wanted = min(utils.all_gather_objects(wanted))  # machines may differ
+        workers = wanted = min(utils.all_gather_objects(wanted))  # machines may have different numbers of cores
         if self.train and _has_shards(self.dataset):
             workers = _fitting_workers(len(self.dataset.reader.split_info.filenames), wanted)
         self.dataset.set_loader_cfg(workers)
         return workers
 
     def set_epoch(self, epoch: int) -> None:
-        """Of the next iteration, which follows from it alone."""
+        """Choose the order of the next iteration, which depends on the epoch only."""
         self.epoch = epoch
         self.dataset.set_epoch(epoch)
-        self.dataset.reader.ds = None  # the reader's shuffling starts anew ...
-        self.dataset.reader.worker_seed = self.seed + epoch  # ... from here, or from the loader process's seed
+        self.dataset.reader.ds = None  # makes the reader restart its shuffling
+        self.dataset.reader.worker_seed = self.seed + epoch  # replaced by the worker's seed in data-loader workers
 
     def first_images(self, count: int) -> list[tuple]:
-        """Read in this process, at most `count`; loader processes that start later open their own shards."""
-        found = list(islice(self, count))
-        self.dataset.reader.ds = None
-        return found
+        """Read up to `count` samples in this process."""
+        samples = list(islice(self, count))
+        self.dataset.reader.ds = None  # so that data-loader workers started later open the shards themselves
+        return samples
 
     def __len__(self) -> int:
-        """Images in this process (in validation roughly)."""
+        """Return the number of images in this process, which is approximate in validation."""
         return len(self.dataset) if self.train else math.ceil(self.num_images / utils.world_size())
 
     def __iter__(self) -> Iterator:
         if _has_shards(self.dataset) and not self.dataset.reader.split_info.filenames:
-            return  # fewer shards than processes
+            return  # there are fewer shards than processes
         worker = get_worker_info()
-        place = (self.seed, utils.rank(), self.epoch, 0 if worker is None else worker.id)
+        key = (self.seed, utils.rank(), self.epoch, 0 if worker is None else worker.id)
         for number, (image, target) in enumerate(islice(self.dataset, self.first, None, self.step)):
             if self.train:
-                utils.seed_everything(*place, number, utils.SEEDS_OF_IMAGES)
+                utils.seed_everything(*key, number, utils.SEEDS_OF_IMAGES)
             yield self.transform(image), target
 
 
 def _fitting_workers(shards: int, wanted: int) -> int:
-    here = shards // utils.world_size()
-    if here == 0:
-        raise UserError(f"{shards} training shards are too few for {utils.world_size()} processes")
+    """Return the largest number of workers, up to `wanted`, that divides the shards evenly, or a number close to it."""
+    per_process = shards // utils.world_size()
+    if per_process == 0:
+        raise UserError(
+            f"{shards} training shards are too few for {utils.world_size()} processes. "
+            "Use at most one process per shard."
+        )
     even = [n for n in range(1, wanted + 1) if shards % (n * utils.world_size()) == 0]
-    workers = max(even) if even else min(wanted, here)
+    workers = max(even) if even else min(wanted, per_process)
     if workers < wanted:
-        utils.log(f"{workers} loader processes instead of {wanted}, to suit {shards} training shards")
+        utils.log(f"using {workers} data-loader workers instead of {wanted}, to split {shards} training shards evenly")
     if shards % (max(workers, 1) * utils.world_size()):
-        utils.warn(f"{shards} training shards do not divide evenly: an epoch repeats or misses some images")
+        utils.warn(
+            f"{shards} training shards do not divide evenly across processes and workers. "
+            "Each epoch repeats or misses some images."
+        )
     return workers
 
 
@@ -119,7 +128,7 @@ def read_by_timm(
     batch_size: int,
     seed: int,
 ) -> Dataset:
-    """A data set by its name in `timm.data.create_dataset`. UserError for whatever cannot be read."""
+    """Build a dataset by its name in `timm.data.create_dataset`. Raises UserError if it cannot be read."""
     options = {"split": split, "is_training": train, "batch_size": batch_size, "seed": seed, "download": True}
     if name.lower().startswith("torch/"):
         options["transform"] = transform
@@ -130,7 +139,7 @@ def read_by_timm(
             dataset = create_dataset(name, root, **options)
     except ImportError as error:
         raise UserError(f"--data-set {name} needs the package {error.name}: pip install {error.name}") from error
-    except Exception as error:  # the readers raise what they like
+    except Exception as error:  # the readers raise errors of any type
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--data-set {name}, --data-path {root}, split {split}: {reason}") from error
     if _has_shards(dataset):
@@ -143,26 +152,28 @@ def read_by_timm(
 
 
 def _has_shards(dataset: Dataset) -> bool:
+    """Return whether the dataset is a WebDataset."""
     return type(getattr(dataset, "reader", None)).__name__ == "ReaderWds"
 
 
 def _check_shards(files: list[str], root: Path) -> None:
-    """webdataset would pass over a missing file in silence."""
+    """Raise UserError if a local shard is missing. webdataset would skip it silently."""
     missing = [file for file in files if not (root / file).is_file()] if root.is_dir() else []
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}")
 
 
 def _declared_classes(dataset: Dataset, name: str, num_classes: int | None) -> list[str]:
+    """Return the class names of the dataset, or placeholders. Raises UserError if their number is unclear."""
     index_of = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     names = list(getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get))
     if not names and num_classes is None:
-        raise UserError(f"--data-set {name} does not say how many classes it has: give --num-classes")
+        raise UserError(f"--data-set {name} does not declare its number of classes; give --num-classes")
     if names and num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {num_classes}: {name} has {len(names)} classes")
     return names or placeholder_names(num_classes)
 
 
 def placeholder_names(num_classes: int) -> list[str]:
-    """Names of classes that have none."""
+    """Return names for classes without names."""
     return [f"class {number}" for number in range(num_classes)]

@@ -1,4 +1,4 @@
-"""Data sets drawn from others: DIGITS and CLUTTERED."""
+"""Datasets that place small images on larger canvases: DIGITS and CLUTTERED."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from readers.downloads import fashion_mnist
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 scanned handwritten digits, 28 x 28 on a black canvas of 32 x 32, RGB.
+    """scikit-learn's 1,797 handwritten digits, 28 x 28 on a black canvas of 32 x 32, as RGB.
 
-    A fixed stratified split, 80 % for training. A digit stands at a random place in training, at
-    one given by its index in validation.
+    The split is fixed and stratified, with 80% for training. The place of a digit is random in training and depends
+    on its index in validation.
     """
 
     CANVAS, SIZE = 32, 28
@@ -46,15 +46,15 @@ class Digits(Dataset):
 
 
 class ClutteredFashionMNIST(Dataset):
-    """A Fashion-MNIST article at a random place of a larger black canvas, among cuttings of others, RGB.
+    """A Fashion-MNIST article of 28 x 28 at a random place on a black canvas of 56 x 56, with clutter, as RGB.
 
-    What cluttered translated MNIST is to MNIST (Mnih et al., Recurrent Models of Visual Attention, NeurIPS 2014):
-    most of the image is of no use, and which part is depends on the image. An article of 28 x 28 on 56 x 56, with 8
-    cuttings of 8 x 8, each of any article, from anywhere in it; where they overlap, the brighter pixel counts. In
-    training every look at an image draws it anew, from NumPy's global state; in validation it follows from its index.
+    The construction follows cluttered translated MNIST (Mnih et al., Recurrent Models of Visual Attention, NeurIPS
+    2014): most of an image is useless, and the useful part differs between images. The clutter is 8 random crops of
+    8 x 8 from random articles. Where pieces overlap, the brighter pixel is kept. In training each access composes a
+    new image from NumPy's global random state. In validation the image depends on its index only.
     """
 
-    CANVAS, CUTTINGS, CUTTING = 56, 8, 8
+    CANVAS, CROPS, CROP_SIZE = 56, 8, 8
 
     def __init__(self, folder: Path, train: bool, transform):
         articles = fashion_mnist(folder, train, None)
@@ -67,15 +67,18 @@ class ClutteredFashionMNIST(Dataset):
     def __getitem__(self, index: int):
         random = np.random if self.train else np.random.RandomState(index)
         canvas = np.zeros((self.CANVAS, self.CANVAS), np.uint8)
-        for _ in range(self.CUTTINGS):
+        for _ in range(self.CROPS):
             source = self.pixels[random.randint(len(self))]
-            top, left = random.randint(source.shape[0] - self.CUTTING + 1, size=2)
-            self._paste(canvas, source[top : top + self.CUTTING, left : left + self.CUTTING], random)
+            top, left = random.randint(source.shape[0] - self.CROP_SIZE + 1, size=2)
+            self._paste(canvas, source[top : top + self.CROP_SIZE, left : left + self.CROP_SIZE], random)
         self._paste(canvas, self.pixels[index], random)
         return self.transform(Image.fromarray(canvas)), int(self.targets[index])
 
     def _paste(self, canvas: np.ndarray, piece: np.ndarray, random) -> None:
-        """At a random place, whole; canvas, piece: [H, W] uint8."""
+        """Paste a piece at a random place that lies fully on the canvas.
+
+        canvas, piece: [H, W] uint8
+        """
         side = len(piece)
         top, left = random.randint(self.CANVAS - side + 1, size=2)
         target = canvas[top : top + side, left : left + side]

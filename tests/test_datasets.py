@@ -26,27 +26,27 @@ PLAIN = {"color_jitter": 0.0, "auto_augment": None, "re_prob": 0.0}
 SIZE = (32, 32)
 
 
-def both_parts(name, root, augmentation=PLAIN, **options):
-    """Training and validation images."""
+def train_and_val(name, root, augmentation=PLAIN, **options):
+    """Build the training and the validation dataset."""
     return (build_dataset(name, root and str(root), train, SIZE, augmentation, **options) for train in (True, False))
 
 
-def shards_of(root, train, num_classes=16, **options):
+def shard_dataset(root, train, num_classes=16, **options):
     return build_dataset("wds/", str(root), train, SIZE, PLAIN, num_classes=num_classes, **options)
 
 
-def test_evaluation_crops_from_a_larger_image():
-    """Shorter side to 256/224 of the size, then the centre."""
+def test_evaluation_crops_the_center_of_a_larger_image():
+    """The shorter side is resized to 256/224 of the input size first."""
     pixels = np.zeros((512, 512, 3), np.uint8)
-    pixels[:30] = 255  # lies in the cut-off eighth (32 of 512)
+    pixels[:30] = 255  # outside the crop, which removes an eighth (32 of 512 on each side)
     image = evaluation_transform((224, 224))(Image.fromarray(pixels))
     assert image.shape == (3, 224, 224)
     assert IMAGENET.denormalize(image).max() == 0
     assert evaluation_transform((64, 96))(Image.fromarray(pixels)).shape == (3, 64, 96)
 
 
-def test_small_images_are_resized_whole():
-    pixels = np.full((20, 28), 200, np.uint8)  # grey
+def test_small_evaluation_images_are_resized_without_crop():
+    pixels = np.full((20, 28), 200, np.uint8)  # gray
     image = evaluation_transform(SIZE)(Image.fromarray(pixels))
     assert image.shape == (3, 32, 32)
     assert (IMAGENET.denormalize(image) == 200).all()
@@ -60,7 +60,7 @@ def test_small_training_images_are_shifted_and_flipped():
     assert len(first_rows) > 9  # nine shifts, both directions
 
 
-def test_a_placed_object_is_neither_shifted_nor_flipped():
+def test_placed_training_images_are_neither_shifted_nor_flipped():
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     transform = training_transform(SIZE, PLAIN, placed=True)
     assert torch.equal(
@@ -68,8 +68,8 @@ def test_a_placed_object_is_neither_shifted_nor_flipped():
     )
 
 
-def test_digits_are_split_once_and_placed():
-    train, val = both_parts("DIGITS", None)
+def test_digits_have_a_fixed_split_and_random_places_in_training():
+    train, val = train_and_val("DIGITS", None)
     assert (len(train), len(val)) == (1437, 360)
     assert train.classes == [str(d) for d in range(10)]
     assert max(np.bincount(val.targets)) - min(np.bincount(val.targets)) <= 2  # stratified
@@ -81,14 +81,14 @@ def test_digits_are_split_once_and_placed():
 
 
 def test_image_folder(image_folder):
-    for name in ("IMNET", "torch/image_folder"):  # ours, and torchvision's by timm's name
-        train, val = both_parts(name, image_folder, AUGMENTATION)
+    for name in ("IMNET", "torch/image_folder"):  # the second is read by torchvision, through timm
+        train, val = train_and_val(name, image_folder, AUGMENTATION)
         assert (len(train), len(val)) == (15, 9)
         assert train.classes == ["class_0", "class_1", "class_2"]
         assert train[0][0].shape == val[0][0].shape == (3, 32, 32)
 
 
-def test_fashion_mnist_from_its_four_files(tmp_path):
+def test_fashion_mnist_is_read_from_its_four_files(tmp_path):
     make_fashion(tmp_path, train=6, test=4)
     train, val = (build_dataset("FMNIST", str(tmp_path), part, (28, 28), PLAIN) for part in (True, False))
     assert (len(train), len(val), len(val.classes)) == (6, 4, 10)
@@ -98,13 +98,13 @@ def test_fashion_mnist_from_its_four_files(tmp_path):
     assert target == val.targets[1]
 
 
-def test_the_test_images_of_fashion_mnist_need_no_others(tmp_path):
+def test_fashion_mnist_validation_needs_no_training_files(tmp_path):
     for file in make_fashion(tmp_path, train=6, test=4).glob("train-*"):
         file.unlink()
     assert len(build_dataset("FMNIST", str(tmp_path), False, (28, 28))) == 4
 
 
-def test_cluttered_articles_are_drawn_anew_in_training_and_once_in_validation(tmp_path):
+def test_cluttered_images_are_random_in_training_and_fixed_in_validation(tmp_path):
     make_fashion(tmp_path, train=6, test=40)
     train, val = (build_dataset("CLUTTERED", str(tmp_path), part, (56, 56)) for part in (True, False))
     assert (len(train), len(val), len(val.classes)) == (6, 40, 10)
@@ -119,8 +119,8 @@ def test_cluttered_articles_are_drawn_anew_in_training_and_once_in_validation(tm
     assert torch.equal(train[1][0], first)
 
 
-def test_an_article_stands_whole_among_cuttings(tmp_path):
-    """Its pixels are there, at one place; the rest is black but for eight cuttings."""
+def test_cluttered_image_shows_the_full_article_and_eight_crops(tmp_path):
+    """The article fits at exactly one place. Outside it, at most eight crops of 8 x 8 are not black."""
     make_fashion(tmp_path, train=6, test=40)
     val = build_dataset("CLUTTERED", str(tmp_path), False, (56, 56))
     places = set()
@@ -138,7 +138,7 @@ def test_an_article_stands_whole_among_cuttings(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x01" + bytes(100))], ids=["empty", "no gzip", "labels"]
 )
-def test_broken_fashion_mnist_file(tmp_path, content):
+def test_broken_fashion_mnist_file_raises(tmp_path, content):
     (make_fashion(tmp_path, train=6, test=4) / "t10k-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(UserError, match="not a Fashion-MNIST file"):
         build_dataset("FMNIST", str(tmp_path), False, (28, 28))
@@ -158,7 +158,7 @@ def make_inat(root, year):
 
 
 @pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
-def test_inaturalist(tmp_path, name, year):
+def test_inaturalist_is_read_from_its_layout(tmp_path, name, year):
     make_inat(tmp_path, year)
     val = build_dataset(name, str(tmp_path), False, SIZE)
     assert val.classes == ["species 2", "species 0", "species 3", "species 1"]
@@ -168,35 +168,35 @@ def test_inaturalist(tmp_path, name, year):
     assert [target for _, target in by_genus] == [0, 1, 0, 1]
 
 
-def test_inaturalist_mistakes(tmp_path):
+def test_invalid_inaturalist_raises(tmp_path):
     with pytest.raises(UserError, match=r"categories\.json"):
         build_dataset("INAT", str(tmp_path), False, SIZE)
     make_inat(tmp_path, 2018)
     with pytest.raises(UserError, match="has genus, name"):
         build_dataset("INAT", str(tmp_path), False, SIZE, inat_category="family")
     (tmp_path / "val2018.json").write_text("{}")
-    with pytest.raises(UserError, match="not iNaturalist's"):
+    with pytest.raises(UserError, match="not in iNaturalist's format"):
         build_dataset("INAT", str(tmp_path), False, SIZE)
 
 
 @pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "FMNIST"])
-def test_torchvisions_data_sets_say_when_they_cannot_be_had(tmp_path, name, monkeypatch):
+def test_failed_download_raises(tmp_path, name, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("offline")
 
     for module in ("cifar", "mnist"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", offline)
-    with pytest.raises(UserError, match="cannot be downloaded: offline"):
+    with pytest.raises(UserError, match="is missing and cannot be downloaded: offline"):
         build_dataset(name, str(tmp_path), False, SIZE)
 
 
-def test_cifar_from_its_files(tmp_path, monkeypatch):
+def test_cifar_is_read_from_its_files(tmp_path, monkeypatch):
     content = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1], "label_names": list("abcdefghij")}
     (tmp_path / "cifar-10-batches-py").mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(content))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    train, val = both_parts("CIFAR10", tmp_path)
+    train, val = train_and_val("CIFAR10", tmp_path)
     assert (len(train), len(val), val.classes, val[0][0].shape) == (10, 2, list("abcdefghij"), (3, 32, 32))
 
 
@@ -210,7 +210,7 @@ def test_cifar_from_its_files(tmp_path, monkeypatch):
         (lambda root: None, "needs --data-path"),
     ],
 )
-def test_wrong_image_folders(tmp_path, make, message):
+def test_invalid_image_folder_raises(tmp_path, make, message):
     folder = make(tmp_path)
     with pytest.raises(UserError, match=message):
         build_dataset("IMNET", folder and str(folder), True, SIZE, PLAIN)
@@ -225,9 +225,9 @@ def labels(stream, workers, batch_size=4):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, workers):
+def test_stream_yields_each_image_once_per_epoch_in_a_new_order(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
-    train, val = shards_of(root, True, batch_size=4), shards_of(root, False)
+    train, val = shard_dataset(root, True, batch_size=4), shard_dataset(root, False)
     orders = []
     for epoch in range(2):
         train.set_epoch(epoch)
@@ -242,21 +242,21 @@ def test_each_image_of_a_stream_once_per_epoch_in_another_order(tmp_path, worker
     assert targets.tolist() == labels(val, 0)[:3]
 
 
-def test_loader_processes_divide_the_shards(tmp_path, monkeypatch, capsys):
+def test_number_of_workers_divides_the_shards(tmp_path, monkeypatch, capsys):
     root = make_shards(tmp_path / "wds", shards=9, images=1)
-    assert [shards_of(root, True).prepare_workers(wanted) for wanted in (0, 1, 2, 3, 8, 10)] == [0, 1, 1, 3, 3, 9]
-    assert shards_of(root, False).prepare_workers(8) == 8
+    assert [shard_dataset(root, True).prepare_workers(wanted) for wanted in (0, 1, 2, 3, 8, 10)] == [0, 1, 1, 3, 3, 9]
+    assert shard_dataset(root, False).prepare_workers(8) == 8
     assert not capsys.readouterr().err
     monkeypatch.setattr("utils.world_size", lambda: 5)
-    assert shards_of(root, True).prepare_workers(4) == 1
+    assert shard_dataset(root, True).prepare_workers(4) == 1
     assert "do not divide evenly" in capsys.readouterr().err
     monkeypatch.setattr("utils.world_size", lambda: 10)
     with pytest.raises(UserError, match="9 training shards are too few for 10 processes"):
-        shards_of(root, True).prepare_workers(4)
+        shard_dataset(root, True).prepare_workers(4)
 
 
-def test_a_split_as_timm_spells_it(tmp_path):
-    train = shards_of(make_shards(tmp_path / "wds"), True, split="train-{0000..0001}.tar|8", batch_size=4)
+def test_split_in_timms_notation(tmp_path):
+    train = shard_dataset(make_shards(tmp_path / "wds"), True, split="train-{0000..0001}.tar|8", batch_size=4)
     assert sorted(labels(train, 1)) == list(range(8))
 
 
@@ -265,48 +265,48 @@ def test_a_split_as_timm_spells_it(tmp_path):
     [
         ("wds/", {}, "give --num-classes"),
         ("wds/", {"num_classes": 16, "split": "test"}, "split test not found"),
-        ("hfds/cifar10", {}, r"has the name of our datasets\.py"),
-        ("mnist/x", {}, "no reader of that name; known are torch/, wds/, tfds/"),
+        ("hfds/cifar10", {}, r"has the same name as datasets\.py"),
+        ("mnist/x", {}, "unknown prefix; expected torch/, wds/, tfds/"),
         ("tfds/cifar10", {}, "needs the package tensorflow_datasets: pip install"),
         ("torch/nothing", {}, "Unknown torchvision dataset"),
     ],
 )
-def test_names_that_timm_cannot_read(tmp_path, name, options, message, monkeypatch):
+def test_unreadable_timm_dataset_raises(tmp_path, name, options, message, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "tensorflow" in name else find_spec(name))
     with pytest.raises(UserError, match=message):
         build_dataset(name, str(make_shards(tmp_path / "wds")), True, SIZE, PLAIN, **options)
 
 
-def test_shards_that_are_missing_or_hold_no_image(tmp_path):
+def test_missing_or_broken_shards_raise(tmp_path):
     root = make_shards(tmp_path / "wds")
     for shard in root.glob("validation*.tar"):
         shard.write_bytes(b"nothing")
     with pytest.raises(UserError, match="no image can be read"):
-        spread_sample(shards_of(root, False), 4)
+        spread_sample(shard_dataset(root, False), 4)
     (root / "train-0002.tar").unlink()
     with pytest.raises(UserError, match=r"1 of 4 shards are missing, first train-0002\.tar"):
-        shards_of(root, True)
+        shard_dataset(root, True)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 7])
-def test_validation_shards_are_dealt_to_any_number_of_processes(tmp_path, monkeypatch, processes):
+def test_validation_shards_are_split_across_any_number_of_processes(tmp_path, monkeypatch, processes):
     root = make_shards(tmp_path / "wds")
     monkeypatch.setattr("utils.world_size", lambda: processes)
     seen = []
     for rank in range(processes):
         monkeypatch.setattr("utils.rank", lambda rank=rank: rank)
-        seen += labels(shards_of(root, False), 0)
+        seen += labels(shard_dataset(root, False), 0)
     assert sorted(seen) == list(range(15))
 
 
-def test_splits_are_for_timms_data_sets():
+def test_timm_options_for_another_dataset_raise():
     for option in ({"split": "test"}, {"num_classes": 10}):
-        with pytest.raises(UserError, match="DIGITS is none"):
+        with pytest.raises(UserError, match="got DIGITS"):
             build_dataset("DIGITS", None, True, SIZE, PLAIN, **option)
 
 
-def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
+def test_missing_package_of_a_reader_raises(tmp_path, monkeypatch):
     def create(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
@@ -316,8 +316,8 @@ def test_a_package_that_a_reader_lacks(tmp_path, monkeypatch):
         build_dataset("tfds/mnist", str(tmp_path), True, SIZE, PLAIN)
 
 
-def test_a_sample_of_a_stream_does_not_change_what_its_loaders_read(tmp_path):
-    val = shards_of(make_shards(tmp_path / "wds", val_shards=4), False)
+def test_sample_of_a_stream_does_not_change_its_loader(tmp_path):
+    val = shard_dataset(make_shards(tmp_path / "wds", val_shards=4), False)
     loader = evaluation_loader(val, 2, num_workers=2, pin_memory=False)
     assert spread_sample(val, 3)[0].shape == (3, 3, 32, 32)
     assert sorted(label for batch in loader for label in batch.targets.tolist()) == sorted(i % 16 for i in range(20))
@@ -332,32 +332,32 @@ PAIRS = '[["n01", " tench\\n"], ["n9", "x"]]'
 @pytest.mark.parametrize(
     "content", ['{"0": ["n01", "tench"]}', '{"0": "tench"}', '{"n01": "tench"}', '["tench"]', PAIRS]
 )
-def test_names_from_a_class_index(tmp_path, content):
+def test_class_index_gives_the_class_names(tmp_path, content):
     (tmp_path / "imagenet_class_index.json").write_text(content)
     assert class_names(["n01", "n02"], str(tmp_path), None) == ["tench", "n02"]
     assert class_names(["n01", "n02"], None, str(tmp_path / "imagenet_class_index.json")) == ["tench", "n02"]
 
 
-def test_without_a_class_index_the_folders_names_count(tmp_path):
+def test_class_names_without_a_class_index_are_the_folder_names(tmp_path):
     assert class_names(["n01", "n02"], str(tmp_path), None) == ["n01", "n02"]
     assert class_names(["0", "1"], None, None) == ["0", "1"]
 
 
 @pytest.mark.parametrize("content", ["", "7", "{", '{"0": 5}', '{"0": ["a"]}', '{"0": ["a", 5]}', "[" * 10**5, "null"])
-def test_broken_class_indices(tmp_path, content, capsys):
+def test_broken_class_index_raises_or_is_ignored(tmp_path, content, capsys):
     (tmp_path / "class_index.json").write_text(content)
-    with pytest.raises(UserError, match="no class index"):
+    with pytest.raises(UserError, match="not a class index"):
         class_names(["n01"], None, str(tmp_path / "class_index.json"))
-    assert class_names(["n01"], str(tmp_path), None) == ["n01"]  # nobody asked for it
-    assert "not used" in capsys.readouterr().err
+    assert class_names(["n01"], str(tmp_path), None) == ["n01"]  # found in the dataset's folder, not named by the user
+    assert "The file is ignored" in capsys.readouterr().err
 
 
-def test_a_missing_class_index():
+def test_missing_class_index_raises():
     with pytest.raises(UserError, match="cannot be read: No such file"):
         class_names(["n01"], None, "gone.json")
 
 
-def test_images_have_their_files_names(image_folder):
+def test_image_names_are_paths_or_numbers(image_folder):
     data = build_dataset("IMNET", str(image_folder), False, SIZE)
     assert image_name(data, 4).endswith("class_1/1.png")
     assert image_name(build_dataset("DIGITS", None, False, SIZE), 4) == "image 4"

@@ -66,7 +66,7 @@ def test_what_is_an_image_and_what_is_left_out(tmp_path, capsys):
     assert dataset.classes == CLASSES
     names = [Path(path).relative_to(cats).as_posix() for path, target in dataset.samples if target == 0]
     assert names == ["0.png", "1.png", "2.png", "a.avif", "b.jp2", "d.jfif", "deep/c.JPG"]
-    assert "left out as no images: 1 .txt, 4 hidden" in capsys.readouterr().err
+    assert "skipped files that are not images: 1 .txt, 4 hidden" in capsys.readouterr().err
     files, _ = find_image_files(tmp_path / "links")
     assert len(files) == len(names)
     assert {".jfif", ".avif", ".webp"} <= image_suffixes()
