@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import utils
 from benchmarks.synthetic import set_synthetic_depths
 from datasets import Preprocessing, build_dataset, spread_sample
-from models_act import AdaptiveTokens, macs_per_image
+from macs import macs_per_image
+from models_act import AdaptiveTokens
 from training.checkpoints import Checkpoint
 from training.models import create_model, default_image_size
 
