@@ -61,8 +61,8 @@ def make_parser() -> arguments.Parser:
     add(
         "--budget",
         type=arguments.budget_share,
-        metavar="SHARE",
-        help="compute budget as a fraction of the static model's MACs (e.g. 0.4); "
+        metavar="FRACTION",
+        help="compute budget as a fraction of the static model's MACs, e.g. 0.4; "
         "requires a checkpoint trained with --target-macs",
     )
     add("--use-ema", action="store_true", help="export the averaged weights (model_ema) of the checkpoint")

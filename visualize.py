@@ -51,7 +51,7 @@ def make_parser() -> arguments.Parser:
     parser.add_argument(
         "--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs whose log.txt to plot"
     )
-    add = parser.add_argument_group("network").add_argument
+    add = parser.add_argument_group("checkpoint").add_argument
     add("--finetune", metavar="FILE", help="path or https URL of a checkpoint")
     add(
         "--model",

@@ -96,7 +96,7 @@ def _facts(statistics: DatasetStatistics) -> list[tuple[str, str]]:
     macs, static_macs, class_token = statistics.macs.mean(), statistics.static_macs, statistics.class_token_depth
     return [
         ("images", f"{len(statistics.target):,}"),
-        ("top-1", f"{statistics.is_correct.mean():.2%}"),
+        ("top-1 accuracy", f"{statistics.is_correct.mean():.2%}"),
         ("patch depth", f"{statistics.depth.mean():.2f} of {statistics.num_blocks}"),
         *([] if class_token is None else [("class token depth", f"{class_token.mean():.2f}")]),
         ("MACs per image", f"{macs_text(macs)} of {macs_text(static_macs)}"),
@@ -153,7 +153,7 @@ def draw_files(job: RenderJob, files: Sequence[Path], classes: Sequence[str], ba
     if not drawn:
         raise UserError("no image could be read")
     job.write_gallery(shown)
-    log(f"wrote panels of {drawn} images to {job.folder}")
+    log(f"wrote {drawn} panel(s) to {job.folder}")
     return drawn
 
 

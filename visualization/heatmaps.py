@@ -194,7 +194,7 @@ def panel(record: ImageRecord, class_names: Sequence[str], style: Style) -> Imag
     columns = [("input", image), ("depth", hstack([depth_map, scale], style.gap)), ("overlay", overlay(record, style))]
     for quarter in range(1, 5):
         block = max(style.num_blocks * quarter // 4, 1)
-        title = f"in block {block}: {live_share(record, block):.0%}"
+        title = f"block {block}: {live_share(record, block):.0%} live"
         columns.append((title, in_block(record, block, style)))
     titled = [vstack([draw_text(title, picture.width, style), picture]) for title, picture in columns]
     row = hstack(titled, style.gap)

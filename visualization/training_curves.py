@@ -130,10 +130,10 @@ class Panel(NamedTuple):
     from_zero: bool = False
 
 
-MACS = Panel("MACs per image", "test_gmacs", "test_gmacs_static", key="dashed: static", from_zero=True)
+MACS = Panel("MACs", "test_gmacs", "test_gmacs_static", key="dashed: static", from_zero=True)
 DEPTHS = ("train_depth_min", "train_depth_max")
 PANELS = (
-    Panel("top-1 accuracy (%)", "test_acc1", "test_ema_acc1", ":", "dotted: EMA weights"),
+    Panel("top-1 (%)", "test_acc1", "test_ema_acc1", ":", "dotted: EMA weights"),
     Panel("loss", "test_loss", "train_loss", key="dashed: training"),
     Panel("ponder loss", "train_ponder_loss_token", "train_distr_prior_loss", key="dashed: prior"),
     Panel("mean depth", "test_depth_mean", key="band: min to max", band=DEPTHS, from_zero=True),

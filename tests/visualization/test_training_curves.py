@@ -65,7 +65,7 @@ def test_curves_draw_metrics_of_two_runs():
     assert drawn[1][2] == [3.0] * 7
     assert drawn[2:4] == [[[0.1] * 7, [0.2] * 7], [[5.0] * 5, [5.0] * 7]]
     assert set(depth.collections[0].get_paths()[0].vertices[:, 1]) == {2.0, 7.5}
-    assert macs.get_title("left") == "MACs per image (M)"
+    assert macs.get_title("left") == "MACs (M)"
     assert np.array(drawn[4][2:]) == pytest.approx(np.outer([10, 20], np.ones(7)))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["static", "$ours$"]
     assert_drawn_well(figure)
@@ -74,7 +74,7 @@ def test_curves_draw_metrics_of_two_runs():
 def test_curves_of_one_epoch_with_missing_metrics():
     figure = curves([Run("_one_", [{"epoch": 3, "test_acc1": 50.0, "test_gmacs": 1.25}])])
     assert figure.axes[0].lines[0].get_marker() == "o"
-    assert figure.axes[4].get_title("left") == "MACs per image (G)"
+    assert figure.axes[4].get_title("left") == "MACs (G)"
     assert figure.axes[4].lines[0].get_ydata().tolist() == [1.25]
     assert texts(figure).count("no data") == 4
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_one_"]
