@@ -188,7 +188,9 @@ def build_dataset(
         try:
             transform = training_transform(size, augmentation, placed, preprocessing)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}") from error
+            raise UserError(
+                f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}"
+            ) from error
     if "/" not in name and (split is not None or num_classes is not None):
         raise UserError(
             f"--train-split, --val-split and --num-classes need a dataset that timm reads (e.g. wds/), got {name}"

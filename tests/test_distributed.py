@@ -1,4 +1,4 @@
-"""Several processes through the command line, with torchrun's launchers, over gloo."""
+"""Runs of several processes over gloo."""
 
 import json
 import os
@@ -41,13 +41,13 @@ def start(command):
 
 @pytest.fixture(scope="module")
 def halting_checkpoint(tmp_path_factory):
-    """Of a network whose tokens halt; and 13 validation images, which neither 2 nor 3 divides."""
+    """Save a model whose tokens halt, and 13 validation images, which 2 or 3 processes cannot split evenly."""
     root = tmp_path_factory.mktemp("distributed")
     data = make_image_folder(root / "data", classes=13, train=2, val=1)
     return data, save_halting_micro(root / "c.pth", num_classes=13)
 
 
-def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, tmp_path):
+def test_evaluation_is_equal_for_any_number_of_processes(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
     results = {}
     for processes in (1, 2, 3):
@@ -63,7 +63,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes(halting_checkpoint, 
             assert result[name] == pytest.approx(results[1][name], rel=1e-5), name
 
 
-def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path):
+def test_demo_is_equal_for_two_processes(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -75,7 +75,7 @@ def test_demo_in_two_processes_draws_what_one_draws(halting_checkpoint, tmp_path
         assert path.read_bytes() == (two / path.name).read_bytes()
 
 
-def test_a_summary_by_two_processes_is_that_of_one(halting_checkpoint, tmp_path):
+def test_summary_is_equal_for_two_processes(halting_checkpoint, tmp_path):
     data, checkpoint = halting_checkpoint
     flags = ["--summary", "--html", *SMALL[2:], "--data-path", data, "--finetune", checkpoint, "--output-dir"]
     for processes in (1, 2):
@@ -85,15 +85,14 @@ def test_a_summary_by_two_processes_is_that_of_one(halting_checkpoint, tmp_path)
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
-# The original's commands, as they stand in people's scripts; but for the data, and for --pretrained in training,
-# which needs the network.
+# The commands of the original repository, except for the data, and for --pretrained in training, which downloads.
 LAUNCHER = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env")
 RECIPE = "--batch-size 128 --lr 0.0005 --tensorboard --epochs 1 --gate_scale 10.0 --gate_center 30 --warmup-epochs 5 "
 RECIPE += "--ponder_token_scale 0.0005 --distr_prior_alpha 0.001"
 
 
 @pytest.mark.slow
-def test_the_originals_commands(tmp_path):
+def test_original_commands_run(tmp_path):
     data = make_image_folder(tmp_path / "data", classes=2, train=8, val=2, size=(300, 260))
     model = "avit_tiny_patch16_224"
     weights = tmp_path / "static.pth"
@@ -112,19 +111,19 @@ def test_the_originals_commands(tmp_path):
     assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
 
 
-def test_a_mistake_is_told_once(tmp_path):
+def test_user_error_is_printed_once(tmp_path):
     statuses, _, errors = script_in_processes(2, ["--data-path", str(tmp_path / "missing")], tmp_path)
     assert statuses == [2, 2]
     assert errors.count("main_act.py: error: --data-path") == 1
 
 
-def test_an_error_of_one_process_ends_all(tmp_path):
-    """An image that only the second process reads; the error is its own, and nobody hangs."""
+def test_error_of_one_rank_stops_all(tmp_path):
+    """Only the second process reads the broken image. It prints the error, and no process hangs."""
     data = make_image_folder(tmp_path / "data", classes=2, train=2, val=3)
     broken = data / "val" / "class_0" / "1.png"
     broken.write_bytes(b"broken")
     statuses, _, errors = script_in_processes(2, [*SMALL, "--data-path", data, "--eval"], tmp_path)
-    assert statuses in ([1, 2], [2, 2])  # the first one's connection may break before it learns of the error
+    assert statuses in ([1, 2], [2, 2])  # the connection of the first process may break first
     assert errors.count(f"main_act.py: error: {broken}: cannot be read as an image") == 1
 
 
@@ -138,7 +137,7 @@ def _broken_step(rank, path):
         (path / str(rank)).write_text(str(error))
 
 
-def test_numbers_that_are_not_finite_stop_every_process(tmp_path):
+def test_nonfinite_gradient_raises_in_every_process(tmp_path):
     in_processes(_broken_step, tmp_path)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
     assert "head.weight is not finite" in (tmp_path / "0").read_text()
@@ -146,10 +145,10 @@ def test_numbers_that_are_not_finite_stop_every_process(tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path):
-    """In two network namespaces; the outcome is that of two processes of one node."""
+    """Two network namespaces stand in for nodes. The weights equal those of two processes on one node."""
     attempt = ["ip", "netns", "add", "avit-test"]
     if shutil.which("ip") is None or subprocess.run(attempt, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us make network namespaces")
+        pytest.skip("this machine does not allow network namespaces")
     subprocess.run(["ip", "netns", "delete", "avit-test"], check=True)
     data = make_image_folder(tmp_path / "data", classes=3, train=8, val=3)
     flags = (*SMALL, "--data-path", data, "--epochs", 1, "--gate_scale", 10, "--gate_center", 5, "--output_dir")
@@ -178,8 +177,8 @@ def _step_of_a_share(rank, path):
         torch.save(state, path)
 
 
-def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
-    """The prior included: its scores are averaged over the processes before it is taken."""
+def test_step_of_two_processes_equals_one_of_the_global_batch(tmp_path):
+    """This includes the prior, because its scores are averaged over the processes first."""
     in_processes(_step_of_a_share, tmp_path / "state.pth")
     alone = one_step(halting_model(3.5, 1.5), (images(8), torch.arange(8) % 7))
     together = torch.load(tmp_path / "state.pth")
@@ -187,7 +186,7 @@ def test_a_step_of_two_processes_is_one_of_the_joint_batch(tmp_path):
         torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# But for the prior, which is taken per micro-batch.
+# The prior is off, because it is computed per micro-batch.
 BUILT = "--opt sgd --lr 6.4 --clip-grad 0.05 --accum-steps 2 --model-ema-decay 0.5 --mixup 0 --cutmix 0"
 BUILT += " --distr_prior_alpha 0 --target-macs 0.4"
 
@@ -205,8 +204,8 @@ def _train_as_built(rank, path, processes=2):
         torch.save({"bucket_view": bucket_view, **trainer.state_dict()}, path)
 
 
-def test_accumulation_clipping_averaging_and_cost_are_those_of_one_process(tmp_path):
-    """With gradients that are views of what is sent, not copies."""
+def test_training_state_of_two_processes_equals_that_of_one(tmp_path):
+    """This covers accumulation, clipping, averaged weights and budget. Gradients are views of DDP's buckets."""
     in_processes(_train_as_built, tmp_path / "2")
     _train_as_built(0, tmp_path / "1", processes=1)
     one, two = (torch.load(tmp_path / name) for name in "12")
@@ -224,8 +223,8 @@ def _epoch_with_one_slow_loader(rank, path):
     torch.save([means["data_wait"], epoch.state_dict()["data_wait"]], path / str(rank))
 
 
-def test_the_slowest_loader_is_told(tmp_path):
-    """By every process: it is what holds them up."""
+def test_data_wait_is_that_of_the_slowest_loader(tmp_path):
+    """Every process reports it."""
     in_processes(_epoch_with_one_slow_loader, tmp_path)
     for rank in "01":
         assert torch.load(tmp_path / rank) == pytest.approx([0.9, 0.9], abs=0.05)
@@ -246,8 +245,8 @@ def _labels_of_a_share(rank, root, path):
     torch.save(found, path / str(rank))
 
 
-def test_two_processes_see_each_image_of_a_stream_once_per_epoch(tmp_path):
-    """Four shards for two processes with two loader processes each; three shards to validate on."""
+def test_two_processes_read_each_image_of_a_stream_once_per_epoch(tmp_path):
+    """There are four training shards for two processes with two workers each, and three validation shards."""
     in_processes(_labels_of_a_share, make_shards(tmp_path / "wds"), tmp_path)
     *epochs, val = zip(torch.load(tmp_path / "0"), torch.load(tmp_path / "1"))
     assert len(epochs) == 3
@@ -258,7 +257,7 @@ def test_two_processes_see_each_image_of_a_stream_once_per_epoch(tmp_path):
     assert sorted(val[0] + val[1]) == list(range(15))
 
 
-def test_training_on_shards_from_the_command_line(tmp_path):
+def test_command_trains_on_shards(tmp_path):
     root = make_shards(tmp_path / "wds")
     data = (*SMALL, "--data-set", "wds/", "--data-path", root, "--num-classes", 16, "--output_dir")
     fork(2, *data, tmp_path / "out", "--epochs", 2, "--num_workers", 2, log=tmp_path)
@@ -274,14 +273,14 @@ def test_training_on_shards_from_the_command_line(tmp_path):
 def _step_with_uneven_halting(rank, path):
     x = images(4) if rank else images(4) * 0
     model = halting_model(2.0, 0.5)
-    with torch.no_grad():  # the brighter an image, the longer it goes on
+    with torch.no_grad():  # brighter images halt later
         model.patch_embed.proj.weight[0] = -0.5
         depth = model(x + rank, return_halting=True)[1].depth.max().item()
     one_step(DistributedDataParallel(model), (x + rank, torch.arange(4)))
     torch.save(depth, path / str(rank))
 
 
-def test_processes_may_halt_at_different_depths(tmp_path):
-    """Without find_unused_parameters: blocks that one process does not reach have zero gradients there."""
+def test_ranks_may_halt_at_different_depths(tmp_path):
+    """No find_unused_parameters is needed, because blocks that one process does not reach get zero gradients."""
     in_processes(_step_with_uneven_halting, tmp_path)
     assert torch.load(tmp_path / "0") < torch.load(tmp_path / "1")

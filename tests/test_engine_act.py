@@ -25,7 +25,7 @@ def loader(count=10, batch_size=4):
 
 
 def make_trainer(model=None, init_scale=None, growth_interval=2000, **kwargs):
-    """init_scale: of gradient scaling, where that is wanted."""
+    """Build a trainer. init_scale: that of gradient scaling, None to disable it."""
     model = halting_model() if model is None else model
     criterion = losses.AdaptiveLoss(losses.classification_loss("mixup" in kwargs, 0.0), 8, 0.01, 0.01)
     trainer = Trainer(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), CPU, **kwargs)
@@ -56,7 +56,7 @@ def test_evaluation_counts_every_image_once(batch_size):
     assert sum(share) == pytest.approx(result["depth_mean"], rel=1e-6)
 
 
-def test_a_static_network_costs_what_it_costs_and_is_trained_on_classification_alone():
+def test_static_model_has_full_depth_and_only_the_classification_loss():
     model = halting_model(halting=False)
     result = evaluate(model, loader(), CPU)
     assert result["depth_mean"] == 8
@@ -81,17 +81,17 @@ def test_training_lowers_the_loss_and_reports_its_parts():
     assert first["lr"] == 0.1
 
 
-def test_the_seconds_of_an_epoch_are_those_of_all_attempts():
+def test_seconds_of_an_epoch_include_earlier_attempts():
     result = train_one_epoch(make_trainer(), loader(), EpochState(0, seconds=1000.0))
     assert 1000 < result["seconds"] < 1100
 
 
 class Clock:
-    """Stands still but where it is told to go on."""
+    """A clock that advances only when `advance` is called."""
 
     seconds = 0.0
 
-    def go_on(self, seconds):
+    def advance(self, seconds):
         self.seconds += seconds
 
 
@@ -103,36 +103,36 @@ def clock(monkeypatch):
 
 
 class SlowLoader(list):
-    """Its workers take 4 s to start, and each batch takes 1 s."""
+    """A loader whose workers take 4 s to start and 1 s per batch."""
 
     def __init__(self, clock, batches):
         super().__init__(batches)
         self.clock = clock
 
     def __iter__(self):
-        self.clock.go_on(4)
+        self.clock.advance(4)
         for batch in super().__iter__():
-            self.clock.go_on(1)
+            self.clock.advance(1)
             yield batch
 
 
-def test_waiting_for_the_loader_is_told_from_training(clock, monkeypatch, capsys):
-    """A step takes 2 s, and the line of progress after it another 10, in which nobody waits for the loader."""
+def test_data_wait_excludes_training_and_progress(clock, monkeypatch, capsys):
+    """A step takes 2 s, and the progress line after it 10 s. Neither counts as waiting for the loader."""
     monkeypatch.setattr(utils, "with_progress", partial(utils.with_progress, every=1))
-    monkeypatch.setattr(utils.MetricAverages, "local", lambda averages: clock.go_on(10) or {})
+    monkeypatch.setattr(utils.MetricAverages, "local", lambda averages: clock.advance(10) or {})
     trainer = make_trainer()
     micro_batch = trainer.micro_batch
-    trainer.micro_batch = lambda *batch: clock.go_on(2) or micro_batch(*batch)
+    trainer.micro_batch = lambda *batch: clock.advance(2) or micro_batch(*batch)
     batches = SlowLoader(clock, [(images(2), torch.arange(2))] * 3)
     result = train_one_epoch(trainer, batches, EpochState(0))
     shown = [line.partition("data_wait ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert shown == [f"{share:.0%}" for share in (5 / 7, 6 / 20, 7 / 33)]
     assert result["data_wait"] == pytest.approx(7 / 33)
     resumed = train_one_epoch(trainer, batches, EpochState(0, seconds=67.0, waiting_seconds=43.0))
-    assert resumed["data_wait"] == pytest.approx(50 / 100), "an attempt before counts as well"
+    assert resumed["data_wait"] == pytest.approx(50 / 100), "an earlier attempt counts as well"
 
 
-def test_the_time_of_an_epoch_is_kept_in_its_state():
+def test_epoch_state_restores_its_times():
     epoch, resumed = EpochState(3, 5, seconds=100.0, waiting_seconds=25.0), EpochState(0)
     epoch.averages.add(1, loss=torch.tensor(1.0))
     resumed.load_state_dict(epoch.state_dict())
@@ -140,7 +140,7 @@ def test_the_time_of_an_epoch_is_kept_in_its_state():
 
 
 def test_accumulation_equals_one_large_batch():
-    """But for the prior, which is taken per micro-batch."""
+    """The prior is off, because it is computed per micro-batch."""
     models = []
     for batch_size, accum_steps in ((8, 1), (2, 4)):
         trainer = make_trainer(accum_steps=accum_steps)
@@ -151,7 +151,7 @@ def test_accumulation_equals_one_large_batch():
         assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
+def test_incomplete_accumulation_makes_a_step():
     steps = []
     train_one_epoch(make_trainer(accum_steps=2), loader(10, 4), EpochState(0), lambda stop_requested: steps.append(1))
     assert len(steps) == 2  # batches of 4 + 4, then 2
@@ -159,14 +159,14 @@ def test_an_incomplete_accumulation_is_a_step_of_its_own_size():
 
 @pytest.mark.parametrize(("count", "mixed"), [(4, 4), (5, 4), (1, 1)])
 def test_mixup_of_odd_batches(count, mixed):
-    """With a loss that takes soft targets alone."""
+    """The loss accepts soft targets only."""
     trainer = make_trainer(mixup=Mixup(0.8, 1.0, num_classes=7))
     loss, _, halting = trainer.micro_batch(images(count), torch.arange(count))
     assert len(halting.depth) == mixed
     assert loss.isfinite()
 
 
-def test_the_average_follows_the_weights():
+def test_ema_follows_the_weights():
     model = halting_model()
     trainer = make_trainer(model, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
@@ -174,7 +174,7 @@ def test_the_average_follows_the_weights():
     assert_close(trainer.ema.module.head.weight, (before + model.head.weight) / 2)
 
 
-def test_clipping_bounds_the_step():
+def test_gradient_clipping_bounds_the_step():
     model = halting_model()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     train_one_epoch(make_trainer(model, clip_grad=1e-3), loader(4, 4), EpochState(0))
@@ -182,7 +182,7 @@ def test_clipping_bounds_the_step():
     assert 0 < change.norm() <= 0.1 * 1e-3 * 1.001
 
 
-def test_a_loss_that_is_not_finite_stops_training():
+def test_nonfinite_loss_raises():
     model = halting_model()
     with torch.no_grad():
         model.head.bias[0] = float("nan")
@@ -192,12 +192,12 @@ def test_a_loss_that_is_not_finite_stops_training():
 
 
 def poison_gradients(parameter, on_calls):
-    """Its gradient is infinite in these backward passes."""
+    """Make the gradient of a parameter infinite in some backward passes."""
     calls = iter(range(10_000))
     parameter.register_hook(lambda grad: grad * float("inf") if next(calls) in on_calls else grad)
 
 
-def test_a_gradient_that_is_not_finite_stops_training():
+def test_nonfinite_gradient_raises():
     model = halting_model()
     poison_gradients(model.blocks[2].mlp.fc1.weight, {1})
     before = {}
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_not_finite_stops_training():
 
 
 def test_gradient_scaling_skips_steps_and_counts_them():
-    """And the scale grows as torch's own does at a growth interval of 3: an overflow starts the count anew."""
+    """The scale follows torch's rules for a growth interval of 3, where an overflow restarts the count."""
     model = halting_model()
     poison_gradients(model.head.weight, {2})
     trainer, scales, weights = make_trainer(model, init_scale=8.0, growth_interval=3), [], []
@@ -232,8 +232,7 @@ def test_gradient_scaling_skips_steps_and_counts_them():
     assert trainer.skipped_in_a_row == 0
 
 
-def test_a_step_that_gradient_scaling_skips_changes_nothing():
-    """Whatever was wrong with it."""
+def test_skipped_step_changes_nothing():
     model = halting_model()
     trainer = make_trainer(model, init_scale=4.0, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
@@ -242,10 +241,10 @@ def test_a_step_that_gradient_scaling_skips_changes_nothing():
     assert status.loss_is_nonfinite
     assert not status.gradient_is_nonfinite
     assert torch.equal(model.head.weight, before)
-    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 4.0), "the scale is not what was wrong"
+    assert (trainer.skipped_steps, trainer.scaler.get_scale()) == (1, 4.0), "the gradients did not overflow"
 
 
-def test_a_skipped_step_leaves_the_averages_finite():
+def test_skipped_step_leaves_the_averages_finite():
     trainer = make_trainer(init_scale=4.0)
     good, bad = (images(2), torch.arange(2)), (images(2) * float("nan"), torch.arange(2))
     with pytest.raises(UserError, match="no image could be read"):
@@ -255,7 +254,7 @@ def test_a_skipped_step_leaves_the_averages_finite():
     assert 0 < result["loss"] < 10
 
 
-def test_too_many_skipped_steps_in_a_row_stop_training():
+def test_too_many_skipped_steps_raise():
     model = halting_model()
     poison_gradients(model.head.weight, range(1000))
     trainer = make_trainer(model, init_scale=2.0**16)
@@ -264,18 +263,18 @@ def test_too_many_skipped_steps_in_a_row_stop_training():
     assert trainer.scaler.get_scale() > 0
 
 
-def test_gradient_scaling_changes_nothing_but_the_rounding():
+def test_gradient_scaling_changes_only_rounding():
     trainers = [make_trainer(init_scale=scale, clip_grad=0.5) for scale in (None, 64.0)]
     for trainer in trainers:
         train_one_epoch(trainer, loader(), EpochState(0))
     assert_close(*(trainer.model.head.weight for trainer in trainers))
 
 
-# One wait, one vote ------------------------------------------------------------------------------
+# One sync per step -------------------------------------------------------------------------------
 
 
 class CountedScalars(TorchDispatchMode):
-    """Counts what `.item()`, `bool()` and the like read from a tensor: on CUDA each of them waits."""
+    """Count the reads by `.item()`, `bool()` and similar calls. On CUDA each is a host-device sync."""
 
     count = 0
 
@@ -285,22 +284,22 @@ class CountedScalars(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])
-def test_a_training_step_waits_once(monkeypatch, accum_steps):
-    """For its vote; the masked form, since zipping reads shapes."""
-    votes, tolist = [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: votes.append(x.shape) or tolist(x))
+def test_training_step_syncs_once(monkeypatch, accum_steps):
+    """The sync reads the step's status. Tokens are masked, because zipping reads shapes."""
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or tolist(x))
     monkeypatch.setattr("utils.with_progress", lambda batches, *_, **__: batches)
     trainer = make_trainer(halting_model(zip_tokens=False), accum_steps=accum_steps, clip_grad=1.0)
     batches = [(images(2), torch.arange(2))] * 4
     per_step = []
     with CountedScalars() as scalars:
         train_one_epoch(
-            trainer, batches, EpochState(0), lambda stop_requested: per_step.append((len(votes), scalars.count))
+            trainer, batches, EpochState(0), lambda stop_requested: per_step.append((len(reads), scalars.count))
         )
     assert per_step == [(number, 0) for number in range(1, 4 // accum_steps + 1)]
 
 
-def test_a_step_tells_whether_any_process_is_asked_to_stop():
+def test_step_reports_whether_any_process_should_stop():
     asked = iter([False, True])
     seen = []
     train_one_epoch(make_trainer(), loader(8, 4), EpochState(0), seen.append, should_stop=lambda: next(asked))

@@ -1,4 +1,4 @@
-"""What lies around the program: odd files and folders, environments, streams, other programs' checkpoints."""
+"""Unusual surroundings: files and folders, environment variables, output streams, checkpoints of other programs."""
 
 import json
 import os
@@ -32,7 +32,7 @@ CLASSES = ["class_0", "class_1", "class_2"]
 
 
 def error_of(capsys, command, *argv) -> str:
-    """Its one line, at status 2."""
+    """Run a command that must exit with status 2, and return its error message, the last line of stderr."""
     with pytest.raises(SystemExit) as stopped:
         command([*map(str, argv)])
     assert stopped.value.code == 2
@@ -47,16 +47,16 @@ def checkpoint(tmp_path) -> Path:
 # Folders and images ------------------------------------------------------------------------------
 
 
-def test_what_is_an_image_and_what_is_left_out(tmp_path, capsys):
+def test_image_search_skips_hidden_and_other_files(tmp_path, capsys):
     data = make_image_folder(tmp_path / "data")
-    cats, picture = data / "val" / "class_0", Image.new("RGB", (40, 40), "red")
+    cats, image = data / "val" / "class_0", Image.new("RGB", (40, 40), "red")
     for hidden in (data / "val" / ".ipynb_checkpoints", cats / "@eaDir", cats / "deep" / ".cache"):
         hidden.mkdir(parents=True)
-        picture.save(hidden / "x.png")
-    picture.save(cats / "._0.png")
+        image.save(hidden / "x.png")
+    image.save(cats / "._0.png")
     for name in ("a.avif", "b.jp2", "deep/c.JPG"):
-        picture.save(cats / name)
-    picture.save(cats / "d.jpg")
+        image.save(cats / name)
+    image.save(cats / "d.jpg")
     (cats / "d.jpg").rename(cats / "d.jfif")
     (cats / "notes.txt").write_text("no image")
     (cats / "loop").symlink_to(cats)
@@ -73,7 +73,7 @@ def test_what_is_an_image_and_what_is_left_out(tmp_path, capsys):
     assert not {".eps", ".pdf", ".mpg"} & image_suffixes()
 
 
-def test_images_are_compared_whatever_the_path_of_their_folder(tmp_path, checkpoint, image_folder, monkeypatch, capsys):
+def test_compare_ignores_how_the_data_path_is_spelled(tmp_path, checkpoint, image_folder, monkeypatch, capsys):
     monkeypatch.chdir(image_folder.parent)
     for number, folder in enumerate((image_folder.name, image_folder)):
         evaluation = ["--eval", "--finetune", checkpoint, "--data-path", folder, "--output_dir", f"out{number}"]
@@ -83,7 +83,7 @@ def test_images_are_compared_whatever_the_path_of_their_folder(tmp_path, checkpo
     assert "+0.00" in capsys.readouterr().out
 
 
-def test_metadata_do_not_decide_whether_an_image_can_be_read(tmp_path):
+def test_image_with_broken_metadata_is_read(tmp_path):
     broken = b"Exif\0\0" + bytes(range(60))
     for name in ("a.webp", "b.png", "c.jpg"):
         Image.new("RGB", (60, 40), "red").save(tmp_path / name, exif=broken)
@@ -94,14 +94,14 @@ def test_metadata_do_not_decide_whether_an_image_can_be_read(tmp_path):
     ("dtype", "white", "name"),
     [(np.uint16, 65535, "x.png"), (np.int32, 65535, "x.tif"), (np.int32, 255, "x.tif"), (np.float32, 1.0, "x.tif")],
 )
-def test_pixels_of_any_depth_keep_their_range(tmp_path, dtype, white, name):
+def test_pixels_of_any_bit_depth_keep_their_range(tmp_path, dtype, white, name):
     pixels = np.linspace(0, white, 256).reshape(16, 16).astype(dtype)
     Image.fromarray(pixels).save(tmp_path / name)
     found = np.asarray(load_image(tmp_path / name))[..., 0].ravel()
     assert np.abs(found - np.linspace(0, 255, 256)).max() <= 1
 
 
-def test_text_files_with_a_byte_order_mark(tmp_path):
+def test_text_file_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "names.json").write_bytes(b'\xef\xbb\xbf{"0": "Katze"}')
     assert class_names(["cat"], None, str(tmp_path / "names.json")) == ["Katze"]
     (tmp_path / "run.args").write_bytes(b"\xef\xbb\xbf--epochs 7\n")
@@ -127,7 +127,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_what_wraps_weights_is_taken_off(checkpoint, wrap):
+def test_wrapped_weights_are_unwrapped(checkpoint, wrap):
     weights = Checkpoint.load(str(checkpoint)).state_dict()
     found = Checkpoint(wrap(dict(weights)), "x.pth").state_dict()
     assert found.keys() == weights.keys()
@@ -142,12 +142,12 @@ def test_only_averaged_weights_ask_for_use_ema(checkpoint):
     assert lone.state_dict(use_ema=True).keys() == weights.keys()
 
 
-def test_a_folder_is_no_checkpoint(checkpoint):
+def test_folder_as_checkpoint_raises(checkpoint):
     with pytest.raises(UserError, match="is a folder, not a checkpoint"):
         Checkpoint.load(str(checkpoint.parent))
 
 
-def test_a_network_trained_without_halting_runs_as_it_was_trained(tmp_path, image_folder, capsys):
+def test_model_trained_without_halting_is_evaluated_without(tmp_path, image_folder, capsys):
     path = save_halting_micro(tmp_path / "static.pth", 3, gate=None, classes=CLASSES)
     flags = ["--finetune", str(path), "--data-path", str(image_folder), "--output_dir", str(tmp_path)]
     main_act.main([*MICRO, "--eval", *flags])
@@ -158,11 +158,11 @@ def test_a_network_trained_without_halting_runs_as_it_was_trained(tmp_path, imag
     assert "was trained without halting" in printed.err
     checkpoint = Checkpoint.load(str(path))
     assert not checkpoint.build_model().halting
-    assert checkpoint.build_model(gate_center=20.0).halting  # who gives a gate wants to see it at work
-    assert checkpoint.build_model(as_trained=False).halting  # training starts from it
+    assert checkpoint.build_model(gate_center=20.0).halting  # a given gate enables halting
+    assert checkpoint.build_model(as_trained=False).halting  # training starts from it with halting
 
 
-def test_numbers_that_are_not_finite_get_no_figures(tmp_path, image_folder, capsys):
+def test_nonfinite_logits_give_no_results(tmp_path, image_folder, capsys):
     path = save_halting_micro(tmp_path / "c.pth", 3)
     content = torch.load(path)
     content["model"]["head.bias"][0] = torch.nan
@@ -171,9 +171,9 @@ def test_numbers_that_are_not_finite_get_no_figures(tmp_path, image_folder, caps
     with pytest.raises(SystemExit) as stopped:
         main_act.main([*MICRO, "--eval", *data])
     assert stopped.value.code == 1
-    told = capsys.readouterr()
-    assert "are not finite" in told.err
-    assert "top-1" not in told.out
+    captured = capsys.readouterr()
+    assert "are not finite" in captured.err
+    assert "top-1" not in captured.out
     with pytest.raises(SystemExit):
         visualize.main([*MICRO[2:], "--summary", *data, "--output-dir", str(tmp_path / "out")])
     assert "are not finite" in capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_numbers_that_are_not_finite_get_no_figures(tmp_path, image_folder, caps
     assert "are not finite" in error_of(capsys, benchmark.main, "--model", "avit_micro_patch4_32", *data)
 
 
-def test_a_link_to_a_checkpoint_stays_one(tmp_path):
+def test_atomic_write_keeps_a_symbolic_link(tmp_path):
     real, link = tmp_path / "real.pth", tmp_path / "link.pth"
     real.write_bytes(b"old")
     link.symlink_to(real)
@@ -190,7 +190,7 @@ def test_a_link_to_a_checkpoint_stays_one(tmp_path):
     assert real.read_bytes() == b"new"
 
 
-def test_a_folder_that_cannot_be_flushed_loses_nothing(tmp_path, monkeypatch):
+def test_atomic_write_to_a_folder_without_fsync(tmp_path, monkeypatch):
     flush = os.fsync
 
     def refuse_folders(number: int) -> None:
@@ -207,15 +207,15 @@ def test_a_folder_that_cannot_be_flushed_loses_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_odd_variables_of_launchers_are_told(name, monkeypatch, capsys, image_folder):
+def test_invalid_launcher_variable_raises(name, monkeypatch, capsys, image_folder):
     monkeypatch.setenv(name, "four")
-    told = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--eval")
-    assert f"{name} is 'four' in the environment" in told
+    message = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--eval")
+    assert f"{name} is 'four' in the environment" in message
     monkeypatch.setenv(name, "")
     main_act.main([*MICRO, "--data-path", str(image_folder), "--eval"])
 
 
-def test_a_rank_beyond_the_processes_is_told(monkeypatch, capsys):
+def test_rank_out_of_range_raises(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "5")
     assert "RANK is 5 in the environment, which is out of range: WORLD_SIZE is 2" in error_of(
@@ -223,12 +223,12 @@ def test_a_rank_beyond_the_processes_is_told(monkeypatch, capsys):
     )
 
 
-def test_a_lone_process_tells_its_errors_whatever_its_local_rank(monkeypatch, capsys):
+def test_single_process_with_a_local_rank_prints_its_error(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "no such folder" in error_of(capsys, main_act.main, *MICRO, "--data-path", "/nowhere", "--eval")
 
 
-def test_a_command_that_runs_alone_does_not_wait(tmp_path, monkeypatch):
+def test_single_process_command_ignores_world_size(tmp_path, monkeypatch):
     (tmp_path / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n')
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
@@ -236,7 +236,7 @@ def test_a_command_that_runs_alone_does_not_wait(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "curves.png").exists()
 
 
-def test_who_waits_for_others_says_so(image_folder, tmp_path):
+def test_waiting_process_prints_a_warning(image_folder, tmp_path):
     environment = {
         "WORLD_SIZE": "2",
         "RANK": "0",
@@ -262,20 +262,20 @@ with utils.lock_output_dir(pathlib.Path(sys.argv[2])):
 """
 
 
-def test_a_folder_is_for_one_run(tmp_path):
+def test_locked_output_folder_raises(tmp_path):
     process = Script("-c", HOLDING, tmp_path, log=tmp_path / "log")
     try:
         process.wait_until(lambda: process.output() == "in\n")
-        told = f"another run is using this folder .process {process.pid} on "
-        with pytest.raises(UserError, match=told), utils.lock_output_dir(tmp_path):
+        message = f"another run is using this folder .process {process.pid} on "
+        with pytest.raises(UserError, match=message), utils.lock_output_dir(tmp_path):
             pass
     finally:
         process.kill()
-    with utils.lock_output_dir(tmp_path):  # a run that was killed leaves no lock
+    with utils.lock_output_dir(tmp_path):  # a killed run leaves no lock
         pass
 
 
-# As Python does for a stream that is closed when it starts.
+# Python sets a stream to None if it is closed at startup.
 CLOSED = {
     "stdout": "import os, sys; os.close(1); sys.stdout = sys.__stdout__ = None",
     "stderr": "import os, sys; os.close(2); sys.stderr = sys.__stderr__ = None",
@@ -283,7 +283,7 @@ CLOSED = {
 
 
 @pytest.mark.parametrize("stream", CLOSED)
-def test_a_closed_stream_does_not_end_the_work(tmp_path, image_folder, checkpoint, stream):
+def test_closed_stream_does_not_stop_evaluation(tmp_path, image_folder, checkpoint, stream):
     argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--output_dir", tmp_path / "out"]
     assert Script("main_act.py", *argv, log=tmp_path / "log", prepare=CLOSED[stream]).wait() == 0
     assert (tmp_path / "out" / "eval.json").exists()
@@ -298,7 +298,7 @@ os.close(write)
 """
 
 
-def test_a_pipe_that_ends_and_letters_that_it_lacks_do_not_end_the_work(tmp_path, image_folder):
+def test_closed_pipe_and_ascii_output_do_not_stop_evaluation(tmp_path, image_folder):
     path = save_halting_micro(tmp_path / "c.pth", 3, classes=["ä", "ö", "名"])
     argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", path, "--output_dir", tmp_path]
     environment = {"PYTHONIOENCODING": "ascii"}
@@ -315,13 +315,13 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "alarm"):
 """
 
 
-def test_systems_that_lack_signals(image_folder, checkpoint, tmp_path):
+def test_evaluation_without_unix_signals(image_folder, checkpoint, tmp_path):
     argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--num_workers", "1"]
     process = Script("main_act.py", *argv, log=tmp_path / "log", prepare=WITHOUT)
     assert process.wait() == 0, process.errors()
 
 
-def test_no_more_loader_processes_than_cores_that_may_be_used(monkeypatch, image_folder):
+def test_number_of_workers_is_at_most_the_usable_cores(monkeypatch, image_folder):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
     assert utils.usable_cores() == 1
     data = build_dataset("IMNET", str(image_folder), False, (32, 32))
@@ -334,7 +334,7 @@ class Killed(SkipUnreadable):
         time.sleep(10)
 
 
-def test_a_loader_process_that_is_killed_is_one_line(image_folder, checkpoint, monkeypatch, capsys):
+def test_killed_worker_gives_one_line(image_folder, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("training.loaders.SkipUnreadable", Killed)
     argv = [*MICRO, "--data-path", image_folder, "--eval", "--finetune", checkpoint, "--num_workers", "1"]
     with pytest.raises(SystemExit) as stopped:
@@ -356,12 +356,12 @@ def test_a_loader_process_that_is_killed_is_one_line(image_folder, checkpoint, m
         ),
     ],
 )
-def test_settings_that_cannot_do_what_they_say_are_told(flags, warning, image_folder, capsys):
+def test_contradictory_settings_warn(flags, warning, image_folder, capsys):
     main_act.main([*MICRO, "--data-path", str(image_folder), "--no-model-ema", *flags])
     assert warning in capsys.readouterr().err
 
 
-def test_a_line_of_the_log_that_was_cut_spoils_no_other(tmp_path, image_folder):
+def test_truncated_log_line_is_kept_apart(tmp_path, image_folder):
     (tmp_path / "log.txt").write_text('{"epoch": 0, "test_acc1": 1.0}\n{"epoch": 1, "test_a')
     argv = [*MICRO, "--data-path", image_folder, "--epochs", 1, "--no-model-ema", "--output_dir", tmp_path]
     main_act.main([*map(str, argv)])
@@ -371,12 +371,12 @@ def test_a_line_of_the_log_that_was_cut_spoils_no_other(tmp_path, image_folder):
     visualize.main(["--curves", str(tmp_path), "--output-dir", str(tmp_path / "out")])
 
 
-def test_an_epoch_beyond_the_last_is_told(image_folder, capsys):
-    told = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--epochs", 2, "--start_epoch", 5)
-    assert "--start_epoch 5 leaves no epoch to train; --epochs is 2" in told
+def test_start_epoch_out_of_range_raises(image_folder, capsys):
+    message = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--epochs", 2, "--start_epoch", 5)
+    assert "--start_epoch 5 leaves no epoch to train; --epochs is 2" in message
 
 
-def test_benchmark_checks_its_flags_before_the_work(tmp_path, capsys):
+def test_benchmark_checks_its_flags_first(tmp_path, capsys):
     model = ["--model", "avit_micro_patch4_32"]
     assert "cannot be written" in error_of(capsys, benchmark.main, *model, "--json", tmp_path / "no" / "x.json")
     assert "expected one of" in error_of(capsys, benchmark.main, *model, "--plot", tmp_path / "x.xyz")
@@ -384,7 +384,7 @@ def test_benchmark_checks_its_flags_before_the_work(tmp_path, capsys):
     assert "not a multiple" in error_of(capsys, benchmark.main, *model, "--input-size", 30)
 
 
-# Other tools of torch's --------------------------------------------------------------------------
+# Other packages and torch tools ------------------------------------------------------------------
 
 
 IMPORT = """
@@ -397,19 +397,19 @@ from datasets import load_dataset
 """
 
 
-def test_a_package_called_datasets_is_not_hidden_where_this_folder_comes_last(tmp_path):
+def test_repository_last_on_the_path_does_not_hide_the_package_datasets(tmp_path):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("def load_dataset(): ...")
     process = Script("-c", IMPORT, ROOT, tmp_path, log=tmp_path / "log")
     assert process.wait() == 0, process.errors()
 
 
-def test_torch_fx_is_answered_as_torchscript_is():
+def test_torch_fx_raises():
     with pytest.raises(NotImplementedError, match=r"torch\.fx is not supported: .* use torch\.compile"):
         torch.fx.symbolic_trace(halting_model())
 
 
-def test_multiply_adds_of_a_quantized_model():
+def test_macs_of_a_quantized_model():
     model = halting_model().eval()
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     depth = torch.full((2, 17), 5.0)

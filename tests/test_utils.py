@@ -8,7 +8,7 @@ import torch
 import utils
 
 
-def test_averages_weigh_batches_by_their_size_and_go_on_from_their_state():
+def test_averages_are_weighted_and_resume_from_their_state():
     averages, resumed = utils.MetricAverages(), utils.MetricAverages()
     averages.add(3, loss=torch.tensor(1.0), share=torch.tensor([0.0, 1.0]))
     resumed.load_state_dict(averages.state_dict())
@@ -18,12 +18,12 @@ def test_averages_weigh_batches_by_their_size_and_go_on_from_their_state():
         assert each.reduced() == (4, {"loss": 2.0, "share": [0.25, 1.0]})
 
 
-def test_averages_of_nothing():
+def test_averages_without_values_raise():
     with pytest.raises(utils.UserError, match="no image could be read"):
         utils.MetricAverages().reduced()
 
 
-def test_seeds_depend_on_every_number():
+def test_seeds_depend_on_every_number_of_the_key():
     def draws(*key):
         utils.seed_everything(*key)
         return random.random(), np.random.rand(), torch.rand(()).item()
@@ -33,7 +33,7 @@ def test_seeds_depend_on_every_number():
     assert len(set(seen)) == len(seen)
 
 
-def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+def test_progress_without_a_terminal_prints_lines(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     batches = [1, 2, 3, 4, 5]
     assert list(utils.with_progress(batches, "Epoch 0", lambda: {"loss": "0.5"}, every=2)) == batches
@@ -41,7 +41,7 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys, monkeypa
     assert [line.split("  ")[:2] for line in lines] == [[f"Epoch 0 [{n}/5]", "loss 0.5"] for n in (2, 4, 5)]
 
 
-def test_progress_shows_a_bar_on_a_terminal(capsys, monkeypatch):
+def test_progress_on_a_terminal_shows_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     list(utils.with_progress([1, 2], "Epoch 0", lambda: {"loss": "0.5"}, every=1))
     captured = capsys.readouterr()
@@ -49,8 +49,8 @@ def test_progress_shows_a_bar_on_a_terminal(capsys, monkeypatch):
     assert captured.out == ""
 
 
-def test_calls_are_timed_in_turn_after_their_first(monkeypatch):
-    """The first call of each is slow, and counts for nothing; then each is repeated until the slower takes 0.15 s."""
+def test_calls_are_timed_in_turn_after_a_warm_up(monkeypatch):
+    """The slow first calls do not count. Each call is then repeated until the slower takes 0.15 s."""
     clock, calls = [0.0], []
     monkeypatch.setattr(utils, "synchronized_time", lambda device: clock[0])
 

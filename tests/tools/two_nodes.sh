@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs main_act.py on two "nodes" that see each other only through a network: two namespaces of this machine.
+# Runs main_act.py on two simulated nodes: two namespaces of this machine, connected by a virtual network.
 #
 #   sudo tests/tools/two_nodes.sh --data-set DIGITS --model avit_micro_patch4_32 --input-size 32 --output_dir OUT
 #
-# The two torchrun commands are those of two real machines, but for --rdzv_conf, --local-addr and GLOO_SOCKET_IFNAME,
-# which real machines find out by themselves. Needs root and iproute2. PYTHON names the interpreter.
+# The torchrun commands are those of two real machines, except for --rdzv_conf, --local-addr and GLOO_SOCKET_IFNAME,
+# which real machines detect themselves. Requires root and iproute2. PYTHON names the interpreter.
 set -euo pipefail
 here=$(dirname "$0")
 network=10.77.$((RANDOM % 250))
