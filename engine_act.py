@@ -474,7 +474,7 @@ def evaluate(
     """
     model.eval()
     averages, seconds = MetricAverages(), 0.0
-    for batch in utils.with_progress(loader, title, lambda: _evaluation_progress(averages)):
+    for batch in utils.with_progress(loader, title, lambda: _evaluation_progress(averages, model.halting)):
         images, targets = (t.to(device, non_blocking=True) for t in batch[:2])
         start = utils.synchronized_time(device)
         with autocast(device, amp):
@@ -493,6 +493,7 @@ def evaluate(
     return {**means, "images": int(images), "images_per_s": averages.weight / max(seconds, 1e-9)}
 
 
-def _evaluation_progress(averages: MetricAverages) -> dict[str, str]:
+def _evaluation_progress(averages: MetricAverages, halting: bool) -> dict[str, str]:
     means = averages.local()
-    return {"acc1": f"{means['acc1']:.2f}", "depth": f"{means['depth_mean']:.2f}"}
+    depth = {"depth": f"{means['depth_mean']:.2f}"} if halting else {}
+    return {"acc1": f"{means['acc1']:.2f}"} | depth

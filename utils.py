@@ -393,8 +393,8 @@ def with_progress(
                 continue
             per_batch = (time.perf_counter() - start) / (number - done)
             left = timedelta(seconds=int(per_batch * (len(batches) - number)))
-            metrics = "  ".join(f"{k} {v}" for k, v in describe().items())
-            log(f"{title} [{number}/{len(batches)}]  {metrics}  left {left}")
+            metrics = [f"{k} {v}" for k, v in describe().items()]
+            log("  ".join([f"{title} [{number}/{len(batches)}]", *metrics, f"left {left}"]))
 
 
 def table(rows: list[tuple[str, str]]) -> str:

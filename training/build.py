@@ -273,7 +273,7 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
     if args.distillation_type == "self":
         teacher = build_self_teacher(args, model, classes)
         share = teacher_share(teacher.classifier, model, args.target_macs)
-        utils.log(f"the teacher's forward pass adds {share:.0%} of a training step's MACs")
+        utils.log(f"the teacher's forward pass takes {share:.0%} of a training step's MACs")
         return teacher
     if not hasattr(model, "set_distilled_training"):
         names = ", ".join(timm.list_models("avit*distilled*"))

@@ -190,7 +190,7 @@ def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, ca
     assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
     told = capsys.readouterr().out
     assert "calibration of model: gate_center " in told
-    assert "the teacher's forward pass adds 40% of a training step's MACs" in told
+    assert "the teacher's forward pass takes 40% of a training step's MACs" in told
     path = tmp_path / "out" / "checkpoint.pth"
     curve = Checkpoint.load(str(path)).budget_curve()
     assert checkpoint["gate"]["gate_center"] == pytest.approx(curve.center(0.5))
