@@ -1,19 +1,19 @@
-# make help lists the targets.
+# `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := results/quickstart
 DATA := data/fashion_mnist
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal  # a process for each core, of one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal  # one process per core, one thread each
 
-# The digits at 32 x 32 in patches of 4 x 4: small enough for a CPU, and for one thread of it.
+# Scanned digits at 32 x 32 with patches of 4 x 4: small enough to train on one CPU core.
 DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_workers 0
 ACT := OMP_NUM_THREADS=1 $(BIN)/python main_act.py
 
-.PHONY: help quickstart evidence pictures test test-slow lint
+.PHONY: help quickstart experiments evidence example-images pictures test test-slow lint
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned digits, in under 4 minutes
+quickstart: .venv/installed  ## train, fine-tune, evaluate and draw a model of scanned digits (under 4 minutes on one CPU core)
 	$(ACT) @recipes/digits_static.args --output_dir $(OUT)/static
 	$(ACT) @recipes/digits_adaptive.args --pretrained-path $(OUT)/static/checkpoint.pth --output_dir $(OUT)/adaptive
 	$(ACT) $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth --output_dir $(OUT)/static
@@ -22,30 +22,34 @@ quickstart: .venv/installed  ## train, fine-tune, evaluate and draw on scanned d
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 
-evidence: .venv/installed  ## measure on Fashion-MNIST (DATA=folder) and on cluttered pictures of it
+experiments: .venv/installed  ## run the pipelines of experiments/ (DATA=folder of Fashion-MNIST); recorded stages are skipped
 	PYTHON=$(BIN)/python experiments/fashion_mnist/run.sh $(DATA)
 	PYTHON=$(BIN)/python experiments/fashion_mnist/baselines.sh $(DATA)
 	PYTHON=$(BIN)/python experiments/cluttered/run.sh $(DATA)
 
-pictures: .venv/installed $(OUT)/adaptive/eval.json  ## remake example_images/ with the network of the quickstart
+evidence: experiments  # the former name
+
+example-images: .venv/installed $(OUT)/adaptive/eval.json  ## draw example_images/ again with the model of the quickstart
 	$(ACT) $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
-	  --demo-dir $(OUT)/pictures
-	$(BIN)/python visualize.py $(OUT)/pictures/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
-	  --output-dir $(OUT)/pictures
-	cp $(addprefix $(OUT)/pictures/,teaser.png class4_combined.jpg class8_combined.jpg class9_combined.jpg) example_images/
-	cp $(OUT)/pictures/class8_ref_panel.png example_images/panel.png
-	cp $(OUT)/pictures/class8_ref_halting.gif example_images/halting.gif
+	  --demo-dir $(OUT)/images
+	$(BIN)/python visualize.py $(OUT)/images/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
+	  --output-dir $(OUT)/images
+	cp $(addprefix $(OUT)/images/,teaser.png class4_combined.jpg class8_combined.jpg class9_combined.jpg) example_images/
+	cp $(OUT)/images/class8_ref_panel.png example_images/panel.png
+	cp $(OUT)/images/class8_ref_halting.gif example_images/halting.gif
+
+pictures: example-images  # the former name
 
 $(OUT)/adaptive/eval.json:
 	$(MAKE) quickstart
 
-test: .venv/installed-dev  ## the everyday tests
+test: .venv/installed-dev  ## run the everyday tests (times: CONTRIBUTING.md)
 	$(PYTEST)
 
-test-slow: .venv/installed-dev  ## the slow tests
+test-slow: .venv/installed-dev  ## run the slow tests
 	$(PYTEST) -m slow
 
-lint: .venv/installed-dev  ## style and mistakes that can be seen without running
+lint: .venv/installed-dev  ## check style and formatting (seconds)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
