@@ -59,7 +59,7 @@ MAX_UNCROPPED_SIDE = 32  # pixels; up to this input size, images are resized wit
 
 
 class Preprocessing(NamedTuple):
-    """The preprocessing that a model requires. The fields are those of timm's pretrained_cfg.
+    """The preprocessing that a model requires, with the fields of timm's pretrained_cfg.
 
     mean, std: [3] each, for normalization; interpolation: for resizing; crop_pct: share of the shorter side that is
     kept in evaluation; crop_mode: center, squash or border.
@@ -73,7 +73,7 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def from_config(cls, config: dict) -> Preprocessing:
-        """Build it from a pretrained_cfg. Missing entries get timm's defaults."""
+        """Build it from a pretrained_cfg, with timm's defaults for missing entries."""
         resolved = resolve_data_config(pretrained_cfg=config)
         return cls(*(resolved[name] for name in cls._fields))
 
@@ -121,12 +121,18 @@ def training_transform(
 
 
 def is_uncropped(size: tuple[int, int], placed: bool) -> bool:
-    """Return whether evaluation resizes images without a crop. placed: see `training_transform`."""
+    """Return whether evaluation resizes images without a crop.
+
+    placed: see `training_transform`
+    """
     return placed or max(size) <= MAX_UNCROPPED_SIDE
 
 
 def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocessing: Preprocessing = IMAGENET):
-    """Return a transform from a PIL image to [3, H, W] float. placed: see `training_transform`."""
+    """Return a transform from a PIL image to [3, H, W] float.
+
+    placed: see `training_transform`
+    """
     if is_uncropped(size, placed):
         normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
         steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
@@ -182,15 +188,7 @@ def build_dataset(
     Raises UserError if the folder is missing, empty or has another layout.
     """
     check_name(name)
-    placed = name in PLACED
-    transform = evaluation_transform(size, placed, preprocessing)
-    if train and augmentation is not None:
-        try:
-            transform = training_transform(size, augmentation, placed, preprocessing)
-        except (AssertionError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}"
-            ) from error
+    transform = _transform(name, train, size, augmentation, preprocessing)
     if "/" not in name and (split is not None or num_classes is not None):
         raise UserError(
             f"--train-split, --val-split and --num-classes need a dataset that timm reads (e.g. wds/), got {name}"
@@ -207,6 +205,17 @@ def build_dataset(
         return read_by_timm(name, data_path, train, transform, split, num_classes, batch_size, seed)
     options = {"category": inat_category} if name.startswith("INAT") else {}
     return DATA_SETS[name](folder, train, transform, **options)
+
+
+def _transform(name: str, train: bool, size: tuple[int, int], augmentation: dict | None, preprocessing: Preprocessing):
+    """Return the transform for a part of a dataset, or raise UserError if --aa is invalid."""
+    placed = name in PLACED
+    if not train or augmentation is None:
+        return evaluation_transform(size, placed, preprocessing)
+    try:
+        return training_transform(size, augmentation, placed, preprocessing)
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}") from error
 
 
 CLASS_INDEX_FILES = "*class_index.json"

@@ -59,7 +59,7 @@ class StepStatus(NamedTuple):
 
 @dataclass
 class Trainer:
-    """The model and everything a training step needs. `model` may be wrapped in DistributedDataParallel.
+    """The model, possibly wrapped in DistributedDataParallel, and everything else a training step needs.
 
     budget: sets the weight of the ponder loss when training to a compute target, else None;
     gate_jitter: each training image shifts the gate center by a random number from -gate_jitter to gate_jitter;
@@ -131,7 +131,7 @@ class Trainer:
         return total, parts, halting
 
     def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply mixup and cutmix, which pair images. An odd batch loses one image; a single image is not mixed."""
+        """Apply mixup and cutmix to pairs of images: an odd batch loses one image, a single one is not mixed."""
         if self.mixup is None:
             return images, targets
         if len(images) == 1:
@@ -218,8 +218,8 @@ class Trainer:
         }
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Restore all but the model's weights. Raises KeyError, ValueError or similar if an entry does not fit."""
-        restore_optimizer(self.optimizer, checkpoint["optimizer"])
+        """Restore all but the model's weights, or raise KeyError, ValueError or similar if an entry is wrong."""
+        utils.restore_optimizer(self.optimizer, checkpoint["optimizer"])
         if checkpoint["scaler"] and self.scaler.is_enabled():  # empty if the run had no gradient scaling
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.skipped_steps, self.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
@@ -227,42 +227,6 @@ class Trainer:
             self.ema.module.load_state_dict(checkpoint["model_ema"])
         if self.budget is not None and "budget_controller" in checkpoint:  # missing if the run had no budget
             self.budget.load_state_dict(checkpoint)
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore the state of each parameter, learning rates and counters. Settings that flags set are kept.
-
-    Raises ValueError if the state does not fit the parameters.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in saved["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and not (
-                utils.is_plain_tensor(value) and _is_subsequence(value.shape, parameters[index].shape)
-            ):
-                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
-    current = optimizer.state_dict()["param_groups"]
-    groups = [group | _restored_entries(old) for group, old in zip(current, saved["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-def _is_subsequence(sizes: torch.Size, all_sizes: torch.Size) -> bool:
-    """Return whether `sizes` is `all_sizes` without some: factored optimizers drop dimensions of their state."""
-    remaining = iter(all_sizes)
-    return all(size in remaining for size in sizes)  # `in` consumes the iterator up to the match, so order counts
-
-
-SET_BY_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # never restored
-
-
-def _restored_entries(group: dict) -> dict:
-    """Return the entries of a parameter group to restore: numbers such as `lr` and step counters."""
-    restored = {}
-    for name, value in group.items():
-        is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-        if is_number and name not in SET_BY_FLAGS:
-            restored[name] = value
-    return restored
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -306,15 +270,15 @@ class EpochState:
         return self.waiting_seconds / max(self.seconds, 1e-9)
 
     def data_wait(self) -> float:
-        """Return the largest share of the time that a process waited for its loader. Every process must call this.
+        """Return the largest share of the time that any process waited for its loader.
 
-        All processes lose at least this share, because the all-reduce of the gradients waits for the slowest.
-        They lose more if different processes are late at different steps.
+        Every process must call this. All processes lose at least this share, because the all-reduce of the gradients
+        waits for the slowest. They lose more if different processes are late at different steps.
         """
         return max(utils.all_gather_objects(self.local_data_wait_share))
 
     def state_dict(self) -> dict:
-        """Return this object's entries of a checkpoint. Every process must call this."""
+        """Return this object's entries of a checkpoint, in all processes together."""
         return {
             "epoch": self.number - 1,  # the last finished epoch
             "batches": self.batches,
@@ -324,7 +288,7 @@ class EpochState:
         }
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Restore the state. Raises KeyError, ValueError or similar if an entry is wrong."""
+        """Restore the state, or raise KeyError, ValueError or similar if an entry is wrong."""
         number, batches, seconds = int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), checkpoint["seconds"]
         if not (0 <= number <= MAX_EPOCHS and 0 <= batches <= MAX_BATCHES and 0 <= seconds < math.inf):
             raise ValueError(f"epoch {number}, batch {batches}, {seconds} s")
@@ -340,7 +304,7 @@ class EpochState:
 
 
 def micro_batch_groups(batches: Iterable, accum_steps: int) -> Iterator[list]:
-    """Yield the micro-batches of each optimizer step: lists of `accum_steps` batches. The last may be shorter."""
+    """Yield lists of `accum_steps` batches, one list per optimizer step, of which the last may be shorter."""
     batches = iter(batches)
     while group := list(islice(batches, accum_steps)):
         yield group
@@ -383,7 +347,7 @@ def train_one_epoch(
 
 
 def _epoch_metrics(trainer: Trainer, epoch: EpochState) -> dict[str, float | list[float]]:
-    """Return the metrics of a finished epoch by name. Every process must call this."""
+    """Gather the metrics of a finished epoch from all processes, by name."""
     _, metrics = epoch.averages.reduced()
     if trainer.scaler.is_enabled():
         metrics["skipped_steps"] = trainer.skipped_steps
@@ -429,7 +393,7 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tensor]:
-    """Return the halting metrics of a batch, as means over its images. Empty for a static model.
+    """Return the halting metrics of a batch as means over its images, or {} for a static model.
 
     live_share: [L], the share of tokens that each block processes; macs_saved: a share of the static model's MACs.
     """
@@ -464,7 +428,7 @@ def evaluate(
     should_stop: Callable[[], bool] | None = None,
     on_batch: Callable[[tuple, Tensor, Halting], None] | None = None,
 ) -> dict:
-    """Evaluate a model on the images of all processes. Each image counts once.
+    """Evaluate a model on the images of all processes, each counted once.
 
     loader: yields tuples that start with images [B, 3, H, W] and targets [B];
     should_stop: called after each batch; this process stops if it returns true;

@@ -68,7 +68,7 @@ class BudgetController:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the cost has now been far from the goal for exactly one epoch. True for one update only."""
+        """Whether the cost has been far from the goal for exactly one epoch: true for one update only."""
         return self.stuck_for == self.updates_per_epoch
 
     def observe(self, cost: float, momentum: float = 0.9) -> None:
@@ -88,7 +88,7 @@ class BudgetController:
         return {"budget_controller": [self.start, self.cost, self.stuck_at, self.stuck_for]}
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Restore the state. Raises KeyError, ValueError or similar if it does not fit."""
+        """Restore the state, or raise KeyError, ValueError or similar if the entry is wrong."""
         start, cost, stuck_at, stuck_for = checkpoint["budget_controller"]
         costs = [float(value) for value in (start, cost, stuck_at) if value is not None]
         if not all(0 <= value <= 1 for value in costs) or (start is None) != (cost is None):
@@ -219,7 +219,7 @@ class Teacher(nn.Module):
 
 
 class AdaptiveLoss(nn.Module):
-    """The sum of all loss terms. For a static model, the classification loss only."""
+    """The sum of all loss terms, or the classification loss alone for a static model."""
 
     def __init__(
         self, classification: nn.Module, depth: int, ponder_token_scale: float = 0.001, distr_prior_alpha: float = 0.01

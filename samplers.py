@@ -27,7 +27,7 @@ class RepeatedAugmentationSampler(RepeatAugSampler):
 
 
 class UnpaddedDistributedSampler(Sampler):
-    """All indices, each in one process. There is no padding, so numbers of images may differ by one."""
+    """All indices, each in one process, without padding, so lengths may differ by one."""
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int):
         self.indices = range(rank, len(dataset), num_replicas)

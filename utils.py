@@ -1,4 +1,4 @@
-"""Helpers shared by all commands: user errors, process groups, random seeds, files, averages and progress output."""
+"""Helpers shared by all commands: user errors, ranks, seeds, files, restored state, averages and progress output."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """An error that the user can fix. The command line prints it in one line and exits with status 2."""
+    """An error that the user can fix, printed in one line before the command exits with status 2."""
 
 
 class RankError(UserError):
-    """A UserError raised by some ranks only. Each of them prints it."""
+    """A UserError raised by some ranks only, each of which prints it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -71,7 +71,10 @@ def usable_cores() -> int:
 
 
 def environment_int(name: str, default: int) -> int:
-    """Return an environment variable as an int, or the default if it is unset or empty. Raises UserError otherwise."""
+    """Return an environment variable as an int, or the default if it is unset or empty.
+
+    Raises UserError if it is not an integer.
+    """
     text = os.environ.get(name, "").strip()
     if not text:
         return default
@@ -84,7 +87,7 @@ SEEDS_OF_STEPS, SEEDS_OF_IMAGES = 1, 2  # last number of a seed key: the purpose
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch (CPU, and CUDA if it is in use) from a key. Every number of the key matters."""
+    """Seed Python, NumPy and torch (CPU, and CUDA if it is in use) from all numbers of a key."""
     python, numpy, torch_low, torch_high = np.random.SeedSequence(key).generate_state(4).tolist()
     random.seed(python)
     np.random.seed(numpy)
@@ -95,7 +98,10 @@ def seed_everything(*key: int) -> None:
 
 
 def any_rank(condition: bool, device: torch.device) -> bool:
-    """Return whether the condition holds on any rank. Every rank must call this at the same point."""
+    """Return whether the condition holds on any rank.
+
+    Every rank must call this at the same point.
+    """
     if not dist.is_initialized():
         return condition
     flag = torch.tensor(float(condition), device=device)
@@ -147,7 +153,10 @@ def check_finite(logits: Tensor) -> None:
 
 
 def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
-    """Create the folder and check that it is writable. None stays None. Raises UserError if it is not writable."""
+    """Create the folder and check that it is writable.
+
+    Returns None for no path. Raises UserError if the folder is not writable.
+    """
     if not path:
         return None
     folder = Path(path)
@@ -202,16 +211,17 @@ def _flush_folder(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
-    """Write a file by `atomic_write`. Raises RankError, which names the path, if it cannot be written."""
+    """Write a file by `atomic_write`, or raise a RankError that names the path."""
     with writing(path):
         atomic_write(path, lambda file: file.write(content), durable)
 
 
 @contextmanager
 def lock_output_dir(folder: Path | None) -> Iterator[None]:
-    """Hold a lock on the folder in the main process. Raises UserError if another run holds it.
+    """Hold a lock on the folder in the main process.
 
-    The lock disappears with its process, even if that is killed. A file system without locks allows every run.
+    Raises UserError if another run holds it. The lock disappears with its process, even if
+    that is killed. A file system without locks allows every run.
     """
     file, holder = None, ""
     if folder and is_main():
@@ -237,10 +247,49 @@ def lock_output_dir(folder: Path | None) -> Iterator[None]:
             file.close()
 
 
+# State from checkpoints --------------------------------------------------------------------------
+
+
 def is_plain_tensor(value: object) -> bool:
     """Return whether a value is a dense tensor of real numbers on the CPU, not quantized."""
     is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
     return is_plain and value.device.type == "cpu" and not value.is_complex()
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Restore the state of each parameter, learning rates and counters, but not the settings of flags.
+
+    Raises ValueError if the state does not fit the parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not (
+                is_plain_tensor(value) and _is_subsequence(value.shape, parameters[index].shape)
+            ):
+                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    current = optimizer.state_dict()["param_groups"]
+    groups = [group | _restored_entries(old) for group, old in zip(current, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _is_subsequence(sizes: torch.Size, all_sizes: torch.Size) -> bool:
+    """Return whether `sizes` is `all_sizes` without some: factored optimizers drop dimensions of their state."""
+    remaining = iter(all_sizes)
+    return all(size in remaining for size in sizes)  # `in` consumes the iterator up to the match, so order counts
+
+
+SET_BY_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # never restored
+
+
+def _restored_entries(group: dict) -> dict:
+    """Return the entries of a parameter group to restore: numbers such as `lr` and step counters."""
+    restored = {}
+    for name, value in group.items():
+        is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+        if is_number and name not in SET_BY_FLAGS:
+            restored[name] = value
+    return restored
 
 
 # Numbers and progress ----------------------------------------------------------------------------
@@ -264,12 +313,12 @@ class MetricAverages:
             self.sums[name] = self.sums[name].to(added.device) + added if name in self.sums else added
 
     def state_dict(self) -> dict:
-        """Return the sums over all processes. Every process must call this."""
+        """Return the sums over all processes, each of which must call this."""
         weight, sums = self._global_sums()
         return {"weight": weight, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the sums of all processes. Exactly one process must call this."""
+        """Restore the sums of all processes, in one process only."""
         self.weight = float(state["weight"])
         self.sums = {str(name): value.double() for name, value in state["sums"].items()}
 
@@ -322,9 +371,10 @@ def synchronized_time(device: torch.device) -> float:
 def time_interleaved(
     calls: dict[str, Callable[[], None]], device: torch.device, rounds: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Time each call once per round, in turn, after a warm-up call of each. Returns seconds per call, one per round.
+    """Time each call once per round, in turn, after a warm-up call of each.
 
-    min_seconds: repeat each call until the slowest takes this long, and return the mean.
+    min_seconds: repeat each call until the slowest takes this long, and use the mean.
+    Returns the seconds of each call, one number per round.
     """
 
     def measure(call: Callable[[], None], repeats: int) -> float:
@@ -358,7 +408,10 @@ def warn(message: str, everywhere: bool = False) -> None:
 
 
 class TimedLoader:
-    """The batches of a loader. `seconds` is the time spent waiting for them, including the start of the workers."""
+    """The batches of a loader.
+
+    seconds: time spent waiting for them, including the start of the workers
+    """
 
     def __init__(self, loader: Iterable):
         self.loader, self.seconds = loader, 0.0

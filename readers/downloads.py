@@ -15,7 +15,10 @@ from utils import UserError, main_process_first
 
 
 def downloaded(kind: type, folder: Path, train: bool, transform) -> Dataset:
-    """Build a torchvision dataset, and download it into the folder if necessary. Raises UserError if this fails."""
+    """Build a torchvision dataset, and download it into the folder if necessary.
+
+    Raises UserError if the download fails.
+    """
     try:
         with main_process_first():
             return kind(str(folder), train=train, transform=transform, download=True)

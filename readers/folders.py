@@ -27,7 +27,7 @@ class UnreadableImage(RankError):
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Load an image file as RGB, rotated upright. Raises UnreadableImage, which names the file, if this fails."""
+    """Load an image file as RGB, rotated upright, or raise an UnreadableImage that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,7 +40,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Rotate an image as its metadata require. Broken metadata are ignored."""
+    """Rotate an image as its metadata require, unless they are broken."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # Pillow's metadata readers raise errors of any type
@@ -48,7 +48,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode and bit depth to RGB, and crop extreme aspect ratios. Animations give one frame."""
+    """Convert an image of any mode and bit depth to RGB, and crop extreme aspect ratios.
+
+    An animation gives its first frame.
+    """
     if image.mode[:1] in "IF":
         image = _to_8_bit(image)  # Pillow would clip larger values
     image = image.convert("RGB")
@@ -61,7 +64,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale an image of 16 or 32 bit or floating point to 8 bit. White is the lowest usual level that fits."""
+    """Scale an image of 16 or 32 bit or floating point to 8 bit.
+
+    White is the lowest allowed level that no pixel exceeds.
+    """
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
     levels = WHITE_LEVELS
     if "16" in image.mode:
@@ -150,7 +156,10 @@ class ClassFolders(ImageFolder):
 
 
 def image_folder(folder: Path, train: bool, transform) -> ImageFolder:
-    """Build a dataset from FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE. Raises UserError if this fails."""
+    """Build a dataset from FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE.
+
+    Raises UserError if a folder is missing or empty.
+    """
     expected = f"expected {folder}/train/CLASS/IMAGE and {folder}/val/CLASS/IMAGE"
     part = folder / ("train" if train else "val")
     if not part.is_dir():

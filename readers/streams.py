@@ -128,7 +128,7 @@ def read_by_timm(
     batch_size: int,
     seed: int,
 ) -> Dataset:
-    """Build a dataset by its name in `timm.data.create_dataset`. Raises UserError if it cannot be read."""
+    """Build a dataset by its name in `timm.data.create_dataset`, or raise UserError if it cannot be read."""
     options = {"split": split, "is_training": train, "batch_size": batch_size, "seed": seed, "download": True}
     if name.lower().startswith("torch/"):
         options["transform"] = transform
@@ -157,14 +157,17 @@ def _has_shards(dataset: Dataset) -> bool:
 
 
 def _check_shards(files: list[str], root: Path) -> None:
-    """Raise UserError if a local shard is missing. webdataset would skip it silently."""
+    """Raise UserError if a local shard is missing, which webdataset would skip silently."""
     missing = [file for file in files if not (root / file).is_file()] if root.is_dir() else []
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}")
 
 
 def _declared_classes(dataset: Dataset, name: str, num_classes: int | None) -> list[str]:
-    """Return the class names of the dataset, or placeholders. Raises UserError if their number is unclear."""
+    """Return the class names of the dataset, or placeholders.
+
+    Raises UserError if the number of classes is unknown or contradicts --num-classes.
+    """
     index_of = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     names = list(getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get))
     if not names and num_classes is None:

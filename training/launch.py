@@ -100,7 +100,7 @@ def _warning_while_waiting(launch: LaunchEnvironment, dist_url: str) -> Iterator
 
 
 def _init_group(launch: LaunchEnvironment, dist_url: str, device: torch.device) -> None:
-    """Initialize torch.distributed. Raises UserError if the processes cannot connect."""
+    """Initialize torch.distributed, or raise UserError if the processes cannot connect."""
     position = {"world_size": launch.world_size, "rank": launch.rank, "timeout": PROCESS_TIMEOUT}
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = {"device_id": device} if backend == "nccl" else {}  # otherwise NCCL guesses it from the rank
@@ -129,7 +129,10 @@ def single_process(device_type: str | None) -> Iterator[torch.device]:
 
 
 def _device(device_type: str | None, processes: int) -> torch.device:
-    """Return the device for this process, and make it the current CUDA device. Raises UserError if there is none."""
+    """Return the device for this process, and make it the current CUDA device.
+
+    Raises UserError if the device is invalid or not available.
+    """
     try:
         device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
