@@ -252,13 +252,13 @@ def _draw_class_bars(
 def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     figure = new_figure(4.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[2.6, 1], sharex=True)
-    depth, right = statistics.mean_depth, statistics.is_correct
+    depth, correct = statistics.mean_depth, statistics.is_correct
     low, high = depth.min(), depth.max()
     edges = np.linspace(low, high, BINS + 1) if low < high else np.array([low - 0.25, low + 0.25])
     bins, members, counts = np.unique(np.digitize(depth, edges[1:-1]), return_inverse=True, return_counts=True)
-    mean_depth, accuracy = (np.bincount(members, weights=values) / counts for values in (depth, right))
+    mean_depth, accuracy = (np.bincount(members, weights=values) / counts for values in (depth, correct))
     errors = np.abs(wilson_interval(accuracy, counts) - accuracy)
-    overall = top.axhline(right.mean(), color=GRAY, linewidth=1.2, linestyle="--")
+    overall = top.axhline(correct.mean(), color=GRAY, linewidth=1.2, linestyle="--")
     of_bins = top.errorbar(mean_depth, accuracy, errors, color=MAIN, marker="o", markersize=5, capsize=3)
     legend_above(top, {"images of similar depth, ± standard error": of_bins, "all images": overall})
     low = min(max((accuracy - errors[0]).min(), 0), 0.9)
@@ -270,7 +270,7 @@ def _accuracy_against_depth(statistics: DatasetStatistics) -> Chart:
     style_axes(bottom, "mean patch depth of an image", "images")
     ends = [f"{percent(accuracy[end])} at a mean depth of {mean_depth[end]:.1f}" for end in (0, -1)]
     by_depth = " and ".join(ends if len(bins) > 1 else ends[:1])
-    return Chart("Accuracy by depth", f"Top-1 accuracy is {percent(right.mean())}: {by_depth}.", figure)
+    return Chart("Accuracy by depth", f"Top-1 accuracy is {percent(correct.mean())}: {by_depth}.", figure)
 
 
 def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -58,10 +58,10 @@ def _means(records: Sequence[ImageRecord]) -> Facts:
     if not records:
         return [("images", "0")]
     known = [one for one in records if one.target >= 0]
-    right = [("top-1 accuracy", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
+    accuracy = [("top-1 accuracy", f"{sum(not one.is_wrong for one in known) / len(known):.1%}")] if known else []
     depth = sum(one.mean_depth for one in records) / len(records)
     saved = 1 - sum(one.macs for one in records) / sum(one.static_macs for one in records)
-    return [("images", f"{len(records):,}"), *right, ("patch depth", f"{depth:.2f}"), ("MACs saved", f"{saved:.1%}")]
+    return [("images", f"{len(records):,}"), *accuracy, ("patch depth", f"{depth:.2f}"), ("MACs saved", f"{saved:.1%}")]
 
 
 def _image_data(record: ImageRecord, class_names: Sequence[str], num_blocks: int) -> dict:

@@ -1,6 +1,6 @@
-"""What the network did with one image, and the criteria (--demo-by) by which images are chosen.
+"""Record of what the model did with one image, and the criteria (--demo-by) that select images.
 
-Does not import torch or numpy, so that commands can print --help at once.
+This module does not import torch or numpy, so that commands print --help immediately.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image and what the network did with it.
+    """An image and what the model did with it.
 
     index: position in the dataset; name: file name, or that position
-    pixels: [H, W, 3] uint8 as the network received them, or None if not requested
+    pixels: [H, W, 3] uint8 as the model received them, or None if not requested
     depth: [grid height, grid width] uint8, 1..L, patch depths; prefix_depth: [P], depths of the prefix tokens
     prediction, target: class indices; target is -1 if unknown; confidence: probability of the prediction
     macs, static_macs: MACs of this image, and of the static model
@@ -60,10 +60,13 @@ class ImageRecord:
 
     @property
     def is_wrong(self) -> bool:
+        """Whether the prediction differs from a known target."""
         return self.target not in (-1, self.prediction)
 
 
-CRITERIA: dict[str, Callable[[ImageRecord], float | None]] = {  # largest value first; None: never chosen
+CRITERIA: dict[
+    str, Callable[[ImageRecord], float | None]
+] = {  # images with the largest value are selected; None: never
     "std": lambda record: record.depth_spread,
     "deepest": lambda record: record.mean_depth,
     "shallowest": lambda record: -record.mean_depth,

@@ -392,7 +392,7 @@ def test_only_canvases_near_the_viewport_are_drawn(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thousand_images_stay_fluid(browser, tmp_path):
+def test_thousand_images_respond_within_seconds(browser, tmp_path):
     rng, seconds = np.random.default_rng(0), {}
     pixels = [rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(10)]
     depths = rng.integers(1, BLOCKS + 1, (1000, 14, 14))
