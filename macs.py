@@ -1,4 +1,4 @@
-"""Multiply-adds of a vision transformer whose tokens halt at different depths."""
+"""MACs (multiply-accumulate operations) of a vision transformer whose tokens halt at different depths."""
 
 from __future__ import annotations
 
@@ -11,28 +11,40 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def macs_per_image(model: nn.Module, depth: Tensor) -> Tensor:
-    """Multiply-adds of one forward pass in which tokens reach these depths.
+    """Return the MACs of one forward pass in which the tokens reach these depths.
 
-    depth: [B, N], 1..L -> [B] float64. Counts patch embedding, the blocks' projections and MLPs,
-    attention (2 n^2 C for n live tokens), and the heads; norms and activations are left out, as is
-    usual. Of a static pass: depth L everywhere.
+    model: a ViT of timm; depth: [B, N], 1..L -> [B] float64. For the static model, depth is L everywhere.
+    Counts the patch embedding, the projections and MLPs of the blocks, attention (2 n^2 C for n live
+    tokens) and the heads. As is usual, norms and activations are not counted.
     """
     embed = _embedding_macs(model.patch_embed, depth.shape[1] - model.num_prefix_tokens)
     heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))
     per_block = [[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks]
     blocks = torch.tensor(per_block, dtype=torch.float64).to(depth.device, non_blocking=True)
-    reached = torch.arange(len(blocks), device=depth.device)[:, None, None]
-    live = (depth > reached).sum(dim=2).double()  # [L, B]
+    block = torch.arange(len(blocks), device=depth.device)[:, None, None]
+    live = (depth > block).sum(dim=2).double()  # [L, B]
     return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
 
 
-STEM_MACS: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # for these sizes of images, these multiply-adds
+def macs_at_depth(model: nn.Module, depth: float) -> float:
+    """Return the MACs of one image of the model's size if every token reaches the same depth."""
+    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+    return macs_per_image(model, torch.full((1, num_tokens), float(depth))).item()
+
+
+def static_macs(model: nn.Module) -> float:
+    """Return the MACs of one image of the model's size through every block."""
+    return macs_at_depth(model, model.num_blocks)
+
+
+STEM_MACS: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # stem -> its image size, its MACs at that size
 
 
 def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
-    """In closed form for patches of pixels; a convolutional stem is counted by torch, on shapes alone, once.
+    """Return the MACs of the patch embedding.
 
-    Its multiply-adds at other image sizes than its own are taken to grow with the number of patches.
+    A convolutional stem is counted once, by torch on the meta device. For image sizes other than
+    its own, its MACs are assumed to grow with the number of patches.
     """
     if isinstance(embed, PatchEmbed):
         return embed.proj.weight.numel() * num_patches
@@ -47,6 +59,9 @@ def _embedding_macs(embed: nn.Module, num_patches: int) -> float:
 
 
 def _linear_weights(module: nn.Module) -> int:
-    """Also of layers that torch has quantized, whose weights are packed, and unpacked by a method."""
+    """Return the number of weights of all linear layers, biases excluded.
+
+    A quantized layer is no nn.Linear; it is recognized by its method `weight`, which unpacks the weights.
+    """
     layers = (m for m in module.modules() if isinstance(m, nn.Linear) or callable(getattr(m, "weight", None)))
     return sum(layer.in_features * layer.out_features for layer in layers)

@@ -8,16 +8,16 @@ from triton.compiler import ASTSource
 
 from zipping import kernels
 
-FLOATS = {"before", "minus_center", "limit", "score", "cumulative", "new_cumulative"}
-FLOATS |= {"grad_new_cumulative", "grad_score", "grad_before"}
+FLOATS = {"cumulative_before", "minus_center", "limit", "score", "cumulative", "new_cumulative"}
+FLOATS |= {"grad_new_cumulative", "grad_score", "grad_cumulative_before"}
 TYPES = dict.fromkeys(FLOATS, "*fp32") | {"token": "*i64", "new_token": "*i64", "halts": "*u8", "scale": "fp32"}
-TYPES |= dict.fromkeys(("bounds", "new_bounds", "place", "counts"), "*i32")
+TYPES |= dict.fromkeys(("cu_seqlens", "new_cu_seqlens", "dest_offset", "counts"), "*i32")
 TYPES |= dict.fromkeys(("width", "length", "count"), "i32")
 CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": kernels.ROWS}
 
 
 def compile_for(capability: int) -> None:
-    for kernel in (kernels._halting_kernel, kernels._compact_kernel, kernels._backward):
+    for kernel in (kernels._halting_kernel, kernels._compact_kernel, kernels._halting_backward_kernel):
         for dtype in ("*fp32", "*fp16", "*bf16"):  # of rows
             for last in (False, True):
                 constants = CONSTANTS | {"LAST": last, "EARLY_EXIT": not last}

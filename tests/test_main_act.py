@@ -239,7 +239,7 @@ def mistake(capsys, *argv):
         ("--model vit_base_patch16_siglip_224", "global_pool is 'map'"),
         (
             "--model vit_base_patch16_rpn_224",
-            "its tokens cannot be adaptive: blocks.0 is a ResPostBlock (did you mean vit_base_patch16_",
+            "this model cannot be made adaptive: blocks.0 is a ResPostBlock (did you mean vit_base_patch16_",
         ),
         ("--model vit_small_patch14_dinov3", "did you mean vit_small_patch14_dinov2"),
         ("--model deit_tiny_patch16_224.fb_in1", "with this tag (did you mean fb_in1k?)"),

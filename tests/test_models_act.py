@@ -18,12 +18,12 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.testing import assert_close
 
+import models_act
 import zipping
 from benchmarks.synthetic import set_synthetic_depths
 from models_act import (
     AdaptiveVisionTransformer,
     AdaptiveVisionTransformerDistilled,
-    Gate,
     adapt,
     halting_step,
     macs_per_image,
@@ -105,10 +105,10 @@ def test_a_gate_offset_is_another_center_for_its_image(zip_tokens, training):
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=12))
 def test_halting_probabilities_sum_to_one(channel):
     cumulative, total, live = torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool)
-    gate = Gate.of(scale=1.0, center=0.0, halt_eps=0.01, device=total.device)
+    gate = zipping.Gate.of(scale=1.0, center=0.0, halt_eps=0.01, device=total.device)
     for number, value in enumerate(channel, start=1):
         x = torch.tensor([[value, 0.0]])
-        step = halting_step(x, cumulative, gate, last=number == len(channel))
+        step = halting_step(x, cumulative, gate, is_last_block=number == len(channel))
         total = total + step.probability * live
         live, cumulative = live & ~step.halts, step.cumulative
     assert not live.any()
@@ -629,6 +629,12 @@ def test_without_halting_it_is_timms_network():
     assert halting.ponder_cost.unique().tolist() == [9]
 
 
+def test_former_names_are_aliases():
+    assert models_act.AdaptiveTokens.halt_by is models_act.AdaptiveTokens.set_halting_channel
+    assert zipping.HostTokens is zipping.PackedTokensCPU
+    assert zipping.DeviceTokens is zipping.PackedTokensCUDA
+
+
 def test_distilled_training_returns_two_logits():
     model = halting_model(distilled=True).train()
     assert model(images()).shape == (6, 7)
@@ -706,11 +712,11 @@ def test_adapt_keeps_what_it_is_given():
 
 
 def test_adapt_names_what_it_cannot_take():
-    with pytest.raises(ValueError, match="a ResNet is no VisionTransformer or VisionTransformerDistilled of timm"):
+    with pytest.raises(ValueError, match="expected a timm VisionTransformer or VisionTransformerDistilled, got ResNet"):
         adapt(timm.create_model("resnet10t", device="meta"))
     with pytest.raises(TypeError, match="takes gate_scale"):
         adapt(timm.create_model("vit_tiny_patch16_224", device="meta"), gate=3)
-    with pytest.raises(ValueError, match="a AdaptiveVisionTransformer is no"):
+    with pytest.raises(ValueError, match="got AdaptiveVisionTransformer"):
         adapt(halting_model())
 
 

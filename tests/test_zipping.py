@@ -55,20 +55,20 @@ def test_stores_of_rows_hold_the_live_tokens_image_by_image(store, case, early_e
         assert len(images.unique()) == len(images), "the rows of an image stand together"
         assert all((part.diff() > 0).all() for part in token.split(counts.tolist())), "in the order of its tokens"
         if store is PackedTokensCPU:
-            assert tokens.lengths == counts.tolist() == sorted(counts.tolist())
+            assert tokens.seqlens == counts.tolist() == sorted(counts.tolist())
         else:
-            assert tokens.bounds.diff().tolist() == image.bincount(minlength=batch).tolist()
+            assert tokens.cu_seqlens.diff().tolist() == image.bincount(minlength=batch).tolist()
             assert images.tolist() == sorted(images.tolist())
-        assert torch.equal(tokens.spread(torch.arange(batch)), image)
+        assert torch.equal(tokens.expand_to_tokens(torch.arange(batch)), image)
         prefix, expected = tokens.prefix(rows), masked.prefix(dense)
         assert torch.equal(prefix[masked.live[:, :num_prefix]], expected[masked.live[:, :num_prefix]])
-        total = tokens.add_to(torch.zeros(batch * length, 3), rows)
-        assert torch.equal(total.view_as(x), masked.add_to(torch.zeros_like(x), dense))
+        total = tokens.scatter_add(torch.zeros(batch * length, 3), rows)
+        assert torch.equal(total.view_as(x), masked.scatter_add(torch.zeros_like(x), dense))
 
     values = torch.arange(len(stores) * batch * length).view(-1, batch, length) + 1.0
     of_rows = [of_block.flatten()[torch.as_tensor(tokens.token)] for of_block, tokens in zip(values, stores)]
-    (table,) = store.tables(stores, torch.cat(of_rows))
-    (expected,) = MaskedTokens.tables(masked_stores, values.flatten(0, 1))
+    (table,) = store.to_dense(stores, torch.cat(of_rows))
+    (expected,) = MaskedTokens.to_dense(masked_stores, values.flatten(0, 1))
     assert torch.equal(table, expected)
 
 
@@ -91,8 +91,8 @@ def each_image_alone(q, k, v, lengths):
 
 
 def varlen(q, k, v, lengths):
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    return varlen_attention(q, k, v, bounds, longest=50)  # any bound will do
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return varlen_attention(q, k, v, cu_seqlens, max_seqlen=50)  # any bound will do
 
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted)

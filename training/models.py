@@ -10,7 +10,7 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from datasets import Preprocessing
-from models_act import HALTING, AdaptiveTokens, adapt_
+from models_act import HALTING_DEFAULTS, AdaptiveTokens, adapt_
 from utils import UserError, did_you_mean
 
 TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # the timm modules with plain ViTs
@@ -96,7 +96,7 @@ def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTok
     """
     check_model_name(name)
     _check_size(name, img_size)
-    halting = {option: options.pop(option) for option in HALTING if option in options}
+    halting = {option: options.pop(option) for option in HALTING_DEFAULTS if option in options}
     try:
         return _build(name, halting, img_size=img_size, **options)
     except Exception as error:  # the hub's client may raise anything

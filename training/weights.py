@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from datasets import placeholder_names
-from models_act import HALTING
+from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
 from training.models import avit_names, build_on_meta
 from utils import UserError, log, warn
@@ -40,7 +40,7 @@ def resolve_gate(
     sources, resolved = [("the command line", flags), *sources], {}
     for name in GATE_NAMES:
         found = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        found = found or [("the defaults", HALTING[name])]
+        found = found or [("the defaults", HALTING_DEFAULTS[name])]
         resolved[name] = found[0][1]
         if name in logged:
             _log_choice(name, found)
@@ -50,7 +50,7 @@ def resolve_gate(
 def _log_choice(name: str, found: list[tuple[str, float]]) -> None:
     """Print a gate value and its source; warn if another source differs. found: (source, value), the chosen first."""
     (source, value), *others = found
-    if name in GATE_DEFAULTS or value != HALTING[name]:
+    if name in GATE_DEFAULTS or value != HALTING_DEFAULTS[name]:
         log(f"{name} {value:g}, from {source}")
     for other, other_value in others:
         if other_value != value:

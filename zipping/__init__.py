@@ -1,18 +1,24 @@
-"""Live tokens of a batch: what stays, what leaves, and attention among those that stay.
+"""Zipping: keep only the live tokens of a batch, as packed rows, so that halted tokens cost no compute.
 
-Three stores with one interface. `MaskedTokens` keeps every token in a dense `[B, N, ...]` and knows
-which are live. The others keep the live ones alone, as the rows of `[T, ...]`, image by image, so
-that everything computed on the rows costs less as tokens leave: `PackedTokensCPU` on the CPU, where a
-decision is read at once, and `PackedTokensCUDA` on CUDA, where reading one means to wait. All are
-immutable: `drop` returns a new store. Nothing here knows why a token leaves, or what a row means.
+A batch of images is a dense tensor [B, N, C]. After each block some tokens halt. A *store* records
+which tokens are live. There are three stores with one interface:
 
-    tokens, rows = pack(x, num_prefix_tokens=1)                      # x: [B, N, C] -> rows: [T, C]
-    rows = rows + attention(rows[None], attn_mask=tokens.attention_mask)[0]      # within each image
-    tokens, (rows, state) = tokens.drop(leaves, rows, state)         # leaves: [T] bool
+* `MaskedTokens` keeps all tokens in place and masks the halted ones. It saves no compute.
+* `PackedTokensCPU` and `PackedTokensCUDA` keep the live tokens only, as packed rows [T, C], image
+  by image. Norms, projections and MLPs run on the rows. Attention runs within each image.
 
-A store of rows holds which token each row is, and where images begin. What is reported of all blocks
-is put together at the end, by `tables`. On CUDA, where Triton is, its kernels decide and drop in one
-go: `PackedTokensCUDA.halt`.
+The CPU store keeps NumPy indices and sorts images by their number of rows. The CUDA store keeps
+its indices on the device, where reading a value is a host-device sync. Stores are immutable:
+
+    tokens, rows = pack(x, num_prefix_tokens=1)                              # [B, N, C] -> [T, C]
+    rows = rows + attention(rows[None], attn_mask=tokens.attention_mask)[0]  # within each image
+    tokens, (rows, state) = tokens.drop(halts, rows, state)                  # halts: [T] bool
+
+`to_dense` scatters the values of all blocks back to [L, B, N]. If Triton works, its kernels compute
+the scores and drop the rows together: `PackedTokensCUDA.halt`.
+
+`stores.py` holds the stores, `attention.py` attention within images, `blocks.py` timm's block on
+packed rows, `outputs.py` the outputs collected over all blocks, and `kernels.py` the Triton kernels.
 """
 
 from __future__ import annotations
@@ -24,11 +30,21 @@ import torch
 from torch import Tensor
 
 from zipping.attention import ATTENTION, PerImageAttentionMask, ragged_attention, varlen_attention
-from zipping.stores import MaskedTokens, PackedTokens, PackedTokensCPU, PackedTokensCUDA
+from zipping.stores import (
+    BlockOutput,
+    Gate,
+    MaskedTokens,
+    PackedTokens,
+    PackedTokensCPU,
+    PackedTokensCUDA,
+    drop_halted,
+)
 
 __all__ = [
     "ATTENTION",
+    "BlockOutput",
     "DeviceTokens",
+    "Gate",
     "HostTokens",
     "MaskedTokens",
     "PackedTokens",
@@ -36,6 +52,7 @@ __all__ = [
     "PackedTokensCUDA",
     "PerImageAttentionMask",
     "can_pack",
+    "drop_halted",
     "pack",
     "ragged_attention",
     "uses_device_form",
@@ -43,45 +60,60 @@ __all__ = [
     "varlen_attention",
 ]
 
-HostTokens, DeviceTokens = PackedTokensCPU, PackedTokensCUDA  # their earlier names
+HostTokens, DeviceTokens = PackedTokensCPU, PackedTokensCUDA  # former names, kept for other programs
 
 
 def uses_device_form(x: Tensor) -> bool:
-    """Whether the live tokens of x are kept as `PackedTokensCUDA`, else as `PackedTokensCPU`."""
+    """Return whether the live tokens of `x` are kept in `PackedTokensCUDA` instead of `PackedTokensCPU`."""
     return x.is_cuda
 
 
 def uses_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels run where x is."""
+    """Return whether the Triton kernels run on the device of `x`."""
     return x.is_cuda and _kernels_run(x.device)
 
 
 @cache
 def _kernels_run(device: torch.device) -> bool:
-    """Tried once, forward and backward: Triton may be missing, or the compiler of C that it needs."""
+    """Run the kernels once, forward and backward, and return whether they work.
+
+    Triton may be missing, or the C compiler that it needs. Raises torch.OutOfMemoryError, which
+    leaves the question open.
+    """
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            rows = torch.tensor([[0.0], [9.0]], device=device, requires_grad=True)  # the second one leaves
+            rows = torch.tensor([[0.0], [9.0]], device=device, requires_grad=True)  # the second one halts
             tokens, _ = PackedTokensCUDA.pack(rows.detach()[None], num_prefix_tokens=1)
-            gate = (rows.new_zeros(()), rows.new_ones(()))
-            _, _, prefix, _, kept, _ = tokens.halt(rows, rows.new_ones(2) / 4, *gate, 1.0, last=False, early_exit=False)
-            (prefix.sum() + kept.sum()).backward()
+            gate = Gate.of(scale=1.0, center=0.0, halt_eps=0.0, device=device)
+            output = tokens.halt(rows, rows.new_ones(2) / 4, gate, is_last_block=False, early_exit=False)
+            (output.prefix.sum() + output.rows.sum()).backward()
     except torch.OutOfMemoryError:
-        raise  # which says nothing about kernels
-    except Exception as error:  # whatever an import, a compiler or a driver raises
+        raise
+    except Exception as error:  # an import, a compiler or a driver may raise anything
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"zipping is slower than it could be: Triton's kernels do not run here ({reason})", stacklevel=2)
+        warnings.warn(
+            f"the Triton kernels do not run here ({reason}). Zipping uses PyTorch ops instead, "
+            "which is slower for small batches. Install Triton and a C compiler to enable the kernels.",
+            stacklevel=2,
+        )
         return False
     return True
 
 
 def can_pack(x: Tensor) -> bool:
-    """x: [B, N, C]; whether its live tokens can be rows. Not in float64 on CUDA, nor inside torch.func's transforms."""
+    """Return whether the live tokens of `x` can be packed rows.
+
+    x: [B, N, C]. They cannot be on other devices than CPU and CUDA, for an empty batch, in float64
+    on CUDA, or inside a transform of torch.func.
+    """
     if x.device.type not in ("cpu", "cuda") or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     return len(x) > 0 and not (uses_device_form(x) and x.dtype == torch.float64)
 
 
 def pack(x: Tensor, num_prefix_tokens: int) -> tuple[PackedTokensCPU | PackedTokensCUDA, Tensor]:
-    """x: [B, N, C] -> the store in which every token is live, in the form of its device, and its rows [B * N, C]."""
+    """Return the packed store in which every token is live, and the rows.
+
+    x: [B, N, C] -> rows: [B * N, C].
+    """
     return (PackedTokensCUDA if uses_device_form(x) else PackedTokensCPU).pack(x, num_prefix_tokens)

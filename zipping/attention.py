@@ -1,4 +1,4 @@
-"""Attention within each image, over the packed rows of a batch."""
+"""Attention within each image, for the packed rows of a batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from zipping.stores import PackedTokens
 
-ATTENTION = F.scaled_dot_product_attention  # torch's own, whatever its place may hold later
+ATTENTION = F.scaled_dot_product_attention  # torch's own function, even if a library replaces it later
 
 
 class PerImageAttentionMask:
-    """Given to an attention module in place of a mask: each row attends to the rows of its own image.
+    """Stand-in attention mask that restricts attention to the rows of each image.
 
-    F.scaled_dot_product_attention hands over to such an object; all else that the module does with
-    rows, [1, T, C], as if they were one image, is right for each row by itself.
+    1. The caller passes it as `attn_mask` to timm's block, with all rows as one image: [1, T, C].
+       Everything in the block except attention works on each row separately.
+    2. timm's attention passes it to `F.scaled_dot_product_attention`. torch finds
+       `__torch_function__` on this class and calls it instead.
+    3. `__torch_function__` calls `PackedTokens.attend` with the queries, keys and values.
+
+    Every other torch function that gets this object raises TypeError.
     """
 
     def __init__(self, tokens: PackedTokens):
@@ -33,17 +38,21 @@ class PerImageAttentionMask:
         return kwargs["attn_mask"].tokens.attend(*args[:3], kwargs.get("dropout_p", 0.0))
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, dropout_p: float = 0.0) -> Tensor:
-    """Attention within each image by one of CUDA's kernels for sequences of different lengths.
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
+) -> Tensor:
+    """Compute attention within each image by one CUDA kernel for sequences of different lengths.
 
-    q, k, v: [1, H, T, D], strided as they are; bounds: [I + 1] int32, where images begin and the last ends;
-    longest: no image has more rows -> [1, H, T, D].
+    q, k, v: [1, H, T, D], any strides; cu_seqlens: [B + 1] int32, the first row of each image and
+    the end of the last; max_seqlen: an upper bound for the rows of an image.
+    Returns [1, H, T, D].
 
-    The operators that torch's nested tensors call: flash attention in half precision, from compute
-    capability 8.0 on, else the memory-efficient one, whose backward refuses a bound above T. They want
-    a D in steps of 8 (in float32 of 4); zeros fill it up, which change neither products nor sums.
+    It calls the operators behind torch's nested tensors: flash attention in half precision from
+    compute capability 8.0, else memory-efficient attention. The latter's backward pass rejects a
+    max_seqlen above T. Both need D in multiples of 8 (of 4 in float32). Other widths are padded
+    with zeros, which change neither products nor sums.
     """
-    longest = min(longest, q.shape[2])
+    max_seqlen = min(max_seqlen, q.shape[2])
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
     has_flash = dtype in (torch.float16, torch.bfloat16) and _supports_flash_attention(q.device)
     computed = torch.float32 if dtype == torch.bfloat16 and not has_flash else dtype  # old GPUs have no kernel for it
@@ -51,13 +60,16 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
     if width % 8:
         q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
-    limits = (bounds, bounds, longest, longest, dropout_p)
+    seqlens = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries, of keys
     if has_flash and q.shape[-1] <= 256:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *limits, False, False, scale=scale)[0].unsqueeze(0)
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *seqlens, dropout_p, False, False, scale=scale)[0]
+        out = out.unsqueeze(0)
     else:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *limits, 0, needs_grad, scale=scale)[0]
+        out = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, *seqlens, dropout_p, 0, needs_grad, scale=scale
+        )[0]
     return out[..., :width].to(dtype).transpose(1, 2)
 
 
@@ -66,24 +78,28 @@ def _supports_flash_attention(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout_p: float = 0.0) -> Tensor:
-    """Attention within each image by dense calls, one for each run of images of equal length.
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], dropout_p: float = 0.0) -> Tensor:
+    """Compute attention within each image by one dense call per distinct sequence length.
 
-    q, k, v: [1, H, T, D]; lengths: how many consecutive rows each image has, ascending -> [1, H, T, D].
-    A call sees its rows as a view: no padding, no mask, no copy but that of the results.
+    q, k, v: [1, H, T, D]; seqlens: the number of consecutive rows of each image, ascending.
+    Returns [1, H, T, D]. Each call gets a view of its rows: no padding and no mask. Only the
+    results are copied.
     """
-    if len(lengths) == 1:
+    if len(seqlens) == 1:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    runs = [(length, len(list(images))) for length, images in groupby(lengths)]
-    sizes = [length * images for length, images in runs]
+    runs = [(seqlen, len(list(images))) for seqlen, images in groupby(seqlens)]
+    sizes = [seqlen * images for seqlen, images in runs]
     parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
     results = [_dense_attention(*part, *run, dropout_p) for part, run in zip(parts, runs)]
     return (torch.cat(results, dim=1) if len(results) > 1 else results[0]).transpose(1, 2)
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, images: int, dropout_p: float) -> Tensor:
-    """q, k, v: [1, H, images * length, D] -> [1, images * length, H, D]"""
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, seqlen: int, images: int, dropout_p: float) -> Tensor:
+    """Compute attention for images of equal length.
+
+    q, k, v: [1, H, images * seqlen, D] -> [1, images * seqlen, H, D].
+    """
     if images > 1:
-        q, k, v = (x.view(-1, images, length, x.shape[3]).transpose(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # [images, H, length, D]
+        q, k, v = (x.view(-1, images, seqlen, x.shape[3]).transpose(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # [images, H, seqlen, D]
     return out.transpose(1, 2).flatten(0, 1).unsqueeze(0) if images > 1 else out.transpose(1, 2)

@@ -1,25 +1,92 @@
-"""timm's ViT block on packed rows, and which modified blocks cannot run on them."""
+"""timm's ViT block on packed rows, and the check whether a modified block can run on them.
+
+A change that may look at several tokens, or at a token's place in its image, needs the dense
+[B, N, C]. All blocks then run masked: same result, but halted tokens save no compute.
+
+| change to a block                                                       | mode   |
+| ----------------------------------------------------------------------- | ------ |
+| none, a plain DeiT block: short form in evaluation without gradients    | zipped |
+| another qkv, proj, fc1 or fc2 layer (LoRA), or another `forward` of one | zipped |
+| other norms, layer scale and other small layers from timm or torch      | zipped |
+| a hook for all modules, registered with torch                           | zipped |
+| a hook on a module                                                      | masked |
+| another class of block, attention, MLP or stochastic depth              | masked |
+| any other layer from outside timm and torch                             | masked |
+| another `forward` of a module, except qkv, proj, fc1 and fc2            | masked |
+| another `forward` of a class, or another F.scaled_dot_product_attention | masked |
+| attention that is not fused                                             | masked |
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.models import VisionTransformer, VisionTransformerDistilled, checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from zipping import can_pack, pack
 from zipping.attention import ATTENTION
-from zipping.stores import MaskedTokens, PackedTokensCPU, PackedTokensCUDA
+from zipping.stores import MaskedTokens, PackedTokens
+
+
+def prepare_blocks(
+    model: VisionTransformer, x: Tensor, zip_tokens: bool
+) -> tuple[MaskedTokens | PackedTokens, Tensor, list[Callable]]:
+    """Return the store in which every token is live, its rows, and a forward function for each block.
+
+    x: [B, N, C], the input of the first block. Warns if a modified block or function prevents zipping.
+    """
+    block_forwards = _select_block_forwards(model.blocks, x, zip_tokens)
+    make_store = MaskedTokens.pack if masked_block in block_forwards else pack
+    tokens, rows = make_store(x, model.num_prefix_tokens)
+    if model.grad_checkpointing and torch.is_grad_enabled():
+        block_forwards = [partial(checkpoint, block_forward) for block_forward in block_forwards]
+    return tokens, rows, block_forwards
+
+
+def _select_block_forwards(blocks: nn.Sequential, x: Tensor, zip_tokens: bool) -> list[Callable]:
+    """Return a forward function for each block: `masked_block`, `zipped_block` or `plain_block`.
+
+    Either all blocks run masked or none.
+    """
+    needs_static_shapes = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if not zip_tokens or needs_static_shapes or not can_pack(x):
+        return [masked_block] * len(blocks)
+    plain = [_is_plain(block) for block in blocks._modules.values()]
+    reason = _replaced_function() or (None if all(plain) else _why_not_zippable(blocks))
+    if reason:
+        warnings.warn(
+            f"zipping is disabled because {reason}. Halted tokens are masked instead, so they save no compute. "
+            "Undo the change, or set zip_tokens=False to silence this warning.",
+            stacklevel=9,  # the line that calls the model
+        )
+        return [masked_block] * len(blocks)
+    needs_modules = torch.is_grad_enabled() or _has_any_global_hook()
+    return [
+        plain_block if is_plain and not (needs_modules or block.training) else zipped_block
+        for is_plain, block in zip(plain, blocks)
+    ]
+
+
+# Forward functions -------------------------------------------------------------------------------
 
 
 def masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
-    """x: [B, N, C] -> [B, N, C]; timm's own block, halted tokens masked as keys."""
+    """Run timm's block on all tokens, with halted tokens masked as keys. x: [B, N, C] -> [B, N, C]."""
     return block(x, attn_mask=tokens.attention_mask)
 
 
-def zipped_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
-    """rows: [T, C] -> [T, C]; timm's block, on live tokens alone, as if they were one image.
+def zipped_block(block: Block, rows: Tensor, tokens: PackedTokens) -> Tensor:
+    """Run timm's block on the live tokens only, as if they were one image. rows: [T, C] -> [T, C].
 
-    Stochastic depth is drawn for all images, as on a dense batch, and given to the rows.
+    Stochastic depth is drawn for all images, as for a dense batch, and applied to the rows.
     """
     x, mask = rows.unsqueeze(0), tokens.attention_mask
     if not any(isinstance(layer, DropPath) and layer.training for layer in (block.drop_path1, block.drop_path2)):
@@ -29,17 +96,19 @@ def zipped_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTok
     return x.squeeze(0)
 
 
-def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
-    """branch: [1, T, C] -> the same, zero for images that skip it, the others' scaled."""
+def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: PackedTokens) -> Tensor:
+    """Return the branch with stochastic depth: zero for images that skip it, scaled for the others.
+
+    branch: [1, T, C] -> [1, T, C].
+    """
     scale = drop_path(branch.new_ones(tokens.size[0], 1))  # [B, 1]
-    return branch * tokens.spread(scale)
+    return branch * tokens.expand_to_tokens(scale)
 
 
-def plain_block(block: Block, rows: Tensor, tokens: PackedTokensCPU | PackedTokensCUDA) -> Tensor:
-    """rows: [T, C] -> [T, C]; `zipped_block` in evaluation, for `is_plain` blocks.
+def plain_block(block: Block, rows: Tensor, tokens: PackedTokens) -> Tensor:
+    """Run `zipped_block` in short form: for plain blocks in evaluation. rows: [T, C] -> [T, C].
 
-    For small batches: the layers that have nothing to do, and the calls of modules in modules, take
-    as long as everything that halting adds.
+    In small batches, calls of modules and layers without effect take as long as all halting ops.
     """
     attn, mlp = block.attn, block.mlp
     x = rows.unsqueeze(0)
@@ -59,39 +128,59 @@ def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
+# Modified blocks ---------------------------------------------------------------------------------
+
+
 def _layers(block: Block) -> tuple[nn.Module, ...]:
-    """What a block, its attention and its MLP are made of; not as attributes, which take longer."""
+    """Return the layers of a block, its attention and its MLP, from `_modules`: attribute access is slower."""
     parts = block._modules
     return (*parts.values(), *parts["attn"]._modules.values(), *parts["mlp"]._modules.values())
 
 
-PLAIN_LAYERS = {  # the types of a DeiT's, with and without stochastic depth
+PLAIN_LAYER_TYPES = {  # in a DeiT block, without and with stochastic depth
     tuple(map(type, _layers(Block(8, 1, drop_path=rate, norm_layer=LayerNorm, device="meta")))) for rate in (0.0, 0.1)
 }
 SUPPORTED_MLPS = (Mlp, GluMlp, SwiGLU)
-SUPPORTED_PARTS = {  # the class of each part of a block must be one of these
+SUPPORTED_PARTS = {  # the class of each part of a block must be one of these; "" is the block itself
     "": (Block,),
     "attn": (Attention,),
     "mlp": SUPPORTED_MLPS,
     "drop_path1": (nn.Identity, DropPath),
     "drop_path2": (nn.Identity, DropPath),
 }
-LINEAR_PLACES = (".qkv.", ".proj.", ".fc1.", ".fc2.")  # where people put others that work on one token at a time
+LINEAR_PLACES = (".qkv.", ".proj.", ".fc1.", ".fc2.")  # replacements here are assumed to treat each token separately
 ORIGINAL_FORWARDS = {
     layer: layer.forward for layer in (Block, Attention, *SUPPORTED_MLPS, DropPath, nn.Linear, LayerNorm, nn.GELU)
 }
 
 
-def is_plain(block: nn.Module) -> bool:
-    """Whether nobody has changed this block: in evaluation it does what `plain_block` does."""
+def unsupported_part(model: VisionTransformer) -> str | None:
+    """Return which part of a timm ViT halting does not support; None if it supports all."""
+    for name, block in model.blocks.named_children():
+        for part in ("", "attn", "mlp"):
+            module = block.get_submodule(part)
+            if type(module) not in SUPPORTED_PARTS[part]:
+                return f"{f'blocks.{name}.{part}'.rstrip('.')} is a {type(module).__name__}"
+    if isinstance(model, VisionTransformerDistilled) and (model.num_reg_tokens or model.no_embed_class):
+        return "timm's distilled class has no reg_tokens and no no_embed_class"
+    return None if isinstance(model.patch_drop, nn.Identity) else "patch_drop_rate is above 0"
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Return whether a block is an unmodified DeiT block, so that `plain_block` computes the same in evaluation."""
     if type(block) is not Block or _is_modified(block):
         return False
     layers = _layers(block)
     for layer in layers:
         if _is_modified(layer) or (layer.training and not block.training):
             return False
-    is_deits = tuple(map(type, layers)) in PLAIN_LAYERS
-    return is_deits and block.attn.fused_attn and not block.norm1._fast_norm
+    has_plain_layers = tuple(map(type, layers)) in PLAIN_LAYER_TYPES
+    return has_plain_layers and block.attn.fused_attn and not block.norm1._fast_norm
+
+
+def _is_modified(module: nn.Module) -> bool:
+    """Return whether a module has a hook or its own `forward`."""
+    return "forward" in module.__dict__ or _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -101,28 +190,21 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_modified(module: nn.Module) -> bool:
-    """Whether it has a hook, or a `forward` of its own."""
-    return "forward" in module.__dict__ or _has_hooks(module)
-
-
-def why_not_zippable(blocks: nn.Sequential) -> str | None:
-    """Why blocks, some of which are not plain, cannot run on rows of live tokens, if so.
-
-    A hook, and what takes the place of a block or of a part of it, may look at tokens by their
-    places in an image, or at several at once. What takes the place of a linear layer, as LoRA does,
-    is taken to work on one token at a time.
-    """
-    found = (
+def _why_not_zippable(blocks: nn.Sequential) -> str | None:
+    """Return why blocks cannot run on packed rows; None if they can. The table above lists the cases."""
+    reasons = (
         _why_module_not_zippable(f"blocks.{name}.{part}".rstrip("."), part, module)
         for name, block in blocks._modules.items()
         for part, module in block.named_modules()
     )
-    return next(filter(None, found), None)
+    return next(filter(None, reasons), None)
 
 
 def _why_module_not_zippable(name: str, part: str, module: nn.Module) -> str | None:
-    """name: of the module; part: its name in its block."""
+    """Return why one module cannot run on packed rows; None if it can.
+
+    name: of the module in the model; part: its name in its block, "" for the block itself.
+    """
     in_linear = any(place in f".{part}." for place in LINEAR_PLACES)
     is_known = in_linear or type(module).__module__.startswith(("timm.", "torch."))
     if not (type(module) in SUPPORTED_PARTS[part] if part in SUPPORTED_PARTS else is_known):
@@ -134,8 +216,8 @@ def _why_module_not_zippable(name: str, part: str, module: nn.Module) -> str | N
     return f"{name} does not use fused attention" if part == "attn" and not module.fused_attn else None
 
 
-def replaced_function() -> str | None:
-    """A function of timm's or torch's that was replaced for all modules, if one was."""
+def _replaced_function() -> str | None:
+    """Return which function of timm or torch was replaced for all modules; None if there is none."""
     if F.scaled_dot_product_attention is not ATTENTION:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
     replaced = (layer.__name__ for layer, forward in ORIGINAL_FORWARDS.items() if layer.forward is not forward)

@@ -1,8 +1,9 @@
-"""What follows a block on CUDA, in three Triton kernels: scores and decisions, what leaves, and the backward of both.
+"""Triton kernels for the halting step after a block on CUDA.
 
-The same as `models_act.halting_step`, `PackedTokensCUDA.prefix` and `PackedTokensCUDA.drop` after each other,
-with one pass over the rows and some 6 launches instead of 26 (docs/performance.md): on a GPU the host is
-what small batches wait for. The backward writes each gradient once, in no order that could vary.
+They compute the same as `models_act.halting_step`, `PackedTokensCUDA.prefix` and
+`PackedTokensCUDA.drop` together, with one pass over the rows and about 6 kernel launches instead of
+26 (docs/performance.md). Small batches are launch-bound, so fewer launches make them faster. The
+backward kernel writes each gradient once, so its result is deterministic.
 """
 
 from __future__ import annotations
@@ -13,192 +14,219 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHANNELS = 128  # that a program takes at a time, at most
-ROWS = 16  # that a program of the kernels that move rows takes
+CHANNELS = 128  # upper bound for the channels that a program loads at a time
+ROWS = 16  # rows per program of the compaction and backward kernels
 
 
 @triton.jit
 def _halting_kernel(
-    rows, before, token, bounds, minus_center, limit,  # what is read, see `Halt`
-    score, cumulative, halts, place, counts, prefix,  # what is written
+    rows, cumulative_before, token, cu_seqlens, minus_center, limit,  # inputs, see `HaltAndDrop`
+    score, cumulative, halts, dest_offset, counts, prefix,  # outputs
     scale, width, length,
     LAST: tl.constexpr, EARLY_EXIT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Program b: image b's scores and decisions, its prefix tokens' rows, 0 where one has left, and places.
+    """Compute scores, decisions and prefix-token states; program b handles image b.
 
-    place: of a row among those of its image that stay, -1 where it leaves; counts: [I + 1], 0 and how many stay.
+    prefix: [B, P, C], 0 for halted tokens;
+    dest_offset: [T], a row's place among the rows of its image that stay, -1 if it is dropped;
+    counts: [B + 1], 0, then the number of rows that stay in each image.
     """
     image = tl.program_id(0)
-    start = tl.load(bounds + image)
+    start = tl.load(cu_seqlens + image)
     offset = tl.arange(0, BLOCK)
-    here = offset < tl.load(bounds + image + 1) - start
+    in_image = offset < tl.load(cu_seqlens + image + 1) - start
     row = (start + offset).to(tl.int64)
-    number = tl.load(token + row, mask=here, other=0) - image * length  # of the token in its image
-    first = tl.load(rows + row * width, mask=here, other=0.0).to(tl.float32)
-    own_score = 1.0 / (1.0 + tl.exp(-(tl.load(minus_center) + scale * first)))
-    reached = tl.load(before + row, mask=here, other=0.0) + own_score
-    leaves = reached >= tl.load(limit)  # not so where it is not a number
+    position = tl.load(token + row, mask=in_image, other=0) - image * length  # of the token in its image
+    channel_0 = tl.load(rows + row * width, mask=in_image, other=0.0).to(tl.float32)
+    row_score = 1.0 / (1.0 + tl.exp(-(tl.load(minus_center) + scale * channel_0)))
+    row_cumulative = tl.load(cumulative_before + row, mask=in_image, other=0.0) + row_score
+    row_halts = row_cumulative >= tl.load(limit)  # False for NaN
     if LAST:
-        leaves = leaves | here
-    tl.store(score + row, own_score, mask=here)
-    tl.store(cumulative + row, reached, mask=here)
-    tl.store(halts + row, leaves.to(tl.uint8), mask=here)
+        row_halts = row_halts | in_image
+    tl.store(score + row, row_score, mask=in_image)
+    tl.store(cumulative + row, row_cumulative, mask=in_image)
+    tl.store(halts + row, row_halts.to(tl.uint8), mask=in_image)
     for slot in tl.static_range(PREFIX):
-        found = here & (number == slot)
-        source = tl.sum(tl.where(found, row, 0), 0)
-        is_there = tl.sum(found.to(tl.int32), 0) > 0
+        is_slot = in_image & (position == slot)
+        source = tl.sum(tl.where(is_slot, row, 0), 0)
+        is_live = tl.sum(is_slot.to(tl.int32), 0) > 0
         for begin in range(0, width, CHANNELS):
             channel = begin + tl.arange(0, CHANNELS)
-            x = tl.load(rows + source * width + channel, mask=(channel < width) & is_there, other=0.0)
+            x = tl.load(rows + source * width + channel, mask=(channel < width) & is_live, other=0.0)
             tl.store(prefix + (image * PREFIX + slot).to(tl.int64) * width + channel, x, mask=channel < width)
     if not LAST:
-        stays = here & (leaves == 0)
+        stays = in_image & (row_halts == 0)
         if EARLY_EXIT:
-            stays = stays & (tl.sum((stays & (number < PREFIX)).to(tl.int32), 0) > 0)
+            stays = stays & (tl.sum((stays & (position < PREFIX)).to(tl.int32), 0) > 0)
         ones = stays.to(tl.int32)
-        tl.store(place + row, tl.where(stays, tl.cumsum(ones, 0) - 1, -1), mask=here)
+        tl.store(dest_offset + row, tl.where(stays, tl.cumsum(ones, 0) - 1, -1), mask=in_image)
         tl.store(counts + image + 1, tl.sum(ones, 0))
         tl.store(counts, 0, mask=image == 0)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _compact_kernel(
-    rows, cumulative, token, place, new_bounds,  # what is read
-    new_rows, new_cumulative, new_token,  # what is written
+    rows, cumulative, token, dest_offset, new_cu_seqlens,  # inputs
+    new_rows, new_cumulative, new_token,  # outputs
     count, width, length,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Each of `count` rows that stays, and what goes with it, to its place."""
+    """Copy the rows that stay, out of `count`, with their cumulative scores and tokens to their new places."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    own_place = tl.load(place + row, mask=row < count, other=-1)
-    stays = own_place >= 0
-    own_token = tl.load(token + row, mask=stays, other=0)
-    target = (tl.load(new_bounds + own_token // length, mask=stays, other=0) + own_place).to(tl.int64)
-    tl.store(new_cumulative + target, tl.load(cumulative + row, mask=stays, other=0.0), mask=stays)
-    tl.store(new_token + target, own_token, mask=stays)
+    row_offset = tl.load(dest_offset + row, mask=row < count, other=-1)
+    stays = row_offset >= 0
+    row_token = tl.load(token + row, mask=stays, other=0)
+    dest = (tl.load(new_cu_seqlens + row_token // length, mask=stays, other=0) + row_offset).to(tl.int64)
+    tl.store(new_cumulative + dest, tl.load(cumulative + row, mask=stays, other=0.0), mask=stays)
+    tl.store(new_token + dest, row_token, mask=stays)
     for begin in range(0, width, CHANNELS):
         channel = begin + tl.arange(0, CHANNELS)[None, :]
         mask = stays[:, None] & (channel < width)
         x = tl.load(rows + row[:, None] * width + channel, mask=mask, other=0.0)
-        tl.store(new_rows + target[:, None] * width + channel, x, mask=mask)
+        tl.store(new_rows + dest[:, None] * width + channel, x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _backward(
-    grad_new_rows, grad_new_cumulative, grad_score, grad_prefix, score, token, place, new_bounds,  # what is read
-    grad_rows, grad_before,  # what is written
+def _halting_backward_kernel(
+    grad_new_rows, grad_new_cumulative, grad_score, grad_prefix, score, token, dest_offset, new_cu_seqlens,  # inputs
+    grad_rows, grad_cumulative_before,  # outputs
     scale, count, width, length,
     LAST: tl.constexpr, PREFIX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `count` rows and of their earlier scores: each row's own, through its score and as a prefix."""
+    """Compute the gradients of `count` rows and of their cumulative scores before the block.
+
+    A row's gradient is the sum of three: of its copy, of its score and of its prefix-token state.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     inside = row < count
-    own_token = tl.load(token + row, mask=inside, other=0)
-    image, number = own_token // length, own_token % length
-    own_score = tl.load(score + row, mask=inside, other=0.0)
-    of_score = tl.load(grad_score + row, mask=inside, other=0.0)
+    row_token = tl.load(token + row, mask=inside, other=0)
+    image, position = row_token // length, row_token % length
+    row_score = tl.load(score + row, mask=inside, other=0.0)
+    row_grad_score = tl.load(grad_score + row, mask=inside, other=0.0)
     if not LAST:
-        own_place = tl.load(place + row, mask=inside, other=-1)
-        stays = own_place >= 0
-        target = (tl.load(new_bounds + image, mask=stays, other=0) + own_place).to(tl.int64)
-        of_cumulative = tl.load(grad_new_cumulative + target, mask=stays, other=0.0)
-        tl.store(grad_before + row, of_cumulative, mask=inside)
-        of_score += of_cumulative
-    through_score = of_score * scale * own_score * (1.0 - own_score)
-    is_prefix = inside & (number < PREFIX)
-    slot = image * PREFIX + number
+        row_offset = tl.load(dest_offset + row, mask=inside, other=-1)
+        stays = row_offset >= 0
+        dest = (tl.load(new_cu_seqlens + image, mask=stays, other=0) + row_offset).to(tl.int64)
+        row_grad_cumulative = tl.load(grad_new_cumulative + dest, mask=stays, other=0.0)
+        tl.store(grad_cumulative_before + row, row_grad_cumulative, mask=inside)
+        row_grad_score += row_grad_cumulative
+    grad_channel_0 = row_grad_score * scale * row_score * (1.0 - row_score)
+    is_prefix = inside & (position < PREFIX)
+    slot = image * PREFIX + position
     for begin in range(0, width, CHANNELS):
         channel = begin + tl.arange(0, CHANNELS)[None, :]
         exists = channel < width
         gradient = tl.load(grad_prefix + slot[:, None] * width + channel, mask=is_prefix[:, None] & exists, other=0.0)
-        gradient = gradient.to(tl.float32) + tl.where(channel == 0, through_score[:, None], 0.0)
+        gradient = gradient.to(tl.float32) + tl.where(channel == 0, grad_channel_0[:, None], 0.0)
         if not LAST:
             mask = stays[:, None] & exists
-            gradient += tl.load(grad_new_rows + target[:, None] * width + channel, mask=mask, other=0.0).to(tl.float32)
+            gradient += tl.load(grad_new_rows + dest[:, None] * width + channel, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_rows + row[:, None] * width + channel, gradient, mask=inside[:, None] & exists)
 
 
-class Halt(torch.autograd.Function):
-    """One block's halting; differentiable in the rows and the earlier scores, once.
+class HaltAndDrop(torch.autograd.Function):
+    """Halting step of one block; differentiable once, in the rows and the cumulative scores.
 
-    rows: [T, C] of any floating type, T above 0; before: [T] float32; token: [T] int64; bounds: [B + 1] int32, of
-    all B images; minus_center, limit: of no dimension, float32; scale: a number; size: B, N; num_prefix_tokens: P.
-    Returns score [T], halts [T] bool, the prefix tokens' rows [B, P, C], zero where one has left; and, but for
-    the last block, of the rows that stay: rows, cumulative scores, tokens, bounds. Waits for the device once.
+    rows: [T, C] of any floating dtype, T above 0; cumulative_before: [T] float32; token: [T] int64;
+    cu_seqlens: [B + 1] int32; minus_center, limit: 0-d float32; scale: a number; size: B, N;
+    num_prefix_tokens: P.
+    Returns score [T]; halts [T] bool; prefix-token states [B, P, C], zero for halted tokens; then,
+    of the rows that stay: rows, cumulative scores, token, cu_seqlens. These four are None after
+    the last block. One host-device sync reads the number of rows that stay.
     """
 
     @staticmethod
     def forward(
         ctx,
         rows: Tensor,
-        before: Tensor,
+        cumulative_before: Tensor,
         token: Tensor,
-        bounds: Tensor,
+        cu_seqlens: Tensor,
         minus_center: Tensor,
         limit: Tensor,
         scale: float,
         size: tuple[int, int],
         num_prefix_tokens: int,
-        last: bool,
+        is_last_block: bool,
         early_exit: bool,
     ) -> tuple[Tensor | None, ...]:
-        rows, (count, width), (batch, length) = rows.contiguous(), rows.shape, size
-        block, channels = triton.next_power_of_2(length), min(CHANNELS, triton.next_power_of_2(width))
-        score, cumulative = torch.empty_like(before), torch.empty_like(before)
+        rows = rows.contiguous()
+        count, width = rows.shape
+        batch, length = size
+        channels = min(CHANNELS, triton.next_power_of_2(width))
+        block = triton.next_power_of_2(length)
+        score = torch.empty_like(cumulative_before)
+        cumulative = torch.empty_like(cumulative_before)
         halts = torch.empty(count, dtype=torch.uint8, device=rows.device)
-        place, counts = halts, halts  # of which the last block makes no use
-        if not last:
-            place, counts = torch.empty_like(token, dtype=torch.int32), torch.empty_like(bounds)
+        dest_offset = counts = halts  # placeholders: the kernel does not write them after the last block
+        if not is_last_block:
+            dest_offset = torch.empty_like(token, dtype=torch.int32)
+            counts = torch.empty_like(cu_seqlens)
         prefix = rows.new_empty(batch, num_prefix_tokens, width)
         _halting_kernel[(batch,)](
-            rows, before, token, bounds, minus_center, limit, score, cumulative, halts, place, counts, prefix,
-            scale, width, length, LAST=last, EARLY_EXIT=early_exit, PREFIX=num_prefix_tokens,
+            rows, cumulative_before, token, cu_seqlens, minus_center, limit,
+            score, cumulative, halts, dest_offset, counts, prefix,
+            scale, width, length, LAST=is_last_block, EARLY_EXIT=early_exit, PREFIX=num_prefix_tokens,
             BLOCK=block, CHANNELS=channels, num_warps=min(max(block // 128, 4), 16),
         )  # fmt: skip
-        new_rows, new_cumulative, new_token, new_bounds = None, None, None, None
-        if not last:
-            new_bounds = counts.cumsum(0, dtype=torch.int32)
-            stay = int(new_bounds[-1])
-            new_rows, new_cumulative, new_token = rows.view_as(rows), cumulative, token
-            if stay < count:
-                new_rows, new_cumulative = rows.new_empty(stay, width), before.new_empty(stay)
-                new_token = token.new_empty(stay)
-            if 0 < stay < count:
-                _compact_kernel[(triton.cdiv(count, ROWS),)](
-                    rows, cumulative, token, place, new_bounds, new_rows, new_cumulative, new_token,
-                    count, width, length, ROWS=ROWS, CHANNELS=channels,
-                )  # fmt: skip
+        kept = (None, None, None, None)
+        if not is_last_block:
+            kept = _compact(rows, cumulative, token, dest_offset, counts, length, channels)
+        new_rows, new_cumulative, new_token, new_cu_seqlens = kept
         halts = halts.view(torch.bool)
-        ctx.mark_non_differentiable(*(x for x in (halts, new_token, new_bounds) if x is not None))
-        ctx.set_materialize_grads(False)  # of what nothing is to be made: zeros that are not asked for
-        ctx.save_for_backward(score, token, place, bounds if last else new_bounds)
-        shapes = [0 if x is None else x.shape for x in (score, prefix, new_rows, new_cumulative)]
-        ctx.numbers = scale, length, last, channels, shapes
-        return score, halts, prefix, new_rows, new_cumulative, new_token, new_bounds
+        ctx.mark_non_differentiable(*(x for x in (halts, new_token, new_cu_seqlens) if x is not None))
+        ctx.set_materialize_grads(False)  # do not allocate zero gradients for unused outputs
+        ctx.save_for_backward(score, token, dest_offset, cu_seqlens if is_last_block else new_cu_seqlens)
+        ctx.scale, ctx.length, ctx.is_last_block, ctx.channels = scale, length, is_last_block, channels
+        ctx.shapes = [0 if x is None else x.shape for x in (score, prefix, new_rows, new_cumulative)]
+        return score, halts, prefix, new_rows, new_cumulative, new_token, new_cu_seqlens
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx,
         grad_score: Tensor | None,
-        _,
+        _grad_halts: None,
         grad_prefix: Tensor | None,
         grad_new_rows: Tensor | None,
         grad_new_cumulative: Tensor | None,
-        *__,
+        *_grad_indices: None,
     ) -> tuple[Tensor | None, ...]:
-        score, token, place, new_bounds = ctx.saved_tensors
-        scale, length, last, channels, shapes = ctx.numbers
-        found = (grad_score, grad_prefix, grad_new_rows, grad_new_cumulative)
+        score, token, dest_offset, new_cu_seqlens = ctx.saved_tensors
         grad_score, grad_prefix, grad_new_rows, grad_new_cumulative = (
             score.new_zeros(shape) if gradient is None else gradient.contiguous()
-            for gradient, shape in zip(found, shapes)
+            for gradient, shape in zip((grad_score, grad_prefix, grad_new_rows, grad_new_cumulative), ctx.shapes)
         )
-        (count,), (*_, num_prefix_tokens, width) = shapes[:2]
-        grad_rows, grad_before = grad_prefix.new_empty(count, width), torch.empty_like(score)
-        _backward[(triton.cdiv(count, ROWS),)](
-            grad_new_rows, grad_new_cumulative, grad_score, grad_prefix, score, token, place, new_bounds,
-            grad_rows, grad_before, scale, count, width, length,
-            LAST=last, PREFIX=num_prefix_tokens, ROWS=ROWS, CHANNELS=channels,
+        count = len(score)
+        _, num_prefix_tokens, width = ctx.shapes[1]
+        grad_rows = grad_prefix.new_empty(count, width)
+        grad_cumulative_before = torch.empty_like(score)
+        _halting_backward_kernel[(triton.cdiv(count, ROWS),)](
+            grad_new_rows, grad_new_cumulative, grad_score, grad_prefix, score, token, dest_offset, new_cu_seqlens,
+            grad_rows, grad_cumulative_before, ctx.scale, count, width, ctx.length,
+            LAST=ctx.is_last_block, PREFIX=num_prefix_tokens, ROWS=ROWS, CHANNELS=ctx.channels,
         )  # fmt: skip
-        return grad_rows, None if last else grad_before, *[None] * 9
+        return grad_rows, None if ctx.is_last_block else grad_cumulative_before, *[None] * 9
+
+
+def _compact(
+    rows: Tensor, cumulative: Tensor, token: Tensor, dest_offset: Tensor, counts: Tensor, length: int, channels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return rows, cumulative scores, token and cu_seqlens of the rows that stay; copies nothing if all stay.
+
+    dest_offset, counts: see `_halting_kernel`.
+    """
+    count, width = rows.shape
+    new_cu_seqlens = counts.cumsum(0, dtype=torch.int32)
+    num_kept = int(new_cu_seqlens[-1])
+    if num_kept == count:
+        return rows.view_as(rows), cumulative, token, new_cu_seqlens
+    new_rows = rows.new_empty(num_kept, width)
+    new_cumulative = cumulative.new_empty(num_kept)
+    new_token = token.new_empty(num_kept)
+    if num_kept > 0:
+        _compact_kernel[(triton.cdiv(count, ROWS),)](
+            rows, cumulative, token, dest_offset, new_cu_seqlens, new_rows, new_cumulative, new_token,
+            count, width, length, ROWS=ROWS, CHANNELS=channels,
+        )  # fmt: skip
+    return new_rows, new_cumulative, new_token, new_cu_seqlens
