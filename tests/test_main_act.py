@@ -27,14 +27,14 @@ def log_of(folder):
 
 @pytest.fixture
 def trained(image_folder, tmp_path):
-    """A run of one epoch with the default flags, halting really; returns data and output folders."""
+    """Train one epoch with the default flags and a gate by which tokens halt. Returns data and output folders."""
     out = tmp_path / "out"
     gate = ("--gate_scale", 10, "--gate_center", 5)
     run("--data-path", image_folder, "--output_dir", out, "--epochs", 1, *gate, "--tensorboard")
     return image_folder, out
 
 
-# In TensorBoard, as scripts read them.
+# TensorBoard tags that scripts read.
 POINTS = """
 train/loss train/lr train/cnt_token_mean train/cnt_token_max train/cnt_token_min train/ponder_loss_token
 train/distr_prior_loss train/expected_depth_ratio test/acc_top1 test/acc_top5 test/loss train/live_share/block_01
@@ -77,7 +77,7 @@ def test_train_evaluate_resume_demo(trained, tmp_path, capsys):
     assert len(pictures) == 3 * 3 + 1
 
 
-def test_fine_tuning_from_static_weights(image_folder, tmp_path, capsys):
+def test_fine_tuning_from_static_weights_replaces_the_head(image_folder, tmp_path, capsys):
     static, adaptive = tmp_path / "static", tmp_path / "adaptive"
     run("--data-path", image_folder, "--output_dir", static, "--epochs", 1, "--no-halting")
     assert load_checkpoint(str(static / "checkpoint.pth"))["gate"] is None
@@ -91,8 +91,8 @@ def test_fine_tuning_from_static_weights(image_folder, tmp_path, capsys):
     assert load_checkpoint(str(adaptive / "checkpoint.pth"))["model"]["head.weight"].shape[0] == 2
 
 
-def test_classes_are_found_by_name(trained, tmp_path, capsys):
-    """Where the data's are fewer, or in another order: in evaluation, and where a head is kept for more training."""
+def test_classes_are_matched_by_name(trained, tmp_path, capsys):
+    """The dataset has fewer classes or another order, in evaluation and in further training of the same head."""
     data, out = trained
     expected = evaluated(data, out / "best.pth", tmp_path / "all")
     renamed = {"class_0": "z", "class_1": "y", "class_2": "x"}  # another alphabetical order
@@ -133,7 +133,7 @@ def evaluated(data, checkpoint, out):
     return json.loads((out / "eval.json").read_text())
 
 
-def test_finetune_keeps_dropout_and_stochastic_depth_off(trained, monkeypatch):
+def test_finetune_disables_dropout_and_stochastic_depth(trained, monkeypatch):
     data, out = trained
     made = []
     create = timm.create_model
@@ -158,11 +158,11 @@ def test_finetune_keeps_dropout_and_stochastic_depth_off(trained, monkeypatch):
         "--act_mode 4 --warmup_epoch 5 --dist-eval --ponder_scale_token 0.1 --num_workers 1",
     ],
 )
-def test_flags_train(image_folder, flags):
+def test_flags_are_accepted_in_training(image_folder, flags):
     run("--data-path", image_folder, "--epochs", 2, "--warmup-epochs", 1, *flags.split())
 
 
-def test_without_output_dir_nothing_is_saved(image_folder, tmp_path, monkeypatch, capsys):
+def test_without_output_dir_nothing_is_written(image_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     run("--data-path", image_folder, "--epochs", 1)
@@ -171,7 +171,7 @@ def test_without_output_dir_nothing_is_saved(image_folder, tmp_path, monkeypatch
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def test_use_ema_evaluates_the_average(image_folder, tmp_path, capsys):
+def test_use_ema_evaluates_the_ema_weights(image_folder, tmp_path, capsys):
     model = timm.create_model("avit_micro_patch4_32", num_classes=3)
     average = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     torch.save({"model": model.state_dict(), "model_ema": average}, tmp_path / "c.pth")
@@ -180,8 +180,8 @@ def test_use_ema_evaluates_the_average(image_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["tiny-10-30.pth", "visualization-tiny.pth"])
-def test_published_checkpoints(tmp_path, name, capsys):
-    """Made to their description: weights under `model`, flags in a Namespace."""
+def test_published_checkpoint_runs_demo_with_its_gate(tmp_path, name, capsys):
+    """The file has the structure of the published ones: weights under `model`, flags in a Namespace."""
     data = make_image_folder(tmp_path / "data", classes=2, val=1)
     model = timm.create_model("avit_tiny_patch16_224", num_classes=2)
     args = argparse.Namespace(gate_scale=10.0, gate_center=30.0, lr=1e-3)
@@ -195,8 +195,8 @@ def test_published_checkpoints(tmp_path, name, capsys):
     assert (tmp_path / "token_act_visualization" / "class1_combined.jpg").exists()
 
 
-def test_rectangles(image_folder, tmp_path, monkeypatch):
-    """Train, evaluate at another size, and draw: the heat map has the image's shape."""
+def test_rectangular_images_train_evaluate_and_draw(image_folder, tmp_path, monkeypatch):
+    """Train, evaluate at another size, and draw: the depth map has the image's shape."""
     out = tmp_path / "out"
     gate = ("--gate_scale", 10, "--gate_center", 5)
     run("--data-path", image_folder, "--output_dir", out, "--epochs", 1, "--input-size", 16, 40, *gate)
@@ -208,7 +208,7 @@ def test_rectangles(image_folder, tmp_path, monkeypatch):
         run(*flags, "--eval")
 
 
-def test_distillation(image_folder, tmp_path):
+def test_soft_distillation_trains(image_folder, tmp_path):
     teacher = timm.create_model("resnet10t", num_classes=3)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
     flags = ("--model", "avit_tiny_distilled_patch16_224", "--data-path", image_folder, "--epochs", 1)
@@ -216,11 +216,11 @@ def test_distillation(image_folder, tmp_path):
     run(*flags, *teacher, "--distillation-type", "soft")
 
 
-# Mistakes ----------------------------------------------------------------------------------------
+# Invalid input -----------------------------------------------------------------------------------
 
 
 def mistake(capsys, *argv):
-    """Runs, expects exit status 2 and one line on stderr, and returns it."""
+    """Run, check for exit status 2 and one line on stderr, and return the line."""
     with pytest.raises(SystemExit) as stopped:
         run(*argv)
     assert stopped.value.code == 2
@@ -276,11 +276,11 @@ def mistake(capsys, *argv):
         ("--data-set DIGITS --pretrained", "No pretrained weights exist"),
     ],
 )
-def test_mistakes_get_one_line(flags, message, capsys):
+def test_invalid_flags_exit_with_one_line(flags, message, capsys):
     assert message in mistake(capsys, *flags.split())
 
 
-def test_an_output_folder_that_cannot_be_written(capsys, tmp_path):
+def test_unwritable_output_dir_exits_with_2(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write to this folder" in mistake(
         capsys, "--data-set", "DIGITS", "--output_dir", tmp_path / "file" / "out"
@@ -288,7 +288,7 @@ def test_an_output_folder_that_cannot_be_written(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["--eval", "--demo"])
-def test_class_counts_that_do_not_fit(mode, image_folder, tmp_path, capsys):
+def test_evaluating_another_class_count_exits_with_2(mode, image_folder, tmp_path, capsys):
     torch.save({"model": timm.create_model("avit_micro_patch4_32").state_dict()}, tmp_path / "c.pth")
     out = tmp_path / "out"
     rest = ("--data-path", image_folder, "--finetune", tmp_path / "c.pth", "--output_dir", out)
@@ -303,12 +303,12 @@ def test_class_counts_that_do_not_fit(mode, image_folder, tmp_path, capsys):
         (["--eval", "--finetune"], halting_model, "does not fit the model: blocks.8.norm1.weight is missing"),
     ],
 )
-def test_weights_that_do_not_serve(image_folder, tmp_path, capsys, mode, make, message):
+def test_unsuitable_weights_exit_with_2(image_folder, tmp_path, capsys, mode, make, message):
     torch.save({"model": make().state_dict()}, tmp_path / "c.pth")
     assert message in mistake(capsys, "--data-path", image_folder, *mode, tmp_path / "c.pth")
 
 
-def test_training_and_validation_of_other_classes(image_folder, capsys):
+def test_differing_training_and_validation_classes_exit_with_2(image_folder, capsys):
     (image_folder / "val" / "class_0").rename(image_folder / "val" / "other")
     assert "differ in class_0, other" in mistake(capsys, "--data-path", image_folder)
 
@@ -326,7 +326,7 @@ def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
 
 # Flags -------------------------------------------------------------------------------------------
 
-# Every flag of the original's users, with its default.
+# Every flag with its default; users of the original rely on them.
 DEFAULTS = """
 model=avit_tiny_patch16_224 input_size=[224] drop=0.0 drop_path=0.1 model_ema=True model_ema_decay=0.99996
 model_ema_force_cpu=False use_ema=False grad_checkpointing=False opt=adamw opt_eps=1e-08 opt_betas=None clip_grad=None
@@ -345,19 +345,19 @@ class_index=None target_macs=None budget=None gate=None gate_jitter=0.0
 """
 
 
-def test_defaults():
+def test_defaults_are_unchanged():
     expected = dict(pair.split("=", 1) for pair in DEFAULTS.split())
     actual = {name: str(value) for name, value in vars(arguments.parse_args([])).items()}
     assert actual == expected
 
 
 @pytest.mark.parametrize("spelling", ["--output_dir", "--output-dir"])
-def test_dashes_and_underscores(spelling):
+def test_flag_accepts_dashes_and_underscores(spelling):
     assert arguments.parse_args([spelling, "a_b-c"]).output_dir == "a_b-c"
     assert arguments.parse_args([f"{spelling}=a_b-c"]).output_dir == "a_b-c"
 
 
-def test_help_names_every_flag(capsys):
+def test_help_lists_every_group(capsys):
     with pytest.raises(SystemExit) as stopped:
         arguments.parse_args(["--help"])
     assert stopped.value.code == 0
@@ -366,7 +366,7 @@ def test_help_names_every_flag(capsys):
         assert f"\n{group}:" in text
 
 
-def test_flags_from_a_file(tmp_path):
+def test_flags_are_read_from_a_file(tmp_path):
     (tmp_path / "a.args").write_text(
         "# a recipe\n--batch_size 7  # of them\n\n--output-dir 'a b#1'\n--opt_betas 0.8 0.9\n"
     )
@@ -375,7 +375,7 @@ def test_flags_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"--no-such-flag\n", b"@a.args\n", b"--lr 'x\n", b"\xff\xfe"])
-def test_a_file_of_flags_that_is_none(tmp_path, content, capsys):
+def test_invalid_file_of_flags_exits_with_2(tmp_path, content, capsys):
     if content is not None:
         (tmp_path / "a.args").write_bytes(content)
     mistake(capsys, f"@{tmp_path / 'a.args'}")

@@ -1,4 +1,4 @@
-"""Broken and hostile checkpoint files of many kinds, all of which must be refused in one line, executing nothing.
+"""Load broken and hostile checkpoint files. Each must raise a UserError of one line, without executing code.
 
 python tests/tools/hostile_checkpoints.py --files 600
 """
@@ -33,7 +33,7 @@ from utils import UserError  # noqa: E402
 
 
 class Command:
-    """Unpickling it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path, function: Callable = os.mkdir):
         in_python = f"__import__('os').makedirs({str(path)!r}, exist_ok=True)"
@@ -51,7 +51,7 @@ def torch_bytes(content: object, **options) -> bytes:
 
 
 def with_pickle(archive: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """The same zip archive with another data.pkl."""
+    """Return the zip archive with a changed data.pkl."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(result, "w") as new:
         for name in old.namelist():
@@ -69,33 +69,33 @@ def tar_of(name: str, content: bytes) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """A pickle of a list in a list in a list ..."""
+    """Return a pickle of nested lists."""
     return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
 def bomb(levels: int) -> list:
-    """A list that would print as 2 ** levels numbers."""
+    """Return a list that prints as 2 ** levels numbers."""
     inner = bomb(levels - 1) if levels > 1 else 0
     return [inner, inner]
 
 
 class Kinds:
-    """One method for each kind: (a random generator) -> the file's bytes."""
+    """Generators of files: each method takes a random generator and returns the content of a file."""
 
     def __init__(self, trap: Path):
         self.trap = trap
         self.weights = dict(halting_model().state_dict())
-        self.whole = torch_bytes({"model": self.weights, "epoch": 3})
+        self.valid = torch_bytes({"model": self.weights, "epoch": 3})
         self.safe = save(self.weights)
 
     def truncated(self, choose):
-        return self.whole[: choose.randrange(len(self.whole) - 1)]
+        return self.valid[: choose.randrange(len(self.valid) - 1)]
 
     def random_bytes(self, choose):
         return choose.choice((b"", b"PK\x03\x04", b"\x80\x02")) + choose.randbytes(choose.randrange(5000))
 
     def changed_structure(self, choose):
-        data = bytearray(self.whole)
+        data = bytearray(self.valid)
         end = choose.choice((slice(0, 3000), slice(len(data) - 4000, len(data))))
         for _ in range(30):
             data[choose.randrange(*end.indices(len(data)))] ^= 1 << choose.randrange(8)
@@ -111,14 +111,14 @@ class Kinds:
 
     def zip_with_a_foreign_pickle(self, choose):
         foreign = pickle.dumps([Command(self.trap)] * choose.randrange(1, 9), protocol=2)
-        return with_pickle(self.whole, lambda _: foreign)
+        return with_pickle(self.valid, lambda _: foreign)
 
     def changed_pickle(self, choose):
         def change(content):
             place = choose.randrange(2, len(content) - 1)
             return content[:place] + choose.randbytes(choose.randrange(1, 20)) + content[place + 5 :]
 
-        return with_pickle(self.whole, change)
+        return with_pickle(self.valid, change)
 
     def foreign_objects(self, choose):
         contents = (Path("x"), random.Random(3), random.Random, torch.nn.Linear(2, 2), io.BytesIO, type)
@@ -159,7 +159,7 @@ class Kinds:
         return torch_bytes({"model": weights})
 
     def deep_nesting(self, choose):
-        return with_pickle(self.whole, lambda _: nested(choose.randrange(1_000, 200_000)))
+        return with_pickle(self.valid, lambda _: nested(choose.randrange(1_000, 200_000)))
 
     def lists_that_explode(self, choose):
         return torch_bytes({"model": bomb(choose.randrange(40, 90)), "args": bomb(60)})
@@ -173,7 +173,7 @@ class Kinds:
     def other_formats(self, choose):
         page = choose.choice((b"<html>404</html>", b'{"model": {}}', b"", b"\x89PNG\r\n", b"version https://git-lfs"))
         pickled = pickle.dumps(Command(self.trap))
-        return choose.choice((page, gzip.compress(self.whole), tar_of("pickle", pickled), tar_of("storages", b"x")))
+        return choose.choice((page, gzip.compress(self.valid), tar_of("pickle", pickled), tar_of("storages", b"x")))
 
     def broken_safetensors(self, choose):
         data = bytearray(self.safe)
@@ -189,7 +189,7 @@ KINDS = [name for name in vars(Kinds) if not name.startswith("_")]
 
 
 def try_file(kinds: Kinds, name: str, choose: random.Random) -> str:
-    """Through the loader and into a model, as every command does: 'refused', or what else happened."""
+    """Load a file into a model, as every command does. Returns 'refused', or a description of what happened instead."""
     path, result = kinds.trap.with_name("checkpoint.pth"), "accepted"
     path.write_bytes(getattr(kinds, name)(choose))
     try:
@@ -209,7 +209,7 @@ def try_file(kinds: Kinds, name: str, choose: random.Random) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=600)
+    parser.add_argument("--files", type=int, default=600, help="number of files (default: 600)")
     files, refused, choose = parser.parse_args().files, 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         kinds = Kinds(Path(folder) / "trap")

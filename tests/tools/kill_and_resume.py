@@ -1,10 +1,10 @@
-"""Kills training runs at chosen and at random moments, resumes each, and compares its end with an undisturbed run's.
+"""Kill training runs at chosen and random moments, resume them, and compare them with an uninterrupted run.
 
     python tests/tools/kill_and_resume.py --kills 60
 
-A killed run is `main_act.py` with its process ended by SIGKILL: at the n-th arrival at a place in the code, or after
-a random time. It is resumed with the same command and `--resume auto`. What must be equal, bit by bit: the weights,
-their average, the optimizer's state, log.txt (but for timings), and TensorBoard's points.
+SIGKILL ends the process of `main_act.py` at the n-th call of a function, or after a random time. The same command with
+`--resume auto` resumes the run. These must be equal bit for bit: weights, EMA weights, optimizer state, log.txt except
+timings, and TensorBoard points.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).parents[1:3])
-os.environ["OMP_NUM_THREADS"] = "1"  # so that no threads are lost in forking
+os.environ["OMP_NUM_THREADS"] = "1"  # forked processes would lose the other threads
 
 import torch  # noqa: E402
 from conftest import make_image_folder  # noqa: E402
@@ -32,28 +32,31 @@ import engine_act  # noqa: E402
 import main_act  # noqa: E402
 from training import build, checkpoints, loaders, loop, tensorboard  # noqa: E402
 
-HALF_WRITTEN, ANY_TIME = "half a checkpoint", "any time"
-# Place in the code: the object and the name of what is called there, and how often a whole run calls it.
+HALF_WRITTEN, WORKER, ANY_TIME = "half a checkpoint", "data-loader worker", "any time"
+# By name of the place: the object and its function, and how often a complete run calls it.
 PLACES = {
     "start of an epoch": (loaders.ImageLoader, "start_at", 3),
     "data loading": (loaders, "Batch", 18),
-    "in the loader": (loaders, "collate", 6),  # with loader processes: one of them
+    WORKER: (loaders, "collate", 6),  # in a data-loader worker, if there are any
     "forward": (engine_act.Trainer, "micro_batch", 18),
     "update": (engine_act.Trainer, "update", 18),
     "after an update": (build.Schedule, "step_update", 21),
     "evaluation": (engine_act, "accuracy", 12),
     "state before writing": (loop.TrainingRun, "state_dict", 17),
     "flushing a checkpoint": (os, "fsync", 30),
-    "renaming it": (Path, "replace", 16),
-    "recording an epoch": (loop.TrainingRun, "log_epoch", 3),
+    "renaming a checkpoint": (Path, "replace", 16),
+    "logging an epoch": (loop.TrainingRun, "log_epoch", 3),
     "TensorBoard": (tensorboard.TensorBoardLogger, "record", 3),
-    "forgetting": (loop.TrainingRun, "delete_old_checkpoints", 3),
+    "deleting old checkpoints": (loop.TrainingRun, "delete_old_checkpoints", 3),
     HALF_WRITTEN: (torch, "save", 15),
 }
 
 
 def flags(data: Path, out: Path, workers: int) -> list[str]:
-    """A run of 3 epochs of 6 steps, with everything that is random: 5 checkpoints an epoch and best.pth."""
+    """Return the flags of a run of 3 epochs of 6 steps with all kinds of random numbers.
+
+    It writes 5 checkpoints per epoch, and best.pth.
+    """
     small = f"--model avit_micro_patch4_32 --input-size 32 --batch-size 4 --num_workers {workers} --no-repeated-aug"
     run = "--epochs 3 --warmup-epochs 1 --lr 0.01 --drop 0.1 --checkpoint-steps 2 --keep 2 --tensorboard --resume auto"
     gate = "--gate_scale 10 --gate_center 5 --device cpu"
@@ -61,7 +64,10 @@ def flags(data: Path, out: Path, workers: int) -> list[str]:
 
 
 def in_a_fork(command: list[str], place: str | None = None, at: float = 0) -> int:
-    """Runs main_act.py; returns the status, -9 where it was killed: at that arrival there, or after so many seconds."""
+    """Run main_act.py in a fork. Returns its exit status, which is -9 if it was killed.
+
+    place, at: kill it at this call of a place, or after this number of seconds.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -96,7 +102,7 @@ def set_trap(place: str, arrival: int) -> None:
 
 
 def outcome(out: Path) -> dict:
-    """Everything that a run leaves, but for what measures time."""
+    """Return all outputs of a run except timings."""
     checkpoint = checkpoints.load_checkpoint(str(out / "checkpoint.pth"))
     for name in ("args", "seconds", "data_wait"):
         checkpoint.pop(name)
@@ -122,7 +128,7 @@ def outcome(out: Path) -> dict:
 
 
 def same(a: object, b: object) -> bool:
-    """Bit by bit."""
+    """Return whether two nested structures are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -134,14 +140,16 @@ def same(a: object, b: object) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes, in turn")
+    parser.add_argument("--kills", type=int, default=60, help="number of runs to kill (default: 60)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2], help="numbers of data-loader workers, in turn (default: 0 2)"
+    )
     args, choose = parser.parse_args(), random.Random(0)
-    kills, survived, loaders_killed, failed, extra = 0, 0, 0, 0, []
+    kills, survived, workers_killed, failed, extra = 0, 0, 0, 0, []
     with tempfile.TemporaryDirectory() as folder:
         data = make_image_folder(Path(folder) / "data", classes=3, train=8, val=3)
         start = time.perf_counter()
-        assert in_a_fork(flags(data, Path(folder) / "whole", 0)) == 0, "the undisturbed run failed"
+        assert in_a_fork(flags(data, Path(folder) / "whole", 0)) == 0, "the uninterrupted run failed"
         whole_seconds = time.perf_counter() - start
         expected = outcome(Path(folder) / "whole")
         for number, place in zip(range(args.kills), itertools.cycle([*PLACES, ANY_TIME])):
@@ -151,18 +159,19 @@ def main() -> None:
             start = time.perf_counter()
             status, resumed = in_a_fork(flags(data, out, workers), place, at), in_a_fork(flags(data, out, workers))
             extra.append(time.perf_counter() - start - whole_seconds)
-            of_loader = place == "in the loader" and workers > 0  # then the run ends by that process's death
-            killed = status == -signal.SIGKILL or (of_loader and status != 0)
+            # If a data-loader worker is killed, the run itself fails with another status.
+            in_worker = place == WORKER and workers > 0
+            killed = status == -signal.SIGKILL or (in_worker and status != 0)
             equal = resumed == 0 and same(outcome(out), expected)
             kills += killed
             failed += status != 0 and not killed
             survived += equal and killed
-            loaders_killed += of_loader
-            told = "survived" if equal else f"FAILED (resumed with status {resumed})"
-            told = told if killed else f"not killed, its status was {status}"  # it was done before its random moment
-            print(f"{number:3d}  {place}, {at:.3g}, {workers} loader processes: {told}", flush=True)
-    print(f"{survived} of {kills} kills survived, {loaders_killed} of them of a loader process; ", end="")
-    print(f"an undisturbed run takes {whole_seconds:.1f} s, ", end="")
+            workers_killed += in_worker
+            result = "survived" if equal else f"FAILED (resumed with status {resumed})"
+            result = result if killed else f"not killed, exited with status {status}"  # it ended before its random time
+            print(f"{number:3d}  {place}, {at:.3g}, {workers} data-loader workers: {result}", flush=True)
+    print(f"{survived} of {kills} kills survived, {workers_killed} of them of a data-loader worker; ", end="")
+    print(f"an uninterrupted run takes {whole_seconds:.1f} s, ", end="")
     print(f"an interruption costs {sorted(extra)[len(extra) // 2]:.1f} s (median, without imports)")
     sys.exit(survived != kills or failed > 0)
 

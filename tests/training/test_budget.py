@@ -1,4 +1,4 @@
-"""A cost that is asked for: the curve of a gate, the gate to start from, and both through the command line."""
+"""MACs budgets: the budget curve, the gate search, and both from the command line."""
 
 import json
 
@@ -33,7 +33,7 @@ from utils import UserError
 CPU = torch.device("cpu")
 
 
-# The curve ---------------------------------------------------------------------------------------
+# Budget curve --------------------------------------------------------------------------------------
 
 
 @given(
@@ -42,21 +42,21 @@ CPU = torch.device("cpu")
     st.floats(0.05, 0.3),
     st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5),
 )
-def test_a_curve_of_any_slope_and_place_is_found(width, middle, cheapest, budgets):
+def test_measured_curve_matches_any_slope_and_center(width, middle, lowest, budgets):
     def cost(center):
-        return cheapest + (1 - cheapest) * torch.sigmoid(torch.tensor((center - middle) / width)).item()
+        return lowest + (1 - lowest) * torch.sigmoid(torch.tensor((center - middle) / width)).item()
 
-    curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, cheapest, 0.9)
+    curve = measure_curve(lambda centers: [*map(cost, centers)], 0.0, lowest, 0.9)
     assert list(curve.points) == sorted(curve.points)
     for budget in budgets:
         if curve.min_cost <= budget <= 0.9:
             assert cost(curve.center(budget)) == pytest.approx(budget, abs=0.02)
-    assert curve.min_cost < cheapest + 0.07
+    assert curve.min_cost < lowest + 0.07
     assert curve.max_cost > 0.9
 
 
-def test_a_curve_that_falls_at_once_ends_the_search():
-    """All tokens of all images halt in one block."""
+def test_step_curve_ends_the_search():
+    """The curve of a model in which all tokens of all images halt in the same block."""
     asked = []
 
     def costs_of(centers):
@@ -68,11 +68,11 @@ def test_a_curve_that_falls_at_once_ends_the_search():
     assert len(asked) < 30
 
 
-def test_a_network_costs_what_its_curve_says():
+def test_model_at_a_curve_center_has_that_cost():
     model, batches = halting_model().eval(), [(images(16),), (images(5, seed=2),)]
     curve = budget_curve(model, batches, CPU, "none")
     center = curve.center(0.5)
-    assert model.gate_center == 12  # as it was
+    assert model.gate_center == 12  # unchanged
     model.gate_center = center
     with torch.no_grad():
         depth = torch.cat([model(x, return_halting=True)[1].depth for (x,) in batches])
@@ -82,32 +82,33 @@ def test_a_network_costs_what_its_curve_says():
     assert min_cost(model) == pytest.approx(curve.min_cost, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        *(
-            None,
-            3,
-            [],
-            [[1.0, 0.5]],
-            [[1.0, 0.5], [0.0, 0.6]],
-            [[0.0, 0.5], [1.0, float("nan")]],
-            [[0.0, 0.5], [1.0, 2.0]],
-        ),
-        *([[0.0, 0.5], [float("inf"), 1.0]], [[0.0, 0.5], [1, 1.0]], [[0.0, 0.5], "ab"], [[0.0, 0.1]] * 2000),
-    ],
-)
-def test_what_is_no_curve_is_none(record):
+INVALID_RECORDS = {
+    "none": None,
+    "number": 3,
+    "empty": [],
+    "one point": [[1.0, 0.5]],
+    "centers not ascending": [[1.0, 0.5], [0.0, 0.6]],
+    "cost is NaN": [[0.0, 0.5], [1.0, float("nan")]],
+    "cost above 1": [[0.0, 0.5], [1.0, 2.0]],
+    "center is infinite": [[0.0, 0.5], [float("inf"), 1.0]],
+    "center is an integer": [[0.0, 0.5], [1, 1.0]],
+    "point is text": [[0.0, 0.5], "ab"],
+    "too many points": [[0.0, 0.1]] * 2000,
+}
+
+
+@pytest.mark.parametrize("record", INVALID_RECORDS.values(), ids=INVALID_RECORDS.keys())
+def test_invalid_curve_record_returns_none(record):
     assert BudgetCurve.from_record(record) is None
 
 
-def test_a_curve_survives_its_record():
+def test_curve_record_round_trip_is_equal():
     curve = BudgetCurve(((-1.0, 0.2), (0.5, 0.4), (3.0, 1.0)))
     assert BudgetCurve.from_record(curve.record()) == curve
     assert curve.center(0.7) == pytest.approx(1.75)
 
 
-# The gate to start from --------------------------------------------------------------------------
+# Gate search -------------------------------------------------------------------------------------
 
 
 def divergence_and_cost(model, x, static_logits):
@@ -118,7 +119,7 @@ def divergence_and_cost(model, x, static_logits):
 
 
 @pytest.mark.parametrize("cost", [0.4, 0.7])
-def test_the_chosen_gate_costs_and_harms_what_it_says_and_less_than_others(cost, capsys):
+def test_chosen_gate_has_its_reported_cost_and_divergence(cost, capsys):
     model, x = halting_model().eval(), images(16)
     model.halting = False
     with torch.no_grad():
@@ -133,32 +134,11 @@ def test_the_chosen_gate_costs_and_harms_what_it_says_and_less_than_others(cost,
     assert choice.cost == pytest.approx(cost, abs=0.05)
 
 
-# Through the command line ------------------------------------------------------------------------
+# Command line ------------------------------------------------------------------------------------
 
-FLAGS = [
-    "--model",
-    "avit_micro_patch4_32",
-    "--input-size",
-    "32",
-    "--num_workers",
-    "0",
-    "--batch-size",
-    "3",
-    "--epochs",
-    "2",
-]
-FLAGS += [
-    "--target-macs",
-    "0.5",
-    "--gate-jitter",
-    "0.5",
-    "--distillation-type",
-    "self",
-    "--mixup",
-    "0",
-    "--cutmix",
-    "0",
-]
+MODEL = "--model avit_micro_patch4_32 --input-size 32 --num_workers 0"
+TRAINING = "--batch-size 3 --epochs 2 --target-macs 0.5 --gate-jitter 0.5 --distillation-type self --mixup 0 --cutmix 0"
+FLAGS = [*MODEL.split(), *TRAINING.split()]
 
 
 def run(data, out, start, *flags):
@@ -173,12 +153,12 @@ def start(tmp_path):
 
 def evaluated_cost(data, checkpoint, out, *flags):
     command = ["--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out, "--batch-size", 3, *flags]
-    main_act.main([*FLAGS[:6], *map(str, command)])
+    main_act.main([*MODEL.split(), *map(str, command)])
     result = json.loads((out / "eval.json").read_text())
     return result["gmacs"] / result["gmacs_static"]
 
 
-def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, capsys):
+def test_training_to_a_budget_allows_other_budgets(image_folder, tmp_path, start, capsys):
     checkpoint = run(image_folder, tmp_path / "out", start, "--tensorboard")
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
     for line in lines:
@@ -188,19 +168,19 @@ def test_train_to_a_budget_and_ask_for_another(image_folder, tmp_path, start, ca
     shown = EventAccumulator(str(tmp_path / "out")).Reload().Tags()["scalars"]
     assert {"train/budget_cost", "train/budget_goal", "train/ponder_weight"} <= set(shown)
     assert set(checkpoint["budget_curves"]) == {"model", "model_ema"}
-    told = capsys.readouterr().out
-    assert "calibration of model: gate_center " in told
-    assert "the teacher's forward pass takes 40% of a training step's MACs" in told
+    output = capsys.readouterr().out
+    assert "calibration of model: gate_center " in output
+    assert "the teacher's forward pass takes 40% of a training step's MACs" in output
     path = tmp_path / "out" / "checkpoint.pth"
     curve = Checkpoint.load(str(path)).budget_curve()
     assert checkpoint["gate"]["gate_center"] == pytest.approx(curve.center(0.5))
     costs = [evaluated_cost(image_folder, path, tmp_path / str(b), "--budget", b) for b in (0.3, 0.6)]
-    assert costs == pytest.approx([0.3, 0.6], abs=0.1)  # of nine images, other than the fifteen of the curve
+    assert costs == pytest.approx([0.3, 0.6], abs=0.1)  # measured on 9 images, the curve on 15 others
     assert evaluated_cost(image_folder, path, tmp_path / "own") == pytest.approx(0.5, abs=0.1)
     assert evaluated_cost(image_folder, path, tmp_path / "ema", "--use-ema") == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_run_with_a_budget_goes_on_exactly(image_folder, tmp_path, start, monkeypatch):
+def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, monkeypatch):
     expected = run(image_folder, tmp_path / "whole", start)
     calls = iter(range(1, 1000))
 
@@ -218,9 +198,9 @@ def test_a_run_with_a_budget_goes_on_exactly(image_folder, tmp_path, start, monk
         assert same(actual[part], expected[part]), part
 
 
-def test_processes_hold_one_cost_and_start_from_one_gate(image_folder, tmp_path, start):
+def test_processes_share_one_gate_and_one_cost(image_folder, tmp_path, start):
     weights = load_checkpoint(str(start))["model"]
-    torch.save(weights, start)  # which tells no gate
+    torch.save(weights, start)  # weights alone, without a gate
     flags = [*FLAGS, "--data-path", image_folder, "--pretrained-path", start, "--output_dir", tmp_path / "out"]
     statuses, _, errors = script_in_processes(2, [*map(str, flags)], tmp_path / "log")
     assert statuses == [0, 0], errors
@@ -254,12 +234,12 @@ def refused(capsys, *flags):
         (["--gate", "auto", "--gate-scale", "3"], "--gate auto cannot be combined with --gate_scale"),
     ],
 )
-def test_flags_that_do_not_go_together(capsys, flags, reason):
+def test_budget_flags_that_cannot_be_combined_exit_with_2(capsys, flags, reason):
     assert reason in refused(capsys, *flags)
 
 
-def test_budgets_out_of_reach(capsys, image_folder, tmp_path, start):
-    common = [*FLAGS[:6], "--data-path", image_folder]
+def test_budget_out_of_reach_exits_with_2(capsys, image_folder, tmp_path, start):
+    common = [*MODEL.split(), "--data-path", image_folder]
     for target in ("0.05", "1M", "2G"):
         assert "out of reach" in refused(capsys, *common, "--pretrained-path", start, "--target-macs", target)
     message = refused(capsys, *common, "--eval", "--finetune", start, "--budget", 0.4)
@@ -272,7 +252,7 @@ def test_budgets_out_of_reach(capsys, image_folder, tmp_path, start):
     assert "--budget requires a checkpoint" in refused(capsys, *common, "--eval", "--budget", 0.2)
 
 
-def test_other_commands_ask_for_budgets_too(capsys, image_folder, tmp_path):
+def test_other_commands_accept_budgets(capsys, image_folder, tmp_path):
     curve = {"model": [[0.0, 0.3], [60.0, 0.9]]}
     known = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
     image = next((image_folder / "val").rglob("*.png"))
@@ -291,12 +271,12 @@ def test_other_commands_ask_for_budgets_too(capsys, image_folder, tmp_path):
         assert "--budget" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_learning_from_oneself_needs_weights(capsys, image_folder):
-    message = refused(capsys, *FLAGS[:6], "--data-path", image_folder, "--distillation-type", "self")
+def test_self_distillation_without_weights_exits_with_2(capsys, image_folder):
+    message = refused(capsys, *MODEL.split(), "--data-path", image_folder, "--distillation-type", "self")
     assert "--distillation-type self requires starting weights" in message
 
 
-def test_amounts_are_shares_of_the_network():
+def test_number_of_macs_resolves_to_fraction():
     model = halting_model()
     assert parse_args(["--target-macs", "2.9G"]).target_macs == 2.9e9
     assert resolve_budget(model, static_macs(model) / 2) == pytest.approx(0.5)
@@ -305,8 +285,8 @@ def test_amounts_are_shares_of_the_network():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_and_loader_processes(tmp_path, workers):
-    """Each pass of the calibration sees the same images."""
+def test_calibration_of_a_stream_is_repeatable(tmp_path, workers):
+    """Every pass of the calibration reads the same images."""
     data = make_shards(tmp_path / "wds", images=8)
     start = save_halting_micro(tmp_path / "start.pth", num_classes=16)
     flags = ["--data-set", "wds/", "--num-classes", "16", "--num_workers", workers, "--gate", "auto", "--epochs", 1]

@@ -9,7 +9,7 @@ from training.build import build_model, build_optimizer, build_self_teacher, tra
 from training.checkpoints import Checkpoint
 
 
-def test_no_aug_takes_training_images_as_in_evaluation(image_folder):
+def test_no_aug_preprocesses_training_images_as_in_evaluation(image_folder):
     flags = ["--data-path", str(image_folder), "--input-size", "24", "--reprob", "1", "--aa", "rand-m9"]
     plain, varied = (training_and_validation_set(parse_args([*flags, *more]))[0] for more in (["--no-aug"], []))
     pixels = evaluation_transform((24, 24))(Image.open(plain.samples[3][0]))
@@ -18,12 +18,12 @@ def test_no_aug_takes_training_images_as_in_evaluation(image_folder):
     assert len(plain) == len(varied) == 15
 
 
-def test_learning_rate_scales_with_the_joint_batch():
+def test_learning_rate_scales_with_the_global_batch():
     args = parse_args(["--batch-size", "128", "--accum-steps", "2", "--lr", "0.001"])
     assert build_optimizer(args, torch.nn.Linear(2, 2)).param_groups[0]["lr"] == pytest.approx(0.001 * 128 * 2 / 512)
 
 
-# Which gate is printed: a message that a user cannot act on is none ----------------------------------
+# Printed gate ------------------------------------------------------------------------------------
 
 CLASSES = ["a", "b", "c"]
 CURVE = {"model": [[0.0, 0.3], [60.0, 0.9]]}

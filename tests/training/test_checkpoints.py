@@ -26,7 +26,7 @@ def load_weights(model, weights, replace_head=False, **options):
 
 @pytest.mark.parametrize("kind", hostile_checkpoints.KINDS)
 def test_broken_and_hostile_files_are_refused(tmp_path, kind, monkeypatch):
-    """See hostile_checkpoints.py, which can try more of them."""
+    """hostile_checkpoints.py can try more files."""
     monkeypatch.setattr("training.weights.fitting_models", lambda weights: [])  # slow
     kinds = hostile_checkpoints.Kinds(tmp_path / "trap")
     assert [hostile_checkpoints.try_file(kinds, kind, random.Random(seed)) for seed in range(5)] == ["refused"] * 5
@@ -44,19 +44,19 @@ def test_broken_and_hostile_files_are_refused(tmp_path, kind, monkeypatch):
     ],
     ids=["empty", "truncated", "code", "list", "numbers", "meta"],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, content, message):
+def test_invalid_file_error_names_the_reason(tmp_path, content, message):
     (tmp_path / "c.pth").write_bytes(content)
     with pytest.raises(UserError, match=message):
         Checkpoint.load(str(tmp_path / "c.pth")).state_dict()
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path):
+def test_missing_file_error_suggests_similar_names(tmp_path):
     (tmp_path / "tiny-10-30.pth").touch()
     with pytest.raises(UserError, match=r"no such file \(did you mean tiny-10-30\.pth\?\)"):
         checkpoints.load_checkpoint(str(tmp_path / "tiny-10-3.pth"))
 
 
-def test_an_https_url_is_downloaded_once(tmp_path, monkeypatch):
+def test_https_url_is_downloaded(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "c.pth")
     asked = []
     monkeypatch.setattr(checkpoints, "download_cached_file", lambda url, **_: asked.append(url) or tmp_path / "c.pth")
@@ -68,14 +68,14 @@ def test_an_https_url_is_downloaded_once(tmp_path, monkeypatch):
         checkpoints.load_checkpoint("http://example.org/c.pth")
 
 
-def test_safetensors(tmp_path):
+def test_safetensors_file_loads(tmp_path):
     weights = halting_model().state_dict()
     save_file(weights, str(tmp_path / "w.safetensors"))
     loaded = Checkpoint.load(str(tmp_path / "w.safetensors")).state_dict()
     assert torch.equal(load_weights(halting_model(mean=2.0), loaded).pos_embed, weights["pos_embed"])
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     checkpoints.save_checkpoint({"epoch": 1}, path)
 
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # Weights -----------------------------------------------------------------------------------------
 
 
-def test_model_is_preferred_to_its_average():
+def test_ema_weights_load_only_with_use_ema():
     model, average = {"head.bias": torch.zeros(7)}, {"head.bias": torch.ones(7)}
     checkpoint = Checkpoint({"model": model, "model_ema": average}, "c")
     assert torch.equal(checkpoint.state_dict()["head.bias"], model["head.bias"])
@@ -107,7 +107,7 @@ def test_weights_of_a_wrapped_model_fit():
     assert torch.equal(model.pos_embed, halting_model().pos_embed)
 
 
-def test_another_class_count(capsys):
+def test_head_of_another_class_count_needs_replace_head(capsys):
     model, weights = halting_model(num_classes=5), halting_model().state_dict()
     own_head = model.head.weight.clone()
     with pytest.raises(UserError, match="c predicts 7 classes but the dataset has 5"):
@@ -118,7 +118,7 @@ def test_another_class_count(capsys):
     assert torch.equal(model.cls_token, weights["cls_token"])
 
 
-def test_a_head_for_a_part_of_the_classes_is_made_of_its_rows():
+def test_subset_of_classes_selects_head_rows():
     weights = halting_model(num_classes=3, distilled=True).state_dict()
     found = Checkpoint({"model": weights, "classes": ["a", "b", "c"]}, "c").weights_for(["c", "a"])
     for name in ("head.weight", "head_dist.bias"):
@@ -130,7 +130,7 @@ def test_a_head_for_a_part_of_the_classes_is_made_of_its_rows():
         assert torch.equal(found["head.bias"], weights["head.bias"])
 
 
-def test_names_of_classes_do_no_harm_to_a_terminal(capsys):
+def test_class_names_are_printed_escaped_and_short(capsys):
     weights = halting_model(num_classes=2).state_dict()
     Checkpoint({"model": weights, "classes": ["\x1b[2J", "a" * 500]}, "c").weights_for(["x", "y"])
     warning = capsys.readouterr().err
@@ -138,14 +138,14 @@ def test_names_of_classes_do_no_harm_to_a_terminal(capsys):
     assert len(warning) < 200
 
 
-def test_a_teacher_s_classes_are_found_by_name():
+def test_teacher_classes_are_matched_by_name():
     teacher, weights = halting_model(num_classes=2), halting_model(num_classes=3).state_dict()
     checkpoint = Checkpoint({"model": weights, "classes": ["a", "b", "c"]}, "c")
     load_teacher_weights(teacher, checkpoint.weights_for(["c", "a"]), "c")
     assert torch.equal(teacher.head.weight, weights["head.weight"][[2, 0]])
 
 
-def test_weights_without_a_head_may_start_training(capsys):
+def test_weights_without_a_head_need_replace_head(capsys):
     weights = {name: value for name, value in halting_model().state_dict().items() if not name.startswith("head")}
     model = halting_model(num_classes=5)
     own_head = model.head.weight.clone()
@@ -183,7 +183,7 @@ def test_position_embeddings_are_resampled():
         ),
     ],
 )
-def test_weights_of_another_shape_are_named(change, message):
+def test_mismatched_weights_are_named_and_not_loaded(change, message):
     weights = dict(halting_model().state_dict())
     change(weights)
     model = halting_model()
@@ -203,7 +203,7 @@ def test_weights_of_another_shape_are_named(change, message):
         ("avit_tiny_patch16_224", {"depth": 3}, "and 105 more$"),
     ],
 )
-def test_weights_of_another_member_of_the_family(name, options, hint):
+def test_weights_of_another_model_suggest_it(name, options, hint):
     model = timm.create_model("avit_tiny_patch16_224", depth=12)
     weights = timm.create_model(name, device="meta", **options).state_dict()
     with pytest.raises(UserError, match="does not fit the model: .*" + hint):
@@ -232,13 +232,13 @@ ODD = argparse.Namespace(gate_scale="rm -rf", gate_center=float("nan"))
         (NO_FLAGS, {}, "deit_tiny_patch16_224-a1311bcf.pth", (10, 30), "the defaults"),
     ],
 )
-def test_where_the_gate_comes_from(flags, checkpoint, location, expected, source, capsys):
+def test_gate_comes_from_the_first_source(flags, checkpoint, location, expected, source, capsys):
     gate = resolve_gate(flags, Checkpoint(checkpoint, location).gate_sources())
     assert (gate["gate_scale"], gate["gate_center"]) == expected
     assert capsys.readouterr().out.count(f"from {source}") == 2
 
 
-def test_sources_that_disagree_are_told(capsys):
+def test_gate_sources_that_disagree_warn(capsys):
     sources = Checkpoint({"args": NAMESPACE}, "tiny-10-30.pth").gate_sources()
     resolve_gate({"gate_scale": 5.0, "gate_center": None}, sources)
     warnings = capsys.readouterr().err.splitlines()
@@ -246,10 +246,10 @@ def test_sources_that_disagree_are_told(capsys):
     assert "gate_scale is 5 in the command line but 10 in the file name; using 5" in warnings[0]
 
 
-# What a checkpoint tells --------------------------------------------------------------------------
+# Records -----------------------------------------------------------------------------------------
 
 
-def test_what_our_checkpoints_record(tmp_path):
+def test_native_checkpoint_records_model_size_and_classes(tmp_path):
     entries = {"args": {"model": "avit_micro_patch4_32", "input_size": [16, 40]}, "classes": ["a", "b", "c"]}
     checkpoint = Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, **entries)))
     assert checkpoint.model_name() == "avit_micro_patch4_32"
@@ -270,14 +270,14 @@ def test_what_our_checkpoints_record(tmp_path):
         {"args": {"input_size": [10**6]}, "classes": ["a", "b", "a"]},
     ],
 )
-def test_what_cannot_be_trusted_is_found_out(tmp_path, entries):
+def test_invalid_records_are_ignored(tmp_path, entries):
     checkpoint = Checkpoint.load(str(save_halting_micro(tmp_path / "c.pth", 3, **entries)))
     assert checkpoint.model_name() == "avit_micro_patch4_32"
     assert checkpoint.image_size() is None
     assert list(checkpoint.names_by_class()) == ["class 0", "class 1", "class 2"]
 
 
-def test_the_published_checkpoints_model_and_classes():
+def test_published_checkpoint_has_model_name_and_imagenet_classes():
     weights = timm.create_model("avit_tiny_patch16_224").state_dict()
     checkpoint = Checkpoint({"model": weights, "args": argparse.Namespace(model="avit_tiny")}, "tiny-10-30.pth")
     assert checkpoint.model_name() == "avit_tiny_patch16_224"
@@ -285,7 +285,7 @@ def test_the_published_checkpoints_model_and_classes():
     assert len(checkpoint.names_by_class()) == 1000
 
 
-def test_weights_of_no_model_of_ours():
+def test_weights_that_fit_no_registered_model_raise():
     with pytest.raises(UserError, match="c fits no registered model"):
         Checkpoint({"model": timm.create_model("resnet10t").state_dict()}, "c").model_name()
 
@@ -293,7 +293,7 @@ def test_weights_of_no_model_of_ours():
 @pytest.mark.parametrize(
     "head", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 48), torch.zeros(1).expand(3 * 10**7, 48)]
 )
-def test_weights_without_a_head(tmp_path, head):
+def test_names_by_class_without_a_head_raises(tmp_path, head):
     path = save_halting_micro(tmp_path / "c.pth", 3)
     checkpoint = torch.load(path)
     del checkpoint["model"]["head.weight"]

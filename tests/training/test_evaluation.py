@@ -14,7 +14,7 @@ from utils import UserError
 CPU = torch.device("cpu")
 
 
-def test_a_row_for_each_image_in_order():
+def test_predictions_have_a_row_per_image_in_order():
     model = halting_model()
     data = TensorDataset(images(7), torch.arange(7))
     loader = evaluation_loader(data, 3, num_workers=0, pin_memory=False)
@@ -31,14 +31,14 @@ def test_a_row_for_each_image_in_order():
     assert len(depths.unique()) > 2
 
 
-def test_an_image_that_is_missing_from_an_evaluation_is_an_error():
+def test_missing_image_in_an_evaluation_raises():
     loader = evaluation_loader(TensorDataset(images(7), torch.arange(7)), 3, num_workers=0, pin_memory=False)
     loader.num_images = 8
     with pytest.raises(UserError, match="only 7 of 8 validation images"):
         evaluate_dataset(halting_model(), loader, CPU, "none")
 
 
-def test_speeds_are_measured_in_both_forms_and_leave_the_model_alone():
+def test_zipping_speeds_measures_both_modes_and_keeps_the_model():
     model = halting_model(zip_tokens=False).train()
     speeds = zipping_speeds(model, images(), CPU, "none", rounds=1)
     assert speeds.keys() == {"images_per_s_zipped", "images_per_s_masked"}
@@ -47,7 +47,7 @@ def test_speeds_are_measured_in_both_forms_and_leave_the_model_alone():
     assert not model.zip_tokens
 
 
-def test_an_evaluation_is_two_files(tmp_path):
+def test_save_writes_two_files(tmp_path):
     save({"acc1": 50.0}, b"index\n", tmp_path)
     assert json.loads((tmp_path / "eval.json").read_text()) == {"acc1": 50.0}
     assert (tmp_path / "predictions.csv").read_bytes() == b"index\n"

@@ -32,8 +32,8 @@ def same(some, others):
 
 
 @pytest.mark.parametrize("repeated_aug", [False, True])
-def test_batches_follow_from_their_place_alone(image_folder, repeated_aug):
-    """Whoever loads them, and wherever one begins."""
+def test_batches_depend_only_on_their_position(image_folder, repeated_aug):
+    """The number of workers and the first batch of an iteration change nothing."""
     whole, _ = training_batches(image_folder, repeated_aug=repeated_aug)
     assert len(whole) == 3
     for workers in (0, 1, 2):
@@ -47,7 +47,7 @@ def test_batches_follow_from_their_place_alone(image_folder, repeated_aug):
     assert not same(training_batches(image_folder, seed=1, repeated_aug=repeated_aug)[0], whole)
 
 
-def test_a_view_of_an_image_differs_from_the_next(tmp_path):
+def test_views_of_an_image_differ_between_epochs(tmp_path):
     root = make_image_folder(tmp_path / "data", classes=1, train=1, val=1)
     loader = loader_of(build_dataset("IMNET", str(root), True, SIZE, AUGMENTATION), batch_size=1)
     views = []
@@ -59,7 +59,7 @@ def test_a_view_of_an_image_differs_from_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streams_follow_from_their_place_too(tmp_path, workers):
+def test_stream_batches_depend_only_on_their_position(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
 
     def batches(epoch, batch=0):
@@ -86,7 +86,7 @@ def break_images(root, part, count=1):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_training_images_are_passed_over_and_named_once(image_folder, workers, capsys):
+def test_unreadable_training_images_are_skipped_with_one_warning_each(image_folder, workers, capsys):
     broken = break_images(image_folder, "train", 2)
     batches, loader = training_batches(image_folder, workers)
     loader.start_at(1)
@@ -99,7 +99,7 @@ def test_unreadable_training_images_are_passed_over_and_named_once(image_folder,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_unreadable_training_images_stop_the_run(image_folder, workers):
+def test_too_many_unreadable_training_images_raise(image_folder, workers):
     break_images(image_folder, "train", 6)
     with pytest.raises(
         RankError, match=r"^/.*\.png: cannot be read as an image: .*; more than 2 images are unreadable"
@@ -111,7 +111,7 @@ def test_too_many_unreadable_training_images_stop_the_run(image_folder, workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_validation_image_stops_the_evaluation(image_folder, workers):
+def test_unreadable_validation_image_raises(image_folder, workers):
     (broken,) = break_images(image_folder, "val")
     images = build_dataset("IMNET", str(image_folder), False, SIZE)
     loader = evaluation_loader(images, 4, num_workers=workers, pin_memory=False)
@@ -120,7 +120,7 @@ def test_an_unreadable_validation_image_stops_the_evaluation(image_folder, worke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_impossible_label_is_told_in_one_line(tmp_path, workers):
+def test_label_out_of_range_raises(tmp_path, workers):
     root = make_shards(tmp_path / "wds")
     images = build_dataset("wds/", str(root), False, SIZE, num_classes=5)
     with pytest.raises(RankError, match=r"^an image has label \d+ but there are 5 classes; check --num-classes$"):
@@ -160,7 +160,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_images_work(tmp_path, name):
+def test_unusual_image_formats_load(tmp_path, name):
     for part in ("train", "val"):
         folder = tmp_path / part / "class"
         folder.mkdir(parents=True)
@@ -181,7 +181,7 @@ def test_unusual_images_work(tmp_path, name):
 
 
 @pytest.mark.parametrize("pixels", [10_000, 14_000])
-def test_decompression_bombs_are_refused(tmp_path, pixels):
+def test_decompression_bomb_raises(tmp_path, pixels):
     path = tmp_path / "bomb.png"
     Image.new("1", (pixels, 10_000)).save(path)
     assert path.stat().st_size < 100_000
@@ -189,8 +189,8 @@ def test_decompression_bombs_are_refused(tmp_path, pixels):
         load_image(path)
 
 
-def test_looking_at_images_passes_over_unreadable_ones_and_knows_the_places_of_the_others(image_folder, capsys):
-    for name in ("class_0/0.png", "class_1/1.png", "class_1/2.png"):  # of 9; the last two are a whole batch
+def test_demo_loader_skips_unreadable_images_and_keeps_positions(image_folder, capsys):
+    for name in ("class_0/0.png", "class_1/1.png", "class_1/2.png"):  # 3 of 9 images; the last two form a batch
         (image_folder / "val" / name).write_bytes(b"no image")
     data = build_dataset("IMNET", str(image_folder), False, (32, 32))
     seen = {}

@@ -34,7 +34,7 @@ def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs)
     return TrainingRun(trainer, Schedule(schedule), loader, evaluation_loader(data, 5, **loading), options)
 
 
-def test_exactly_so_many_epochs_are_trained_logged_and_saved(tmp_path):
+def test_run_trains_logs_and_saves_the_number_of_epochs(tmp_path):
     make_run(tmp_path, epochs=3).train()
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
@@ -47,7 +47,7 @@ def test_exactly_so_many_epochs_are_trained_logged_and_saved(tmp_path):
 
 
 @pytest.mark.parametrize(("accum_steps", "updates"), [(1, 3), (2, 2)])
-def test_the_schedule_steps_with_the_updates(accum_steps, updates):
+def test_schedule_steps_with_every_update(accum_steps, updates):
     run = make_run(accum_steps=accum_steps)
     seen = []
     step_update = run.schedule.step_update
@@ -57,7 +57,7 @@ def test_the_schedule_steps_with_the_updates(accum_steps, updates):
     assert run.trainer.optimizer.param_groups[0]["lr"] < 0.1
 
 
-def test_the_plateau_schedule_sees_the_accuracy():
+def test_plateau_schedule_gets_the_accuracy():
     run = make_run(sched="plateau")
     seen = []
     run.schedule.scheduler.step = lambda epoch, metric: seen.append((epoch, metric))
@@ -75,7 +75,7 @@ def test_the_plateau_schedule_sees_the_accuracy():
         ((40, 50), (6.0, 5.0), None),
     ],
 )
-def test_collapse_is_told(acc1, depth, message, capsys, monkeypatch):
+def test_collapse_warns(acc1, depth, message, capsys, monkeypatch):
     run, evaluate, values = make_run(), loop.evaluate, iter(zip(acc1, depth))
     run.trainer.ema = None
     found = lambda: dict(zip(("acc1", "depth_mean"), next(values)))  # noqa: E731

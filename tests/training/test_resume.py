@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere and resumed ends as if nothing had happened, bit by bit."""
+"""A run that is interrupted anywhere and resumed ends bit for bit like an uninterrupted run."""
 
 import io
 import json
@@ -20,13 +20,13 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.signals import Interrupted
 from utils import UserError
 
-# At which of its questions a run is asked to stop: after the updates of both epochs, in evaluations, and after them.
+# By accumulation steps: the calls of `asked` that return true. They cover updates and evaluations of both epochs.
 MOMENTS = {1: (1, 2, 3, 5, 7, 9, 12, 14), 2: (1, 2, 4, 8, 11, 12)}
 
 
 @pytest.mark.parametrize("accum_steps", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_interrupted_after_any_update(tmp_path, accum_steps):
-    """2 epochs of 3 batches; with averages, accumulation, and a checkpoint after each update."""
+def test_run_interrupted_after_any_update_resumes_exactly(tmp_path, accum_steps):
+    """2 epochs of 3 batches, with EMA weights, gradient accumulation and a checkpoint after each update."""
     options = {"accum_steps": accum_steps, "keep": 1, "checkpoint_steps": 1}
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -58,8 +58,8 @@ SLOW = [pytest.param(name, "cosine", marks=pytest.mark.slow) for name in OTHER_O
 
 
 @pytest.mark.parametrize(("name", "sched"), [("lamb", "cosine"), ("adamw", "plateau"), *SLOW])
-def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name, sched, monkeypatch):
-    """Interrupted in the third epoch, plateau having lowered the rate."""
+def test_any_optimizer_and_schedule_resumes_exactly(image_folder, tmp_path, name, sched, monkeypatch):
+    """Interrupt the run in the third epoch, after the plateau schedule has lowered the rate."""
     options = ("--opt", name, "--sched", sched, "--patience-epochs", 0, "--warmup-epochs", 0, "--drop", 0)
     run(image_folder, tmp_path / "whole", *options)
     calls = iter(range(1, 1000))
@@ -72,7 +72,7 @@ def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name
         patch.setattr("training.signals.StopRequest.asked", asked)
         run(image_folder, tmp_path / "again", *options)
     interrupted = load_checkpoint(str(tmp_path / "again" / "checkpoint.pth"))
-    assert (interrupted["epoch"], interrupted["batches"]) == (1, 2)  # done
+    assert (interrupted["epoch"], interrupted["batches"]) == (1, 2)  # completed batches
     assert interrupted["optimizer"]["param_groups"][0]["lr"] < 5e-5, "the rate is that of the start"
     run(image_folder, tmp_path / "again", *options)
     expected, actual = (load_checkpoint(str(tmp_path / n / "checkpoint.pth")) for n in ("whole", "again"))
@@ -81,16 +81,16 @@ def test_any_optimizer_and_schedule_goes_on_exactly(image_folder, tmp_path, name
 
 
 @pytest.mark.slow
-def test_kills_at_every_place():
-    """See kill_and_resume.py, which can do more of them."""
-    command = [sys.executable, str(ROOT / "tests" / "tools" / "kill_and_resume.py"), "--kills", "15"]  # once each
+def test_run_killed_anywhere_resumes_exactly():
+    """kill_and_resume.py can kill more runs."""
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "kill_and_resume.py"), "--kills", "15"]  # one per place
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 of 15 kills survived" in done.stdout or "14 of 14 kills survived" in done.stdout
 
 
 @pytest.mark.slow
-def test_torchrun_brings_back_a_job_whose_worker_was_killed(tmp_path):
+def test_torchrun_restarts_a_job_after_a_kill(tmp_path):
     data = make_image_folder(tmp_path / "data", classes=3, train=24, val=3)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--master_port=29641"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -116,7 +116,7 @@ def run(data, out, *more):
     main_act.main([*flags(data, out, 0), "--checkpoint-steps", "0", *map(str, more)])
 
 
-def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, capsys):
+def test_resuming_with_other_flags_warns_once(image_folder, tmp_path, capsys):
     out = tmp_path / "out"
     run(image_folder, out, "--epochs", 1)
     assert "has no checkpoint; starting a new run" in capsys.readouterr().out
@@ -133,28 +133,28 @@ def test_resuming_says_what_changes_and_leaves_the_rest(image_folder, tmp_path, 
     assert "the resumed run has other flags" not in capsys.readouterr().err
 
 
-def test_the_last_epochs_are_kept(image_folder, tmp_path):
+def test_keep_saves_the_last_epochs(image_folder, tmp_path):
     run(image_folder, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*.pth"))
     assert kept == ["checkpoint-1.pth", "checkpoint-2.pth"]
     assert load_checkpoint(str(tmp_path / "out" / "checkpoint-1.pth"))["epoch"] == 1
 
 
-def test_another_run_in_the_folder_is_told(image_folder, tmp_path, capsys):
+def test_existing_run_in_the_folder_warns(image_folder, tmp_path, capsys):
     run(image_folder, tmp_path / "out", "--epochs", 1)
     run(image_folder, tmp_path / "out", "--epochs", 1, "--resume", "")
     assert "already contains a run. Pass --resume auto to continue it" in capsys.readouterr().err
 
 
-def test_auto_needs_a_folder(capsys):
+def test_resume_auto_without_output_dir_exits_with_2(capsys):
     with pytest.raises(SystemExit) as exit_:
         main_act.main(["--data-set", "DIGITS", "--resume", "auto"])
     assert exit_.value.code == 2
     assert "--resume auto requires --output_dir" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
-    """A limit of the file's size stands for the disk's: writing fails in the middle."""
+def test_full_disk_keeps_the_last_checkpoint(image_folder, tmp_path, capsys):
+    """A limit of the file size simulates a full disk: writing fails halfway."""
     out = tmp_path / "out"
     run(image_folder, out, "--epochs", 1)
     before = (out / "checkpoint.pth").read_bytes()
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(image_folder, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The checkpoint of a run of one epoch, in bytes."""
+    """Return the checkpoint of a run of one epoch, as bytes."""
     folder = tmp_path_factory.mktemp("saved")
     run = make_run(folder, epochs=1)
     run.trainer.optimizer.param_groups[0]["momentum"] = 0.9
@@ -213,14 +213,14 @@ def saved(tmp_path_factory):
         lambda c: c.update(batches=1, averages={"weight": 1, "sums": {}}),
     ],
 )
-def test_training_state_that_does_not_fit_is_refused(saved, change):
+def test_invalid_training_state_raises(saved, change):
     checkpoint = torch.load(io.BytesIO(saved))
     change(checkpoint)
     with pytest.raises(UserError, match=r"^--resume c\.pth: the training state is missing or does not fit this run"):
         make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
 
 
-def test_a_checkpoint_that_does_not_tell_of_waiting_is_resumed(saved):
+def test_checkpoint_without_data_wait_resumes(saved):
     checkpoint = torch.load(io.BytesIO(saved))
     del checkpoint["data_wait"]
     run = make_run()
@@ -229,8 +229,8 @@ def test_a_checkpoint_that_does_not_tell_of_waiting_is_resumed(saved):
     assert run.epoch.data_wait() == 0
 
 
-def test_the_script_sees_a_difference(tmp_path):
-    """Else its figures would mean nothing."""
+def test_same_detects_differences(tmp_path):
+    """The results of kill_and_resume.py depend on it."""
     a = {"x": torch.ones(3), "y": [1, {"z": 2.0}]}
     assert same(a, {"x": torch.ones(3), "y": [1, {"z": 2.0}]})
     assert not same(a, {"x": torch.ones(3), "y": [1, {"z": 2.5}]})

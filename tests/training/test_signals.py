@@ -1,4 +1,4 @@
-"""Signals, as they reach a run from its launcher, its user, or Slurm."""
+"""Stop signals from the launcher, the user or Slurm."""
 
 import json
 import os
@@ -26,8 +26,8 @@ def flags(data, out, *more):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_and_ends_well(data, tmp_path, name):
-    """Sent to the whole group, loader processes too, as terminals and Slurm do."""
+def test_signal_saves_and_exits_with_0(data, tmp_path, name):
+    """The signal goes to the whole process group, including data-loader workers, as from terminals and Slurm."""
     out = tmp_path / "out"
     process = Script("main_act.py", *flags(data, out, "--num_workers", 2), log=tmp_path / "log")
     process.wait_until((out / "log.txt").exists)
@@ -53,12 +53,12 @@ def _evaluate_until_asked(rank, path):
     (path / str(rank)).write_text(str(result["images"]))
 
 
-def test_a_signal_to_one_process_stops_the_evaluation_of_all(tmp_path):
+def test_signal_to_one_process_stops_all_evaluations(tmp_path):
     in_processes(_evaluate_until_asked, tmp_path)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["10", "10"]  # 8 and 2
 
 
-def test_a_second_signal_acts_at_once(monkeypatch):
+def test_second_signal_takes_effect_immediately(monkeypatch):
     killed = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
     stop = StopRequest()
@@ -74,8 +74,8 @@ def test_a_second_signal_acts_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_processes_stop_together(data, tmp_path):
-    """Only one of them gets the signal; only one of them tells and logs."""
+def test_signal_to_one_process_stops_all(data, tmp_path):
+    """Only one process gets the signal, and only the main process prints and logs."""
     out = tmp_path / "out"
     group = start_group(2, flags(data, out, "--num_workers", 0), tmp_path)
     group[0].wait_until((out / "log.txt").exists)
