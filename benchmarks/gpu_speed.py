@@ -21,7 +21,7 @@ import utils
 from benchmarks.cases import EARLY_EXIT, STATIC, ZIPPED, static_twin, variant_macs
 from benchmarks.gpu_checks import MODELS, PRECISION, Check
 from benchmarks.timing import inference_call, training_call, training_loss
-from macs import macs_per_image
+from macs import macs_at_depth
 
 MAX_FIRST_RATIO, MAX_FIRST_EXTRA = 3.0, 5e-3  # limit of a first pass: ratio to a later pass, plus seconds
 
@@ -192,8 +192,7 @@ def build_variants(check: Check, size: str) -> dict[str, nn.Module]:
 def static_macs(size: str) -> float:
     """Return the MACs of the static model per image."""
     model = timm.create_model(MODELS[size], device="meta")
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    return macs_per_image(model, torch.full((1, tokens), model.num_blocks)).item()
+    return macs_at_depth(model, model.num_blocks)
 
 
 def measure(check: Check, case: Case, models: dict[str, nn.Module]) -> float | None:

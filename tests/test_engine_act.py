@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import losses
 import utils
 from engine_act import EpochState, MicroBatchResult, Trainer, evaluate, train_one_epoch
-from models_act import macs_per_image
+from macs import macs_per_image
 from utils import UserError
 
 CPU = torch.device("cpu")

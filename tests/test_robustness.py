@@ -21,7 +21,7 @@ import main_act
 import utils
 import visualize
 from datasets import build_dataset, class_names, find_image_files, image_suffixes, load_image
-from models_act import macs_per_image
+from macs import macs_per_image
 from training.arguments import parse_args
 from training.checkpoints import Checkpoint
 from training.loaders import SkipUnreadable, demo_loader

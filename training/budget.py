@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 import utils
-from models_act import AdaptiveTokens, macs_per_image
+from macs import macs_at_depth, macs_per_image, static_macs
+from models_act import AdaptiveTokens
 from training.loaders import ImageLoader
 from utils import UserError
 
@@ -149,19 +150,9 @@ def measure_costs(
     return (total[:-1] / total[-1] / static_macs(model)).tolist()
 
 
-def static_macs(model: AdaptiveTokens) -> float:
-    """Return the MACs per image of the static model, in which every token runs through every block."""
-    return _macs_of_depth(model, model.num_blocks)
-
-
 def min_cost(model: AdaptiveTokens) -> float:
     """Return the lowest possible cost: every token halts in the first block."""
-    return _macs_of_depth(model, 1) / static_macs(model)
-
-
-def _macs_of_depth(model: AdaptiveTokens, depth: int) -> float:
-    tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    return macs_per_image(model, torch.full((1, tokens), float(depth))).item()
+    return macs_at_depth(model, 1) / static_macs(model)
 
 
 def resolve_budget(model: AdaptiveTokens, target: float) -> float:

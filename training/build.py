@@ -23,7 +23,8 @@ import losses
 import utils
 from datasets import PLACED, Preprocessing, build_dataset, evaluation_transform
 from engine_act import Trainer
-from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget, static_macs
+from macs import static_macs
+from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
 from training.checkpoints import Checkpoint
 from training.gate import choose_gate
 from training.launch import process_group, single_process

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from models_act import AdaptiveTokens, macs_per_image
-from training.budget import static_macs
+from macs import macs_per_image, static_macs
+from models_act import AdaptiveTokens
 
 SPREAD = 4.0  # standard deviation of the gate's logit over tokens and blocks
 FEW_IMAGES, FINALISTS = 32, 16  # every gate is evaluated on FEW_IMAGES, and the best FINALISTS on all images

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import utils
 from datasets import Preprocessing
-from models_act import Halting, macs_per_image
+from macs import macs_per_image
+from models_act import Halting
 from utils import autocast
 from visualization.image_record import CRITERIA, ImageRecord
 

@@ -17,7 +17,7 @@ from warm_python import warm_python
 import models_act
 from experiments import baselines_report, stages
 from experiments.baselines import register
-from models_act import macs_per_image
+from macs import macs_per_image
 from training.checkpoints import Checkpoint, load_checkpoint
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div
 import benchmark
 import main_act
 import visualize
-from models_act import macs_per_image
+from macs import macs_per_image, static_macs
 from training.arguments import parse_args
 from training.budget import (
     BudgetCurve,
@@ -24,7 +24,6 @@ from training.budget import (
     measure_curve,
     min_cost,
     resolve_budget,
-    static_macs,
 )
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.gate import choose_gate

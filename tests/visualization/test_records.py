@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from datasets import IMAGENET
-from models_act import macs_per_image
+from macs import macs_per_image
 from training.loaders import demo_loader
 from visualization.image_record import CRITERIA
 from visualization.records import DatasetStatistics, Selection, gather_to_main, record_batch
