@@ -72,9 +72,9 @@ def test_train_evaluate_resume_demo(trained, tmp_path, capsys):
     assert result["images_per_s_masked"] > 0
 
     run("--data-path", data, "--demo", "--finetune", out / "best.pth", "--output_dir", evaluation)
-    pictures = {p.name for p in (evaluation / "token_act_visualization").iterdir()}
-    assert "class2_combined.jpg" in pictures
-    assert len(pictures) == 3 * 3 + 1
+    images = {p.name for p in (evaluation / "token_act_visualization").iterdir()}
+    assert "class2_combined.jpg" in images
+    assert len(images) == 3 * 3 + 1
 
 
 def test_fine_tuning_from_static_weights_replaces_the_head(image_folder, tmp_path, capsys):

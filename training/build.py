@@ -90,7 +90,7 @@ def _model_from_checkpoint(args: argparse.Namespace, classes: list[str], start: 
         gate_scale=args.gate_scale,
         gate_center=args.gate_center,
         budget=args.budget,
-        # A resumed run loads both sets of weights later, with its training state.
+        # A resumed run starts from the raw weights; its EMA weights are restored with its training state.
         use_ema=args.use_ema and (is_new_task or not _is_training(args)),
         replace_head=is_new_task,
         halting=args.halting,
@@ -156,12 +156,14 @@ def image_size(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def should_search_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
-    """Return whether to search a gate: with --gate auto, or with --target-macs if no gate is known."""
+    """Return whether to search a gate: with --gate auto, or with --target-macs if there is no gate yet."""
     if start is not None and start.flag == "resume":
         return False
+    if args.gate is not None:
+        return args.gate == "auto"
     is_given = args.gate_scale is not None or args.gate_center is not None
-    is_known = start is not None and any(values for _, values in start.gate_sources())
-    return args.gate == "auto" or (args.gate is None and args.target_macs is not None and not (is_given or is_known))
+    is_recorded = start is not None and any(values for _, values in start.gate_sources())
+    return args.target_macs is not None and not (is_given or is_recorded)
 
 
 def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBatches, device: torch.device) -> None:
@@ -334,15 +336,15 @@ def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list
     # A resumed run started from these weights too, so --resume is ignored here.
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is not None:
-        network = start.build_model(args.model, classes=classes, img_size=size, use_ema=args.use_ema, halting=False)
+        static = start.build_model(args.model, classes=classes, img_size=size, use_ema=args.use_ema, halting=False)
     elif args.pretrained:
-        network = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
+        static = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
     else:
         raise UserError(
             "--distillation-type self requires starting weights, which become the teacher; "
             "pass --pretrained, --pretrained-path or --finetune, also when resuming"
         )
-    return _as_teacher(network, model)
+    return _as_teacher(static, model)
 
 
 def teacher_share(teacher: nn.Module, model: nn.Module, target_macs: float | None) -> float:

@@ -94,7 +94,7 @@ class Checkpoint:
 
     @property
     def is_static(self) -> bool:
-        """Whether it was trained without halting; only known of native checkpoints."""
+        """Whether it is a native checkpoint of a model that was trained without halting."""
         return self.is_native and self.content["gate"] is None
 
     def state_dict(self, use_ema: bool = False) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ class StreamLoader(ImageLoader):
             return
         places, classes = itertools.count(utils.rank(), utils.world_size()), len(self.dataset.classes)
         for number, (images, targets, *_) in enumerate(DataLoader.__iter__(self)):
-            if not ((targets >= 0) & (targets < classes)).all():  # labels of a stream are known only once read
+            if not ((targets >= 0) & (targets < classes)).all():  # a stream's labels can be checked only when read
                 raise RankError(
                     f"an image has label {targets.max()} but there are {classes} classes; check --num-classes"
                 )

@@ -94,7 +94,7 @@ class TrainingRun:
                 self.train_loader.start_at(epoch, self.epoch.batches)
                 self._step_schedules()
                 training = train_one_epoch(
-                    self.trainer, self.train_loader, self.epoch, self._after_update, should_stop=self.stop.asked
+                    self.trainer, self.train_loader, self.epoch, self._on_update, should_stop=self.stop.asked
                 )
                 training["bad_images"] = sum(utils.all_gather_objects(len(self.train_loader.bad_images)))
                 self.save("checkpoint.pth")  # an interrupted evaluation loses nothing else
@@ -124,8 +124,8 @@ class TrainingRun:
             kept = [line for line in lines if _epoch_of(line) < self.epoch.number]
             if lines and not self.resumed:
                 warn(
-                    f"{folder} already contains a run. Pass --resume auto to continue it; "
-                    "otherwise checkpoints are overwritten and new epochs are appended to log.txt"
+                    f"{folder} already contains a run. This run overwrites its checkpoints and appends to its log.txt; "
+                    "to continue the earlier run instead, stop and pass --resume auto"
                 )
                 if not lines[-1].endswith("\n"):  # the last line is incomplete after a crash
                     utils.atomic_write(path, lambda file: file.write(("".join(lines) + "\n").encode()))
@@ -149,7 +149,7 @@ class TrainingRun:
             total = self.options.epochs * updates_per_epoch(self.train_loader, self.trainer.accum_steps)
             self.trainer.budget.progress = updates / total
 
-    def _after_update(self, stop: bool) -> None:
+    def _on_update(self, stop: bool) -> None:
         budget = self.trainer.budget
         if budget is not None and budget.is_stuck:
             warn(
@@ -176,16 +176,17 @@ class TrainingRun:
     def _calibrate(self) -> None:
         """Measure the budget curves of the weights and of the EMA weights, and set both gates to the budget."""
         trainer = self.trainer
-        networks = {"model": trainer.model_without_ddp}
-        networks |= {} if trainer.ema is None else {"model_ema": trainer.ema.module}
-        for name, network in networks.items():
+        models = {"model": trainer.model_without_ddp}
+        if trainer.ema is not None:
+            models["model_ema"] = trainer.ema.module
+        for name, model in models.items():
             budget = trainer.budget.budget
             max_cost = max(MAX_COST, budget)
-            curve = budget_curve(network, self.calibration, trainer.device, trainer.amp, max_cost)
-            before, network.gate_center = network.gate_center, curve.center(budget)
+            curve = budget_curve(model, self.calibration, trainer.device, trainer.amp, max_cost)
+            before, model.gate_center = model.gate_center, curve.center(budget)
             log(
-                f"calibration of {name}: gate_center {before:g} -> {network.gate_center:g} changes the MACs from "
-                f"{curve.cost(before):.3f} to {curve.cost(network.gate_center):.3f} of the static model's; "
+                f"calibration of {name}: gate_center {before:g} -> {model.gate_center:g} changes the MACs from "
+                f"{curve.cost(before):.3f} to {curve.cost(model.gate_center):.3f} of the static model's; "
                 f"--budget accepts {curve.min_cost:.2f} to {curve.max_cost:.2f}"
             )
             self.budget_curves[name] = curve.record()
@@ -231,7 +232,7 @@ class TrainingRun:
         The checkpoint comes last: a run that is killed before it repeats the epoch.
         """
         number = self.epoch.number
-        is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, only after the calibration
+        is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, only once calibrated
         is_best = is_candidate and test["acc1"] > self.best_acc1
         self.best_acc1 = test["acc1"] if is_best else self.best_acc1
         self.epoch = EpochState(number + 1)
@@ -282,8 +283,9 @@ class TrainingRun:
     def state_dict(self) -> dict:
         """Return a checkpoint of tensors and plain types, see `Checkpoint`. Every process must call it."""
         model, ema = self.trainer.model_without_ddp, self.trainer.ema
-        calibrated = {"gate_ema": _gate(ema.module)} if "model_ema" in self.budget_curves else {}
-        calibrated |= {"budget_curves": self.budget_curves} if self.budget_curves else {}
+        calibrated = {"budget_curves": self.budget_curves} if self.budget_curves else {}
+        if "model_ema" in self.budget_curves:
+            calibrated["gate_ema"] = _gate(ema.module)
         parts = (self.trainer, self.schedule, self.epoch, self.train_loader)
         return {name: value for part in parts for name, value in part.state_dict().items()} | {
             "best_acc1": self.best_acc1,

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         files = [arg for arg in args if self.fromfile_prefix_chars and arg.startswith("@")]
         missing = [file for file in files if not os.path.isfile(file[1:])]
         if missing:
-            self.error(f"{missing[0]}: the file {missing[0][1:]} does not exist")
+            self.error(f"{missing[0]}: no such file")
         try:
             return super().parse_args([_with_dashes(arg) for arg in args], namespace)
         except UnicodeDecodeError as error:

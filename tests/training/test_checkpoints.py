@@ -9,7 +9,9 @@ from conftest import halting_model, save_halting_micro
 from hostile_checkpoints import torch_bytes
 from safetensors.torch import save_file
 
+from models_act import HALTING_DEFAULTS
 from training import checkpoints
+from training.arguments import GATE_DEFAULTS
 from training.checkpoints import Checkpoint
 from training.weights import load_teacher_weights, resolve_gate
 from training.weights import load_weights as load_weights_from
@@ -236,6 +238,10 @@ def test_gate_comes_from_the_first_source(flags, checkpoint, location, expected,
     gate = resolve_gate(flags, Checkpoint(checkpoint, location).gate_sources())
     assert (gate["gate_scale"], gate["gate_center"]) == expected
     assert capsys.readouterr().out.count(f"from {source}") == 2
+
+
+def test_defaults_of_flags_equal_those_of_models():
+    assert {name: HALTING_DEFAULTS[name] for name in GATE_DEFAULTS} == GATE_DEFAULTS
 
 
 def test_gate_sources_that_disagree_warn(capsys):

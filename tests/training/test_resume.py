@@ -143,7 +143,7 @@ def test_keep_saves_the_last_epochs(image_folder, tmp_path):
 def test_existing_run_in_the_folder_warns(image_folder, tmp_path, capsys):
     run(image_folder, tmp_path / "out", "--epochs", 1)
     run(image_folder, tmp_path / "out", "--epochs", 1, "--resume", "")
-    assert "already contains a run. Pass --resume auto to continue it" in capsys.readouterr().err
+    assert "already contains a run. This run overwrites its checkpoints" in capsys.readouterr().err
 
 
 def test_resume_auto_without_output_dir_exits_with_2(capsys):
