@@ -1,4 +1,7 @@
-"""Compiles the kernels for a GPU that need not be there: PYTHONPATH=. python tests/compile_kernels.py [CAPABILITY]"""
+"""Compile the Triton kernels for a GPU that may be absent.
+
+PYTHONPATH=. python tests/compile_kernels.py [CAPABILITY]
+"""
 
 import sys
 
@@ -18,7 +21,7 @@ CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": kernels.ROWS}
 
 def compile_for(capability: int) -> None:
     for kernel in (kernels._halting_kernel, kernels._compact_kernel, kernels._halting_backward_kernel):
-        for dtype in ("*fp32", "*fp16", "*bf16"):  # of rows
+        for dtype in ("*fp32", "*fp16", "*bf16"):  # dtype of the rows
             for last in (False, True):
                 constants = CONSTANTS | {"LAST": last, "EARLY_EXIT": not last}
                 constants = {name: constants[name] for name in kernel.arg_names if name in constants}

@@ -1,3 +1,7 @@
+"""The stores of live tokens, and attention within each image."""
+
+from typing import NamedTuple
+
 import emulated_attention
 import numpy as np
 import pytest
@@ -21,55 +25,115 @@ STORES = pytest.mark.parametrize("store", [PackedTokensCPU, PackedTokensCUDA])
 
 
 @st.composite
-def rounds_of_leaving(draw):
-    """A dense batch, how many prefix tokens it has, and for a few rounds which tokens leave: [rounds, B, N] bool."""
+def halting_rounds(draw):
+    """Draw a dense batch, its number of prefix tokens, and which tokens halt in each round: [rounds, B, N] bool."""
     batch, length, rounds = draw(st.integers(1, 5)), draw(st.integers(2, 7)), draw(st.integers(1, 4))
     share, seed = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])), draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
-    leaves = torch.rand(rounds, batch, length, generator=generator) < share
-    return torch.randn(batch, length, 3, generator=generator), draw(st.integers(1, 2)), leaves
+    halts = torch.rand(rounds, batch, length, generator=generator) < share
+    return torch.randn(batch, length, 3, generator=generator), draw(st.integers(1, 2)), halts
+
+
+class Replay(NamedTuple):
+    """A packed store after a round of halting, and the masked store after the same rounds."""
+
+    tokens: PackedTokensCPU | PackedTokensCUDA
+    rows: torch.Tensor
+    masked: MaskedTokens
+
+    @property
+    def token(self) -> torch.Tensor:
+        return torch.as_tensor(self.tokens.token)
+
+    @property
+    def image(self) -> torch.Tensor:
+        """[T], the image of each row."""
+        return self.token // self.masked.live.shape[1]
+
+
+def replay(store, x, num_prefix, rounds, early_exit=False) -> list[Replay]:
+    """Run the rounds on a packed and on a masked store; the first entry is before any halting."""
+    masked, _ = MaskedTokens.pack(x, num_prefix)
+    tokens, rows = store.pack(x, num_prefix)
+    history = [Replay(tokens, rows, masked)]
+    for halts in rounds:
+        tokens, (rows,) = tokens.drop(halts.flatten()[history[-1].token], rows, early_exit=early_exit)
+        masked, _ = masked.drop(halts, x)
+        if early_exit:
+            masked = MaskedTokens(masked.live & masked.live[:, :num_prefix].any(dim=1, keepdim=True), num_prefix)
+        history.append(Replay(tokens, rows, masked))
+    return history
 
 
 @STORES
-@given(rounds_of_leaving(), st.booleans())
-def test_stores_of_rows_hold_the_live_tokens_image_by_image(store, case, early_exit):
-    x, num_prefix, rounds = case
-    batch, length = x.shape[:2]
-    masked, dense = MaskedTokens.pack(x, num_prefix)
-    tokens, rows = store.pack(x, num_prefix)
-    stores, masked_stores = [tokens], [masked]
-    for leaves in rounds:
-        token = torch.as_tensor(tokens.token)
-        tokens, (rows,) = tokens.drop(leaves.flatten()[token], rows, early_exit=early_exit)
-        masked, _ = masked.drop(leaves, dense)
-        if early_exit:
-            masked = MaskedTokens(masked.live & masked.live[:, :num_prefix].any(dim=1, keepdim=True), num_prefix)
-        stores, masked_stores = [*stores, tokens], [*masked_stores, masked]
+@given(halting_rounds(), st.booleans())
+def test_drop_keeps_the_rows_of_live_tokens(store, case, early_exit):
+    x = case[0]
+    for state in replay(store, *case, early_exit):
+        live = state.masked.live.flatten().nonzero().squeeze(1)
+        assert torch.equal(state.token.sort().values, live)
+        assert torch.equal(state.rows, x.flatten(0, 1)[state.token])
 
-        token = torch.as_tensor(tokens.token)
-        image = token // length
-        live = masked.live.flatten().nonzero().squeeze(1)
-        assert torch.equal(token.sort().values, live)
-        assert torch.equal(rows, x.flatten(0, 1)[token])
-        images, counts = image.unique_consecutive(return_counts=True)
+
+@STORES
+@given(halting_rounds(), st.booleans())
+def test_rows_stay_grouped_by_image_in_token_order(store, case, early_exit):
+    for state in replay(store, *case, early_exit):
+        images, counts = state.image.unique_consecutive(return_counts=True)
         assert len(images.unique()) == len(images), "the rows of an image stand together"
-        assert all((part.diff() > 0).all() for part in token.split(counts.tolist())), "in the order of its tokens"
-        if store is PackedTokensCPU:
-            assert tokens.seqlens == counts.tolist() == sorted(counts.tolist())
-        else:
-            assert tokens.cu_seqlens.diff().tolist() == image.bincount(minlength=batch).tolist()
-            assert images.tolist() == sorted(images.tolist())
-        assert torch.equal(tokens.expand_to_tokens(torch.arange(batch)), image)
-        prefix, expected = tokens.prefix(rows), masked.prefix(dense)
-        assert torch.equal(prefix[masked.live[:, :num_prefix]], expected[masked.live[:, :num_prefix]])
-        total = tokens.scatter_add(torch.zeros(batch * length, 3), rows)
-        assert torch.equal(total.view_as(x), masked.scatter_add(torch.zeros_like(x), dense))
+        assert all((part.diff() > 0).all() for part in state.token.split(counts.tolist())), "in the order of its tokens"
 
-    values = torch.arange(len(stores) * batch * length).view(-1, batch, length) + 1.0
-    of_rows = [of_block.flatten()[torch.as_tensor(tokens.token)] for of_block, tokens in zip(values, stores)]
-    (table,) = store.to_dense(stores, torch.cat(of_rows))
-    (expected,) = MaskedTokens.to_dense(masked_stores, values.flatten(0, 1))
-    assert torch.equal(table, expected)
+
+@given(halting_rounds(), st.booleans())
+def test_cpu_store_sorts_images_by_length(case, early_exit):
+    for state in replay(PackedTokensCPU, *case, early_exit):
+        counts = state.image.unique_consecutive(return_counts=True)[1].tolist()
+        assert state.tokens.seqlens == counts == sorted(counts)
+
+
+@given(halting_rounds(), st.booleans())
+def test_cuda_store_keeps_the_order_of_images(case, early_exit):
+    batch = len(case[0])
+    for state in replay(PackedTokensCUDA, *case, early_exit):
+        assert state.image.tolist() == sorted(state.image.tolist())
+        assert state.tokens.cu_seqlens.diff().tolist() == state.image.bincount(minlength=batch).tolist()
+
+
+@STORES
+@given(halting_rounds(), st.booleans())
+def test_expand_to_tokens_gives_each_row_its_image_value(store, case, early_exit):
+    for state in replay(store, *case, early_exit):
+        assert torch.equal(state.tokens.expand_to_tokens(torch.arange(len(case[0]))), state.image)
+
+
+@STORES
+@given(halting_rounds(), st.booleans())
+def test_prefix_equals_masked_store_for_live_tokens(store, case, early_exit):
+    x, num_prefix, _ = case
+    for state in replay(store, *case, early_exit):
+        live = state.masked.live[:, :num_prefix]
+        assert torch.equal(state.tokens.prefix(state.rows)[live], state.masked.prefix(x)[live])
+
+
+@STORES
+@given(halting_rounds(), st.booleans())
+def test_scatter_add_equals_masked_store(store, case, early_exit):
+    x = case[0]
+    for state in replay(store, *case, early_exit):
+        total = state.tokens.scatter_add(torch.zeros(x.shape[0] * x.shape[1], 3), state.rows)
+        assert torch.equal(total.view_as(x), state.masked.scatter_add(torch.zeros_like(x), x))
+
+
+@STORES
+@given(halting_rounds(), st.booleans())
+def test_to_dense_equals_masked_store(store, case, early_exit):
+    batch, length = case[0].shape[:2]
+    history = replay(store, *case, early_exit)
+    values = torch.arange(len(history) * batch * length).view(-1, batch, length) + 1.0
+    packed = [of_block.flatten()[state.token] for of_block, state in zip(values, history)]
+    (found,) = store.to_dense([state.tokens for state in history], torch.cat(packed))
+    (expected,) = MaskedTokens.to_dense([state.masked for state in history], values.flatten(0, 1))
+    assert torch.equal(found, expected)
 
 
 @STORES
@@ -85,41 +149,42 @@ def test_prefix_of_no_rows_is_zero_with_a_gradient(store):
 # Attention within images -------------------------------------------------------------------------
 
 
-def each_image_alone(q, k, v, lengths):
-    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
+def attend_each_image(q, k, v, seqlens):
+    """Compute attention image by image, with one call for each."""
+    parts = zip(*(x.split(seqlens, dim=2) for x in (q, k, v)))
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)
 
 
-def varlen(q, k, v, lengths):
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    return varlen_attention(q, k, v, cu_seqlens, max_seqlen=50)  # any bound will do
+def varlen(q, k, v, seqlens):
+    cu_seqlens = torch.tensor([0, *np.cumsum(seqlens)], dtype=torch.int32)
+    return varlen_attention(q, k, v, cu_seqlens, max_seqlen=50)  # any upper bound gives the same
 
 
-LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted)
+SEQLENS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted)
 
 
 @pytest.mark.parametrize("attention", [ragged_attention, varlen])
-@given(LENGTHS, st.sampled_from([1, 4]), st.sampled_from([5, 12, 16]))  # CUDA's kernels want multiples of 8
-def test_attention_stays_within_images(attention, lengths, heads, width):
-    qkv = torch.randn(1, sum(lengths), 3, heads, width, requires_grad=True)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # as timm's attention has them
-    out, expected = attention(q, k, v, lengths), each_image_alone(q, k, v, lengths)
+@given(SEQLENS, st.sampled_from([1, 4]), st.sampled_from([5, 12, 16]))  # CUDA kernels need multiples of 8
+def test_attention_stays_within_images(attention, seqlens, heads, width):
+    qkv = torch.randn(1, sum(seqlens), 3, heads, width, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # strided as in timm's attention
+    out, expected = attention(q, k, v, seqlens), attend_each_image(q, k, v, seqlens)
     weights = torch.randn_like(out)
     grad, expected_grad = (torch.autograd.grad((o * weights).sum(), qkv, retain_graph=True)[0] for o in (out, expected))
     assert_close(out, expected)
     assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
     if attention is ragged_attention or width % 8 == 0:
-        assert out.transpose(1, 2).is_contiguous(), "what follows would have to copy it"
+        assert out.transpose(1, 2).is_contiguous(), "the next layer would have to copy it"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [[5], [2, 2], [1, 3, 4]])
-def test_the_device_gets_one_kernel_and_no_copies(dtype, lengths):
-    """One image too: dense attention would plan anew for each number of rows. q, k and v stay strided."""
-    qkv = torch.randn(1, sum(lengths), 3, 2, 16).to(dtype)
+@pytest.mark.parametrize("seqlens", [[5], [2, 2], [1, 3, 4]])
+def test_varlen_attention_calls_one_kernel_without_copies(dtype, seqlens):
+    """Also for one image: dense attention would be planned again for each number of rows. q, k, v stay strided."""
+    qkv = torch.randn(1, sum(seqlens), 3, 2, 16).to(dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     emulated_attention.calls.clear()
-    out = varlen(q, k, v, lengths)
+    out = varlen(q, k, v, seqlens)
     assert out.dtype == dtype
     operator = "efficient" if dtype == torch.float32 else "flash"
     assert emulated_attention.calls == [(operator, dtype, (3 * 2 * 16, 16, 1))]
@@ -127,12 +192,12 @@ def test_the_device_gets_one_kernel_and_no_copies(dtype, lengths):
 
 @pytest.mark.parametrize("has_flash", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_heads_of_any_width_find_a_kernel(monkeypatch, has_flash, dtype):
-    """60 is that of 180 channels in three heads."""
+def test_head_width_not_multiple_of_8_equals_exact_attention(monkeypatch, has_flash, dtype):
+    """A model with 180 channels and three heads has heads of width 60."""
     monkeypatch.setattr(attention, "_supports_flash_attention", lambda device: has_flash)
     qkv = torch.randn(3, 1, 2, 6, 60).to(dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    out, expected = varlen(*qkv, [2, 4]), each_image_alone(*exact, [2, 4])
+    out, expected = varlen(*qkv, [2, 4]), attend_each_image(*exact, [2, 4])
     assert out.dtype == dtype
     assert_close(out, expected.to(dtype), rtol=0.02, atol=0.02)
     weights = torch.randn_like(out)
@@ -142,8 +207,8 @@ def test_heads_of_any_width_find_a_kernel(monkeypatch, has_flash, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "computed"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
-def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch, dtype, computed):
-    """It has none for bfloat16 there."""
+def test_old_gpu_uses_efficient_kernel_in_half_precision(monkeypatch, dtype, computed):
+    """Old GPUs have no kernel for bfloat16, so it runs in float32."""
     monkeypatch.setattr(attention, "_supports_flash_attention", lambda device: False)
     q, k, v = torch.randn(3, 1, 2, 6, 16).to(dtype)
     emulated_attention.calls.clear()
@@ -152,7 +217,7 @@ def test_an_old_gpu_gets_the_efficient_kernel_in_half_precision(monkeypatch, dty
 
 
 @STORES
-def test_no_rows_call_no_kernel(store, monkeypatch):
+def test_attend_without_rows_calls_no_kernel(store, monkeypatch):
     for name in ("ragged_attention", "varlen_attention"):
         monkeypatch.setattr(stores, name, lambda *args: pytest.fail("a kernel was called"))
     tokens, rows = store.pack(torch.randn(2, 3, 4), 1)
@@ -163,20 +228,20 @@ def test_no_rows_call_no_kernel(store, monkeypatch):
     assert all(grad is not None for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-def test_mixed_precision_casts_what_a_norm_has_left_in_float32():
+def test_autocast_casts_float32_queries():
     q, k, v = torch.randn(3, 1, 2, 6, 16)
     with torch.autocast("cpu", torch.bfloat16):
         out = varlen(q, k, v.bfloat16(), [2, 4])
     assert out.dtype == torch.bfloat16
 
 
-def test_a_mask_that_reaches_another_function_is_refused():
+def test_attention_mask_in_another_function_raises():
     tokens, _ = PackedTokensCPU.pack(torch.randn(1, 3, 4), 1)
     with pytest.raises(TypeError):
         torch.softmax(torch.randn(3, 3) + tokens.attention_mask, dim=-1)
 
 
-def test_an_image_without_live_tokens_attends_to_all():
+def test_image_without_live_tokens_attends_to_all_tokens():
     tokens, x = MaskedTokens.pack(torch.randn(2, 3, 4), 1)
     tokens, _ = tokens.drop(torch.tensor([[True] * 3, [True, False, False]]), x)
     assert tokens.attention_mask[:, 0, 0].tolist() == [[True] * 3, [False, True, True]]

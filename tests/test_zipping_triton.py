@@ -1,4 +1,4 @@
-"""The kernels of CUDA, interpreted on the CPU: they do what the operations in their place do."""
+"""The Triton kernels, interpreted on the CPU, compute the same as PyTorch ops."""
 
 import subprocess
 import sys
@@ -18,14 +18,14 @@ import zipping
 from models_act import halting_step
 from zipping import Gate, PackedTokensCUDA, drop_halted
 
-kernels = pytest.importorskip("zipping.kernels", reason="torch brings Triton on Linux, with CUDA")
+kernels = pytest.importorskip("zipping.kernels", reason="Triton is installed with CUDA builds of torch on Linux")
 
 GATE = Gate.of(scale=1.5, center=0.5, halt_eps=0.01, device=torch.device("cpu"))
 
 
 @st.composite
 def live_tokens(draw):
-    """A store of CUDA's in which some tokens have left already, its rows, and the sums of their scores."""
+    """Draw a CUDA store in which some tokens have halted, its rows and their cumulative scores."""
     batch, length, width = draw(st.integers(1, 5)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 130]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     num_prefix = draw(st.integers(1, min(3, length)))
@@ -35,7 +35,7 @@ def live_tokens(draw):
     tokens, (rows,) = tokens.drop(torch.rand(len(rows), generator=generator) < share, rows)
     assume(len(rows) > 0)
     before = torch.rand(len(rows), generator=generator)
-    # no sum so near to the limit that rounding decides
+    # keep cumulative scores away from the limit, so that rounding flips no decision
     score = torch.sigmoid(GATE.minus_center + GATE.scale * rows[:, 0].float())
     assume(not ((before + score - GATE.limit).abs() < 1e-5).any())
     return tokens, rows, before
@@ -75,25 +75,25 @@ def test_kernels_compute_the_same_as_ops(case, is_last_block, early_exit):
     assert_close(gradients, expected_gradients, **({} if case[1].dtype == torch.float32 else half))
 
 
-def test_a_score_that_is_not_a_number_halts_no_token():
+def test_nan_score_halts_no_token():
     tokens, rows = PackedTokensCUDA.pack(torch.full((1, 3, 4), torch.nan), 1)
     halted = PackedTokensCUDA.halt(tokens, rows, torch.zeros(3), GATE, is_last_block=False, early_exit=True)
     assert not halted.halts.any()
     assert len(halted.rows) == 3
 
 
-def test_where_no_token_halts_nothing_is_copied():
+def test_rows_are_not_copied_if_no_token_halts():
     tokens, rows = PackedTokensCUDA.pack(torch.full((2, 3, 4), -9.0), 1)
     halted = PackedTokensCUDA.halt(tokens, rows, torch.zeros(6), GATE, is_last_block=False, early_exit=False)
     assert halted.rows.data_ptr() == rows.data_ptr()
 
 
-# The network -------------------------------------------------------------------------------------
+# The model -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def by_kernels(monkeypatch):
-    """What CUDA gets, with a count of the blocks that did halt by kernels."""
+def kernel_calls(monkeypatch):
+    """Run models as on CUDA, with Triton kernels; returns the calls of `halt`, one per block."""
     calls = []
 
     def halt(self, *args, original=PackedTokensCUDA.halt, **kwargs):
@@ -118,29 +118,29 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_the_network_is_the_masked_one(by_kernels, options, training):
+def test_model_equals_masked_mode(kernel_calls, options, training):
     found, expected = [], []
     for zip_tokens, results in ((True, found), (False, expected)):
         model = halting_model(**options, zip_tokens=zip_tokens).train(training)
-        torch.manual_seed(1)  # of stochastic depth
+        torch.manual_seed(1)  # for stochastic depth
         logits, halting = model(images(), return_halting=True)
         loss = logits.square().mean() + halting.ponder_cost.mean() + halting.layer_scores.square().sum()
         gradients = torch.autograd.grad(loss, [*model.parameters()])
         results += [logits, *halting, *gradients]
-    assert len(by_kernels) == (1 if options.get("mean") == -5.0 else model.num_blocks)
+    assert len(kernel_calls) == (1 if options.get("mean") == -5.0 else model.num_blocks)
     assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
 @torch.inference_mode()
-def test_images_leave_as_a_whole(by_kernels):
+def test_early_exit_keeps_logits(kernel_calls):
     model = halting_model().eval()
     logits = model(images(5))
-    assert all(call["early_exit"] for call in by_kernels)
+    assert all(call["early_exit"] for call in kernel_calls)
     model.zip_tokens = False
     assert_close(logits, model(images(5)), rtol=1e-4, atol=1e-5)
 
 
-def test_mixed_precision(by_kernels):
+def test_gradients_are_finite_under_autocast(kernel_calls):
     model = halting_model().train()
     with torch.autocast("cpu", torch.bfloat16):
         logits, halting = model(images(), return_halting=True)
@@ -150,7 +150,7 @@ def test_mixed_precision(by_kernels):
 
 
 @torch.inference_mode()
-def test_a_network_in_half_precision(by_kernels):
+def test_half_precision_model_equals_ops(kernel_calls):
     model = halting_model().eval().bfloat16()
     logits, halting = model(images().bfloat16(), return_halting=True)
     assert (logits.dtype, halting.depth.dtype) == (torch.bfloat16, torch.float32)
@@ -159,7 +159,7 @@ def test_a_network_in_half_precision(by_kernels):
     assert_close([logits, *halting], [expected, *expected_halting])
 
 
-def test_rows_need_not_be_contiguous():
+def test_strided_rows_equal_ops():
     x = torch.randn(1, 8, 6).transpose(1, 2)
     tokens, rows = PackedTokensCUDA.pack(x, 1)
     assert not rows.is_contiguous()
@@ -168,8 +168,8 @@ def test_rows_need_not_be_contiguous():
     assert_close([found.rows, found.prefix], [expected.rows, expected.prefix])
 
 
-def test_gradients_that_are_not_asked_for():
-    """Of scores alone, where nothing is made of the rows that stay."""
+def test_gradient_of_scores_only_equals_ops():
+    """The other outputs are not used, so their gradients are None."""
     tokens, rows = PackedTokensCUDA.pack(torch.randn(2, 5, 3), 1)
     found = []
     for halt in (PackedTokensCUDA.halt, halt_by_ops):
@@ -179,24 +179,24 @@ def test_gradients_that_are_not_asked_for():
     assert_close(*found)
 
 
-def test_what_the_kernels_cannot_do_runs_in_operations(by_kernels):
-    """The mean field of all tokens, states after each block, and gates that differ between images."""
+def test_unsupported_calls_do_not_use_kernels(kernel_calls):
+    """The mean field of all tokens, states after each block, and one gate per image need PyTorch ops."""
     model = halting_model()
     model.forward_features(images())
     model.forward_intermediates(images())
     model(images(), gate_offset=torch.zeros(len(images())))
-    assert by_kernels == []
+    assert kernel_calls == []
 
 
 # Whether they run --------------------------------------------------------------------------------
 
 
-def test_kernels_are_for_cuda():
+def test_kernels_are_not_used_on_cpu():
     assert not zipping.uses_kernels(torch.zeros(1))
 
 
 @pytest.mark.parametrize("reason", ["no C compiler", "No module named 'triton'"])
-def test_a_machine_without_triton_is_told_once(reason):
+def test_missing_triton_warns_once(reason):
     zipping._kernels_run.cache_clear()
     x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
     with patch.object(PackedTokensCUDA, "halt", side_effect=RuntimeError(f"{reason}\nat length")):
@@ -209,7 +209,7 @@ def test_a_machine_without_triton_is_told_once(reason):
 
 
 @pytest.mark.parametrize("kernel", ["_halting_kernel", "_compact_kernel", "_halting_backward_kernel"])
-def test_the_trial_runs_every_kernel(monkeypatch, kernel):
+def test_trial_run_includes_every_kernel(monkeypatch, kernel):
     zipping._kernels_run.cache_clear()
     with torch.inference_mode():
         assert zipping._kernels_run(torch.device("cpu"))  # interpreted
@@ -220,7 +220,7 @@ def test_the_trial_runs_every_kernel(monkeypatch, kernel):
     zipping._kernels_run.cache_clear()
 
 
-def test_too_little_memory_says_nothing_about_kernels():
+def test_out_of_memory_in_trial_run_raises():
     zipping._kernels_run.cache_clear()
     with (
         patch.object(PackedTokensCUDA, "halt", side_effect=torch.OutOfMemoryError),
@@ -233,8 +233,8 @@ def test_too_little_memory_says_nothing_about_kernels():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
-def test_they_compile_for_gpus_that_are_not_here(capability):
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": "/tmp"}  # not interpreted
+def test_kernels_compile_for_other_gpus(capability):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": "/tmp"}  # without TRITON_INTERPRET
     command = [sys.executable, ROOT / "tests" / "compile_kernels.py", str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
