@@ -1,8 +1,8 @@
-"""What the tests share: parity cases, models that really halt."""
+"""Shared fixtures: parity cases, models whose tokens halt, small datasets."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported, which torch may do
+os.environ["TRITON_INTERPRET"] = "1"  # run kernels on the CPU; set before torch may import Triton
 
 import gzip
 import io
@@ -10,7 +10,7 @@ import json
 import tarfile
 from pathlib import Path
 
-import emulated_attention  # noqa: F401  CUDA's operators, for the fixture token_store
+import emulated_attention  # noqa: F401 - registers CUDA's operators for the fixture token_store
 import numpy as np
 import pytest
 import timm
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 settings.register_profile(
     "repository",
-    deadline=None,  # timings are noisy
+    deadline=None,  # durations vary between machines
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # token_store is the same for all examples
 )
@@ -38,13 +38,13 @@ PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 @pytest.fixture(params=["host", "device"])
 def token_store(request, monkeypatch) -> str:
-    """Both forms of live tokens in turn, that of CUDA with its operators emulated."""
+    """Run the test with the CPU store and with the CUDA store, whose operators are emulated."""
     monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "device")
     return request.param
 
 
 class ParityCase:
-    """One of tests/parity: a small model with its inputs, outputs, losses and gradients."""
+    """Case of tests/parity: a small model with its inputs, outputs, losses and gradients."""
 
     def __init__(self, path: Path):
         arrays = dict(np.load(path))
@@ -73,7 +73,7 @@ def parity(request) -> ParityCase:
 
 
 def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = False, **kwargs) -> torch.nn.Module:
-    """A small model whose tokens halt at many depths; every parameter random, none at its initial zero."""
+    """Return a small model whose tokens halt at many depths. All parameters are random, none is zero."""
     make = models_act.AdaptiveVisionTransformerDistilled if distilled else models_act.AdaptiveVisionTransformer
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 8, "num_heads": 3, "num_classes": 7}
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = Fals
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     set_synthetic_depths(model, mean, spread)
-    with torch.no_grad():  # and let halting depend on everything a little, so that gradients flow through it
+    with torch.no_grad():  # let halting depend slightly on all weights, so that gradients flow through it
         for block in model.blocks:
             for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
                 weight[0] += 0.02 * torch.randn_like(weight[0])
@@ -90,7 +90,7 @@ def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = Fals
 
 
 def save_halting_micro(path: Path, num_classes: int, **entries) -> Path:
-    """A checkpoint of avit_micro_patch4_32 whose tokens halt around block 6, with its gate and other entries."""
+    """Save a checkpoint of avit_micro_patch4_32 whose tokens halt around block 6; return its path."""
     torch.manual_seed(0)
     model = timm.create_model("avit_micro_patch4_32", num_classes=num_classes)
     set_synthetic_depths(model, 6, 2)
@@ -111,7 +111,7 @@ def make_record(index=0, depth=((1, 2), (3, 8)), target=0, prediction=0, confide
 
 
 def assert_halting(halting: models_act.Halting, num_blocks: int = 8) -> None:
-    """The premise of every test about halting: it happens, at several depths, and to class tokens."""
+    """Assert that tokens halt at several depths, class tokens halt early and images finish early."""
     assert len(halting.depth.unique()) >= 4, "tokens do not halt at several depths"
     assert halting.depth[:, 0].min() < num_blocks, "no class token halts early"
     assert halting.depth.amax(dim=1).min() < num_blocks, "no image finishes early"
@@ -119,7 +119,7 @@ def assert_halting(halting: models_act.Halting, num_blocks: int = 8) -> None:
 
 @pytest.fixture
 def image_folder(tmp_path) -> Path:
-    """ImageNet's layout with 3 classes, 5 training and 3 validation images each, 40 x 36 pixels."""
+    """Folder in ImageNet's layout: 3 classes with 5 training and 3 validation images each, 40 x 36 pixels."""
     return make_image_folder(tmp_path / "data")
 
 
@@ -136,7 +136,7 @@ def make_image_folder(root: Path, classes: int = 3, train: int = 5, val: int = 3
 
 
 def make_fashion(root: Path, train: int = 120, test: int = 20) -> Path:
-    """Fashion-MNIST's four files of random pixels; every image is another."""
+    """Write Fashion-MNIST's four files with random pixels; all images differ."""
     rng = np.random.default_rng(0)
     root.mkdir(exist_ok=True)
     for part, count in {"train": train, "t10k": test}.items():
@@ -148,7 +148,7 @@ def make_fashion(root: Path, train: int = 120, test: int = 20) -> Path:
 
 
 def make_shards(root: Path, shards: int = 4, images: int = 4, classes: int = 16, val_shards: int = 3) -> Path:
-    """WebDataset form: each image is labelled with its number, modulo `classes`; 5 images per validation shard."""
+    """Write WebDataset shards. The label of an image is its number modulo `classes`; 5 images per validation shard."""
     root.mkdir(parents=True)
     splits = {}
     for split, count, length in (("train", shards, images), ("validation", val_shards, 5)):

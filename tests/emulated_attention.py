@@ -1,7 +1,7 @@
-"""CUDA's attention operators for sequences of different lengths, on the CPU: importing this registers them.
+"""CPU versions of CUDA's attention operators for sequences of different lengths, registered on import.
 
-With them the form of live tokens that CUDA gets runs in any test, forward and backward. The
-operators' interface is aten's; the arithmetic is that of attention, image by image, in float64.
+With them, the CUDA store runs in any test, forward and backward. The interface is aten's. Attention
+is computed image by image, in float64.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("aten", "IMPL")
-calls: list[tuple] = []  # name, dtype and strides of q, for each call, forward and backward
+calls: list[tuple] = []  # name, dtype and strides of q of each call, forward or backward
 
 
-def _images(bounds: Tensor) -> Iterator[slice]:
-    starts = bounds.tolist()
-    assert bounds.dtype == torch.int32
+def _images(cu_seqlens: Tensor) -> Iterator[slice]:
+    starts = cu_seqlens.tolist()
+    assert cu_seqlens.dtype == torch.int32
     assert starts == sorted(starts)
     return map(slice, starts[:-1], starts[1:])
 
@@ -25,23 +25,23 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return (torch.einsum("qhd,khd->hqk", q.double(), k.double()) * scale).softmax(-1)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> Tensor:
-    assert q.shape[-1] * q.element_size() % 16 == 0, "no kernel found to launch!"  # as on CUDA
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    assert q.shape[-1] * q.element_size() % 16 == 0, "no kernel found to launch!"  # same check as on CUDA
     out = torch.empty(q.shape, dtype=q.dtype)
-    for image in _images(bounds):
+    for image in _images(cu_seqlens):
         out[image] = torch.einsum("hqk,khd->qhd", _weights(q[image], k[image], scale), v[image].double()).to(q.dtype)
     return out
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, ...]:
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    for image in _images(bounds):
+    for image in _images(cu_seqlens):
         weights, (g, value) = _weights(q[image], k[image], scale), (x[image].double() for x in (grad, v))
-        of_weights = torch.einsum("qhd,khd->hqk", g, value)
-        of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
+        grad_weights = torch.einsum("qhd,khd->hqk", g, value)
+        grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
         found = (
-            torch.einsum("hqk,khd->qhd", of_logits, k[image].double()),
-            torch.einsum("hqk,qhd->khd", of_logits, q[image].double()),
+            torch.einsum("hqk,khd->qhd", grad_logits, k[image].double()),
+            torch.einsum("hqk,qhd->khd", grad_logits, q[image].double()),
             torch.einsum("hqk,qhd->khd", weights, g),
         )
         for target, part in zip(grads, found):
@@ -49,35 +49,37 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, sca
     return grads
 
 
-def flash_forward(q, k, v, bounds, _k, longest, _l, dropout_p, is_causal, return_debug_mask, *, scale, **_):
+def flash_forward(q, k, v, cu_seqlens, _k, max_seqlen, _l, dropout_p, is_causal, return_debug_mask, *, scale, **_):
     """q, k, v: [T, H, D] in half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert (dropout_p, is_causal, return_debug_mask) == (0, False, False)
     calls.append(("flash", q.dtype, q.stride()))
     empty = torch.empty(0)
-    return _forward(q, k, v, bounds, scale), torch.zeros(q.shape[1], len(q)), empty.to(torch.uint64), empty, empty
+    return _forward(q, k, v, cu_seqlens, scale), torch.zeros(q.shape[1], len(q)), empty.to(torch.uint64), empty, empty
 
 
-def flash_backward(grad, q, k, v, out, logsumexp, bounds, *_, scale, **__):
+def flash_backward(grad, q, k, v, out, logsumexp, cu_seqlens, *_, scale, **__):
     calls.append(("flash backward", q.dtype, q.stride()))
-    return _backward(grad, q, k, v, bounds, scale)
+    return _backward(grad, q, k, v, cu_seqlens, scale)
 
 
-def efficient_forward(q, k, v, bias, bounds, _k, longest, _l, dropout_p, mask_type, needs_grad=False, *, scale, **_):
+def efficient_forward(
+    q, k, v, bias, cu_seqlens, _k, max_seqlen, _l, dropout_p, mask_type, needs_grad=False, *, scale, **_
+):
     """q, k, v: [1, T, H, D]"""
     assert (bias, dropout_p, mask_type) == (None, 0, 0)
     calls.append(("efficient", q.dtype, q.stride()[1:]))
     size = q.shape[2], q.shape[1] if needs_grad else 0
-    out = _forward(q[0], k[0], v[0], bounds, scale)[None]
+    out = _forward(q[0], k[0], v[0], cu_seqlens, scale)[None]
     number = torch.zeros((), dtype=torch.int64)
-    return out, torch.zeros(1, *size), number, number.clone(), longest, longest
+    return out, torch.zeros(1, *size), number, number.clone(), max_seqlen, max_seqlen
 
 
-def efficient_backward(grad, q, k, v, bias, out, bounds, _k, longest, _l, logsumexp, *_, scale, **__):
-    assert 0 < longest <= q.shape[1], f"Invalid max_seqlen_k:{longest}"  # as on CUDA
+def efficient_backward(grad, q, k, v, bias, out, cu_seqlens, _k, max_seqlen, _l, logsumexp, *_, scale, **__):
+    assert 0 < max_seqlen <= q.shape[1], f"Invalid max_seqlen_k:{max_seqlen}"  # as on CUDA
     assert logsumexp.shape[-1] == q.shape[1], "logsumexp was not computed"
     calls.append(("efficient backward", q.dtype, q.stride()[1:]))
-    return *(x[None] for x in _backward(grad[0], q[0], k[0], v[0], bounds, scale)), torch.empty(0)
+    return *(x[None] for x in _backward(grad[0], q[0], k[0], v[0], cu_seqlens, scale)), torch.empty(0)
 
 
 library.impl("_flash_attention_forward", flash_forward, "CPU")

@@ -1,4 +1,4 @@
-"""Any plain ViT of timm's, made adaptive by its name."""
+"""Plain timm ViTs, made adaptive by name."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, images
-from equivalence import CLOSE, assert_same, flops, forms
+from equivalence import CLOSE, assert_same, flops, masked_and_zipped
 from timm.layers import PatchEmbed
 from torch import nn
 from torch.testing import assert_close
@@ -28,7 +28,7 @@ SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 6, "num_classes": 7}
 CPU = torch.device("cpu")
 
 
-# Every name of timm's ----------------------------------------------------------------------------
+# All timm names ----------------------------------------------------------------------------------
 
 
 def build_on_meta(name: str) -> AdaptiveTokens:
@@ -36,7 +36,7 @@ def build_on_meta(name: str) -> AdaptiveTokens:
 
 
 def options_of(model: AdaptiveTokens) -> tuple:
-    """What tells models apart but for their sizes."""
+    """Return what distinguishes models except for their sizes."""
     block = model.blocks[0]
     parts = (model.patch_embed, model.norm_pre, model.norm, model.fc_norm, block.norm1, block.mlp, block.mlp.act)
     parts += (block.ls1, block.attn.q_norm, block.attn.norm, getattr(block.mlp, "norm", None), model.head)
@@ -47,13 +47,13 @@ def options_of(model: AdaptiveTokens) -> tuple:
 
 
 def smallest_size(model: AdaptiveTokens) -> int:
-    """Of an image: nine patches, more where a stem of convolutions needs it."""
+    """Return an image size of nine patches, or more if a convolutional stem needs it."""
     patch = model.patch_embed.feat_ratio()
     return 3 * patch if isinstance(model.patch_embed, PatchEmbed) else 4 * patch
 
 
 @pytest.mark.slow
-def test_every_name_fits_or_says_why():
+def test_every_timm_vit_is_supported_or_has_a_reason():
     found = {name: unsupported_reason(name) for name in timm_vit_names()}
     reasons = {reason.split(": ", 1)[1] for reason in found.values() if reason}
     assert sum(reason is None for reason in found.values()) >= 165
@@ -80,7 +80,7 @@ def test_every_name_fits_or_says_why():
 
 @pytest.mark.slow
 def test_every_combination_of_options():
-    """For each the smallest of timm's models that has it, made small."""
+    """Check the smallest timm model with each combination, at a reduced size."""
     representatives = {}
     for name in (name for name in timm_vit_names() if unsupported_reason(name) is None):
         model = build_on_meta(name)
@@ -90,7 +90,7 @@ def test_every_combination_of_options():
             representatives[key] = size, name
     assert len(representatives) >= 30
     for _, name in representatives.values():
-        check_one(name)
+        check_adaptive(name)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,17 @@ def test_every_combination_of_options():
         "deit_tiny_distilled_patch16_224",
     ],
 )
-def test_one_of_a_kind(name):
-    check_one(name)
+def test_typical_timm_vit(name):
+    check_adaptive(name)
 
 
-def check_one(name: str) -> None:
+def check_adaptive(name: str) -> None:
+    """Check that a model equals timm's if nothing halts, that zipped equals masked, and its MACs."""
     torch.manual_seed(0)
-    given = build_on_meta(name)
-    size, sizes = smallest_size(given), dict(SMALL)
-    if isinstance(given.patch_embed.proj, nn.Identity):  # the stem gives the width
-        sizes |= {"embed_dim": given.embed_dim, "num_heads": given.blocks[0].attn.num_heads}
+    original = build_on_meta(name)
+    size, sizes = smallest_size(original), dict(SMALL)
+    if isinstance(original.patch_embed.proj, nn.Identity):  # the stem determines the width
+        sizes |= {"embed_dim": original.embed_dim, "num_heads": original.blocks[0].attn.num_heads}
     static = timm.create_model(name, img_size=size, **sizes).eval()
     with torch.no_grad():
         for parameter in static.parameters():
@@ -122,31 +123,31 @@ def check_one(name: str) -> None:
     x = images(4, size)
     with torch.no_grad():
         for zip_tokens in (False, True):
-            whole = adapt(static, gate_center=1e9, zip_tokens=zip_tokens)
-            assert torch.equal(whole(x), static(x)), name
-        if whole.can_swap_channels:
-            whole.set_halting_channel(5)
-            assert_close(whole(x), static(x), **CLOSE)
-        model = with_a_gate(whole, x)
-        halting = assert_same(*forms(model), x, gradients=False)
+            never_halting = adapt(static, gate_center=1e9, zip_tokens=zip_tokens)
+            assert torch.equal(never_halting(x), static(x)), name
+        if never_halting.can_swap_channels:
+            never_halting.set_halting_channel(5)
+            assert_close(never_halting(x), static(x), **CLOSE)
+        model = with_medium_gate(never_halting, x)
+        halting = assert_same(*masked_and_zipped(model), x, gradients=False)
         assert len(halting.depth.unique()) >= 3, f"{name}: tokens do not halt at several depths"
         depth = model(x[:1], return_halting=True)[1].depth
         assert flops(lambda: model(x[:1], return_halting=True)) == 2 * macs_per_image(model, depth).item(), name
-        maps, told = model.forward_intermediates(x, [2, 5], intermediates_only=True, return_halting=True)
-        assert torch.equal(told.depth, halting.depth)
+        maps, same_halting = model.forward_intermediates(x, [2, 5], intermediates_only=True, return_halting=True)
+        assert torch.equal(same_halting.depth, halting.depth)
         assert [m.shape for m in maps] == [(4, model.embed_dim, *model.patch_embed.grid_size)] * 2
-    assert_same(*forms(model.train()), x)
+    assert_same(*masked_and_zipped(model.train()), x)
 
 
-def test_a_stem_without_a_projection_keeps_its_channels():
+def test_halting_channel_of_stem_without_projection_raises():
     model = adapt(timm.create_model("vit_base_mci_224", device="meta"))
     model.set_halting_channel(0)
     with pytest.raises(ValueError, match="the halting channel must be 0, got 3"):
         model.set_halting_channel(3)
 
 
-def with_a_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
-    """One by which tokens halt so that about half of what can be saved is."""
+def with_medium_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
+    """Set a gate that saves about half of the MACs that can be saved."""
     static = adapt(cases.static_twin(model), halting=False)
     states = static.forward_intermediates(x, intermediates_only=True)
     model.gate_scale = 4 / torch.stack(states)[:, :, 0].std().item()
@@ -158,8 +159,8 @@ def with_a_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
 # Dense tasks -------------------------------------------------------------------------------------
 
 
-def test_the_segmentation_of_the_docs_learns(monkeypatch):
-    """As written there, on a small network: which half of an image is bright, pixel by pixel."""
+def test_segmentation_example_of_docs_learns(monkeypatch):
+    """Run the code of docs/models.md on a small model: predict for each pixel which half of an image is bright."""
     text = (ROOT / "docs" / "models.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Segmenter" in block)
     create, steps = timm.create_model, 40
@@ -170,21 +171,25 @@ def test_the_segmentation_of_the_docs_learns(monkeypatch):
     for number in range(8):
         masks[number, :, : 4 * (number + 1)] = 1
     x = images(8, 32) + 2 * masks[:, None]
-    losses, seen = [], {"images": x, "batches": [(x, masks)] * steps}
+    losses, names = [], {"images": x, "batches": [(x, masks)] * steps}
     entropy = torch.nn.functional.cross_entropy
-    spy = lambda *args: losses.append(entropy(*args)) or losses[-1]  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
-    exec(code, seen)
+
+    def recorded_entropy(*args):
+        losses.append(entropy(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded_entropy)
+    exec(code, names)
     assert len(losses) == steps
     assert losses[-1] < 0.5 * losses[0]
-    assert len(seen["halting"].depth.unique()) >= 3, "tokens do not halt"
-    assert seen["logits"].shape == (8, 2, 32, 32)
+    assert len(names["halting"].depth.unique()) >= 3, "tokens do not halt"
+    assert names["logits"].shape == (8, 2, 32, 32)
 
 
-# Names at the command line -----------------------------------------------------------------------
+# Names on the command line -----------------------------------------------------------------------
 
 
-def test_images_are_made_as_the_model_s_own():
+def test_preprocessing_is_that_of_the_model():
     assert preprocessing("avit_small_patch16_224") == preprocessing("avit3_base_patch16_384") == IMAGENET
     clip = preprocessing(CLIP)
     assert clip.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
@@ -193,7 +198,7 @@ def test_images_are_made_as_the_model_s_own():
     assert squashed.crop_mode == "squash"
 
 
-def test_weights_out_of_reach_are_one_line(monkeypatch):
+def test_unreachable_weights_raise(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("unreachable\nand more")
 
@@ -203,19 +208,19 @@ def test_weights_out_of_reach_are_one_line(monkeypatch):
         create_model(CLIP, (32, 32), pretrained=True)
 
 
-def test_sizes_that_a_stem_cannot_take_are_one_line():
+def test_unsupported_input_size_raises():
     with pytest.raises(UserError, match=r"^--input-size 48 48 is not supported by vit_tiny_r_s16_p8_224: "):
         create_model("vit_tiny_r_s16_p8_224", (48, 48))
 
 
-def test_a_record_is_believed_where_the_weights_fit():
+def test_recorded_model_is_ignored_if_weights_do_not_fit():
     weights = timm.create_model("avit_micro_patch4_32", num_classes=3).state_dict()
     recorded = {"model": "aimv2_3b_patch14_448", "input_size": [1024]}
     assert Checkpoint({"model": weights, "args": recorded}, "c").model_name() == "avit_micro_patch4_32"
 
 
 @pytest.mark.parametrize("recorded", ["vit_tiny_patch16_224.augreg_in21k", "deit_tiny_patch16_224"])
-def test_images_made_otherwise_than_in_training_are_refused(recorded, capsys):
+def test_other_preprocessing_than_in_training_raises(recorded, capsys):
     weights = timm.create_model("avit_tiny_patch16_224", num_classes=3, img_size=32).state_dict()
     checkpoint = Checkpoint({"model": weights, "gate": None, "args": {"model": recorded, "input_size": [32]}}, "c")
     with pytest.raises(UserError, match=f"pass --model {recorded}$"):
@@ -230,17 +235,21 @@ def test_images_made_otherwise_than_in_training_are_refused(recorded, capsys):
     foreign.build_model("avit_tiny_patch16_224", img_size=(32, 32))
 
 
-def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, monkeypatch, capsys):
+def test_commands_run_with_a_timm_model(image_folder, tmp_path, monkeypatch, capsys):
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     torch.manual_seed(0)
     weights = timm.create_model("vit_tiny_patch16_224").state_dict()
-    asked = []
-    download = lambda model_id, **_: asked.append(model_id) or dict(weights)  # noqa: E731
+    hub_ids = []
+
+    def download(hub_id, **_):
+        hub_ids.append(hub_id)
+        return dict(weights)
+
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
     out, data = tmp_path / "out", ["--data-path", str(image_folder), "--num_workers", "0", "--batch-size", "5"]
     model = ["--model", name, "--input-size", "48", "--gate_scale", "5", "--gate_center", "5"]
     main_act.main([*data, *model, "--pretrained", "--output_dir", str(out), "--epochs", "1", "--no-repeated-aug"])
-    assert asked == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    assert hub_ids == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
     assert "but the dataset has 3 classes; training starts with a new head" in capsys.readouterr().err
     path = str(out / "checkpoint.pth")
     assert Checkpoint.load(path).model_name() == name
@@ -249,8 +258,8 @@ def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, m
     result = json.loads((out / "eval.json").read_text())
     assert result["gmacs"] < result["gmacs_static"]
 
-    network = Checkpoint.load(path).build_model().eval()
-    assert network.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+    loaded = Checkpoint.load(path).build_model().eval()
+    assert loaded.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
     visualize.main(["--finetune", path, str(image_folder / "val"), "--output-dir", str(tmp_path / "pictures")])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 9
     options = ["--rounds", "1", "--batch-size", "9", "--mean-depth", "7"]
@@ -259,7 +268,7 @@ def test_train_evaluate_draw_and_time_a_model_of_timms(image_folder, tmp_path, m
     assert "zipped, early exit" in capsys.readouterr().out
 
 
-def test_a_network_without_a_class_token_at_the_command_line(image_folder, tmp_path, capsys):
+def test_commands_run_with_a_model_without_class_token(image_folder, tmp_path, capsys):
     out, data = tmp_path / "out", ["--data-path", str(image_folder), "--num_workers", "0", "--batch-size", "5"]
     model = ["--model", "vit_wee_patch16_reg1_gap_256", "--input-size", "48", "--gate_scale", "5", "--gate_center", "5"]
     main_act.main([*data, *model, "--output_dir", str(out), "--epochs", "1", "--no-repeated-aug"])
@@ -275,7 +284,7 @@ def test_a_network_without_a_class_token_at_the_command_line(image_folder, tmp_p
     assert not (tmp_path / "summary" / "class_token_depth.png").exists()
 
 
-def test_depths_that_cannot_be_imposed_are_one_line(monkeypatch, capsys):
+def test_synthetic_depths_of_unsupported_model_exit_with_message(monkeypatch, capsys):
     small = adapt(timm.create_model("aimv2_large_patch14_224", img_size=28, **SMALL))
     monkeypatch.setattr(cases, "create_model", lambda *_: small)
     with pytest.raises(SystemExit):

@@ -1,3 +1,5 @@
+"""The adaptive models: the definition of halting, zipped against masked, modified blocks, timm's interface."""
+
 import copy
 import re
 import warnings
@@ -10,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_halting, halting_model, images
-from equivalence import CLOSE, assert_same, flops, forms
+from equivalence import CLOSE, assert_same, flops, masked_and_zipped
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import GluMlp, SwiGLU
@@ -30,18 +32,18 @@ from models_act import (
 )
 
 pytestmark = pytest.mark.usefixtures("token_store")
-BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+BOTH_MODES = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 REGISTERED = timm.list_models("avit*")
 FAMILY = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64}
 AVERAGED = {"global_pool": "avg", "class_token": False}
-OF_MANY_CASES = {"rtol": 1e-4, "atol": 5e-5}  # the masked form's float32 is off by 2e-5 in some
+MANY_CASES = {"rtol": 1e-4, "atol": 5e-5}  # in some, float32 in masked mode is off by 2e-5
 
 
 # The definition ----------------------------------------------------------------------------------
 
 
-def by_the_definition(model, x):
-    """Section 2 of the paper, token by token and image by image, with timm's own blocks."""
+def reference_forward(model, x):
+    """Compute the definition in the paper token by token and image by image, with timm's blocks."""
     model.eval()
     outputs, depths, costs = [], [], []
     for tokens in model.norm_pre(model._pos_embed(model.patch_embed(x))):
@@ -71,22 +73,22 @@ def by_the_definition(model, x):
     return model.forward_head(torch.stack(outputs)), torch.stack(depths), torch.stack(costs)
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @pytest.mark.parametrize("options", [{}, AVERAGED], ids=["class token", "mean of the patches"])
 @torch.no_grad()
-def test_model_follows_the_definition(zip_tokens, options):
+def test_model_equals_definition(zip_tokens, options):
     model = halting_model(zip_tokens=zip_tokens, **options).eval()
     logits, halting = model(images(), return_halting=True)
     assert_halting(halting)
-    expected_logits, expected_depth, expected_cost = by_the_definition(model, images())
+    expected_logits, expected_depth, expected_cost = reference_forward(model, images())
     assert torch.equal(halting.depth, expected_depth)
     assert_close(logits, expected_logits, **CLOSE)
     assert_close(halting.ponder_cost, expected_cost, **CLOSE)
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_a_gate_offset_is_another_center_for_its_image(zip_tokens, training):
+def test_gate_offset_shifts_center_per_image(zip_tokens, training):
     model = halting_model(zip_tokens=zip_tokens).train(training)
     x = images()
     offset = torch.linspace(-3, 3, len(x))
@@ -120,19 +122,19 @@ def test_halting_probabilities_sum_to_one(channel):
 
 @settings(max_examples=25)
 @given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100))
-def test_any_pattern_of_depths(mean, spread, batch, seed):
-    masked, zipped = forms(halting_model(mean, spread).train())
+def test_zipped_equals_masked_for_any_depths(mean, spread, batch, seed):
+    masked, zipped = masked_and_zipped(halting_model(mean, spread).train())
     x = images(batch, seed=seed)
-    assume(distance_from_threshold(masked, x) > 1e-4)  # rounding flips nothing
-    halting = assert_same(masked, zipped, x, tolerance=OF_MANY_CASES)
+    assume(distance_from_threshold(masked, x) > 1e-4)  # so that rounding flips no decision
+    halting = assert_same(masked, zipped, x, tolerance=MANY_CASES)
     assume(halting.depth.min() < 8)
 
 
 @settings(max_examples=10)
 @given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100))
-def test_the_forms_differ_by_no_more_than_rounding(mean, spread, batch, seed):
-    """In float64, but for scores; on the CPU: on CUDA there is no kernel for it."""
-    masked, zipped = forms(halting_model(mean, spread).train().double())
+def test_zipped_equals_masked_in_float64(mean, spread, batch, seed):
+    """Scores stay float32. CPU store only: CUDA has no float64 kernel."""
+    masked, zipped = masked_and_zipped(halting_model(mean, spread).train().double())
     x = images(batch, seed=seed).double()
     assume(distance_from_threshold(masked, x) > 1e-4)
     with patch("zipping.uses_device_form", return_value=False):
@@ -141,7 +143,7 @@ def test_the_forms_differ_by_no_more_than_rounding(mean, spread, batch, seed):
 
 @torch.no_grad()
 def distance_from_threshold(model, x):
-    """Smallest distance of a live token's cumulative score from that at which it halts."""
+    """Return the smallest distance of a live token's cumulative score from the halting threshold."""
     _, states = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
     depth = model(x, return_halting=True)[1].depth
     channel = torch.stack([torch.cat([prefix, patches], dim=1)[..., 0] for patches, prefix in states])  # [L, B, N]
@@ -175,61 +177,68 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_options_of_timm_in_both_forms(options, training):
+def test_zipped_equals_masked_for_timm_options(options, training):
     model = halting_model(**options).train(training)
     if "distilled" in options:
         model.set_distilled_training(True)
-    halting = assert_same(*forms(model), images())
+    halting = assert_same(*masked_and_zipped(model), images())
     assert len(halting.depth.unique()) >= 4
     if "drop_path_rate" not in options or not training:
         assert_halting(halting)
 
 
-def test_another_size_with_dynamic_img_size():
+def test_zipped_equals_masked_with_dynamic_img_size():
     model = halting_model(dynamic_img_size=True)
-    halting = assert_same(*forms(model), torch.randn(3, 3, 24, 16))
+    halting = assert_same(*masked_and_zipped(model), torch.randn(3, 3, 24, 16))
     assert halting.depth.shape == (3, 1 + 6 * 4)
     assert len(halting.depth.unique()) >= 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_other_precisions_and_no_images(dtype):
-    masked, zipped = forms(halting_model().eval().to(dtype))
+def test_other_precisions_and_empty_batch(dtype):
+    masked, zipped = masked_and_zipped(halting_model().eval().to(dtype))
     close = {"rtol": 0.02, "atol": 0.02} if dtype != torch.float64 else {}
     assert_close(zipped(images().to(dtype)), masked(images().to(dtype)), **close)
     logits, halting = zipped(images(0).to(dtype), return_halting=True)
     assert (logits.dtype, logits.shape, halting.depth.shape) == (dtype, (0, 7), (0, 17))
 
 
-def test_extremes():
-    """Nothing halts; everything halts at block 1; a class token alone is first, or last."""
-    x = images()
-    for mean, low, high in ((30, 8, 8), (-10, 1, 1)):
-        halting = assert_same(*forms(halting_model(mean, 0.1)), x)
-        assert (halting.depth.min(), halting.depth.max()) == (low, high)
-    for shift in (4.0, -4.0):
-        model = halting_model(5.0, 1.0)
-        with torch.no_grad():
-            model.cls_token[..., 0] += shift * 6 / model.gate_scale
-        halting = assert_same(*forms(model), x)
-        class_token, patches = halting.depth[:, 0], halting.depth[:, 1:]
-        assert (class_token < patches.amin(1) if shift > 0 else class_token > patches.amax(1)).any()
+@pytest.mark.parametrize(("mean", "depth"), [(30, 8), (-10, 1)], ids=["no token halts", "all halt in block 1"])
+def test_zipped_equals_masked_if_all_depths_are_equal(mean, depth):
+    halting = assert_same(*masked_and_zipped(halting_model(mean, 0.1)), images())
+    assert halting.depth.unique().tolist() == [depth]
 
 
-def test_gradient_checkpointing():
+@pytest.mark.parametrize("shift", [4.0, -4.0], ids=["class token first", "class token last"])
+def test_zipped_equals_masked_if_class_token_halts_first_or_last(shift):
+    model = halting_model(5.0, 1.0)
+    with torch.no_grad():
+        model.cls_token[..., 0] += shift * 6 / model.gate_scale
+    halting = assert_same(*masked_and_zipped(model), images())
+    class_token, patches = halting.depth[:, 0], halting.depth[:, 1:]
+    assert (class_token < patches.amin(1) if shift > 0 else class_token > patches.amax(1)).any()
+
+
+@pytest.mark.parametrize(
+    ("zip_tokens", "checkpointed_zip_tokens"),
+    [(False, False), (True, True), (False, True)],
+    ids=["both masked", "both zipped", "masked, zipped with checkpointing"],
+)
+def test_gradient_checkpointing_keeps_gradients(zip_tokens, checkpointed_zip_tokens):
     model = halting_model(drop_path_rate=0.2).train()
-    plain = copy.deepcopy(model)
-    model.set_grad_checkpointing(True)
-    for plain.zip_tokens, model.zip_tokens in ((False, False), (True, True), (False, True)):
-        assert_same(plain, model, images())
+    checkpointed = copy.deepcopy(model)
+    checkpointed.set_grad_checkpointing(True)
+    model.zip_tokens = zip_tokens
+    checkpointed.zip_tokens = checkpointed_zip_tokens
+    assert_same(model, checkpointed, images())
 
 
 @pytest.mark.parametrize(("training", "drop_path_rate"), [(True, 0.0), (True, 0.5), (False, 0.5)])
 @torch.no_grad()
-def test_bf16_autocast(training, drop_path_rate):
+def test_zipped_equals_masked_under_bf16_autocast(training, drop_path_rate):
     results = []
-    for model in forms(halting_model(drop_path_rate=drop_path_rate).train(training)):
+    for model in masked_and_zipped(halting_model(drop_path_rate=drop_path_rate).train(training)):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16):
             logits, halting = model(images(), return_halting=True)
@@ -244,7 +253,7 @@ def test_bf16_autocast(training, drop_path_rate):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_images_without_live_tokens_give_no_nan(fused):
+def test_image_without_live_tokens_has_finite_gradients(fused):
     timm.layers.set_fused_attn(fused)
     try:
         model = halting_model(mean=3.0, spread=0.5, zip_tokens=False).train()
@@ -258,7 +267,7 @@ def test_images_without_live_tokens_give_no_nan(fused):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_unreached_blocks_get_zero_gradients(training):
+def test_unreached_block_gets_zero_gradients(training):
     model = halting_model(mean=3.0, spread=0.5).train(training)
     logits, halting = model(images(), return_halting=True)
     assert halting.depth.max() < 8
@@ -269,8 +278,8 @@ def test_unreached_blocks_get_zero_gradients(training):
 
 
 @torch.no_grad()
-def test_early_exit_changes_no_logits():
-    """It saves work where only logits are asked for."""
+def test_early_exit_keeps_logits_and_saves_flops():
+    """It saves FLOPs only if only logits are requested."""
     early = halting_model().eval()
     late = halting_model(early_exit=False).eval()
     halting = late(images(), return_halting=True)[1]
@@ -282,11 +291,11 @@ def test_early_exit_changes_no_logits():
         assert flops(lambda ask=ask: ask(early)) == flops(lambda ask=ask: ask(late))
 
 
-# What users change in the blocks -----------------------------------------------------------------
+# Modified blocks ---------------------------------------------------------------------------------
 
 
 class Adapter(nn.Module):
-    """A residual branch around a block, as adapter tuning adds it; it looks at neighbouring tokens too."""
+    """A residual branch around a block, as in adapter tuning, that also reads neighboring tokens."""
 
     def __init__(self, block):
         super().__init__()
@@ -298,7 +307,7 @@ class Adapter(nn.Module):
 
 
 class Scaled(nn.Module):
-    """In place of a part of a block: what it gives, times a half."""
+    """A wrapper around a part of a block that halves its output."""
 
     def __init__(self, part):
         super().__init__()
@@ -309,7 +318,7 @@ class Scaled(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A low-rank update of the queries, written for [B, N, C], as people write it."""
+    """A low-rank update of the queries, written for [B, N, C] inputs."""
 
     def __init__(self, linear):
         super().__init__()
@@ -335,20 +344,20 @@ def wrap(part, wrapper):
 
 
 def put_a_hooked_layer(block):
-    """No hook is made when it comes."""
+    """Insert a layer whose hook was registered before."""
     block.attn.qkv = HOOKED
 
 
 HOOKED = nn.Linear(24, 72)
 HOOKED.register_forward_hook(lambda m, a, out: 0.5 * out)
-OF_ONE_TOKEN = {  # zipped as before
+ONE_TOKEN_CHANGES = {  # still zipped
     "LoRA": lambda block: wrap("qkv", LoRA)(block.attn),
     "a wrapped layer": lambda block: wrap("fc1", Scaled)(block.mlp),
     "a layer's forward": lambda block: replace_forward(block.mlp.fc2),
     "another norm": lambda block: setattr(block, "norm1", nn.RMSNorm(24)),
     "layer scale": lambda block: setattr(block, "ls1", timm.layers.LayerScale(24, init_values=0.3)),
 }
-OF_SEVERAL_TOKENS = {  # masked, with the reason
+MANY_TOKEN_CHANGES = {  # masked, with this reason in the warning
     "attention": (wrap("attn", Scaled), "Scaled"),
     "MLP": (wrap("mlp", Scaled), "Scaled"),
     "a block's forward": (replace_forward, "forward"),
@@ -357,29 +366,32 @@ OF_SEVERAL_TOKENS = {  # masked, with the reason
     "a hook on a layer": (lambda block: block.attn.qkv.register_forward_hook(lambda m, a, out: out.flip(1)), "hook"),
     "a pre-hook": (lambda block: block.mlp.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)), "hook"),
     "an idle layer's forward": (lambda block: replace_forward(block.ls2), "ls2.forward"),
-    "a layer scale of theirs": (wrap("ls1", Scaled), "ls1 is a Scaled"),
-    "a drop path of theirs": (wrap("drop_path1", Scaled), "drop_path1 is a Scaled"),
+    "a custom layer scale": (wrap("ls1", Scaled), "ls1 is a Scaled"),
+    "a custom drop path": (wrap("drop_path1", Scaled), "drop_path1 is a Scaled"),
     "a layer with a hook": (put_a_hooked_layer, "hook"),
     "attention that is not fused": (lambda block: setattr(block.attn, "fused_attn", False), "fused"),
 }
 
 
 def changed(change, x, training=False):
-    """Two models that are alike, the second masked; the change comes after a first pass, as a user's may."""
+    """Return logits before a change to block 2, then a zipped and a masked model with it.
+
+    The change comes after a first forward pass, as in user code.
+    """
     model = halting_model().train(training)
     with torch.no_grad():
         before = model(x)
-    pair = forms(model)[::-1]
-    for form in pair:
+    pair = masked_and_zipped(model)[::-1]
+    for copied in pair:
         torch.manual_seed(0)
-        change(form.blocks[2])
+        change(copied.blocks[2])
     return before, *pair
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("change", OF_ONE_TOKEN.values(), ids=OF_ONE_TOKEN)
-def test_a_changed_layer_has_its_effect_on_live_tokens(change, training):
+@pytest.mark.parametrize("change", ONE_TOKEN_CHANGES.values(), ids=ONE_TOKEN_CHANGES)
+def test_one_token_change_is_zipped(change, training):
     before, zipped, masked = changed(change, images(), training)
     halting = assert_same(masked, zipped, images())
     assert_halting(halting)
@@ -388,38 +400,44 @@ def test_a_changed_layer_has_its_effect_on_live_tokens(change, training):
         assert flops(lambda: zipped(images())) < flops(lambda: masked(images()))
 
 
-@pytest.mark.parametrize(("change", "reason"), OF_SEVERAL_TOKENS.values(), ids=OF_SEVERAL_TOKENS)
-def test_what_may_look_at_several_tokens_is_masked_with_one_warning(change, reason):
+@pytest.mark.parametrize(("change", "reason"), MANY_TOKEN_CHANGES.values(), ids=MANY_TOKEN_CHANGES)
+def test_many_token_change_is_masked_with_one_warning(change, reason):
     before, zipped, masked = changed(change, images())
     with pytest.warns(UserWarning, match=reason) as warned:
         logits, halting = zipped(images(), return_halting=True)
     assert len(warned) == 1
-    assert warned[0].filename == __file__, "who called the model is named"
+    assert warned[0].filename == __file__, "the warning points to the caller"
     assert_halting(halting)
     expected, _ = masked(images(), return_halting=True)
     assert torch.equal(logits, expected)
     assert reason == "fused" or not torch.allclose(logits, before)
 
 
-KINDS = (timm.models.vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp, nn.Linear, timm.layers.LayerNorm)
+PATCHED = (
+    timm.models.vision_transformer.Block,
+    timm.layers.Attention,
+    timm.layers.Mlp,
+    nn.Linear,
+    timm.layers.LayerNorm,
+)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, F], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("owner", [*PATCHED, F], ids=lambda owner: owner.__name__)
 @torch.no_grad()
-def test_a_function_that_is_replaced_for_all_modules_has_its_effect(monkeypatch, kind):
-    """As libraries for faster attention, or for maps of it, do."""
-    masked, zipped = forms(halting_model().eval())
+def test_function_replaced_globally_is_masked_with_warning(monkeypatch, owner):
+    """Libraries for faster attention, or for attention maps, replace functions this way."""
+    masked, zipped = masked_and_zipped(halting_model().eval())
     before = zipped(images())
-    name = "scaled_dot_product_attention" if kind is F else "forward"
-    original = getattr(kind, name)
-    monkeypatch.setattr(kind, name, lambda *args, **options: 0.5 * original(*args, **options))
+    name = "scaled_dot_product_attention" if owner is F else "forward"
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: 0.5 * original(*args, **options))
     with pytest.warns(UserWarning, match=f"{name} was replaced"):
         found = zipped(images())
     assert torch.equal(found, masked(images()))
     assert not torch.allclose(found, before)
 
 
-def test_the_device_form_is_taken_where_it_is_asked_for(token_store):
+def test_cuda_store_calls_cuda_kernels(token_store):
     emulated_attention.calls.clear()
     halting_model()(images())
     assert bool(emulated_attention.calls) == (token_store == "device")
@@ -435,7 +453,7 @@ def test_attention_dropout_reaches_the_kernels(monkeypatch, token_store):
         assert found == {0.25 * training}
 
 
-def test_torch_func_differentiates_the_masked_form():
+def test_torch_func_gradient_equals_backward():
     model = halting_model().eval()
     parameters = dict(model.named_parameters())
     x = images(2)
@@ -445,7 +463,7 @@ def test_torch_func_differentiates_the_masked_form():
 
 
 @torch.no_grad()
-def test_a_pass_keeps_no_block_s_output_alive():
+def test_forward_keeps_at_most_two_block_outputs():
     model = halting_model(zip_tokens=False).eval()
     outputs, alive = [], []
     for block in model.blocks:
@@ -462,8 +480,8 @@ def test_a_pass_keeps_no_block_s_output_alive():
 
 
 @torch.no_grad()
-def test_dropout_that_stays_on_in_evaluation_has_its_effect():
-    """Monte Carlo dropout."""
+def test_dropout_left_in_training_mode_is_applied():
+    """Monte Carlo dropout keeps dropout on in evaluation."""
     model = halting_model(proj_drop_rate=0.5).eval()
     before = model(images())
     for module in model.modules():
@@ -471,7 +489,7 @@ def test_dropout_that_stays_on_in_evaluation_has_its_effect():
     assert not torch.allclose(model(images()), before)
 
 
-def test_an_adapter_around_a_block_is_masked():
+def test_adapter_around_a_block_is_masked():
     _, zipped, masked = changed(lambda block: None, images())
     for model in (zipped, masked):
         model.blocks[2] = Adapter(model.blocks[2])
@@ -479,9 +497,9 @@ def test_an_adapter_around_a_block_is_masked():
         assert torch.equal(zipped(images()), masked(images()))
 
 
-def test_hooks_see_what_they_see_in_the_masked_form_and_can_be_removed():
+def test_hooks_get_dense_inputs_until_removed():
     model = halting_model().eval()
-    model(images())  # without hooks: that is remembered
+    model(images())  # a first pass without hooks
     shapes = []
     modules = [module for block in model.blocks for module in block.modules() if "drop" not in repr(module).lower()]
     handles = [m.register_forward_hook(lambda m, args, out: shapes.append(args[0].shape[:2])) for m in modules]
@@ -496,7 +514,7 @@ def test_hooks_see_what_they_see_in_the_masked_form_and_can_be_removed():
         model(images())
 
 
-def test_global_hooks_see_the_modules_that_run():
+def test_global_hooks_run_for_every_module():
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
     try:
@@ -509,30 +527,30 @@ def test_global_hooks_see_the_modules_that_run():
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @torch.no_grad()
-def test_a_score_that_is_no_number_halts_nothing(training):
-    """A broken network must not look cheap."""
-    for model in forms(halting_model(mean=3).train(training)):
+def test_nan_score_halts_no_token(training):
+    """A diverged model must not look cheap."""
+    for model in masked_and_zipped(halting_model(mean=3).train(training)):
         model.blocks[1].mlp.fc2.bias[0] = float("nan")
         logits, halting = model(images(), return_halting=True)
         assert halting.depth.unique().tolist() == [1, 8]
-        in_time = halting.depth[:, 0] == 1  # class tokens that have halted before
+        in_time = halting.depth[:, 0] == 1  # class tokens that halt before the NaN
         assert torch.equal(logits.isnan().all(dim=1), ~in_time)
         assert torch.equal(halting.ponder_cost.isnan(), halting.depth == 8)
 
 
-# The rest of the interface -----------------------------------------------------------------------
+# timm's interface -----------------------------------------------------------------------
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @torch.no_grad()
-def test_intermediates_are_the_last_states_of_tokens(zip_tokens):
+def test_intermediates_keep_last_state_of_halted_tokens(zip_tokens):
     model = halting_model(zip_tokens=zip_tokens).eval()
     halting = model(images(), return_halting=True)[1]
     assert_halting(halting)
-    (final, intermediates), told = model.forward_intermediates(
+    (final, intermediates), same_halting = model.forward_intermediates(
         images(), output_fmt="NLC", return_prefix_tokens=True, return_halting=True
     )
-    assert torch.equal(told.depth, halting.depth)
+    assert torch.equal(same_halting.depth, halting.depth)
     assert_close(final, model.forward_features(images()), **CLOSE)
     states = torch.stack([torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates])
     assert len(states) == 8
@@ -549,17 +567,16 @@ def test_intermediates_are_the_last_states_of_tokens(zip_tokens):
 
 
 @torch.no_grad()
-def test_intermediates_after_every_token_has_left():
-    model = halting_model(mean=2, spread=0.5).eval()
-    maps, halting = model.forward_intermediates(images(), [3, 7], intermediates_only=True, return_halting=True)
+def test_intermediates_after_all_tokens_halted_equal_masked():
+    masked, zipped = masked_and_zipped(halting_model(mean=2, spread=0.5).eval())
+    maps, halting = zipped.forward_intermediates(images(), [3, 7], intermediates_only=True, return_halting=True)
     assert halting.depth.max() < 8
-    masked = forms(model)[0].forward_intermediates(images(), [3, 7], intermediates_only=True)
-    assert_close(maps, masked, **CLOSE)
-    assert_close(maps[1], forms(model)[0].forward_intermediates(images(), [6], intermediates_only=True)[0], **CLOSE)
+    assert_close(maps, masked.forward_intermediates(images(), [3, 7], intermediates_only=True), **CLOSE)
+    assert_close(maps[1], masked.forward_intermediates(images(), [6], intermediates_only=True)[0], **CLOSE)
 
 
 @torch.no_grad()
-def test_intermediates_without_prefix_tokens_are_as_timms():
+def test_intermediates_without_prefix_tokens_have_timm_shapes():
     options = {"return_prefix_tokens": True, "intermediates_only": True}
     static, model = (halting_model(halting=halting, **AVERAGED).eval() for halting in (False, True))
     expected, found = (m.forward_intermediates(images(), **options) for m in (static, model))
@@ -568,7 +585,7 @@ def test_intermediates_without_prefix_tokens_are_as_timms():
 
 
 @torch.no_grad()
-def test_tokens_of_a_pruned_model_that_never_halt_have_its_depth():
+def test_pruned_model_limits_depth():
     whole, pruned = halting_model().eval(), halting_model().eval()
     pruned.prune_intermediate_layers([3])
     expected, halting = (model(images(), return_halting=True)[1] for model in (whole, pruned))
@@ -576,7 +593,7 @@ def test_tokens_of_a_pruned_model_that_never_halt_have_its_depth():
     assert (halting.ponder_cost >= halting.depth).all()
 
 
-def test_pruned_features_halt_as_the_whole_model():
+def test_pruned_model_keeps_intermediates():
     model = halting_model().eval()
     whole = model.forward_intermediates(images(), indices=[3], intermediates_only=True)
     model.prune_intermediate_layers([3])
@@ -585,7 +602,7 @@ def test_pruned_features_halt_as_the_whole_model():
 
 
 @torch.no_grad()
-def test_intermediates_of_the_static_network_are_timms():
+def test_intermediates_of_static_model_equal_timm():
     model = halting_model(halting=False).eval()
     x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
     (state,) = model.forward_intermediates(images(), indices=[1], output_fmt="NLC", intermediates_only=True)
@@ -605,7 +622,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("options", FAMILIES, ids=str)
 @torch.no_grad()
-def test_halting_by_another_channel_leaves_the_static_network_as_it_is(options):
+def test_set_halting_channel_keeps_static_outputs(options):
     model = halting_model(halting=False, **options).eval()
     expected, weights = model(images()), copy.deepcopy(model.state_dict())
     model.set_halting_channel(5)
@@ -618,7 +635,7 @@ def test_halting_by_another_channel_leaves_the_static_network_as_it_is(options):
 
 
 @torch.no_grad()
-def test_without_halting_it_is_timms_network():
+def test_static_model_equals_timm():
     model = halting_model(halting=False).eval()
     static = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, num_classes=7)
     static.load_state_dict(model.state_dict(), strict=True)
@@ -645,7 +662,7 @@ def test_distilled_training_returns_two_logits():
     assert model.eval()(images()).shape == (6, 7)
 
 
-def test_nothing_of_a_pass_stays_on_the_model():
+def test_forward_stores_nothing_on_the_model():
     model = halting_model()
     before = set(vars(model)) | {name for name, _ in model.named_buffers()}
     model(images(), return_halting=True)
@@ -653,7 +670,7 @@ def test_nothing_of_a_pass_stays_on_the_model():
 
 
 @torch.no_grad()
-def test_a_broken_token_harms_its_own_image_alone():
+def test_nan_image_does_not_affect_other_images():
     x = images()
     expected = halting_model().eval()(x)
     x[0] = float("nan")
@@ -664,7 +681,7 @@ class OtherMlp(timm.layers.Mlp):
     pass
 
 
-REFUSED = [
+UNSUPPORTED = [
     (
         AdaptiveVisionTransformer,
         {"block_fn": timm.models.vision_transformer.ResPostBlock},
@@ -680,21 +697,21 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "option", "reason"), REFUSED)
-def test_options_that_cannot_be_honoured_are_refused(make, option, reason):
+@pytest.mark.parametrize(("make", "option", "reason"), UNSUPPORTED)
+def test_unsupported_option_raises(make, option, reason):
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 2}
     with pytest.raises(ValueError, match=re.escape(reason)):
         make(**sizes, **option)
-    timms = make.__bases__[1](**sizes, **option)
+    static = make.__bases__[1](**sizes, **option)
     with pytest.raises(ValueError, match=re.escape(reason)):
-        adapt(timms)
+        adapt(static)
 
 
-# Any plain ViT of timm's -------------------------------------------------------------------------
+# adapt() -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_adapt_keeps_what_it_is_given():
+def test_adapt_keeps_weights_modes_and_the_given_model():
     torch.manual_seed(0)
     given = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, num_classes=7)
     given.train().blocks[2].eval()
@@ -711,7 +728,7 @@ def test_adapt_keeps_what_it_is_given():
     assert not torch.equal(model.head.weight, given.head.weight)
 
 
-def test_adapt_names_what_it_cannot_take():
+def test_adapt_with_unsupported_model_or_option_raises():
     with pytest.raises(ValueError, match="expected a timm VisionTransformer or VisionTransformerDistilled, got ResNet"):
         adapt(timm.create_model("resnet10t", device="meta"))
     with pytest.raises(TypeError, match="takes gate_scale"):
@@ -720,12 +737,12 @@ def test_adapt_names_what_it_cannot_take():
         adapt(halting_model())
 
 
-# Costs -------------------------------------------------------------------------------------------
+# MACs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
 @torch.no_grad()
-def test_multiply_adds_agree_with_the_flop_counter(distilled):
+def test_macs_equal_half_the_counted_flops(distilled):
     model = halting_model(distilled=distilled).eval()
     for x in images(3).split(1):
         depth = model(x, return_halting=True)[1].depth
@@ -740,7 +757,7 @@ def test_multiply_adds_agree_with_the_flop_counter(distilled):
     "options", [{}, {"distilled": True}, {"init_values": 1e-5, "no_embed_class": True}, {"pre_norm": True}, AVERAGED]
 )
 @torch.no_grad()
-def test_imposed_depths_have_mean_and_spread(gate, options):
+def test_synthetic_depths_have_mean_and_spread(gate, options):
     scale, center = gate
     model = halting_model(7, 2, depth=12, img_size=32, gate_scale=scale, gate_center=center, **options).eval()
     depth = model(images(16, size=32), return_halting=True)[1].depth
@@ -750,7 +767,7 @@ def test_imposed_depths_have_mean_and_spread(gate, options):
         assert len(depth[:, token].unique()) >= 2, "prefix tokens must halt differently from image to image"
 
 
-def test_synthetic_depths_need_biases():
+def test_synthetic_depths_without_biases_raise():
     with pytest.raises(ValueError, match="the projections have no bias"):
         set_synthetic_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
 
@@ -759,7 +776,7 @@ def test_synthetic_depths_need_biases():
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_weights_have_timms_names_and_load_strictly(name):
+def test_timm_weights_load_strictly(name):
     model = timm.create_model(name, device="meta")
     source = get_pretrained_cfg(name).hf_hub_id
     if source:
@@ -772,15 +789,15 @@ def test_weights_have_timms_names_and_load_strictly(name):
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_every_registered_model_in_both_forms(name):
+def test_registered_model_zipped_equals_masked(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, gate_scale=4.0, gate_center=12.0, **FAMILY).train()
     set_synthetic_depths(model, 4.5, 1.5)
-    assert_halting(assert_same(*forms(model), images(size=64)))
+    assert_halting(assert_same(*masked_and_zipped(model), images(size=64)))
 
 
 @pytest.mark.parametrize("name", [n for n in REGISTERED if get_pretrained_cfg(n).hf_hub_id])
-def test_pretrained_configuration_is_that_of_its_source(name):
+def test_pretrained_configuration_equals_its_source(name):
     own = get_pretrained_cfg(name)
     assert own.hf_hub_id.startswith("timm/")
     assert own.architecture == name
@@ -788,7 +805,7 @@ def test_pretrained_configuration_is_that_of_its_source(name):
     keys = ("url", "mean", "std", "interpolation", "input_size", "num_classes", "first_conv", "classifier")
     for key in keys:
         assert getattr(own, key) == getattr(source, key), key
-    assert own.crop_pct == 224 / 256  # as the original evaluates
+    assert own.crop_pct == 224 / 256  # as in the original A-ViT
     assert own.hf_hub_id == f"timm/{source.architecture}.{source.tag}"
 
 
@@ -796,19 +813,23 @@ def _unreachable(*args, **kwargs):
     raise OSError("unreachable")
 
 
-def test_pretrained_falls_back_from_the_hub_to_the_original_address(monkeypatch):
+def test_pretrained_falls_back_from_hub_to_original_url(monkeypatch):
     weights = timm.create_model("deit_tiny_patch16_224").state_dict()
-    asked = []
+    urls = []
+
+    def download(url, **_):
+        urls.append(url)
+        return {"model": dict(weights)}
+
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", _unreachable)
-    download = lambda url, **_: asked.append(url) or {"model": dict(weights)}  # noqa: E731
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", download)
     model = timm.create_model("avit_tiny_patch16_224", pretrained=True, num_classes=5)
-    assert asked == ["https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"]
+    assert urls == ["https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"]
     assert torch.equal(model.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
     assert model.head.out_features == 5
 
 
-def test_unreachable_pretrained_weights_name_the_way_out(monkeypatch):
+def test_unreachable_pretrained_weights_raise(monkeypatch):
     for loader in ("load_state_dict_from_hf", "load_state_dict_from_url"):
         monkeypatch.setattr(f"timm.models._builder.{loader}", _unreachable)
     with pytest.raises(RuntimeError, match="--pretrained-path"):

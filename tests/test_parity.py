@@ -1,4 +1,4 @@
-"""Agreement with the numbers of the original's forward pass, in tests/parity."""
+"""Agreement with the outputs and gradients of the original A-ViT, recorded in tests/parity."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ import losses
 
 pytestmark = pytest.mark.usefixtures("token_store")
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
-FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+BOTH_MODES = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 
 
-@FORMS
-def test_evaluation(parity, zip_tokens):
+@BOTH_MODES
+def test_evaluation_outputs_equal_original(parity, zip_tokens):
     model = parity.model(zip_tokens=zip_tokens).eval()
     with torch.no_grad():
         logits, halting = model(parity.values["images"], return_halting=True)
@@ -24,8 +24,8 @@ def test_evaluation(parity, zip_tokens):
     assert_close(halting.layer_scores, parity.values["halting_score"], **TOLERANCE)
 
 
-@FORMS
-def test_losses_and_gradients(parity, zip_tokens):
+@BOTH_MODES
+def test_losses_and_gradients_equal_original(parity, zip_tokens):
     values, config = parity.values, parity.config
     model = parity.model(zip_tokens=zip_tokens).train()
     logits, halting = model(values["images"], return_halting=True)

@@ -1,4 +1,4 @@
-"""The models as timm's users meet them."""
+"""The models in timm's interfaces: heads, features, checkpoints, compilation, export."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("token_store")
 REGISTERED = timm.list_models("avit*")
 SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 8, "img_size": 64, "num_classes": 5}
 SMALL |= {"gate_scale": 4.0, "gate_center": 12.0}
-BOTH_FORMS = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
+BOTH_MODES = pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
 
 
 def small(name: str, **options) -> torch.nn.Module:
@@ -31,10 +31,10 @@ def small(name: str, **options) -> torch.nn.Module:
     return model
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @pytest.mark.parametrize("name", REGISTERED)
 @torch.no_grad()
-def test_heads_and_features(name, zip_tokens):
+def test_forward_head_of_features_equals_forward(name, zip_tokens):
     model = small(name, zip_tokens=zip_tokens).eval()
     x = images(size=64)
     assert_halting(model(x, return_halting=True)[1])
@@ -51,10 +51,10 @@ def test_heads_and_features(name, zip_tokens):
     assert all(head.out_features == 3 for head in (heads if isinstance(heads, tuple) else (heads,)))
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @pytest.mark.parametrize("name", REGISTERED)
 @torch.no_grad()
-def test_features_only_is_the_last_state_of_tokens(name, zip_tokens):
+def test_features_only_keeps_last_state_of_halted_tokens(name, zip_tokens):
     whole = small(name, zip_tokens=zip_tokens).eval()
     options = {"zip_tokens": zip_tokens, "features_only": True, "out_indices": (1, 3, 5)}
     extractor = timm.create_model(name, **SMALL, **options).eval()
@@ -68,13 +68,13 @@ def test_features_only_is_the_last_state_of_tokens(name, zip_tokens):
     assert [state.shape for state in maps] == [(6, 24, side, side)] * 3
     for block, (earlier, later) in zip((2, 4), itertools.pairwise(maps)):
         has_changed = (earlier != later).any(dim=1).flatten(1)
-        assert torch.equal(has_changed, depth > block)  # the others keep their last state
+        assert torch.equal(has_changed, depth > block)  # halted tokens keep their last state
     assert_close(maps, whole.forward_intermediates(images(size=64), indices=[1, 3, 5], intermediates_only=True))
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @torch.no_grad()
-def test_get_intermediate_layers(zip_tokens):
+def test_get_intermediate_layers_equals_forward_intermediates(zip_tokens):
     model = halting_model(zip_tokens=zip_tokens).eval()
     expected = model.forward_intermediates(images(), indices=[2, 5], output_fmt="NLC", intermediates_only=True)
     assert_close(model.get_intermediate_layers(images(), n=[2, 5]), expected)
@@ -84,7 +84,7 @@ def test_get_intermediate_layers(zip_tokens):
         model.forward_intermediates(images(), is_causal=True)
 
 
-def test_pooling_that_the_constructor_refuses_cannot_be_set_later():
+def test_reset_classifier_to_unsupported_pooling_raises():
     model = halting_model()
     with pytest.raises(ValueError, match="global_pool"):
         model.reset_classifier(3, "max")
@@ -94,7 +94,7 @@ def test_pooling_that_the_constructor_refuses_cannot_be_set_later():
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_layer_wise_decay_and_no_decay(name):
+def test_layer_decay_groups_parameters_as_timm(name):
     model = small(name)
     groups = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5).param_groups
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -108,7 +108,7 @@ def test_layer_wise_decay_and_no_decay(name):
             assert decays[id(getattr(model, token))] == 0
 
 
-@BOTH_FORMS
+@BOTH_MODES
 @pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
 @torch.no_grad()
 def test_set_input_size_resamples_as_timm_does(zip_tokens, distilled):
@@ -124,7 +124,7 @@ def test_set_input_size_resamples_as_timm_does(zip_tokens, distilled):
 
 @pytest.mark.parametrize("in_chans", [1, 5])
 @torch.no_grad()
-def test_other_numbers_of_channels(in_chans):
+def test_zipped_equals_masked_for_other_in_chans(in_chans):
     model = halting_model(in_chans=in_chans).eval()
     masked = copy.deepcopy(model)
     masked.zip_tokens = False
@@ -135,7 +135,7 @@ def test_other_numbers_of_channels(in_chans):
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_saving_and_loading_through_timm(name, tmp_path):
+def test_timm_loads_saved_weights(name, tmp_path):
     model = small(name)
     save_file(model.state_dict(), str(tmp_path / "w.safetensors"))
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
@@ -145,8 +145,8 @@ def test_saving_and_loading_through_timm(name, tmp_path):
         load_checkpoint(other, str(tmp_path / file), strict=True)
 
 
-def test_pretrained_weights_from_a_file_of_timms(tmp_path):
-    """As pretrained=True does, with fewer channels, another head and another size."""
+def test_pretrained_file_adapts_channels_head_and_size(tmp_path):
+    """Load a file as pretrained=True does."""
     source = timm.create_model("deit3_small_patch16_224", depth=2)
     save_file(source.state_dict(), str(tmp_path / "w.safetensors"))
     overlay = {"file": str(tmp_path / "w.safetensors")}
@@ -159,14 +159,14 @@ def test_pretrained_weights_from_a_file_of_timms(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_masked_form_is_one_graph_and_halts_alike(backend):
+def test_compiled_masked_model_is_one_graph_with_same_results(backend):
     model = halting_model(3.0, 1.2, depth=5, zip_tokens=False).train()
     compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
     outcomes = []
-    for network in (model, compiled):
-        logits, halting = network(images(), return_halting=True)
+    for candidate in (model, compiled):
+        logits, halting = candidate(images(), return_halting=True)
         (logits.square().sum() + halting.ponder_cost.sum()).backward()
-        outcomes.append((logits, halting.ponder_cost, halting.depth, [p.grad for p in network.parameters()]))
+        outcomes.append((logits, halting.ponder_cost, halting.depth, [p.grad for p in candidate.parameters()]))
     assert_halting(halting, num_blocks=5)
     assert torch.equal(outcomes[0][2], outcomes[1][2])
     assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-4)
@@ -174,8 +174,8 @@ def test_compiled_masked_form_is_one_graph_and_halts_alike(backend):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_zipped_form_stays_eager_in_a_compiled_model():
-    """Else there would be a graph for each number of live tokens."""
+def test_zipped_blocks_stay_eager_in_a_compiled_model():
+    """Otherwise each number of live tokens would need its own graph."""
     model = halting_model().eval()
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     graphs = set()
@@ -187,10 +187,10 @@ def test_the_zipped_form_stays_eager_in_a_compiled_model():
     assert len(graphs) == 1
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing warns of every Python number
+@pytest.mark.filterwarnings("ignore")  # tracing warns about every Python number
 @pytest.mark.parametrize("graph", ["export", "trace"])
 @torch.no_grad()
-def test_graphs_for_other_images_take_the_masked_form(graph):
+def test_exported_and_traced_models_run_on_other_images(graph):
     model = halting_model().eval()
     if graph == "export":
         batch = torch.export.Dim("batch", max=64)
@@ -203,22 +203,22 @@ def test_graphs_for_other_images_take_the_masked_form(graph):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
-def test_scripting_gives_one_clear_error():
+def test_scripting_raises():
     for model in (halting_model(), torch.nn.Sequential(halting_model())):
         with pytest.raises(NotImplementedError, match="TorchScript is not supported"):
             torch.jit.script(model)
 
 
-@BOTH_FORMS
-def test_meta_tensors(zip_tokens):
+@BOTH_MODES
+def test_meta_tensors_have_output_shapes(zip_tokens):
     model = timm.create_model("avit_small_patch16_224", device="meta", zip_tokens=zip_tokens)
     logits, halting = model(torch.randn(2, 3, 224, 224, device="meta"), return_halting=True)
     assert (logits.shape, halting.depth.shape) == ((2, 1000), (2, 197))
 
 
-def test_a_new_backbone_costs_a_few_lines():
+def test_custom_backbone_with_mixin_is_adaptive():
     class Reversed(timm.models.VisionTransformer):
-        """A backbone of one's own: the embeddings of the patches in reverse."""
+        """A custom backbone that reverses the order of the patches."""
 
         def _pos_embed(self, x):
             return super()._pos_embed(x.flip(1))
@@ -242,8 +242,8 @@ def test_a_new_backbone_costs_a_few_lines():
 
 
 @pytest.mark.parametrize("name", ["avit_micro_patch4_32", "avit_tiny_distilled_patch16_224"])
-def test_as_timms_scripts_use_a_model(name, tmp_path):
-    """The calls of its train.py and validate.py, with their arguments."""
+def test_model_runs_in_timm_scripts(name, tmp_path):
+    """Make the calls of timm's train.py and validate.py, with their arguments."""
     unset = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
     flags = {"pretrained": False, "in_chans": 3, "drop_rate": 0.0, "scriptable": False, "checkpoint_path": ""}
     model = timm.create_model(name, **SMALL, **unset, **flags)

@@ -1,4 +1,4 @@
-"""timm's own tests of a model, from its source distribution, on every registered model."""
+"""timm's own model tests, from its source distribution, on every registered model."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import models_act  # noqa: F401 - registers the models
 
-WANTED = (
+TIMM_TESTS = (
     "test_model_forward",
     "test_model_backward",
     "test_model_default_cfgs_non_std",
@@ -25,7 +25,7 @@ WANTED = (
 
 @pytest.fixture(scope="module")
 def timm_tests(tmp_path_factory) -> Path:
-    """The tests folder of the installed version; skips where no package index can be reached."""
+    """Return the tests folder of the installed version; skip if no package index can be reached."""
     folder = tmp_path_factory.mktemp("timm")
     version = f"timm=={timm.__version__}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", version]
@@ -39,15 +39,15 @@ def timm_tests(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zip_tokens", [False, True], ids=["masked", "zipped"])
-def test_timms_own_tests_pass(zip_tokens, timm_tests):
+def test_timm_model_tests_pass(zip_tokens, timm_tests):
     environment = os.environ | {
         "ZIP_TOKENS": json.dumps(zip_tokens),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "tools")]),
     }
     options = ["-q", "-p", "timm_suite_plugin", "-p", "no:cacheprovider", "-W", "ignore"]
-    command = [sys.executable, "-m", "pytest", *(f"test_models.py::{name}" for name in WANTED), *options]
+    command = [sys.executable, "-m", "pytest", *(f"test_models.py::{name}" for name in TIMM_TESTS), *options]
     done = subprocess.run(command, cwd=timm_tests, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     passed, skipped = (int(re.search(rf"(\d+) {word}", done.stdout)[1]) for word in ("passed", "skipped"))
-    assert passed + skipped == len(WANTED) * len(timm.list_models("avit*"))
+    assert passed + skipped == len(TIMM_TESTS) * len(timm.list_models("avit*"))
     assert skipped <= 20, "timm skips large images"

@@ -1,4 +1,4 @@
-"""The masked and the zipped form of a model, side by side, and what they compute."""
+"""Comparison of masked and zipped mode of a model."""
 
 import copy
 
@@ -10,14 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def forms(model):
+def masked_and_zipped(model):
+    """Return a masked copy of the model, and the model itself, zipped."""
     masked, zipped = copy.deepcopy(model), model
     masked.zip_tokens, zipped.zip_tokens = False, True
     return masked, zipped
 
 
 def assert_same(masked, zipped, x, seed=0, gradients=True, tolerance=CLOSE):
-    """Outputs, gradients and the random generator's state afterwards; returns what halted."""
+    """Assert that outputs, gradients and the final state of the random generator agree; return the halting."""
     results = []
     for model in (masked, zipped):
         torch.manual_seed(seed)
@@ -43,6 +44,7 @@ def assert_same(masked, zipped, x, seed=0, gradients=True, tolerance=CLOSE):
 
 
 def flops(use):
+    """Return the FLOPs that torch counts in a call."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         use()
     return counter.get_total_flops()

@@ -1,7 +1,7 @@
-"""A pytest plugin: timm's own test-suite sees the avit models alone, in the form that ZIP_TOKENS says.
+"""pytest plugin that makes timm's test suite run on the avit models, zipped or masked depending on ZIP_TOKENS.
 
-timm's tests take their parameters from timm.list_models; here it lists our names, whatever group of
-timm's models is asked for.
+timm's tests take their parameters from timm.list_models. Here it lists the avit models, whatever
+group of models is requested.
 """
 
 import json
@@ -15,9 +15,9 @@ import models_act  # noqa: F401 - registers the models
 _list_models = timm.list_models
 
 
-def _list_ours(*_, include_tags: bool = False, name_matches_cfg: bool = False, **__) -> list[str]:
+def _list_avit(*_, include_tags: bool = False, name_matches_cfg: bool = False, **__) -> list[str]:
     return _list_models("avit*", include_tags=include_tags, name_matches_cfg=name_matches_cfg)
 
 
-timm.list_models = _list_ours
+timm.list_models = _list_avit
 timm.create_model = partial(timm.create_model, zip_tokens=json.loads(os.environ["ZIP_TOKENS"]))
