@@ -15,7 +15,7 @@ def macs_per_image(model: nn.Module, depth: Tensor) -> Tensor:
 
     model: a ViT of timm; depth: [B, N], 1..L -> [B] float64. For the static model, depth is L everywhere.
     Counts the patch embedding, the projections and MLPs of the blocks, attention (2 n^2 C for n live
-    tokens) and the heads. As is usual, norms and activations are not counted.
+    tokens) and the heads. Norms and activations are not counted.
     """
     embed = _embedding_macs(model.patch_embed, depth.shape[1] - model.num_prefix_tokens)
     heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))

@@ -10,8 +10,8 @@ Paper: Yin et al., A-ViT: Adaptive Tokens for Efficient Vision Transformer, CVPR
 2112.07658. The models are timm's ViT and DeiT classes with another loop over the blocks. The names
 in the state dict are timm's, so DeiT weights load unchanged.
 
-In shapes, B is the batch size, N the number of tokens, P of which are prefix tokens, C the number
-of channels, L the number of blocks and T the number of live tokens in the batch.
+Letters in shapes: B images, N tokens of an image, P prefix tokens (class and distillation token,
+registers), C channels, L blocks, T live tokens in the batch.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class AdaptiveTokens:
 
     @property
     def reads_prefix(self) -> bool:
-        """Whether the head reads prefix tokens only; if it reads patches, no image can exit early."""
+        """True if the head reads prefix tokens only. If it reads patches, no image can exit early."""
         return self.global_pool == "token"
 
     def forward(self, x: Tensor, return_halting: bool = False, gate_offset: Tensor | None = None):
@@ -229,7 +229,7 @@ class AdaptiveTokens:
 
     @property
     def can_swap_channels(self) -> bool:
-        """Whether the patch embedding ends with a projection; a convolutional stem may have none."""
+        """True if the patch embedding ends with a projection. A convolutional stem may have none."""
         return not isinstance(self.patch_embed.proj, nn.Identity)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What may stand at the top level, and which way imports run."""
+"""Allowed names at the top level, and the direction of imports."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from conftest import ROOT
 CORE = {"models_act", "macs", "losses", "datasets", "samplers", "utils", "engine_act"}
 CORE_PACKAGES = {"zipping", "readers"}
 COMMANDS = {"main_act", "visualize", "benchmark", "compare", "cuda_check", "export_onnx"}
-MAY_IMPORT = {  # who, and from whom of ours; what is not here imports what it likes, and is imported by nobody
+MAY_IMPORT = {  # the other parts, experiments and tests, may import anything, and nothing imports them
     "core": {"core"},
     "visualization": {"core", "visualization"},
     "training": {"core", "visualization", "training"},
@@ -43,7 +43,7 @@ MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startsw
 
 
 def part_of(module: str) -> str | None:
-    """Of a module's full name; None where it is not ours."""
+    """Return the part a module belongs to, by its full name; None for a module from outside this repository."""
     top = module.partition(".")[0]
     parts = {"core": CORE | CORE_PACKAGES, "commands": COMMANDS, "others": {"experiments", "tests"}}
     parts |= {name: {name} for name in ("training", "visualization", "deployment", "benchmarks")}
@@ -51,25 +51,26 @@ def part_of(module: str) -> str | None:
 
 
 def imported(path: str) -> set[str]:
+    """Return the full names of the modules that a file imports."""
     nodes = list(ast.walk(ast.parse((ROOT / path).read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
 @pytest.mark.skipif(not TRACKED, reason="not a git repository")
-def test_the_top_level():
+def test_top_level_has_only_known_names():
     assert {path.partition("/")[0] for path in TRACKED} == FOLDERS | FILES
 
 
 @pytest.mark.parametrize("path", MODULES)
-def test_imports_run_one_way(path):
+def test_imports_follow_the_direction_of_parts(path):
     own = part_of(path.removesuffix(".py").replace("/", "."))
     found = {name: part_of(name) for name in imported(path)}
     assert {name: part for name, part in found.items() if part and part not in MAY_IMPORT[own]} == {}
 
 
 def own_imports(path: str) -> set[str]:
-    """The top-level names of this repository that a file imports."""
+    """Return the top-level names of this repository that a file imports."""
     return {name.partition(".")[0] for name in imported(path) if part_of(name)}
 
 

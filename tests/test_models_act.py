@@ -586,19 +586,19 @@ def test_intermediates_without_prefix_tokens_have_timm_shapes():
 
 @torch.no_grad()
 def test_pruned_model_limits_depth():
-    whole, pruned = halting_model().eval(), halting_model().eval()
+    full, pruned = halting_model().eval(), halting_model().eval()
     pruned.prune_intermediate_layers([3])
-    expected, halting = (model(images(), return_halting=True)[1] for model in (whole, pruned))
+    expected, halting = (model(images(), return_halting=True)[1] for model in (full, pruned))
     assert torch.equal(halting.depth, expected.depth.clamp(max=4))
     assert (halting.ponder_cost >= halting.depth).all()
 
 
 def test_pruned_model_keeps_intermediates():
     model = halting_model().eval()
-    whole = model.forward_intermediates(images(), indices=[3], intermediates_only=True)
+    full = model.forward_intermediates(images(), indices=[3], intermediates_only=True)
     model.prune_intermediate_layers([3])
     assert len(model.blocks) == 4
-    assert_close(model.forward_intermediates(images(), indices=[3], intermediates_only=True), whole)
+    assert_close(model.forward_intermediates(images(), indices=[3], intermediates_only=True), full)
 
 
 @torch.no_grad()

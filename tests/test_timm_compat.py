@@ -55,13 +55,13 @@ def test_forward_head_of_features_equals_forward(name, zip_tokens):
 @pytest.mark.parametrize("name", REGISTERED)
 @torch.no_grad()
 def test_features_only_keeps_last_state_of_halted_tokens(name, zip_tokens):
-    whole = small(name, zip_tokens=zip_tokens).eval()
+    full = small(name, zip_tokens=zip_tokens).eval()
     options = {"zip_tokens": zip_tokens, "features_only": True, "out_indices": (1, 3, 5)}
     extractor = timm.create_model(name, **SMALL, **options).eval()
-    weights = whole.state_dict()
+    weights = full.state_dict()
     extractor.model.load_state_dict({key: weights[key] for key in extractor.model.state_dict()})
     assert len(extractor.model.blocks) == 6
-    depth = whole(images(size=64), return_halting=True)[1].depth[:, whole.num_prefix_tokens :]
+    depth = full(images(size=64), return_halting=True)[1].depth[:, full.num_prefix_tokens :]
     maps = extractor(images(size=64))
     assert extractor.feature_info.channels() == [24] * 3
     side = 64 // extractor.feature_info.reduction()[0]
@@ -69,7 +69,7 @@ def test_features_only_keeps_last_state_of_halted_tokens(name, zip_tokens):
     for block, (earlier, later) in zip((2, 4), itertools.pairwise(maps)):
         has_changed = (earlier != later).any(dim=1).flatten(1)
         assert torch.equal(has_changed, depth > block)  # halted tokens keep their last state
-    assert_close(maps, whole.forward_intermediates(images(size=64), indices=[1, 3, 5], intermediates_only=True))
+    assert_close(maps, full.forward_intermediates(images(size=64), indices=[1, 3, 5], intermediates_only=True))
 
 
 @BOTH_MODES

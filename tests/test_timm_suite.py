@@ -1,4 +1,4 @@
-"""timm's own model tests, from its source distribution, on every registered model."""
+"""timm's model tests, from its source distribution, on every registered model."""
 
 import json
 import os

@@ -17,8 +17,8 @@ its indices on the device, where reading a value is a host-device sync. Stores a
 `to_dense` scatters the values of all blocks back to [L, B, N]. If Triton works, its kernels compute
 the scores and drop the rows together: `PackedTokensCUDA.halt`.
 
-`stores.py` holds the stores, `attention.py` attention within images, `blocks.py` timm's block on
-packed rows, `outputs.py` the outputs collected over all blocks, and `kernels.py` the Triton kernels.
+Files: `stores.py` (the stores), `attention.py` (attention within images), `blocks.py` (timm's block
+on packed rows), `outputs.py` (outputs collected over all blocks), `kernels.py` (Triton kernels).
 """
 
 from __future__ import annotations

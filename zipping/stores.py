@@ -1,4 +1,4 @@
-"""Stores of the live tokens of a batch: masked, packed on the CPU, packed on CUDA."""
+"""Stores of the live tokens of a batch, masked or packed, and the removal of halted tokens."""
 
 from __future__ import annotations
 
