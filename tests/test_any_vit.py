@@ -28,7 +28,7 @@ SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 6, "num_classes": 7}
 CPU = torch.device("cpu")
 
 
-# All timm names ----------------------------------------------------------------------------------
+# All timm names -----------------------------------------------------------------------------------
 
 
 def build_on_meta(name: str) -> AdaptiveTokens:
@@ -156,7 +156,7 @@ def with_medium_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
     return model
 
 
-# Dense tasks -------------------------------------------------------------------------------------
+# Dense tasks --------------------------------------------------------------------------------------
 
 
 def test_segmentation_example_of_docs_learns(monkeypatch):
@@ -186,7 +186,7 @@ def test_segmentation_example_of_docs_learns(monkeypatch):
     assert names["logits"].shape == (8, 2, 32, 32)
 
 
-# Names on the command line -----------------------------------------------------------------------
+# Names on the command line ------------------------------------------------------------------------
 
 
 def test_preprocessing_is_that_of_the_model():

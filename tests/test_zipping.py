@@ -146,7 +146,7 @@ def test_prefix_of_no_rows_is_zero_with_a_gradient(store):
     assert out.requires_grad
 
 
-# Attention within images -------------------------------------------------------------------------
+# Attention within images --------------------------------------------------------------------------
 
 
 def attend_each_image(q, k, v, seqlens):

@@ -88,7 +88,7 @@ def test_rows_are_not_copied_if_no_token_halts():
     assert halted.rows.data_ptr() == rows.data_ptr()
 
 
-# The model -------------------------------------------------------------------------------------
+# The model ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_unsupported_calls_do_not_use_kernels(kernel_calls):
     assert kernel_calls == []
 
 
-# Whether they run --------------------------------------------------------------------------------
+# Whether they run ---------------------------------------------------------------------------------
 
 
 def test_kernels_are_not_used_on_cpu():

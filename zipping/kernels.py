@@ -1,9 +1,9 @@
 """Triton kernels for the halting step after a block on CUDA.
 
-They compute the same as `models_act.halting_step`, `PackedTokensCUDA.prefix` and
-`PackedTokensCUDA.drop` together, with one pass over the rows and about 6 kernel launches instead of
-26 (docs/performance.md). Small batches are launch-bound, so fewer launches make them faster. The
-backward kernel writes each gradient once, so its result is deterministic.
+They compute the same as `models_act.halting_step` and `zipping.drop_halted`, with one pass over the
+rows. Per block they need about 5 launches in addition to those of a static block, PyTorch ops about
+26 (docs/performance_h200.md). Small batches are launch-bound, so fewer launches make them faster.
+The backward kernel writes each gradient once, so its result is deterministic.
 """
 
 from __future__ import annotations
