@@ -257,7 +257,7 @@ def is_plain_tensor(value: object) -> bool:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore the state of each parameter, learning rates and counters, but not the settings of flags.
+    """Restore the state of each parameter, learning rates and counters, but not the settings that flags control.
 
     Raises ValueError if the state does not fit the parameters.
     """

@@ -47,6 +47,7 @@ class Stream(IterableDataset):
             self._split_across_processes()
 
     def _split_across_processes(self) -> None:
+        """Restrict this process to its part of the validation images."""
         reader = self.dataset.reader
         reader.dist_rank, reader.dist_num_replicas = 0, 1  # timm's own split would repeat images to get equal lengths
         if _has_shards(self.dataset):
@@ -99,21 +100,24 @@ class Stream(IterableDataset):
 
 
 def _fitting_workers(shards: int, wanted: int) -> int:
-    """Return the largest number of workers, up to `wanted`, that divides the shards evenly, or a number close to it."""
+    """Return the largest number of workers, up to `wanted`, that divides the shards evenly.
+
+    If no number does, each worker gets at least one shard. Raises UserError if there are fewer shards than processes.
+    """
     per_process = shards // utils.world_size()
     if per_process == 0:
         raise UserError(
-            f"{shards} training shards are too few for {utils.world_size()} processes. "
-            "Use at most one process per shard."
+            f"{shards} training shards are too few for {utils.world_size()} processes. Use at most {shards} processes."
         )
     even = [n for n in range(1, wanted + 1) if shards % (n * utils.world_size()) == 0]
     workers = max(even) if even else min(wanted, per_process)
     if workers < wanted:
-        utils.log(f"using {workers} data-loader workers instead of {wanted}, to split {shards} training shards evenly")
-    if shards % (max(workers, 1) * utils.world_size()):
+        utils.log(f"using {workers} data-loader workers instead of {wanted}, to fit {shards} training shards")
+    readers = max(workers, 1) * utils.world_size()
+    if shards % readers:
         utils.warn(
-            f"{shards} training shards do not divide evenly across processes and workers. "
-            "Each epoch repeats or misses some images."
+            f"{shards} training shards do not divide evenly across {readers} data-loader workers. "
+            f"Each epoch repeats or misses some images. Use a multiple of {readers} shards to avoid this."
         )
     return workers
 
