@@ -1,0 +1,1 @@
+"""Readers of datasets. `datasets.py` is their interface."""

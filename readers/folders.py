@@ -81,8 +81,15 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 # Folders -----------------------------------------------------------------------------------------
 
 HIDDEN = "hidden"  # a kind of skipped file
-SERVICE_NAMES = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-SERVICE_NAMES |= {"Thumbs.db", "desktop.ini"}
+SERVICE_NAMES = {
+    "@eaDir",
+    "__MACOSX",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "Thumbs.db",
+    "desktop.ini",
+}
 EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow cannot read them, or runs a program to do so
 
 
