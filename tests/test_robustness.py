@@ -405,7 +405,7 @@ def test_repository_last_on_the_path_does_not_hide_the_package_datasets(tmp_path
 
 
 def test_torch_fx_raises():
-    with pytest.raises(NotImplementedError, match=r"torch\.fx is not supported: .* use torch\.compile"):
+    with pytest.raises(NotImplementedError, match=r"torch\.fx is not supported: .* Use torch\.compile"):
         torch.fx.symbolic_trace(halting_model())
 
 
