@@ -224,8 +224,8 @@ def report(results: Path, title: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="baselines_report.py", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("title")
+    parser.add_argument("results", type=Path, help="folder with the recorded stages")
+    parser.add_argument("title", help="title of the page and the charts")
     report(**vars(parser.parse_args(argv)))
 
 

@@ -26,19 +26,19 @@ from training.checkpoints import Checkpoint
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="throughput.py", description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="+", metavar="NAME=KIND=CHECKPOINT")
-    parser.add_argument("--data-set", required=True)
-    parser.add_argument("--data-path", required=True)
-    parser.add_argument("--input-size", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("models", nargs="+", metavar="NAME=KIND=CHECKPOINT", help="models to measure")
+    parser.add_argument("--data-set", required=True, help="dataset name, for example FMNIST")
+    parser.add_argument("--data-path", required=True, help="dataset folder")
+    parser.add_argument("--input-size", type=int, required=True, help="image size in pixels")
+    parser.add_argument("--batch-size", type=int, default=256, help="batch size (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
     args = parser.parse_args(argv)
     images = build_dataset(args.data_set, args.data_path, False, (args.input_size, args.input_size))
     batch, _ = spread_sample(images, args.batch_size)
     calls = {}
-    for network in args.networks:
-        name, kind, path = network.split("=")
+    for argument in args.models:
+        name, kind, path = argument.split("=")
         checkpoint = Checkpoint.load(path)
         model = checkpoint.build_model(register(kind), halting=not checkpoint.is_static).eval()
         calls[name] = partial(model, batch)

@@ -153,9 +153,9 @@ def _origin(stages: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__.splitlines()[0])
-    for name in ("results", "file"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--chosen", required=True)
+    parser.add_argument("results", type=Path, help="folder with the recorded stages")
+    parser.add_argument("file", type=Path, help="Markdown file to write")
+    parser.add_argument("--chosen", required=True, metavar="SETTING", help="GATE_SCALE:GATE_CENTER:PONDER_SCALE")
     report(**vars(parser.parse_args(argv)))
 
 

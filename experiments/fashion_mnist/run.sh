@@ -16,7 +16,7 @@ STATIC=$HERE/avit_micro_fmnist_static.pth ADAPTIVE=$HERE/avit_micro_fmnist.pth
 # The recipe. It was chosen on 5,000 held-out training images: the test set of the folders `full` and `subset`.
 STATIC_EPOCHS=${STATIC_EPOCHS:-4} TUNING_EPOCHS=${TUNING_EPOCHS:-6} SEARCH_EPOCHS=${SEARCH_EPOCHS:-3}
 SCRATCH_EPOCHS=${SCRATCH_EPOCHS:-3} SEEDS=${SEEDS:-0 1 2} ROUNDS=${ROUNDS:-31}
-NETWORK="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
+MODEL_FLAGS="--model avit_micro_patch4_32 --data-set FMNIST --input-size 28 --num_workers 0"
 RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug"
 FROM_SCRATCH="--batch-size 128 --opt muon --lr 0.04" TUNING="--batch-size 256 --opt muon --lr 0.02" PRIOR=0
 # gate scale : gate center : ponder scale. The gate scale is negative because channel 0 of this static model is low
@@ -32,7 +32,7 @@ TRIALS=${TRIALS:-0:-1:8:0.0005 0.0001:-1:8:0.00035 0.001:-1:8:0.0003 0.001:-1:8:
 train() {  # STAGE full|subset FLAGS...
   local name=$1 part=$2
   shift 2
-  stage "$name" "$PYTHON" main_act.py $NETWORK $RECIPE --data-path "$RUNS/data/$part" --output_dir "$RUNS/$name" \
+  stage "$name" "$PYTHON" main_act.py $MODEL_FLAGS $RECIPE --data-path "$RUNS/data/$part" --output_dir "$RUNS/$name" \
     --resume auto "$@"
 }
 
@@ -51,7 +51,7 @@ halting_flags() {  # SCALE:CENTER:PONDER PRIOR
 evaluate() {  # STAGE DATA CHECKPOINT FLAGS...
   local name=$1 data=$2 checkpoint=$3
   shift 3
-  stage "$name" "$PYTHON" main_act.py $NETWORK --data-path "$data" --eval --finetune "$checkpoint" \
+  stage "$name" "$PYTHON" main_act.py $MODEL_FLAGS --data-path "$data" --eval --finetune "$checkpoint" \
     --output_dir "$RUNS/$name" "$@"
 }
 
@@ -118,7 +118,7 @@ once $OUT/final/accuracy_macs.png "$PYTHON" visualize.py --curves \
   $(for seed in $SEEDS; do echo "$RUNS/control_$seed" "$RUNS/adaptive_$seed"; done) --output-dir $OUT/final
 once $OUT/summary/summary.html "$PYTHON" visualize.py --summary $HELD_OUT --num_workers 0 --finetune $ADAPTIVE \
   --output-dir $OUT/summary
-once $OUT/depths/teaser.png "$PYTHON" main_act.py $NETWORK --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
+once $OUT/depths/teaser.png "$PYTHON" main_act.py $MODEL_FLAGS --data-path "$RUNS/data/full" --finetune $ADAPTIVE \
   --demo --demo-by random --demo-dir $OUT/depths
 "$PYTHON" -m experiments.fashion_mnist.report $OUT $OUT/fashion_mnist.md --chosen="$CHOSEN"
 echo "pipeline finished in $((SECONDS / 60)) minutes"
