@@ -100,7 +100,7 @@ class DistributionPriorLoss(nn.Module):
     """The KL divergence of the blocks' mean halting scores from a target (Eq. 12 of the A-ViT paper).
 
     The target is a Gaussian density at 0, 1, ..., depth - 1; `target[i]` belongs to block i + 1. It is scaled so that
-    the entries before its mean sum to 0.98, and does not sum to 1. For 12 blocks, mean and standard deviation are the
+    its first round(mean) entries sum to 0.98; all of them do not sum to 1. For 12 blocks, mean and standard deviation are the
     paper's 8 and 1. For other depths both scale with the depth, so the peak stays at two thirds of it.
     """
 
