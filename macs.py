@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,13 +18,26 @@ def macs_per_image(model: nn.Module, depth: Tensor) -> Tensor:
     Counts the patch embedding, the projections and MLPs of the blocks, attention (2 n^2 C for n live
     tokens) and the heads. Norms and activations are not counted.
     """
-    embed = _embedding_macs(model.patch_embed, depth.shape[1] - model.num_prefix_tokens)
+    return macs_counter(model, depth.shape[1])(depth)
+
+
+def macs_counter(model: nn.Module, num_tokens: int) -> Callable[[Tensor], Tensor]:
+    """Return `macs_per_image` of this model and number of tokens as a function of depth, for repeated calls.
+
+    The sizes of the model's layers are read only once.
+    """
+    embed = _embedding_macs(model.patch_embed, num_tokens - model.num_prefix_tokens)
     heads = sum(_linear_weights(module) for name, module in model.named_children() if name.startswith("head"))
-    per_block = [[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks]
-    blocks = torch.tensor(per_block, dtype=torch.float64).to(depth.device, non_blocking=True)
-    block = torch.arange(len(blocks), device=depth.device)[:, None, None]
-    live = (depth > block).sum(dim=2).double()  # [L, B]
-    return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
+    sizes = [[_linear_weights(b), 2 * b.attn.attn_dim] for b in model.blocks]
+    per_block = torch.tensor(sizes, dtype=torch.float64)
+
+    def count(depth: Tensor) -> Tensor:
+        blocks = per_block.to(depth.device, non_blocking=True)
+        block = torch.arange(len(blocks), device=depth.device)[:, None, None]
+        live = (depth > block).sum(dim=2).double()  # [L, B]
+        return embed + heads + (live * blocks[:, :1] + live**2 * blocks[:, 1:]).sum(dim=0)
+
+    return count
 
 
 def macs_at_depth(model: nn.Module, depth: float) -> float:

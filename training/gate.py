@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from macs import macs_per_image, static_macs
+from macs import macs_counter, macs_per_image, static_macs
 from models_act import AdaptiveTokens
 
 SPREAD = 4.0  # standard deviation of the gate's logit over tokens and blocks
@@ -89,14 +89,15 @@ def _scale(values: Tensor) -> float:
 
 def _center_of_cost(model: AdaptiveTokens, logits: Tensor, cost: float) -> float:
     """Return the center at which tokens with these scale * x, [L, B, N], would halt at this cost, by bisection."""
-    static, middle = static_macs(model), logits.mean()
+    static, count_macs = static_macs(model), macs_counter(model, logits.shape[2])
+    middle = logits.mean()
     low, high = middle - 32, middle + 32  # tensors, so that there is one host-device sync per gate
     for _ in range(12):
         center = (low + high) / 2
         halts = torch.sigmoid(logits - center).cumsum(dim=0) >= 1 - model.halt_eps
         halts[-1] = True
         depth = halts.float().argmax(dim=0) + 1.0  # [B, N]
-        is_cheaper = macs_per_image(model, depth).mean() / static < cost
+        is_cheaper = count_macs(depth).mean() / static < cost
         low, high = torch.where(is_cheaper, center, low), torch.where(is_cheaper, high, center)
     return float(f"{center.item():.4g}")
 
