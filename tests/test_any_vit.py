@@ -1,7 +1,10 @@
 """Plain timm ViTs, made adaptive by name."""
 
+import copy
 import json
 import re
+from functools import cache
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -18,6 +21,7 @@ import visualize
 from benchmarks import cases
 from datasets import IMAGENET
 from models_act import AdaptiveTokens, adapt, macs_per_image
+from training import models
 from training.budget import budget_curve, min_cost
 from training.checkpoints import Checkpoint
 from training.models import create_model, preprocessing, timm_vit_names, unsupported_reason
@@ -31,8 +35,11 @@ CPU = torch.device("cpu")
 # All timm names -----------------------------------------------------------------------------------
 
 
-def build_on_meta(name: str) -> AdaptiveTokens:
-    return adapt(timm.create_model(name, device="meta"))
+@pytest.fixture(scope="module")
+def reasons():
+    """Return why each timm ViT is not supported, or None. Each model is built on the meta device only once."""
+    with patch.object(models, "build_on_meta", cache(models.build_on_meta)):
+        yield {name: unsupported_reason(name) for name in timm_vit_names()}
 
 
 def options_of(model: AdaptiveTokens) -> tuple:
@@ -53,14 +60,13 @@ def smallest_size(model: AdaptiveTokens) -> int:
 
 
 @pytest.mark.slow
-def test_every_timm_vit_is_supported_or_has_a_reason():
-    found = {name: unsupported_reason(name) for name in timm_vit_names()}
-    reasons = {reason.split(": ", 1)[1] for reason in found.values() if reason}
-    assert sum(reason is None for reason in found.values()) >= 165
-    assert all(" is a " in reason or "global_pool is " in reason for reason in reasons), reasons
-    fitting = [name for name, reason in found.items() if reason is None]
+def test_every_timm_vit_is_supported_or_has_a_reason(reasons):
+    details = {reason.split(": ", 1)[1] for reason in reasons.values() if reason}
+    assert sum(reason is None for reason in reasons.values()) >= 165
+    assert all(" is a " in detail or "global_pool is " in detail for detail in details), details
+    fitting = [name for name, reason in reasons.items() if reason is None]
     for name in fitting:
-        model = build_on_meta(name)
+        model = copy.deepcopy(models.build_on_meta(name))
         size = smallest_size(model)
         model.reset_classifier(5)
         if isinstance(model.patch_embed, PatchEmbed):
@@ -79,11 +85,11 @@ def test_every_timm_vit_is_supported_or_has_a_reason():
 
 
 @pytest.mark.slow
-def test_every_combination_of_options():
+def test_every_combination_of_options(reasons):
     """Check the smallest timm model with each combination, at a reduced size."""
     representatives = {}
-    for name in (name for name in timm_vit_names() if unsupported_reason(name) is None):
-        model = build_on_meta(name)
+    for name in (name for name, reason in reasons.items() if reason is None):
+        model = models.build_on_meta(name)
         size = sum(p.numel() for p in model.parameters())
         key = options_of(model)
         if key not in representatives or size < representatives[key][0]:
@@ -112,7 +118,7 @@ def test_typical_timm_vit(name):
 def check_adaptive(name: str) -> None:
     """Check that a model equals timm's if nothing halts, that zipped equals masked, and its MACs."""
     torch.manual_seed(0)
-    original = build_on_meta(name)
+    original = models.build_on_meta(name)
     size, sizes = smallest_size(original), dict(SMALL)
     if isinstance(original.patch_embed.proj, nn.Identity):  # the stem determines the width
         sizes |= {"embed_dim": original.embed_dim, "num_heads": original.blocks[0].attn.num_heads}

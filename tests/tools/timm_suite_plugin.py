@@ -16,7 +16,7 @@ _list_models = timm.list_models
 
 
 def _list_avit(*_, include_tags: bool = False, name_matches_cfg: bool = False, **__) -> list[str]:
-    return _list_models("avit*", include_tags=include_tags, name_matches_cfg=name_matches_cfg)
+    return _list_models(json.loads(os.environ["MODELS"]), include_tags=include_tags, name_matches_cfg=name_matches_cfg)
 
 
 timm.list_models = _list_avit
