@@ -25,6 +25,7 @@ from training.budget import (
     min_cost,
     resolve_budget,
 )
+from training.build import calibration_batches, training_and_validation_set
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.gate import choose_gate
 from utils import UserError
@@ -180,7 +181,7 @@ def test_training_to_a_budget_allows_other_budgets(image_folder, tmp_path, start
 
 
 def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, monkeypatch):
-    expected = run(image_folder, tmp_path / "whole", start)
+    expected = run(image_folder, tmp_path / "whole", start, "--epochs", 1)
     calls = iter(range(1, 1000))
 
     def asked(self):
@@ -189,10 +190,10 @@ def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, m
 
     with monkeypatch.context() as patch:
         patch.setattr("training.signals.StopRequest.asked", asked)
-        interrupted = run(image_folder, tmp_path / "again", start)
+        interrupted = run(image_folder, tmp_path / "again", start, "--epochs", 1)
     assert interrupted["budget_controller"][1] is not None
     assert "budget_curves" not in interrupted
-    actual = run(image_folder, tmp_path / "again", start, "--resume", "auto")
+    actual = run(image_folder, tmp_path / "again", start, "--epochs", 1, "--resume", "auto")
     for part in ("model", "model_ema", "optimizer", "budget_controller", "budget_curves", "gate", "gate_ema"):
         assert same(actual[part], expected[part]), part
 
@@ -201,6 +202,7 @@ def test_processes_share_one_gate_and_one_cost(image_folder, tmp_path, start):
     weights = load_checkpoint(str(start))["model"]
     torch.save(weights, start)  # weights alone, without a gate
     flags = [*FLAGS, "--data-path", image_folder, "--pretrained-path", start, "--output_dir", tmp_path / "out"]
+    flags += ["--epochs", "1", "--no-model-ema"]
     statuses, _, errors = script_in_processes(2, [*map(str, flags)], tmp_path / "log")
     assert statuses == [0, 0], errors
     found = load_checkpoint(str(tmp_path / "out" / "checkpoint.pth"))
@@ -284,12 +286,20 @@ def test_number_of_macs_resolves_to_fraction():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_calibration_of_a_stream_is_repeatable(tmp_path, workers):
-    """Every pass of the calibration reads the same images."""
-    data = make_shards(tmp_path / "wds", images=8)
+def test_every_pass_of_the_calibration_reads_the_same_images(tmp_path, workers):
+    flags = f"--data-set wds/ --num-classes 16 --num_workers {workers} --batch-size 3 --input-size 32 --data-path"
+    args = parse_args([*flags.split(), str(make_shards(tmp_path / "wds"))])
+    train_images, _ = training_and_validation_set(args)
+    batches = calibration_batches(args, train_images, CPU)
+    first, second = ([batch.images for batch in batches] for _ in range(2))
+    assert len(first) == 5
+    assert all(torch.equal(images, again) for images, again in zip(first, second, strict=True))
+
+
+def test_calibration_of_a_stream_is_repeatable(tmp_path):
+    data = make_shards(tmp_path / "wds")
     start = save_halting_micro(tmp_path / "start.pth", num_classes=16)
-    flags = ["--data-set", "wds/", "--num-classes", "16", "--num_workers", workers, "--gate", "auto", "--epochs", 1]
-    checkpoint = run(data, tmp_path / "out", start, *flags)
-    again = run(data, tmp_path / "again", start, *flags)
-    assert again["budget_curves"] == checkpoint["budget_curves"]
-    assert checkpoint["gate"] == again["gate"]
+    flags = ["--data-set", "wds/", "--num-classes", "16", "--gate", "auto", "--epochs", 1, "--num_workers"]
+    alone, with_a_worker = (run(data, tmp_path / str(n), start, *flags, n) for n in (0, 1))
+    assert alone["budget_curves"] == with_a_worker["budget_curves"]
+    assert alone["gate"] == with_a_worker["gate"]
