@@ -1,10 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from processes import Script
 from test_startup import imports_of
 
 import cuda_check
@@ -25,10 +23,9 @@ def run(*argv, status=0):
 
 def test_every_part_passes_on_cpu(tmp_path):
     file = tmp_path / "results.json"
-    command = [sys.executable, "cuda_check.py", *SMALL, "--output", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    head, *parts = done.stdout.split("\n[")
+    process = Script("cuda_check.py", *SMALL, "--output", file, log=tmp_path / "log")
+    assert process.wait() == 0, process.output() + process.errors()
+    head, *parts = process.output().split("\n[")
     assert head.startswith("device cpu, torch ")
     assert {part.partition("]")[0]: part.count("\n  ") > 0 for part in parts} == dict.fromkeys(cuda_check.PARTS, True)
     assert " checks passed, 0 failed, in " in parts[-1]

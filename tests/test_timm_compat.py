@@ -158,6 +158,7 @@ def test_pretrained_file_adapts_channels_head_and_size(tmp_path):
     assert model.default_cfg["hf_hub_id"] == "timm/deit3_small_patch16_224.fb_in1k"
 
 
+@pytest.mark.parametrize("token_store", ["host"], indirect=True)  # masked models use none
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_masked_model_is_one_graph_with_same_results(backend):
     model = halting_model(3.0, 1.2, depth=5, zip_tokens=False).train()

@@ -1,6 +1,6 @@
-"""pytest plugin that makes timm's test suite run on the avit models, zipped or masked depending on ZIP_TOKENS.
+"""pytest plugin that makes timm's test suite run on MODELS, zipped or masked depending on ZIP_TOKENS.
 
-timm's tests take their parameters from timm.list_models. Here it lists the avit models, whatever
+timm's tests take their parameters from timm.list_models. Here it lists the models named in MODELS, whatever
 group of models is requested.
 """
 
