@@ -36,10 +36,10 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}
 PARITY = sorted((ROOT / "tests" / "parity").glob("*.npz"))
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["CPU", "CUDA"])
 def token_store(request, monkeypatch) -> str:
     """Run the test with the CPU store and with the CUDA store, whose operators are emulated."""
-    monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "device")
+    monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "CUDA")
     return request.param
 
 

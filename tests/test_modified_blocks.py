@@ -164,12 +164,12 @@ def test_function_replaced_globally_is_masked_with_warning(monkeypatch, owner):
 def test_cuda_store_calls_cuda_kernels(token_store):
     emulated_attention.calls.clear()
     halting_model()(images())
-    assert bool(emulated_attention.calls) == (token_store == "device")
+    assert bool(emulated_attention.calls) == (token_store == "CUDA")
 
 
 def test_attention_dropout_reaches_the_kernels(monkeypatch, token_store):
     model, found = halting_model(attn_drop_rate=0.25), set()
-    store = zipping.PackedTokensCUDA if token_store == "device" else zipping.PackedTokensCPU
+    store = zipping.PackedTokensCUDA if token_store == "CUDA" else zipping.PackedTokensCPU
     monkeypatch.setattr(store, "_attend", lambda self, q, k, v, dropout_p: found.add(dropout_p) or q)
     for training in (True, False):
         found.clear()
