@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+from graphlib import TopologicalSorter
 
 import pytest
 from conftest import ROOT
@@ -38,6 +39,7 @@ FILES |= {
     "requirements-dev.txt",
     "requirements-export.txt",
 }
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 45  # a file is read in one go, a function fits on a screen
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 MODULES = [path for path in TRACKED if path.endswith(".py") and not path.startswith(("tests/", "experiments/"))]
 
@@ -85,3 +87,28 @@ def test_zipping_and_macs_import_nothing_else():
 
 def test_only_the_kernels_import_triton():
     assert [path for path in MODULES if "triton" in imported(path)] == ["zipping/kernels.py"]
+
+
+def module_imports(path: str) -> set[str]:
+    """The files of this repository that a file imports when it is loaded itself: not inside functions, not for types."""
+    tree = ast.parse((ROOT / path).read_text())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {name.replace(".", "/") for name in found}
+    return {path for file in files for path in (f"{file}.py", f"{file}/__init__.py") if path in MODULES}
+
+
+def test_imports_have_no_circle():
+    TopologicalSorter({path: module_imports(path) - {path} for path in MODULES}).prepare()  # CycleError names a circle
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_files_and_functions_are_short(path):
+    text = (ROOT / path).read_text()
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno + 1 > MAX_FUNCTION_LINES}
+    assert (text.count("\n") <= MAX_FILE_LINES, long) == (True, {})
