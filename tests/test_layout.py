@@ -90,7 +90,7 @@ def test_only_the_kernels_import_triton():
 
 
 def module_imports(path: str) -> set[str]:
-    """The files of this repository that a file imports when it is loaded itself: not inside functions, not for types."""
+    """Return the files of this repository that a file imports at module level, outside functions and type checks."""
     tree = ast.parse((ROOT / path).read_text())
     found = set()
     for node in tree.body:
