@@ -68,7 +68,7 @@ class BudgetController:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the cost has been far from the goal for exactly one epoch: true for one update only."""
+        """Return whether the cost has been far from the goal for exactly one epoch: True for one update only."""
         return self.stuck_for == self.updates_per_epoch
 
     def observe(self, cost: float, momentum: float = 0.9) -> None:
@@ -97,11 +97,11 @@ class BudgetController:
 
 
 class DistributionPriorLoss(nn.Module):
-    """The KL divergence of the blocks' mean halting scores from a target (Eq. 12 of the A-ViT paper).
+    """KL divergence of the target from the blocks' mean halting scores (Eq. 12 of the A-ViT paper).
 
     The target is a Gaussian density at 0, 1, ..., depth - 1; `target[i]` belongs to block i + 1. It is scaled so that
-    its first round(mean) entries sum to 0.98; all of them do not sum to 1. For 12 blocks, mean and standard deviation are the
-    paper's 8 and 1. For other depths both scale with the depth, so the peak stays at two thirds of it.
+    its first round(mean) entries sum to 0.98, and does not sum to 1. For 12 blocks, mean and standard deviation are
+    the paper's 8 and 1: the peak is at block 9. For other depths both scale with the depth.
     """
 
     def __init__(self, depth: int = 12):

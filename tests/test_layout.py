@@ -112,3 +112,14 @@ def test_files_and_functions_are_short(path):
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno + 1 > MAX_FUNCTION_LINES}
     assert (text.count("\n") <= MAX_FILE_LINES, long) == (True, {})
+
+
+# Words with which a docstring has no subject and no verb in the imperative; ruff's D401 knows the other verb forms.
+NO_VERB = {"Of", "What", "Whether", "Over", "Where", "From", "As", "That", "How", "Which", "When", "Who", "Why", "With"}
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_docstrings_open_with_a_verb(path):
+    functions = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)]
+    docstrings = {f.name: ast.get_docstring(f) for f in functions if ast.get_docstring(f)}
+    assert {name: text for name, text in docstrings.items() if text.split()[0].strip(",.:") in NO_VERB} == {}

@@ -89,12 +89,12 @@ class Checkpoint:
 
     @property
     def is_native(self) -> bool:
-        """Whether a training run of this repository saved it."""
+        """Return whether a training run of this repository saved it."""
         return "gate" in self.content
 
     @property
     def is_static(self) -> bool:
-        """Whether it is a native checkpoint of a model that was trained without halting."""
+        """Return whether it is a native checkpoint of a model that was trained without halting."""
         return self.is_native and self.content["gate"] is None
 
     def state_dict(self, use_ema: bool = False) -> dict[str, Tensor]:

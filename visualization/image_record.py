@@ -60,7 +60,7 @@ class ImageRecord:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether the prediction differs from a known target."""
+        """Return whether the prediction differs from a known target."""
         return self.target not in (-1, self.prediction)
 
 

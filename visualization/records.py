@@ -161,5 +161,5 @@ class DatasetStatistics:
 
     @property
     def is_correct(self) -> np.ndarray:
-        """Whether each prediction is correct: [N] bool."""
+        """Return whether each prediction is correct: [N] bool."""
         return self.target == self.prediction
