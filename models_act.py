@@ -298,7 +298,7 @@ class AdaptiveTokens:
         cumulative = torch.zeros(rows.shape[:-1], dtype=torch.float32, device=x.device)
         is_logits_only = prefix_only and intermediates is None and gate_offset is None
         use_triton = is_logits_only and isinstance(tokens, PackedTokensCUDA) and uses_kernels(x)
-        history, mean_field = HaltingHistory(), None if prefix_only else MeanField(rows, x.shape)
+        history, mean_field = HaltingHistory(), (None if prefix_only else MeanField(rows, x.shape))
         for number, (block, block_forward) in enumerate(zip(self.blocks[:num_blocks], block_forwards), start=1):
             rows = block_forward(block, rows, tokens)
             is_last_block = number == self.num_blocks
@@ -328,7 +328,8 @@ class AdaptiveTokens:
     ) -> tuple[Tensor, Halting | None]:
         """Return the mean-field output, of the prefix tokens if `mean_field` is None, and `Halting` if requested."""
         score, cumulative_before, halts = history.concatenated()
-        probability, halting = _halting_probability(score, cumulative_before, halts), None
+        halting = None
+        probability = _halting_probability(score, cumulative_before, halts)
         if return_halting:
             probability, score, halts = history.to_dense(probability, score, halts)  # [L, B, N]
             halting = _summarize_halting(score, halts, self.num_prefix_tokens, self.num_blocks)

@@ -221,7 +221,8 @@ class PackedTokensCPU(PackedTokens):
         """
         stays = ~halts.numpy()
         if early_exit and len(stays):
-            live = stays[self.prefix_row] & (self.token[self.prefix_row] == self.prefix_token)
+            is_own_row = self.token[self.prefix_row] == self.prefix_token  # another token's, once it has halted
+            live = stays[self.prefix_row] & is_own_row
             stays &= live.reshape(self.size[0], -1).any(axis=1)[self.token // self.size[1]]
         kept = stays.nonzero()[0]
         if len(kept) == len(stays):
