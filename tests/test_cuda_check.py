@@ -4,6 +4,7 @@ import pytest
 import torch
 from processes import Script
 from test_startup import imports_of
+from warm_python import warm_python
 
 import cuda_check
 import zipping
@@ -23,8 +24,10 @@ def run(*argv, status=0):
 
 def test_every_part_passes_on_cpu(tmp_path):
     file = tmp_path / "results.json"
-    process = Script("cuda_check.py", *SMALL, "--output", file, log=tmp_path / "log")
-    assert process.wait() == 0, process.output() + process.errors()
+    with warm_python() as python:
+        prepare = f"import sys; sys.executable = {str(python)!r}"
+        process = Script("cuda_check.py", *SMALL, "--output", file, log=tmp_path / "log", prepare=prepare)
+        assert process.wait() == 0, process.output() + process.errors()
     head, *parts = process.output().split("\n[")
     assert head.startswith("device cpu, torch ")
     assert {part.partition("]")[0]: part.count("\n  ") > 0 for part in parts} == dict.fromkeys(cuda_check.PARTS, True)

@@ -86,7 +86,8 @@ def _answer(client: socket.socket) -> None:
 
 def _run(request: dict, streams: list[int]) -> int:
     """Run a module or a script as an interpreter would, and return the exit status."""
-    os.setpgid(0, request["group"])
+    with contextlib.suppress(PermissionError):  # not possible if the caller is in another session
+        os.setpgid(0, request["group"])
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])

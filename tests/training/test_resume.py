@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, make_image_folder
 from kill_and_resume import flags, outcome, same
+from processes import free_port, script_in_processes
 from test_loop import make_run
 
 import main_act
@@ -92,16 +93,13 @@ def test_run_killed_anywhere_resumes_exactly():
 @pytest.mark.slow
 def test_torchrun_restarts_a_job_after_a_kill(tmp_path):
     data = make_image_folder(tmp_path / "data", classes=3, train=24, val=3)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--master_port=29641"]
+    statuses, _, errors = script_in_processes(2, flags(data, tmp_path / "whole", 0), tmp_path)
+    assert statuses == [0, 0], errors
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", f"--master_port={free_port()}"]
+    command = [sys.executable, *launcher, str(ROOT / "main_act.py"), *flags(data, tmp_path / "killed", 0)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(out):
-        command = [sys.executable, *launcher, str(ROOT / "main_act.py"), *flags(data, out, 0)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-    whole, killed = start(tmp_path / "whole"), None
-    assert whole.wait(timeout=200) == 0, whole.communicate()[1]
-    killed = start(tmp_path / "killed")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    killed = subprocess.Popen(command, env=environment, **pipes)
     while not (tmp_path / "killed" / "log.txt").exists():
         assert killed.poll() is None, killed.communicate()[1]
         time.sleep(0.05)
