@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "timm", "pytest", "hypothesis"])
-PATIENCE = 120  # seconds; a process that takes longer is killed
+PATIENCE = 300  # seconds after which a process is killed
 
 
 def free_port() -> int:
