@@ -94,7 +94,7 @@ def _add_model_flags(add) -> None:
     add(
         "--budget",
         type=budget_share,
-        metavar="SHARE",
+        metavar="FRACTION",
         help="compute budget of the checkpoint as a fraction of the static model's MACs (e.g. 0.4)",
     )
     add("--data-path", metavar="DIR", help="dataset folder for --finetune")
@@ -224,7 +224,8 @@ def measure_case(case: Case, args: argparse.Namespace, device: torch.device) -> 
     from benchmarks import onnx, operations, timing
 
     size = "x".join(map(str, case.images.shape[-2:]))
-    title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {case.depth.mean().item():.2f}, {args.amp}"
+    precision = "float32" if args.amp == "none" else args.amp
+    title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {case.depth.mean().item():.2f}, {precision}"
     if args.count_ops:
         rows = operations.count_ops(case, device, args.amp)
         print(f"\n{title}: ops per block added to the static model\n{operations.format_counts(rows)}", flush=True)

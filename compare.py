@@ -87,8 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             rows.append(row(folder, folders[0]))
         except (OSError, ValueError) as error:
+            reason = f"{Path(error.filename).name} is missing" if isinstance(error, FileNotFoundError) else error
             fix = "Each folder must hold the output of main_act.py --eval --output_dir on the same images."
-            parser.error(f"cannot compare {folder}: {error}. {fix}")
+            parser.error(f"cannot compare {folder}: {reason}. {fix}")
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip())
