@@ -436,14 +436,19 @@ def _warn_about_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer
     lr = max(group["lr"] for group in optimizer.param_groups)
     scaled = f"the learning rate {lr:g} (--lr scaled to this batch size)"
     if args.sched not in ("constant", "none") and args.min_lr > lr:
-        warn(f"--min-lr {args.min_lr:g} is above {scaled}; the rate rises during training")
+        warn(
+            f"--min-lr {args.min_lr:g} is above {scaled}; the rate rises during training. "
+            "Pass --min-lr 0 or a larger --lr"
+        )
     if args.warmup_epochs >= args.epochs > 0:
         warn(
             f"--warmup-epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}; "
-            f"training ends before it reaches {scaled}"
+            f"training ends before it reaches {scaled}. Pass fewer --warmup-epochs"
         )
     elif args.warmup_epochs and args.warmup_lr > lr:
-        warn(f"--warmup-lr {args.warmup_lr:g} is above {scaled}; the rate falls during warm-up")
+        warn(
+            f"--warmup-lr {args.warmup_lr:g} is above {scaled}; the rate falls during warm-up. Pass a lower --warmup-lr"
+        )
 
 
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:

@@ -31,6 +31,7 @@ HARMLESS_FLAGS = {
     *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size"),
     *("checkpoint_steps", "keep", "max_bad_images"),
 }
+GATE_FLAGS = {"gate_scale", "gate_center"}
 
 
 @dataclass
@@ -89,6 +90,8 @@ class TrainingRun:
         utils.prepare_output_dir(self.options.output_dir)
         if utils.is_main() and self.options.output_dir is not None:
             self._prepare_logs()
+        if self.epoch.number >= self.options.epochs:
+            log(f"all {self.options.epochs} epochs are done; nothing to train")
         with self.stop.listening():
             for epoch in range(self.epoch.number, self.options.epochs):
                 self.train_loader.start_at(epoch, self.epoch.batches)
@@ -312,6 +315,7 @@ class TrainingRun:
             test = content["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
             self.resumed = True
+            log(f"resuming at epoch {self.epoch.number} (from 0), after {self.epoch.batches} batches of it")
             self.warn_changed_flags(content["args"], int(content["processes"]))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(
@@ -325,10 +329,12 @@ class TrainingRun:
         if processes != utils.world_size():
             changes.append(f"the number of processes was {processes} and is now {utils.world_size()}")
         for name in self.options.flags.keys() - HARMLESS_FLAGS:
-            if name in flags and flags[name] != self.options.flags[name]:
+            is_restored = name in GATE_FLAGS and self.options.flags[name] is None  # the gate is the checkpoint's
+            if name in flags and flags[name] != self.options.flags[name] and not is_restored:
                 is_plain = isinstance(flags[name], str | int | float | None)
                 before = repr(flags[name])[:80] if is_plain else "another value"
-                changes.append(f"--{name} was {before} and is now {self.options.flags[name]!r}")
+                flag = name.replace("_", "-")
+                changes.append(f"--{flag} was {before} and is now {self.options.flags[name]!r}")
         if changes:
             warn(f"the resumed run has other flags, so its result may differ: {'; '.join(sorted(changes))}")
 

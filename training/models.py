@@ -10,7 +10,7 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from datasets import Preprocessing
-from models_act import HALTING_DEFAULTS, AdaptiveTokens, adapt_
+from models_act import HALTING_DEFAULTS, SOURCES, AdaptiveTokens, adapt_
 from utils import UserError, did_you_mean
 
 TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # the timm modules with plain ViTs
@@ -104,7 +104,7 @@ def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTok
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            reason if is_avit(name) else f"the pretrained weights of {name} cannot be loaded: {reason}"
+            reason if SOURCES.get(name) else f"--pretrained: the weights of {name} cannot be loaded: {reason}"
         ) from error
 
 
