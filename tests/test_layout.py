@@ -114,12 +114,12 @@ def test_files_and_functions_are_short(path):
     assert (text.count("\n") <= MAX_FILE_LINES, long) == (True, {})
 
 
-# Words with which a docstring has no subject and no verb in the imperative; ruff's D401 knows the other verb forms.
+# Openings without a verb in the imperative and without a noun; ruff's D401 knows the other verb forms.
 NO_VERB = {"Of", "What", "Whether", "Over", "Where", "From", "As", "That", "How", "Which", "When", "Who", "Why", "With"}
 
 
 @pytest.mark.parametrize("path", MODULES)
-def test_docstrings_open_with_a_verb(path):
-    functions = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)]
-    docstrings = {f.name: ast.get_docstring(f) for f in functions if ast.get_docstring(f)}
+def test_docstrings_open_with_a_verb_or_a_noun(path):
+    nodes = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    docstrings = {node.name: ast.get_docstring(node) for node in nodes if ast.get_docstring(node)}
     assert {name: text for name, text in docstrings.items() if text.split()[0].strip(",.:") in NO_VERB} == {}

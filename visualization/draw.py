@@ -33,7 +33,7 @@ MAX_STEM_BYTES = 200  # a file name may have 255 bytes, endings included
 
 @dataclass(frozen=True)
 class RenderJob:
-    """What to draw, how, and where to.
+    """A drawing task: the model, which images to draw, in what style, and the output folder.
 
     model: an adaptive model; amp: see `utils.autocast`; folder: for the output; names: class names
     criterion, per_class: which images of each class are shown, see `Selection`; html: whether to write a gallery

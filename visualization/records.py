@@ -120,7 +120,7 @@ def gather_to_main(chosen: list[tuple[int, ImageRecord]]) -> list[tuple[int, Ima
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What the model did with N images of n patches each, in no defined order.
+    """Depths, predictions and MACs of N images of n patches each, in no defined order.
 
     depth: [N, n] uint8, patch depths; class_token_depth: [N] uint8, or None without a class token
     target, prediction: [N] class indices
