@@ -210,7 +210,7 @@ def test_unreachable_weights_raise(monkeypatch):
 
     for loader in ("load_state_dict_from_hf", "load_state_dict_from_url"):
         monkeypatch.setattr(f"timm.models._builder.{loader}", unreachable)
-    with pytest.raises(UserError, match=f"^the pretrained weights of {CLIP} cannot be loaded: unreachable$"):
+    with pytest.raises(UserError, match=f"^--pretrained: the weights of {CLIP} cannot be loaded: unreachable$"):
         create_model(CLIP, (32, 32), pretrained=True)
 
 

@@ -103,8 +103,9 @@ def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTok
         if not options.get("pretrained"):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        is_complete = SOURCES.get(name.partition(".")[0]) is not None  # then models_act's message names the flag
         raise UserError(
-            reason if SOURCES.get(name) else f"--pretrained: the weights of {name} cannot be loaded: {reason}"
+            reason if is_complete else f"--pretrained: the weights of {name} cannot be loaded: {reason}"
         ) from error
 
 
