@@ -55,7 +55,7 @@ __all__ = [
     "warn_skipped_files",
 ]
 
-MAX_UNCROPPED_SIDE = 32  # pixels; up to this input size, images are resized without a crop
+MAX_UNCROPPED_SIDE = 32  # pixels; up to this input size, evaluation does not crop, and training crops after padding
 
 
 class Preprocessing(NamedTuple):
@@ -182,7 +182,7 @@ def build_dataset(
 ) -> Dataset:
     """Build a dataset of ([3, H, W] float, class index) with an attribute `classes`, the class names.
 
-    name: a key of DATA_SETS, or a name of timm.data.create_dataset with its prefix (see READERS);
+    name: a key of DATA_SETS, or a name of timm.data.create_dataset with its prefix (see readers/streams.py);
     augmentation: see `training_transform`; None preprocesses training images as in evaluation;
     split, num_classes, batch_size, seed: for timm's readers; the default split is "train" or "validation".
     Raises UserError if the folder is missing, empty or has another layout.
@@ -226,7 +226,7 @@ def class_names(classes: list[str], data_path: str | None, index_file: str | Non
 
     index_file: a JSON file; None looks for one in the dataset's folder. Its content is {"0": "tench", ...},
     {"0": ["n01440764", "tench"], ...}, {"n01440764": "tench", ...} or ["tench", ...].
-    Raises UserError if the file has another content. A file from the dataset's folder is then ignored with a warning.
+    Raises UserError if `index_file` cannot be used. A file from the dataset's folder is then ignored with a warning.
     """
     candidates = sorted(Path(data_path).glob(CLASS_INDEX_FILES)) if data_path and index_file is None else []
     path = Path(index_file) if index_file is not None else next(iter(candidates), None)

@@ -68,7 +68,7 @@ class BudgetController:
 
     @property
     def is_stuck(self) -> bool:
-        """Return whether the cost has been far from the goal for exactly one epoch: True for one update only."""
+        """Return whether the weight was at its limit without progress for one epoch: True for one update only."""
         return self.stuck_for == self.updates_per_epoch
 
     def observe(self, cost: float, momentum: float = 0.9) -> None:

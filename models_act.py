@@ -202,7 +202,7 @@ class AdaptiveTokens:
         State l is x_l for tokens of depth l or more. Halted tokens keep their last state, so that maps have
         no holes. The final features are those of `forward_features`, unless `stop_early` skips blocks.
         With `return_halting`, the result is a pair of all this and `Halting`.
-        Raises ValueError for an attention mask.
+        Raises ValueError for an attention mask or an unknown `output_fmt`.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal are not supported: halting decides which tokens attend")

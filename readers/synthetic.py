@@ -46,7 +46,7 @@ class Digits(Dataset):
 
 
 class ClutteredFashionMNIST(Dataset):
-    """A Fashion-MNIST article of 28 x 28 at a random place on a black canvas of 56 x 56, with clutter, as RGB.
+    """A Fashion-MNIST article of 28 x 28 at a random place on a black canvas of 56 x 56, with clutter, in grayscale.
 
     The construction follows cluttered translated MNIST (Mnih et al., Recurrent Models of Visual Attention, NeurIPS
     2014): most of an image is useless, and the useful part differs between images. The clutter is 8 random crops of

@@ -33,7 +33,7 @@ from training.models import create_model, preprocessing
 from training.weights import GATE_NAMES, load_teacher_weights, resolve_gate
 from utils import RankError, UserError, warn
 
-GATE_IMAGES = 256  # on which the gate search runs
+GATE_IMAGES = 256  # number of images in the gate search
 START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search without --target-macs
 
 
@@ -45,7 +45,8 @@ def run_cli(
 ) -> None:
     """Run a command in its process group, or alone; `run` returns the exit status.
 
-    Raises SystemExit with that status if it is not 0, with 2 for invalid input and with 1 if training fails.
+    Raises SystemExit with that status if it is not 0, and with 2 for invalid input. The status is 1 if losses,
+    gradients or logits are not finite, or if a data-loader worker is killed.
     """
     try:
         group = (args.device,) if alone else (args.device, args.dist_url, args.world_size)

@@ -15,7 +15,7 @@ _asked = RawValue("b", 0)  # shared with the data-loader workers: 1 if a signal 
 
 
 class Interrupted(Exception):
-    """Raised after a run has saved a checkpoint because a signal asked it to stop."""
+    """Raised when a signal has stopped a run. If it has an output folder, it has saved a checkpoint before."""
 
 
 class StopRequest:

@@ -77,8 +77,8 @@ def uses_kernels(x: Tensor) -> bool:
 def _kernels_run(device: torch.device) -> bool:
     """Run the kernels once, forward and backward, and return whether they work.
 
-    Triton may be missing, or the C compiler that it needs. Raises torch.OutOfMemoryError, which
-    leaves the question open.
+    Triton may be missing, or the C compiler that it needs. Raises torch.OutOfMemoryError
+    without caching a result, so that the next call tries again.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad():

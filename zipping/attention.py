@@ -47,8 +47,8 @@ def varlen_attention(
     the end of the last; max_seqlen: an upper bound for the rows of an image.
     Returns [1, H, T, D].
 
-    It calls the operators behind torch's nested tensors: flash attention in half precision from
-    compute capability 8.0, else memory-efficient attention. The latter's backward pass rejects a
+    It calls the operators behind torch's nested tensors: flash attention in half precision with D
+    up to 256 from compute capability 8.0, else memory-efficient attention. The latter's backward pass rejects a
     max_seqlen above T. Both need D in multiples of 8 (of 4 in float32). Other widths are padded
     with zeros, which change neither products nor sums.
     """
@@ -60,7 +60,7 @@ def varlen_attention(
     q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
     if width % 8:
         q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
-    seqlens = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries, of keys
+    seqlens = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # queries, then keys
     if has_flash and q.shape[-1] <= 256:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         out = torch.ops.aten._flash_attention_forward(q, k, v, *seqlens, dropout_p, False, False, scale=scale)[0]

@@ -15,7 +15,7 @@ from zipping.attention import PerImageAttentionMask, ragged_attention, varlen_at
 
 
 class Gate(NamedTuple):
-    """Gate parameters as 0-d tensors, so that no tensor is created per block."""
+    """Gate parameters. The tensors are 0-d and built once per forward pass, not per block."""
 
     scale: float
     minus_center: Tensor
@@ -28,7 +28,7 @@ class Gate(NamedTuple):
         return cls(scale, minus_center, torch.full((), 1 - halt_eps, dtype=torch.float32, device=device))
 
     def shifted(self, offset: Tensor) -> Gate:
-        """Return the gate with `offset` added to its center. offset: [T] or [B, 1], a value per token."""
+        """Return the gate with `offset` added to its center. offset: [T] or [B, 1], broadcast over the tokens."""
         return self._replace(minus_center=self.minus_center - offset)
 
 

@@ -33,7 +33,8 @@ import main_act  # noqa: E402
 from training import build, checkpoints, loaders, loop, tensorboard  # noqa: E402
 
 HALF_WRITTEN, WORKER, ANY_TIME = "half a checkpoint", "data-loader worker", "any time"
-# By name of the place: the object and its function, and how often a complete run calls it.
+# By name of the place: the object and its function, and the last of its calls at which a run may be killed. A complete
+# run reaches that call.
 PLACES = {
     "start of an epoch": (loaders.ImageLoader, "start_at", 3),
     "data loading": (loaders, "Batch", 18),
@@ -55,7 +56,7 @@ PLACES = {
 def flags(data: Path, out: Path, workers: int) -> list[str]:
     """Return the flags of a run of 3 epochs of 6 steps with all kinds of random numbers.
 
-    It writes 5 checkpoints per epoch, and best.pth.
+    It writes 6 checkpoints per epoch, and best.pth.
     """
     small = f"--model avit_micro_patch4_32 --input-size 32 --batch-size 4 --num_workers {workers} --no-repeated-aug"
     run = "--epochs 3 --warmup-epochs 1 --lr 0.01 --drop 0.1 --checkpoint-steps 2 --keep 2 --tensorboard --resume auto"
