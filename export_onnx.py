@@ -109,7 +109,7 @@ def export(args: argparse.Namespace) -> None:
     content = proto.SerializeToString()
     utils.atomic_write(args.out, lambda file: file.write(content))
     height, width = model.patch_embed.img_size
-    gate = f"gate {model.gate_scale:g}, {model.gate_center:g}" if model.halting else "static"
+    gate = f"gate scale {model.gate_scale:g}, center {model.gate_center:g}" if model.halting else "static"
     images = "one image" if args.batch_mode == "single" else "images"
     size = f"{len(content) / 1e6:.2f} MB"
     utils.log(f"wrote {args.out}: {images} of {height} x {width}, {model.num_classes} classes, {gate}, {size}")

@@ -73,13 +73,13 @@ def usable_cores() -> int:
 def environment_int(name: str, default: int) -> int:
     """Return an environment variable as an int, or the default if it is unset or empty.
 
-    Raises UserError if it is not an integer.
+    Raises UserError if it is not a number of digits only; negative numbers are refused.
     """
     text = os.environ.get(name, "").strip()
     if not text:
         return default
     if not text.isdecimal():
-        raise UserError(f"{name} is {text!r} in the environment, expected an integer. Unset it, or use torchrun.")
+        raise UserError(f"{name} is {text!r} in the environment, expected an integer >= 0. Unset it, or use torchrun.")
     return int(text)
 
 
@@ -408,9 +408,9 @@ def warn(message: str, everywhere: bool = False) -> None:
 
 
 class TimedLoader:
-    """The batches of a loader.
+    """A loader that measures how long its consumer waits for batches.
 
-    seconds: time spent waiting for them, including the start of the workers
+    seconds: time spent waiting, including the start of the workers
     """
 
     def __init__(self, loader: Iterable):

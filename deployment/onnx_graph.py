@@ -70,7 +70,7 @@ def write_graph(model: AdaptiveTokens, batch_mode: str = "single", fp16_weights:
         raise ValueError(f"cannot export to ONNX: {reason}")
     size = sum(p.numel() for p in model.parameters()) * (2 if fp16_weights else 4)
     if size > MAX_BYTES:
-        raise ValueError(f"cannot export to ONNX: the weights take {size / 2**30:.1f} GiB, but a file holds at most 2")
+        raise ValueError(f"cannot export to ONNX: the weights take {size / 2**30:.1f} GiB; the limit is 2 GiB")
     graph, num_blocks, is_batch = GraphBuilder(fp16_weights), len(model.blocks), batch_mode == "batch"
     batch = ["B"] if is_batch else [1]
     inputs = [("images", FLOAT, [*batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size])]

@@ -15,7 +15,7 @@ import utils
 from readers.folders import load_image
 from utils import UserError, main_process_first
 
-READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # package of each
+READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # prefix -> package
 
 
 def check_reader(name: str) -> None:
@@ -175,7 +175,7 @@ def _declared_classes(dataset: Dataset, name: str, num_classes: int | None) -> l
     index_of = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     names = list(getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get))
     if not names and num_classes is None:
-        raise UserError(f"--data-set {name} does not declare its number of classes; give --num-classes")
+        raise UserError(f"--data-set {name} does not declare its number of classes; pass --num-classes")
     if names and num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {num_classes}: {name} has {len(names)} classes")
     return names or placeholder_names(num_classes)

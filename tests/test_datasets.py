@@ -263,7 +263,7 @@ def test_split_in_timms_notation(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("wds/", {}, "give --num-classes"),
+        ("wds/", {}, "pass --num-classes"),
         ("wds/", {"num_classes": 16, "split": "test"}, "split test not found"),
         ("hfds/cifar10", {}, r"has the same name as datasets\.py"),
         ("mnist/x", {}, "unknown prefix; expected torch/, wds/, tfds/"),

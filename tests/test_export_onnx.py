@@ -298,7 +298,7 @@ def test_exported_checkpoint_equals_masked_and_has_metadata(tmp_path, capsys):
     checkpoint = save_halting_micro(tmp_path / "c.pth", 3, classes=classes, budget_curves={"model": curve})
     graph = tmp_path / "out.onnx"
     run(checkpoint, graph, "--batch-mode", "batch")
-    assert "images of 32 x 32, 3 classes, gate 10, 30" in capsys.readouterr().out
+    assert "images of 32 x 32, 3 classes, gate scale 10, center 30" in capsys.readouterr().out
     metadata = {p.key: json.loads(p.value) for p in onnx.load(graph).metadata_props}
     assert metadata["classes"] == classes
     assert metadata["budget_curve"] == curve
@@ -312,7 +312,7 @@ def test_exported_checkpoint_equals_masked_and_has_metadata(tmp_path, capsys):
     np.testing.assert_array_equal(found_live, live)
     np.testing.assert_allclose(found_logits, logits, rtol=0, atol=TOLERANCE)
     run(checkpoint, graph, "--budget", "0.4")
-    assert "one image of 32 x 32, 3 classes, gate 10, 16," in capsys.readouterr().out
+    assert "one image of 32 x 32, 3 classes, gate scale 10, center 16," in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if ".onnx" in path.name] == ["out.onnx"]
 
 
@@ -398,7 +398,7 @@ def test_modified_or_too_large_models_raise(monkeypatch):
     with pytest.raises(ValueError, match=r"blocks\.1 has a hook or a replaced forward"):
         write_graph(model)
     monkeypatch.setattr("deployment.onnx_graph.MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match="a file holds at most 2"):
+    with pytest.raises(ValueError, match="the limit is 2 GiB"):
         write_graph(halting_model())
 
 

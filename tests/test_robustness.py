@@ -251,7 +251,7 @@ def test_waiting_process_prints_a_warning(image_folder, tmp_path):
         process.wait_until(lambda: "\n" in process.errors())
     finally:
         process.kill()
-    assert "process 0 waits at 127.0.0.1:29763 for the other processes of 2" in process.errors()
+    assert "process 0 of 2 waits for the others at 127.0.0.1:29763" in process.errors()
 
 
 HOLDING = """

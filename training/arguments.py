@@ -156,8 +156,8 @@ def _schedule() -> Parser:
 
 def _augmentation() -> Parser:
     parser, add = _group("augmentation")
-    add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, --aa or --reprob")
-    add("--color-jitter", type=nonnegative, default=0.4, metavar="C", help="color jitter, used with --aa none only")
+    add("--no-aug", action="store_true", help="training images as in evaluation: no random crop, flip, --aa, --reprob")
+    add("--color-jitter", type=nonnegative, default=0.4, metavar="C", help="color jitter, for --aa none and 3a only")
     add(
         "--aa",
         type=augment_policy,

@@ -204,7 +204,7 @@ class Checkpoint:
         return weights
 
     def names_by_class(self) -> dict[str, str]:
-        """Return the classes in order, each with a name to show: the recorded name, ImageNet's, or a number.
+        """Return the classes in order, each with a name to show: the recorded name, ImageNet's, or "class N".
 
         Raises UserError if the weights have no head.
         """

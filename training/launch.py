@@ -87,7 +87,7 @@ def _warning_while_waiting(launch: LaunchEnvironment, dist_url: str) -> Iterator
     if dist_url == "env://":
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     message = (
-        f"process {launch.rank} waits at {address} for the other processes of {launch.world_size}. "
+        f"process {launch.rank} of {launch.world_size} waits for the others at {address}. "
         "To run a single process, unset WORLD_SIZE and RANK."
     )
     timer = threading.Timer(WAIT_WARNING_SECONDS, warn, (message, True))

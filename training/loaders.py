@@ -118,9 +118,9 @@ class ImageLoader(DataLoader):
             self.bad_images.append(message)
             if len(self.bad_images) > self.max_bad_images:
                 limit = self.max_bad_images
-                reason = f"; more than {limit} images are unreadable (--max-bad-images)" if limit else ""
-                raise RankError(message + reason)
-            utils.warn(f"{message}; it is skipped", everywhere=True)
+                hint = f"; more than {limit} images are unreadable; repair them or raise --max-bad-images"
+                raise RankError(message + hint if limit else message)
+            utils.warn(f"{message}; the image is skipped", everywhere=True)
 
     def state_dict(self) -> dict:
         """Return the loader's entry of a checkpoint. Every process must call it."""
@@ -155,7 +155,8 @@ class StreamLoader(ImageLoader):
         for number, (images, targets, *_) in enumerate(DataLoader.__iter__(self)):
             if not ((targets >= 0) & (targets < classes)).all():  # a stream's labels can be checked only when read
                 raise RankError(
-                    f"an image has label {targets.max()} but there are {classes} classes; check --num-classes"
+                    f"a batch has labels from {targets.min()} to {targets.max()} but there are {classes} classes; "
+                    "check --num-classes"
                 )
             indices = list(itertools.islice(places, len(images)))
             if number >= self.first_batch:
@@ -172,7 +173,10 @@ def training_loader(
     pin_memory: bool,
     max_bad_images: int,
 ) -> ImageLoader:
-    """Build the loader of training images; it drops an incomplete last batch, unless it is the only one."""
+    """Build the loader of training images; it drops an incomplete last batch, unless it is the only one.
+
+    A `Stream` drops it in any case, and ignores seed, repeated_aug and max_bad_images.
+    """
     if isinstance(images, Stream):
         return _stream_loader(images, batch_size, num_workers, pin_memory, persistent=False, drop_last=True)
     sampler = training_sampler(images, utils.world_size(), utils.rank(), seed, repeated_aug)
@@ -192,7 +196,7 @@ def evaluation_loader(
 ) -> ImageLoader:
     """Build a loader that reads each image once over all processes.
 
-    skip_unreadable: skip unreadable images with a warning instead of raising RankError.
+    skip_unreadable: skip unreadable images with a warning instead of raising RankError. A `Stream` ignores it.
     """
     if isinstance(images, Stream):
         return _stream_loader(images, batch_size, num_workers, pin_memory)

@@ -24,7 +24,7 @@ from utils import UserError, log, warn
 
 WATCHED = ("acc1", "depth_mean")  # metrics that are compared with the previous epoch's
 MAX_COST = 0.9  # a budget curve is measured up to this fraction of the static model's MACs
-COLLAPSED_DEPTH = 2.5  # a warning is printed if the mean depth is below
+COLLAPSED_DEPTH = 2.5  # blocks; a warning is printed if the mean depth is lower
 
 # A resumed run may change these flags without changing its result.
 HARMLESS_FLAGS = {
@@ -217,7 +217,7 @@ class TrainingRun:
             return
         if test["depth_mean"] < COLLAPSED_DEPTH:
             warn(
-                f"tokens collapse: their mean depth is {test['depth_mean']:.2f}; "
+                f"tokens collapse: their mean depth is {test['depth_mean']:.2f} blocks; "
                 "reduce --ponder_token_scale or change --gate_center"
             )
         before = self.previous_test
@@ -232,7 +232,7 @@ class TrainingRun:
     def log_epoch(self, training: dict, test: dict) -> None:
         """Write best.pth if this epoch is the best so far, log.txt, TensorBoard points and checkpoint.pth.
 
-        The checkpoint comes last: a run that is killed before it repeats the epoch.
+        The checkpoint comes last. A run that is killed earlier repeats the evaluation and all of this.
         """
         number = self.epoch.number
         is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, only once calibrated
@@ -315,7 +315,7 @@ class TrainingRun:
             test = content["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
             self.resumed = True
-            log(f"resuming at epoch {self.epoch.number} (from 0), after {self.epoch.batches} batches of it")
+            log(f"resuming at epoch {self.epoch.number} (the first is 0), after {self.epoch.batches} of its batches")
             self.warn_changed_flags(content["args"], int(content["processes"]))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(

@@ -152,7 +152,8 @@ def load_weights(
     own, weights = model.state_dict(), _with_timm_names(weights)
     head = {name: value for name, value in own.items() if is_of_head(name)}
     if replace_head and not head.keys() & weights.keys():
-        warn(f"{location} has no head for these classes; training starts with a new head of {model.num_classes}")
+        new_head = f"a new head of {model.num_classes} classes"
+        warn(f"{location} has no head for these classes; training starts with {new_head}")
         weights |= head
     wrong = state_dict_mismatches(own, weights, may_be_resized)
     if wrong:
@@ -181,7 +182,11 @@ def load_teacher_weights(model: nn.Module, weights: dict[str, Tensor], location:
 
 
 def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size: tuple[int, int] | None) -> Tensor:
-    """embedding: [1, prefix + old patches, C] -> [1, prefix + the model's patches, C]."""
+    """Resample a position embedding to the model's grid of patches.
+
+    embedding: [1, prefix + old patches, C] -> [1, prefix + the model's patches, C].
+    Raises UserError if the old patches do not form a grid.
+    """
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     patches, grid = embedding.shape[1] - prefix, model.patch_embed.grid_size
     old_grid = (math.isqrt(max(patches, 0)),) * 2

@@ -134,7 +134,7 @@ def test_named_device_for_two_processes_raises(monkeypatch, chosen, environment)
             None,
             "RANK is 2 in the environment, which is out of range: WORLD_SIZE is 2",
         ),
-        ({"WORLD_SIZE": "four"}, None, "WORLD_SIZE is 'four' in the environment, expected an integer"),
+        ({"WORLD_SIZE": "four"}, None, "WORLD_SIZE is 'four' in the environment, expected an integer >= 0"),
     ],
 )
 def test_invalid_launch_environment_raises(monkeypatch, environment, world_size, message):
