@@ -23,7 +23,7 @@ from macs import macs_per_image
 from models_act import Halting
 from utils import MetricAverages, autocast
 
-MAX_SKIPPED = 30  # steps in a row; gradient scaling has then fallen from 2^16 to 2^-14
+MAX_SKIPPED = 30  # steps in a row; the gradient scale has then fallen from 2^16 to 2^-14
 
 
 class MicroBatchResult(NamedTuple):

@@ -50,7 +50,7 @@ class ResumableSampler(Sampler):
         self.start_at(0)
 
     def start_at(self, epoch: int, first: int = 0) -> None:
-        """Let the next iteration be that of `epoch`, without its first `first` images."""
+        """Make the next iteration start in `epoch`, after its first `first` images."""
         self.sampler.set_epoch(epoch)
         self.epoch, self.first = epoch, first
 

@@ -182,8 +182,8 @@ def without_tf32() -> Iterator[None]:
 # Attention ---------------------------------------------------------------------------------------
 
 PRECISION = {"none": "float32", "bf16": "bf16", "fp16": "fp16"}
-# Limits of `distance` by mixed-precision type; for depths, of the fraction that may differ. Attention is compared with
-# float64, everything else zipped with masked.
+# Limits of `distance` by mixed-precision type. The limit of depths is the fraction of tokens that may differ. Attention
+# is compared with float64, everything else with the masked model.
 LIMITS = {
     "none": {
         "attention": 5e-5,
@@ -365,7 +365,7 @@ def gradients(model: nn.Module, images: Tensor, amp: str) -> Tensor:
         logits, halting = model(images, return_halting=True)
     loss = F.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
     loss = loss + 0.01 * halting.ponder_cost.mean() + halting.layer_scores.square().sum()
-    scaled = torch.autograd.grad(1024 * loss, list(model.parameters()))  # or fp16 gradients underflow
+    scaled = torch.autograd.grad(1024 * loss, list(model.parameters()))  # without the factor, fp16 gradients underflow
     return torch.cat([gradient.flatten() for gradient in scaled])
 
 

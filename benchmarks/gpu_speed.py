@@ -169,7 +169,7 @@ def speed(check: Check) -> None:
     for case in SMALL_CASES if check.small else CASES:
         label = case.label(case.amp or check.amp) + ", with the compiled model" * case.compiled
         macs = static_macs(case.size) * max(case.batch, MIN_IMAGES) * (3 if case.train else 1)
-        calls = 3 * (WARM_UP + check.rounds)  # of 3 variants
+        calls = 3 * (WARM_UP + check.rounds)  # the static, zipped and early-exit models
         needed = 2 + COMPILATION * case.compiled + calls * macs * min(seconds_per_mac, default=0)
         if check.left < needed:
             check.report(f"{label}: skipped, needs up to {needed:.0f} s of the {check.left:.0f} s left")

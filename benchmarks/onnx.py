@@ -122,7 +122,7 @@ def _onnx_call(graph: onnx.ModelProto, threads: int) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its idle threads slow PyTorch down
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # otherwise its idle threads slow PyTorch down
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(["logits"], {"images": batch})
 

@@ -8,7 +8,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from deployment.graph import BOOL, FLOAT, INT64, GraphBuilder
 
 IMAGE_NUMBERS, NO_ROWS = "image_numbers", "no_rows"  # tensors [B] of the batch graph: 0 to B - 1; zeros
-PADDING_BIAS = -60.0  # exp(-60) is negligible, but not a denormal number: those are slow
+PADDING_BIAS = -60.0  # exp(-60) is negligible but not denormal; arithmetic on denormal numbers is slow
 
 
 def _tensor(onnx_type: int, row_axis: int | None = None) -> Field:

@@ -27,7 +27,7 @@ import numpy as np
 
 from compare import read_correct
 
-HELD_OUT_SHARE, SUBSET_SHARE = 1 / 12, 1 / 3  # of the training images: 5,000 and 20,000 of 60,000
+HELD_OUT_SHARE, SUBSET_SHARE = 1 / 12, 1 / 3  # fractions: 5,000 and 20,000 of the 60,000 training images
 KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
 # Flags that describe the machine, not the recipe. Exported checkpoints do not contain them.
 PRIVATE_FLAGS = {"output_dir", "data_path", "pretrained_path", "resume", "finetune", "teacher_path"}

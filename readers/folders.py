@@ -19,7 +19,7 @@ from utils import RankError, UserError, warn
 # Images ------------------------------------------------------------------------------------------
 
 MAX_ASPECT_RATIO = 20  # longer images are cropped to this ratio, around their center
-WHITE_LEVELS = (1, 255, 2**16 - 1, 2**32 - 1)  # of pixels in floating point, 8, 16 and 32 bit
+WHITE_LEVELS = (1, 255, 2**16 - 1, 2**32 - 1)  # white in floating point and with 8, 16 and 32 bits
 
 
 class UnreadableImage(RankError):

@@ -22,8 +22,8 @@ from training.loaders import ImageLoader
 from utils import UserError
 
 CALIBRATION_IMAGES = 1000
-MAX_ROUNDS = 16  # of measuring on all images; a smooth curve needs three or four
-GAP, FAR_GAP = 0.06, 0.03  # largest cost difference of neighboring points that are near and far apart
+MAX_ROUNDS = 16  # measurements on all images; a smooth curve needs three or four
+GAP, FAR_GAP = 0.06, 0.03  # largest cost difference of neighboring points: if they are near, and otherwise
 NEAR = 1.0  # distance in centers: a score is a sigmoid of its center, so costs are almost linear within it
 MAX_POINTS = 1000  # a recorded curve with more points is ignored
 

@@ -88,7 +88,7 @@ def one_line(name: str, max_length: int) -> str:
 MAX_CLASSES = 12  # up to this many classes are all shown
 AT_EACH_END = 5  # of more classes, this many of the lowest and of the highest depth are shown
 THUMBNAIL = 19  # points, side of the image next to a bar
-BINS = 10  # of images, by mean depth
+BINS = 10  # number of groups of images with similar mean depth
 
 
 class Chart(NamedTuple):

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 PAPER, INK, WARNING = "white", "black", "#b3261e"  # colors of background, text, and wrong predictions
 HALTED = 160  # darkest gray of a halted patch
 OVERLAY = 0.6  # opacity of the depth map over the image
-FRAME_SECONDS = 0.45  # of an animation; the last frame lasts four times as long
-MAX_LETTERS = 400  # per line of text; no image is wide enough for more
-PAPERS_COLORMAP = "hot"  # the paper's: from black to white, whiter is deeper
+FRAME_SECONDS = 0.45  # each frame of an animation is shown this long; the last frame lasts four times as long
+MAX_LETTERS = 400  # letters drawn per line of text; no image is wide enough for more
+PAPERS_COLORMAP = "hot"  # the paper's colormap, from black to white: whiter is deeper
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,8 @@ class ImageRecord:
         return self.target not in (-1, self.prediction)
 
 
-CRITERIA: dict[
-    str, Callable[[ImageRecord], float | None]
-] = {  # images with the largest value are selected; None: never
+# The images with the largest value are selected. An image with the value None is never selected.
+CRITERIA: dict[str, Callable[[ImageRecord], float | None]] = {
     "std": lambda record: record.depth_spread,
     "deepest": lambda record: record.mean_depth,
     "shallowest": lambda record: -record.mean_depth,

@@ -59,7 +59,7 @@ def _serve(listener: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the processes that answer
     while True:
         client, _ = listener.accept()
         if os.fork() == 0:
