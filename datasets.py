@@ -248,7 +248,7 @@ def _read_class_index(path: Path) -> dict[str, str]:
         pairs = [(key, value) if isinstance(value, str) else value[:2] for key, value in entries]
         return {str(key): " ".join(name.split()) for key, name in pairs}
     except OSError as error:
-        raise UserError(f"--class-index {path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: the class index cannot be read: {error.strerror}") from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: not a class index; expected {{"0": ["n01440764", "tench"], ...}}') from error
 

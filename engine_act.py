@@ -291,10 +291,10 @@ class EpochState:
         """Restore the state, or raise KeyError, ValueError or similar if an entry is wrong."""
         number, batches, seconds = int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), checkpoint["seconds"]
         if not (0 <= number <= MAX_EPOCHS and 0 <= batches <= MAX_BATCHES and 0 <= seconds < math.inf):
-            raise ValueError(f"epoch {number}, batch {batches}, {seconds} s")
+            raise ValueError(f"out of range: epoch {number}, batch {batches} or {seconds} seconds")
         data_wait = float(checkpoint.get("data_wait", 0))  # missing in older checkpoints
         if not 0 <= data_wait <= 1:
-            raise ValueError(f"data_wait is {data_wait}")
+            raise ValueError(f"data_wait must be in [0, 1], got {data_wait}")
         self.number, self.batches, self.seconds = number, batches, float(seconds)
         self.waiting_seconds = data_wait * self.seconds
         if utils.is_main():

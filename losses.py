@@ -92,7 +92,7 @@ class BudgetController:
         start, cost, stuck_at, stuck_for = checkpoint["budget_controller"]
         costs = [float(value) for value in (start, cost, stuck_at) if value is not None]
         if not all(0 <= value <= 1 for value in costs) or (start is None) != (cost is None):
-            raise ValueError(f"costs must be in [0, 1], got {costs}")
+            raise ValueError(f"costs must be in [0, 1], and the first two set or None together; got {costs}")
         self.start, self.cost, self.stuck_at, self.stuck_for = start, cost, float(stuck_at), int(stuck_for)
 
 

@@ -146,7 +146,10 @@ def check_finite(logits: Tensor) -> None:
     """
     broken = len(logits) - int(logits.isfinite().all(dim=1).sum())
     if broken:
-        raise FloatingPointError(f"the logits of {broken} of {len(logits)} images are not finite")
+        raise FloatingPointError(
+            f"the logits of {broken} of {len(logits)} images are not finite: the weights have diverged, "
+            "or half precision overflows. Use an earlier checkpoint, or --amp none."
+        )
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -329,11 +332,12 @@ class MetricAverages:
     def reduced(self) -> tuple[float, dict[str, float | list[float]]]:
         """Return the total weight and the means over all processes.
 
-        Every process must call this, even without values. Raises UserError if no process has any.
+        Every process must call this, even without values. Raises UserError if no process has any, because no image
+        could be read or because gradient scaling skipped every training step.
         """
         total, sums = self._global_sums()
         if total == 0:
-            raise UserError("no image could be read")
+            raise UserError("no metrics: no image could be read, or every training step was skipped")
         return total, {name: (s / total).tolist() for name, s in sums.items()}
 
     def _global_sums(self) -> tuple[float, dict[str, Tensor]]:

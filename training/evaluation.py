@@ -62,7 +62,9 @@ def _as_csv(rows: list[tuple]) -> bytes:
 def check_complete(result: dict, loader: ImageLoader) -> None:
     """Raise UserError if a complete evaluation has read fewer images than the dataset has."""
     if result["images"] < loader.num_images:
-        raise UserError(f"only {result['images']} of {loader.num_images} validation images could be read")
+        raise UserError(
+            f"only {result['images']} of {loader.num_images} validation images could be read; check --data-path"
+        )
 
 
 @torch.inference_mode()

@@ -311,7 +311,7 @@ class TrainingRun:
                 part.load_state_dict(content)
             self.best_acc1 = float(content["best_acc1"])
             if math.isnan(self.best_acc1):
-                raise ValueError("best_acc1 is nan")
+                raise ValueError("best_acc1 must be a number, got nan")
             test = content["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
             self.resumed = True
