@@ -22,7 +22,7 @@ PARTS = {
     "attention": "packed attention against float64, forward and backward",
     "parity": "zipped against masked: logits, depths, ponder costs, gradients",
     "edges": "the same if all tokens halt in block 1, if none halts, and on one image",
-    "training": "training steps, in fp16 with gradient scaling",
+    "training": "training steps in each precision, with gradient scaling in fp16",
     "ddp": "DistributedDataParallel in one process, with NCCL on CUDA",
     "command": "main_act.py from start to end and resumed, in fp16 on CUDA",
     "seqlens": "latency of new sequence lengths",

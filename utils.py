@@ -73,7 +73,7 @@ def usable_cores() -> int:
 def environment_int(name: str, default: int) -> int:
     """Return an environment variable as an int, or the default if it is unset or empty.
 
-    Raises UserError if it is not a number of digits only; negative numbers are refused.
+    Raises UserError if it is not an integer >= 0.
     """
     text = os.environ.get(name, "").strip()
     if not text:

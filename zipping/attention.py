@@ -47,10 +47,10 @@ def varlen_attention(
     the end of the last; max_seqlen: an upper bound for the rows of an image.
     Returns [1, H, T, D].
 
-    It calls the operators behind torch's nested tensors: flash attention in half precision with D
-    up to 256 from compute capability 8.0, else memory-efficient attention. The latter's backward pass rejects a
-    max_seqlen above T. Both need D in multiples of 8 (of 4 in float32). Other widths are padded
-    with zeros, which change neither products nor sums.
+    It calls the operators behind torch's nested tensors. Flash attention runs in half precision
+    with D up to 256, from compute capability 8.0. Otherwise memory-efficient attention runs, whose
+    backward pass rejects a max_seqlen above T. Both need D in multiples of 8 (of 4 in float32).
+    Other widths are padded with zeros to a multiple of 8, which changes neither products nor sums.
     """
     max_seqlen = min(max_seqlen, q.shape[2])
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
@@ -60,7 +60,7 @@ def varlen_attention(
     q, k, v = (x.to(computed).transpose(1, 2) for x in (q, k, v))  # [1, T, H, D]
     if width % 8:
         q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
-    seqlens = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # queries, then keys
+    seqlens = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # offsets and maxima of queries and keys
     if has_flash and q.shape[-1] <= 256:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         out = torch.ops.aten._flash_attention_forward(q, k, v, *seqlens, dropout_p, False, False, scale=scale)[0]

@@ -28,7 +28,7 @@ class Gate(NamedTuple):
         return cls(scale, minus_center, torch.full((), 1 - halt_eps, dtype=torch.float32, device=device))
 
     def shifted(self, offset: Tensor) -> Gate:
-        """Return the gate with `offset` added to its center. offset: [T] or [B, 1], broadcast over the tokens."""
+        """Return the gate with `offset` added to its center. offset: [T], or [B, 1] for all tokens."""
         return self._replace(minus_center=self.minus_center - offset)
 
 
