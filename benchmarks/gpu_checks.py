@@ -83,13 +83,13 @@ class Check:
     def compare(self, what: str, errors: dict[str, float], limits: dict[str, float]) -> None:
         """Check that no error exceeds the limit of the same name. NaN exceeds every limit."""
         wrong = {name for name, error in errors.items() if not error <= limits[name]}
-        figures = [f"{name} {errors[name]:.1e}{f' (at most {limits[name]:g})' * (name in wrong)}" for name in errors]
-        self.check(what, not wrong, ", ".join(figures))
+        numbers = [f"{name} {errors[name]:.1e}{f' (at most {limits[name]:g})' * (name in wrong)}" for name in errors]
+        self.check(what, not wrong, ", ".join(numbers))
 
-    def report(self, line: str, **figures) -> None:
-        """Print and record a result that cannot fail: its figures, or the line if there are none."""
+    def report(self, line: str, **numbers) -> None:
+        """Print and record a result that cannot fail: its numbers, or the line if there are none."""
         print(f"  {line}", flush=True)
-        self.measured.append({"part": self.part, **(figures or {"told": line.strip()})})
+        self.measured.append({"part": self.part, **(numbers or {"told": line.strip()})})
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:

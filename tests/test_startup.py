@@ -1,4 +1,4 @@
-"""Commands answer --help and errors in flags without importing torch; tools/startup.py measures the time."""
+"""Commands print --help and errors in flags without importing torch; tools/startup.py measures the time."""
 
 import subprocess
 import sys

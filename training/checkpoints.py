@@ -334,9 +334,9 @@ def _weights_in(content: object, names: Sequence[str], depth: int = MAX_WRAPPERS
     """Return the named tensors under the first of these keys that has some, at any depth, or None."""
     for name in names if isinstance(content, dict) and depth else ():
         inside = content.get(name)
-        found = _named_tensors(inside) or _weights_in(inside, WEIGHTS, depth - 1)
-        if found:
-            return found
+        weights = _named_tensors(inside) or _weights_in(inside, WEIGHTS, depth - 1)
+        if weights:
+            return weights
     return None
 
 
@@ -356,10 +356,10 @@ def find_latest_checkpoint(output_dir: str) -> str | None:
     Raises UserError if the file exists for some processes only.
     """
     path = Path(output_dir) / "checkpoint.pth"
-    found = utils.all_gather_objects(path.exists())
-    if len(set(found)) > 1:
+    exists = utils.all_gather_objects(path.exists())  # in each process
+    if len(set(exists)) > 1:
         raise UserError(f"{path} exists for some processes only; --output_dir must be on a disk that all share")
-    return str(path) if found[0] else None
+    return str(path) if exists[0] else None
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:

@@ -74,11 +74,11 @@ def _candidates(model: AdaptiveTokens, states: Tensor, cost: float) -> list[Gate
 
 def _states(model: AdaptiveTokens, images: Tensor) -> Tensor:
     """Return the token states of the static model after each block, [L, B, N, C] float32."""
-    found = model.forward_intermediates(
+    result = model.forward_intermediates(
         images, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, output_dict=True
     )
-    patches = found["image_intermediates"]
-    prefix = found.get("image_intermediates_prefix", [state[:, :0] for state in patches])
+    patches = result["image_intermediates"]
+    prefix = result.get("image_intermediates_prefix", [state[:, :0] for state in patches])
     return torch.stack([torch.cat(both, dim=1).float() for both in zip(prefix, patches)])
 
 
@@ -110,7 +110,7 @@ def _evaluate_gate(
     with utils.autocast(images.device, amp):
         logits, halting = model(images, return_halting=True)
     model.set_halting_channel(candidate.channel)  # a second swap restores the channels
-    found = F.log_softmax(logits.float(), dim=1)
-    divergence = F.kl_div(found, expected, reduction="batchmean", log_target=True).item()
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    divergence = F.kl_div(log_probabilities, expected, reduction="batchmean", log_target=True).item()
     cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)
     return candidate._replace(divergence=divergence, cost=cost)

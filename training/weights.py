@@ -39,17 +39,17 @@ def resolve_gate(
     """
     sources, resolved = [("the command line", flags), *sources], {}
     for name in GATE_NAMES:
-        found = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        found = found or [("the defaults", HALTING_DEFAULTS[name])]
-        resolved[name] = found[0][1]
+        choices = [(source, values[name]) for source, values in sources if values.get(name) is not None]
+        choices = choices or [("the defaults", HALTING_DEFAULTS[name])]
+        resolved[name] = choices[0][1]
         if name in logged:
-            _log_choice(name, found)
+            _log_choice(name, choices)
     return resolved
 
 
-def _log_choice(name: str, found: list[tuple[str, float]]) -> None:
-    """Print a gate value and its source; warn if another source differs. found: (source, value), the chosen first."""
-    (source, value), *others = found
+def _log_choice(name: str, choices: list[tuple[str, float]]) -> None:
+    """Print a gate value and its source; warn if another differs. choices: (source, value), the chosen one first."""
+    (source, value), *others = choices
     if name in GATE_DEFAULTS or value != HALTING_DEFAULTS[name]:
         log(f"{name} {value:g}, from {source}")
     for other, other_value in others:
@@ -60,9 +60,9 @@ def _log_choice(name: str, found: list[tuple[str, float]]) -> None:
 def gate_numbers(record: object) -> dict[str, float]:
     """Return the usable gate values in a record read from a file: finite numbers, and halt_eps in [0, 1)."""
     values = record if isinstance(record, dict) else {}
-    found = {name: values.get(name) for name in GATE_NAMES}
-    found = {name: float(v) for name, v in found.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
-    return {name: value for name, value in found.items() if name in GATE_DEFAULTS or 0 <= value < 1}
+    gate = {name: values.get(name) for name in GATE_NAMES}
+    gate = {name: float(v) for name, v in gate.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
+    return {name: value for name, value in gate.items() if name in GATE_DEFAULTS or 0 <= value < 1}
 
 
 def gate_in_name(location: str) -> dict[str, float]:

@@ -114,10 +114,10 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """
     files, problems = [], []
     for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not found:
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not paths:
             problems.append(f"{pattern}: no such file or directory, and no file matches this pattern")
-        for path in map(Path, found):
+        for path in map(Path, paths):
             inside = [path]
             if path.is_dir():
                 inside, skipped = find_image_files(path)

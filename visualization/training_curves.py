@@ -76,7 +76,7 @@ def _is_finite(value: object) -> bool:
 def series(run: Run, *names: str) -> np.ndarray:
     """Return an epoch and its metrics per row: [epochs, 1 + names].
 
-    Epochs in which a metric is missing or not finite are left out. The last entry of a repeated epoch counts.
+    Epochs in which a metric is missing or not finite are skipped. The last entry of a repeated epoch counts.
     """
     by_epoch = {line["epoch"]: line for line in run.lines}
     rows = [[by_epoch[epoch].get(name) for name in ("epoch", *names)] for epoch in sorted(by_epoch)]
