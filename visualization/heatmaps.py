@@ -132,20 +132,20 @@ def legend(height: int, style: Style) -> Image.Image:
     return picture
 
 
-def hstack(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+def hstack(images: Sequence[Image.Image], gap: int) -> Image.Image:
     """Join images in a row on white, aligned at the top."""
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    canvas = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    canvas = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
     left = 0
-    for picture in pictures:
-        canvas.paste(picture, (left, 0))
-        left += picture.width + gap
+    for image in images:
+        canvas.paste(image, (left, 0))
+        left += image.width + gap
     return canvas
 
 
-def vstack(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+def vstack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     """Join images in a column on white, aligned at the left."""
-    flipped = [picture.transpose(Image.Transpose.TRANSPOSE) for picture in pictures]
+    flipped = [image.transpose(Image.Transpose.TRANSPOSE) for image in images]
     return hstack(flipped, gap).transpose(Image.Transpose.TRANSPOSE)
 
 

@@ -103,8 +103,8 @@ def _kernels_run(device: torch.device) -> bool:
 def can_pack(x: Tensor) -> bool:
     """Return whether the live tokens of `x` can be packed rows.
 
-    x: [B, N, C]. They cannot be on other devices than CPU and CUDA, for an empty batch, in float64
-    on CUDA, or inside a transform of torch.func.
+    x: [B, N, C]. The result is False on other devices than CPU and CUDA, for an empty batch, in
+    float64 on CUDA, and inside a transform of torch.func.
     """
     if x.device.type not in ("cpu", "cuda") or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
