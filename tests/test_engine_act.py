@@ -119,10 +119,19 @@ class SlowLoader(list):
 def test_data_wait_excludes_training_and_progress(clock, monkeypatch, capsys):
     """A step takes 2 s, and the progress line after it 10 s. Neither counts as waiting for the loader."""
     monkeypatch.setattr(utils, "with_progress", partial(utils.with_progress, every=1))
-    monkeypatch.setattr(utils.MetricAverages, "local", lambda averages: clock.advance(10) or {})
     trainer = make_trainer()
     micro_batch = trainer.micro_batch
-    trainer.micro_batch = lambda *batch: clock.advance(2) or micro_batch(*batch)
+
+    def slow_averages(averages):
+        clock.advance(10)
+        return {}
+
+    def slow_micro_batch(*batch):
+        clock.advance(2)
+        return micro_batch(*batch)
+
+    monkeypatch.setattr(utils.MetricAverages, "local", slow_averages)
+    trainer.micro_batch = slow_micro_batch
     batches = SlowLoader(clock, [(images(2), torch.arange(2))] * 3)
     result = train_one_epoch(trainer, batches, EpochState(0))
     shown = [line.partition("data_wait ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -287,7 +296,12 @@ class CountedScalars(TorchDispatchMode):
 def test_training_step_syncs_once(monkeypatch, accum_steps):
     """The sync reads the step's status. Tokens are masked, because zipping reads shapes."""
     reads, tolist = [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or tolist(x))
+
+    def counted_tolist(x):
+        reads.append(x.shape)
+        return tolist(x)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
     monkeypatch.setattr("utils.with_progress", lambda batches, *_, **__: batches)
     trainer = make_trainer(halting_model(zip_tokens=False), accum_steps=accum_steps, clip_grad=1.0)
     batches = [(images(2), torch.arange(2))] * 4

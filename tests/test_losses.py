@@ -169,7 +169,8 @@ def test_goal_falls_to_the_budget_in_the_first_half_of_training():
     controller.observe(0.9)
     assert (controller.start, controller.goal) == (0.9, 0.9)
     goals = []
-    for controller.progress in (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 1.0):
+    for progress in (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 1.0):
+        controller.progress = progress
         goals.append(controller.goal)
     assert goals == sorted(goals, reverse=True)
     assert goals[2] == pytest.approx(0.65)

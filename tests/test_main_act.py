@@ -137,7 +137,12 @@ def test_finetune_disables_dropout_and_stochastic_depth(trained, monkeypatch):
     data, out = trained
     made = []
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: made.append(k) or create(*a, **k))
+
+    def recorded_create(*args, **options):
+        made.append(options)
+        return create(*args, **options)
+
+    monkeypatch.setattr(timm, "create_model", recorded_create)
     rest = ("--data-path", data, "--epochs", 1, "--drop", 0.1)
     run(*rest, "--finetune", out / "best.pth")
     run(*rest, "--pretrained-path", out / "best.pth")

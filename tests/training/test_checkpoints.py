@@ -61,7 +61,12 @@ def test_missing_file_error_suggests_similar_names(tmp_path):
 def test_https_url_is_downloaded(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "c.pth")
     asked = []
-    monkeypatch.setattr(checkpoints, "download_cached_file", lambda url, **_: asked.append(url) or tmp_path / "c.pth")
+
+    def download(url, **_):
+        asked.append(url)
+        return tmp_path / "c.pth"
+
+    monkeypatch.setattr(checkpoints, "download_cached_file", download)
     checkpoints.load_checkpoint("https://example.org/c.pth")
     ((url, name),) = asked
     assert url == "https://example.org/c.pth"

@@ -51,7 +51,12 @@ def test_schedule_steps_with_every_update(accum_steps, updates):
     run = make_run(accum_steps=accum_steps)
     seen = []
     step_update = run.schedule.step_update
-    run.schedule.step_update = lambda n: seen.append(n) or step_update(n)
+
+    def recorded_step_update(number):
+        seen.append(number)
+        step_update(number)
+
+    run.schedule.step_update = recorded_step_update
     run.train()
     assert sorted(set(seen)) == list(range(2 * updates + 1))
     assert run.trainer.optimizer.param_groups[0]["lr"] < 0.1
@@ -78,8 +83,11 @@ def test_plateau_schedule_gets_the_accuracy():
 def test_collapse_warns(acc1, depth, message, capsys, monkeypatch):
     run, evaluate, values = make_run(), loop.evaluate, iter(zip(acc1, depth))
     run.trainer.ema = None
-    found = lambda: dict(zip(("acc1", "depth_mean"), next(values)))  # noqa: E731
-    monkeypatch.setattr(loop, "evaluate", lambda *args, **options: evaluate(*args, **options) | found())
+
+    def evaluate_to_given_values(*args, **options):
+        return evaluate(*args, **options) | dict(zip(("acc1", "depth_mean"), next(values)))
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_to_given_values)
     run.train()
     warnings = capsys.readouterr().err
     assert (message in warnings) if message else not warnings
