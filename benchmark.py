@@ -29,7 +29,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.arguments import Parser, at_least_one, budget_share
+from training.arguments import Parser, add_budget_flag, at_least_one
 
 if TYPE_CHECKING:
     import torch  # imported where it is used, so that --help and errors in flags do not wait for it
@@ -91,12 +91,7 @@ def _add_model_flags(add) -> None:
         help="mean token depths to impose, in blocks; their standard deviation is 2 blocks",
     )
     add("--finetune", metavar="FILE", help="checkpoint to measure on real images, instead of imposed depths")
-    add(
-        "--budget",
-        type=budget_share,
-        metavar="FRACTION",
-        help="compute budget of the checkpoint as a fraction of the static model's MACs (e.g. 0.4)",
-    )
+    add_budget_flag(add)
     add("--data-path", metavar="DIR", help="dataset folder for --finetune")
     add("--data-set", default="IMNET", metavar="NAME", help="dataset name for --finetune, see main_act.py --help")
 

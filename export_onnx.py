@@ -58,13 +58,7 @@ def make_parser() -> arguments.Parser:
     add("--batch-mode", choices=modes, default="single", help="input of the graph: one image per call, or any number")
     add("--static", action="store_true", help="export without halting: every token in every block")
     add("--fp16-weights", action="store_true", help="store weights in half precision; computation stays in float32")
-    add(
-        "--budget",
-        type=arguments.budget_share,
-        metavar="FRACTION",
-        help="compute budget as a fraction of the static model's MACs, e.g. 0.4; "
-        "requires a checkpoint trained with --target-macs",
-    )
+    arguments.add_budget_flag(add)
     add("--use-ema", action="store_true", help="export the averaged weights (model_ema) of the checkpoint")
     add(
         "--model",

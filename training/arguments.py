@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from training.parser import (
     Parser,
+    add_budget_flag,
     at_least_one,
     augment_policy,
-    budget_share,
     count,
     finite,
     fraction,
@@ -292,13 +292,7 @@ def network_flags() -> Parser:
             metavar="G",
             help=f"gate {term} in h = sigmoid(scale * x - center) (default: the checkpoint's, else {default:g})",
         )
-    add(
-        "--budget",
-        type=budget_share,
-        metavar="FRACTION",
-        help="compute budget as a fraction of the static model's MACs, e.g. 0.4; "
-        "requires a checkpoint trained with --target-macs",
-    )
+    add_budget_flag(add)
     add("--no-halting", dest="halting", action="store_false", help="static model: every token runs through every block")
     return parser
 

@@ -143,5 +143,16 @@ def macs(text: str) -> float:
 macs.__name__ = "fraction or number of MACs"
 
 
+def add_budget_flag(add: Callable) -> None:
+    """Add --budget. add: `add_argument` of a parser or a group."""
+    add(
+        "--budget",
+        type=budget_share,
+        metavar="FRACTION",
+        help="compute budget as a fraction of the static model's MACs, e.g. 0.4; "
+        "requires a checkpoint trained with --target-macs",
+    )
+
+
 def augment_policy(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
