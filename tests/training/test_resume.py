@@ -121,14 +121,21 @@ def test_resuming_with_other_flags_warns_once(image_folder, tmp_path, capsys):
     run(image_folder, out, "--epochs", 2, "--lr", 0.02, "--num_workers", 1)
     captured = capsys.readouterr()
     assert f"resuming from {out / 'checkpoint.pth'}" in captured.out
+    assert "resuming at epoch 1 (the first is 0), after 0 of its batches" in captured.out
     (warning,) = [line for line in captured.err.splitlines() if "the resumed run has other flags" in line]
     assert "--epochs was 1 and is now 2" in warning
     assert "--lr was 0.01 and is now 0.02" in warning
     assert "num_workers" not in warning
     assert "resume" not in warning.replace("resumed", "")
     assert (out / "checkpoint-0.pth").exists()
-    run(image_folder, out, "--epochs", 2, "--lr", 0.02)
-    assert "the resumed run has other flags" not in capsys.readouterr().err
+    without_gate = [
+        flag for flag in flags(image_folder, out, 0) if flag not in ("--gate_scale", "10", "--gate_center", "5")
+    ]
+    main_act.main([*without_gate, "--checkpoint-steps", "0", "--epochs", "2", "--lr", "0.02"])
+    captured = capsys.readouterr()
+    assert "gate_center 5, from the checkpoint" in captured.out
+    assert "the resumed run has other flags" not in captured.err
+    assert "all 2 epochs are done; nothing to train" in captured.out
 
 
 def test_keep_saves_the_last_epochs(image_folder, tmp_path):
