@@ -1,4 +1,4 @@
-"""Builds a run from its flags: model, data, teacher, losses, optimizer and schedule."""
+"""Builds a run from its flags: model, data, losses, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import timm
 import torch
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
@@ -21,16 +20,17 @@ from torch.utils.data import Dataset
 
 import losses
 import utils
-from datasets import PLACED, Preprocessing, build_dataset, evaluation_transform
+from datasets import PLACED, build_dataset, evaluation_transform
 from engine_act import Trainer
-from macs import static_macs
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
 from training.checkpoints import Checkpoint
 from training.gate import choose_gate
 from training.launch import process_group, single_process
 from training.loaders import training_loader
 from training.models import create_model, preprocessing
-from training.weights import GATE_NAMES, load_teacher_weights, resolve_gate
+from training.network import image_size
+from training.teacher import build_teacher
+from training.weights import GATE_NAMES, resolve_gate
 from utils import RankError, UserError, warn
 
 GATE_IMAGES = 256  # number of images in the gate search
@@ -148,11 +148,6 @@ def _check_hub_head(model: nn.Module, allow_new: bool) -> None:
     warn(f"{mismatch}; training starts with a new head")
 
 
-def image_size(args: argparse.Namespace) -> tuple[int, int]:
-    """Return height and width."""
-    return args.input_size[0], args.input_size[-1]
-
-
 # Gate and budget ---------------------------------------------------------------------------------
 
 
@@ -262,99 +257,6 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
-
-
-# Teacher -----------------------------------------------------------------------------------------
-
-
-def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher | None:
-    """Build the teacher, or return None without distillation.
-
-    For soft and hard distillation, also switch the student to distilled training.
-    """
-    if args.distillation_type == "none":
-        return None
-    if args.distillation_type == "self":
-        teacher = build_self_teacher(args, model, classes)
-        share = teacher_share(teacher.classifier, model, args.target_macs)
-        utils.log(f"the teacher's forward pass takes {share:.0%} of a training step's MACs")
-        return teacher
-    if not hasattr(model, "set_distilled_training"):
-        names = ", ".join(timm.list_models("avit*distilled*"))
-        raise UserError(
-            f"--distillation-type {args.distillation_type} requires a distilled model, got --model {args.model}; "
-            f"use one of {names}, or --distillation-type self"
-        )
-    model.set_distilled_training(True)
-    return _build_timm_teacher(args, model, classes)
-
-
-def _build_timm_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
-    """Build the teacher for soft and hard distillation: any timm model, with its own weights or --teacher-path."""
-    name = args.teacher_model
-    if not timm.is_model(name):
-        raise UserError(f"--teacher-model {name}: unknown timm model{utils.did_you_mean(name, timm.list_models())}")
-    has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    size = {"img_size": image_size(args)} if has_fixed_size else {}
-    try:
-        classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
-        if args.teacher_path:
-            classifier.reset_classifier(len(classes))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--teacher-model {name}: the weights cannot be loaded ({error}); pass a file with --teacher-path"
-        ) from error
-    if args.teacher_path:
-        weights = Checkpoint.load(args.teacher_path).weights_for(classes)
-        load_teacher_weights(classifier, weights, args.teacher_path)
-    elif classifier.num_classes != len(classes):
-        raise UserError(
-            f"--teacher-model {name} predicts {classifier.num_classes} classes but the dataset has {len(classes)}; "
-            "pass weights trained on this dataset with --teacher-path"
-        )
-    teacher = _as_teacher(classifier, model)
-    try:
-        teacher(torch.zeros(1, 3, *image_size(args)))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--teacher-model {name} does not accept the student's images: {error}") from error
-    return teacher
-
-
-def _as_teacher(classifier: nn.Module, student: nn.Module) -> losses.Teacher:
-    own, students = Preprocessing.from_model(classifier), Preprocessing.from_model(student)
-    return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
-
-
-def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
-    """Build the teacher for self-distillation: the static model of --teacher-path, else of the starting weights.
-
-    Raises UserError if there are no such weights.
-    """
-    size = image_size(args)
-    if args.teacher_path:
-        checkpoint = Checkpoint.load(args.teacher_path)
-        return _as_teacher(checkpoint.build_model(classes=classes, img_size=size, halting=False), model)
-    # A resumed run started from these weights too, so --resume is ignored here.
-    start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
-    if start is not None:
-        static = start.build_model(args.model, classes=classes, img_size=size, use_ema=args.use_ema, halting=False)
-    elif args.pretrained:
-        static = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
-    else:
-        raise UserError(
-            "--distillation-type self requires starting weights, which become the teacher; "
-            "pass --pretrained, --pretrained-path or --finetune, also when resuming"
-        )
-    return _as_teacher(static, model)
-
-
-def teacher_share(teacher: nn.Module, model: nn.Module, target_macs: float | None) -> float:
-    """Return the teacher's fraction of a training step's MACs.
-
-    A backward pass counts as two forward passes, and the model as if it met its budget.
-    """
-    budget = resolve_budget(model, target_macs) if target_macs is not None else 1.0
-    return static_macs(teacher) / (static_macs(teacher) + 3 * budget * static_macs(model))
 
 
 # Losses, optimizer and schedule ------------------------------------------------------------------

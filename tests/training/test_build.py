@@ -5,8 +5,9 @@ from PIL import Image
 
 from datasets import evaluation_transform
 from training.arguments import parse_args
-from training.build import build_model, build_optimizer, build_self_teacher, training_and_validation_set
+from training.build import build_model, build_optimizer, training_and_validation_set
 from training.checkpoints import Checkpoint
+from training.teacher import build_self_teacher
 
 
 def test_no_aug_preprocesses_training_images_as_in_evaluation(image_folder):

@@ -1,0 +1,110 @@
+"""The teacher of distillation: a timm model, or the static model that training starts from."""
+
+from __future__ import annotations
+
+import argparse
+
+import timm
+import torch
+from torch import nn
+
+import losses
+import utils
+from datasets import Preprocessing
+from macs import static_macs
+from training.budget import resolve_budget
+from training.checkpoints import Checkpoint
+from training.models import create_model
+from training.network import image_size
+from training.weights import load_teacher_weights
+from utils import UserError
+
+
+def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher | None:
+    """Build the teacher, or return None without distillation.
+
+    For soft and hard distillation, also switch the student to distilled training.
+    """
+    if args.distillation_type == "none":
+        return None
+    if args.distillation_type == "self":
+        teacher = build_self_teacher(args, model, classes)
+        share = teacher_share(teacher.classifier, model, args.target_macs)
+        utils.log(f"the teacher's forward pass takes {share:.0%} of a training step's MACs")
+        return teacher
+    if not hasattr(model, "set_distilled_training"):
+        names = ", ".join(timm.list_models("avit*distilled*"))
+        raise UserError(
+            f"--distillation-type {args.distillation_type} requires a distilled model, got --model {args.model}; "
+            f"use one of {names}, or --distillation-type self"
+        )
+    model.set_distilled_training(True)
+    return _build_timm_teacher(args, model, classes)
+
+
+def _build_timm_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
+    """Build the teacher for soft and hard distillation: any timm model, with its own weights or --teacher-path."""
+    name = args.teacher_model
+    if not timm.is_model(name):
+        raise UserError(f"--teacher-model {name}: unknown timm model{utils.did_you_mean(name, timm.list_models())}")
+    has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    size = {"img_size": image_size(args)} if has_fixed_size else {}
+    try:
+        classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
+        if args.teacher_path:
+            classifier.reset_classifier(len(classes))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--teacher-model {name}: the weights cannot be loaded ({error}); pass a file with --teacher-path"
+        ) from error
+    if args.teacher_path:
+        weights = Checkpoint.load(args.teacher_path).weights_for(classes)
+        load_teacher_weights(classifier, weights, args.teacher_path)
+    elif classifier.num_classes != len(classes):
+        raise UserError(
+            f"--teacher-model {name} predicts {classifier.num_classes} classes but the dataset has {len(classes)}; "
+            "pass weights trained on this dataset with --teacher-path"
+        )
+    teacher = _as_teacher(classifier, model)
+    try:
+        teacher(torch.zeros(1, 3, *image_size(args)))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--teacher-model {name} does not accept the student's images: {error}") from error
+    return teacher
+
+
+def _as_teacher(classifier: nn.Module, student: nn.Module) -> losses.Teacher:
+    own, students = Preprocessing.from_model(classifier), Preprocessing.from_model(student)
+    return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
+
+
+def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
+    """Build the teacher for self-distillation: the static model of --teacher-path, else of the starting weights.
+
+    Raises UserError if there are no such weights.
+    """
+    size = image_size(args)
+    if args.teacher_path:
+        checkpoint = Checkpoint.load(args.teacher_path)
+        return _as_teacher(checkpoint.build_model(classes=classes, img_size=size, halting=False), model)
+    # A resumed run started from these weights too, so --resume is ignored here.
+    start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
+    if start is not None:
+        static = start.build_model(args.model, classes=classes, img_size=size, use_ema=args.use_ema, halting=False)
+    elif args.pretrained:
+        static = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
+    else:
+        raise UserError(
+            "--distillation-type self requires starting weights, which become the teacher; "
+            "pass --pretrained, --pretrained-path or --finetune, also when resuming"
+        )
+    return _as_teacher(static, model)
+
+
+def teacher_share(teacher: nn.Module, model: nn.Module, target_macs: float | None) -> float:
+    """Return the teacher's fraction of a training step's MACs.
+
+    A backward pass counts as two forward passes, and the model as if it met its budget.
+    """
+    budget = resolve_budget(model, target_macs) if target_macs is not None else 1.0
+    return static_macs(teacher) / (static_macs(teacher) + 3 * budget * static_macs(model))
