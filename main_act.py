@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
 
-    from training.build import run_cli
+    from training.command import run_cli
 
     run_cli(arguments.make_parser(), args, run)
 

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.check_size(parser, args.input_size)
     arguments.check_budget(parser, args)
 
-    from training.build import run_cli
+    from training.command import run_cli
 
     run_cli(parser, args, run, alone=not args.summary)
 

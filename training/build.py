@@ -6,7 +6,6 @@ import argparse
 import copy
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,48 +24,15 @@ from engine_act import Trainer
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
 from training.checkpoints import Checkpoint
 from training.gate import choose_gate
-from training.launch import process_group, single_process
 from training.loaders import training_loader
 from training.models import create_model, preprocessing
 from training.network import image_size
 from training.teacher import build_teacher
 from training.weights import GATE_NAMES, resolve_gate
-from utils import RankError, UserError, warn
+from utils import UserError, warn
 
 GATE_IMAGES = 256  # number of images in the gate search
 START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search without --target-macs
-
-
-def run_cli(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    run: Callable[[argparse.Namespace, torch.device], int],
-    alone: bool = False,
-) -> None:
-    """Run a command in its process group, or alone; `run` returns the exit status.
-
-    Raises SystemExit with that status if it is not 0, and with 2 for invalid input. The status is 1 if losses,
-    gradients or logits are not finite, or if a data-loader worker is killed.
-    """
-    try:
-        group = (args.device,) if alone else (args.device, args.dist_url, args.world_size)
-        with (single_process if alone else process_group)(*group) as device:
-            args.device = args.device or device.type
-            status = run(args, device)
-        if status:
-            raise SystemExit(status)
-        return
-    except UserError as error:
-        status, message, everywhere = 2, str(error), isinstance(error, RankError)
-    except FloatingPointError as error:
-        status, message, everywhere = 1, str(error), False
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        status, everywhere = 1, True
-        message = "a data-loader worker was killed, probably out of memory; reduce --num_workers"
-    # Outside the handlers the error is released, and with it the data-loader workers that its frames refer to.
-    parser.error(message, status, everywhere)
 
 
 # Model -------------------------------------------------------------------------------------------
