@@ -19,23 +19,25 @@ from torch import Tensor, nn
 import utils
 from datasets import placeholder_names
 from training.budget import BudgetCurve
+from training.classes import (
+    ClassMatch,
+    first_names,
+    is_of_head,
+    select_head_rows,
+    unknown_classes,
+    without_head,
+)
 from training.models import avit_names, create_model, default_image_size, preprocessing, unsupported_reason
 from training.weights import (
     GATE_NAMES,
-    ClassMatch,
     empty_state_dict,
-    first_names,
     fitting_models,
     gate_in_name,
     gate_numbers,
-    is_of_head,
     load_weights,
     may_be_resized,
     resolve_gate,
-    select_head_rows,
     state_dict_mismatches,
-    unknown_classes,
-    without_head,
 )
 from utils import UserError, did_you_mean, log, warn
 

@@ -1,20 +1,19 @@
-"""Fits a checkpoint's weights to a model: the halting gate, the classes of the head, parameter names and shapes."""
+"""Fits a checkpoint's weights to a model: the halting gate, parameter names and shapes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from enum import Enum
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from datasets import placeholder_names
 from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
+from training.classes import first_three, is_of_head
 from training.models import avit_names, build_on_meta
 from utils import UserError, log, warn
 
@@ -74,64 +73,6 @@ def gate_in_name(location: str) -> dict[str, float]:
     return dict(zip(GATE_DEFAULTS, map(float, match.groups()))) if match else {}
 
 
-# The classes of the head -------------------------------------------------------------------------
-
-
-class ClassMatch(Enum):
-    """Relation between the classes of a dataset and the class names that a checkpoint records."""
-
-    UNNAMED = "the checkpoint records no usable names"
-    SAME = "the names and their order are equal"
-    ALL = "all dataset classes are recorded, in another order or among others"
-    SOME = "some dataset classes are recorded"
-    NONE_SAME_COUNT = "no dataset class is recorded, but the counts are equal"
-    NONE = "no dataset class is recorded, and the counts differ"
-
-    @classmethod
-    def of(cls, classes: Sequence[str], recorded: list[str] | None) -> ClassMatch:
-        """Compare the names of a dataset's classes with the recorded names, or None if there are none."""
-        if recorded is None:
-            return cls.UNNAMED
-        if recorded == list(classes):
-            return cls.SAME
-        if recorded == placeholder_names(len(recorded)):
-            return cls.UNNAMED
-        num_known = len(classes) - len(unknown_classes(classes, recorded))
-        if num_known == len(classes):
-            return cls.ALL
-        if num_known > 0:
-            return cls.SOME
-        return cls.NONE_SAME_COUNT if len(classes) == len(recorded) else cls.NONE
-
-
-def unknown_classes(classes: Sequence[str], recorded: Sequence[str]) -> list[str]:
-    known = set(recorded)
-    return [name for name in classes if name not in known]
-
-
-def is_of_head(name: str) -> bool:
-    return name.startswith("head")
-
-
-def without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if not is_of_head(name)}
-
-
-def select_head_rows(weights: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    """Return the weights with only these rows (classes) of the head, in this order."""
-    return {name: value[rows] if is_of_head(name) else value for name, value in weights.items()}
-
-
-def first_names(classes: Sequence[str]) -> str:
-    """Return up to three names, safe to print: short and without control characters."""
-    return _first_three([name if name.isprintable() and len(name) < 40 else ascii(name[:40]) for name in classes])
-
-
-def _first_three(texts: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return separator.join(texts[:3]) + more
-
-
 # Names and shapes --------------------------------------------------------------------------------
 
 
@@ -159,7 +100,7 @@ def load_weights(
     if wrong:
         fitting = fitting_models(weights)
         hint = f"; use --model {' or '.join(fitting)}" if fitting else ""
-        raise UserError(f"{location} does not fit the model: {_first_three(wrong, '; ')}{hint}")
+        raise UserError(f"{location} does not fit the model: {first_three(wrong, '; ')}{hint}")
     if "pos_embed" in own:
         weights["pos_embed"] = _resampled(model, weights["pos_embed"], location, trained_size)
     resized = [name for name in head if weights[name].shape != head[name].shape]
@@ -177,7 +118,7 @@ def load_teacher_weights(model: nn.Module, weights: dict[str, Tensor], location:
     """Load weights into any timm model. Raises UserError if names or shapes do not fit."""
     wrong = state_dict_mismatches(model.state_dict(), weights, resizable=lambda name: False)
     if wrong:
-        raise UserError(f"{location} does not fit the teacher: {_first_three(wrong, '; ')}")
+        raise UserError(f"{location} does not fit the teacher: {first_three(wrong, '; ')}")
     model.load_state_dict(weights, strict=True)
 
 
