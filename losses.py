@@ -96,19 +96,25 @@ class BudgetController:
         self.start, self.cost, self.stuck_at, self.stuck_for = start, cost, float(stuck_at), int(stuck_for)
 
 
+def _gaussian_over_blocks(depth: int) -> Tensor:
+    """Return the Gaussian density with mean 8/12 and standard deviation 1/12 of the depth, [depth] float64."""
+    density = torch.distributions.Normal(8 * depth / 12, depth / 12)
+    return density.log_prob(torch.arange(depth, dtype=torch.float64)).exp()
+
+
 class DistributionPriorLoss(nn.Module):
     """KL divergence of the target from the blocks' mean halting scores (Eq. 12 of the A-ViT paper).
 
-    The target is a Gaussian density at 0, 1, ..., depth - 1; `target[i]` belongs to block i + 1. It is scaled so that
-    its first round(mean) entries sum to 0.98, and does not sum to 1. For 12 blocks, mean and standard deviation are
-    the paper's 8 and 1: the peak is at block 9. For other depths both scale with the depth.
+    The target is a Gaussian density at 0, 1, ..., depth - 1; `target[i]` belongs to block i + 1. For 12 blocks, mean
+    and standard deviation are the paper's 8 and 1, so that the peak is at block 9. The first 8 entries sum to 0.98,
+    and all of them to 3.26. For other depths, mean and deviation scale with the depth, and the sum of all entries
+    stays 3.26.
     """
 
     def __init__(self, depth: int = 12):
         super().__init__()
-        mean, std = 8 * depth / 12, depth / 12
-        density = torch.exp(torch.distributions.Normal(mean, std).log_prob(torch.arange(depth, dtype=torch.float64)))
-        target = 0.98 * density / density[: max(round(mean), 1)].sum()
+        density, paper = _gaussian_over_blocks(depth), _gaussian_over_blocks(12)
+        target = 0.98 * density / paper[:8].sum() * (paper.sum() / density.sum())
         self.register_buffer("target", target.float(), persistent=False)
 
     def forward(self, layer_scores: Tensor) -> Tensor:

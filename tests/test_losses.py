@@ -28,6 +28,14 @@ def test_prior_target_for_12_blocks_is_the_papers():
     assert_close(target / target[8], normal)
 
 
+@pytest.mark.parametrize("depth", [*range(2, 41)])
+def test_prior_is_as_strong_for_other_depths(depth):
+    """The sum of the target is the weight of the prior: 9.2 for 6 blocks would make it three times as strong."""
+    target = DistributionPriorLoss(depth).target
+    assert_close(target.sum(), DistributionPriorLoss(12).target.sum())
+    assert target.argmax() == pytest.approx(8 * depth / 12, abs=0.5)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4, 6, 12, 24])
 def test_prior_equals_its_formula(depth):
     scores = torch.rand(depth) * 0.2 + 0.05
