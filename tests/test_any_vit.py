@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import ROOT, images
 from equivalence import CLOSE, assert_same, flops, masked_and_zipped
+from processes import Script
 from timm.layers import PatchEmbed
 from torch import nn
 from torch.testing import assert_close
@@ -165,10 +166,15 @@ def with_medium_gate(model: AdaptiveTokens, x: torch.Tensor) -> AdaptiveTokens:
 # Dense tasks --------------------------------------------------------------------------------------
 
 
+def segmentation_example() -> str:
+    """Return the code of docs/models.md for dense tasks."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "Segmenter" in block)
+    return code
+
+
 def test_segmentation_example_of_docs_learns(monkeypatch):
     """Run the code of docs/models.md on a small model: predict for each pixel which half of an image is bright."""
-    text = (ROOT / "docs" / "models.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Segmenter" in block)
     create, steps = timm.create_model, 40
     torch.manual_seed(0)
     small = {"patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 6, "init_values": 0.5}
@@ -185,11 +191,38 @@ def test_segmentation_example_of_docs_learns(monkeypatch):
         return losses[-1]
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded_entropy)
-    exec(code, names)
+    exec(segmentation_example(), names)
     assert len(losses) == steps
     assert losses[-1] < 0.5 * losses[0]
     assert len(names["halting"].depth.unique()) >= 3, "tokens do not halt"
     assert names["logits"].shape == (8, 2, 32, 32)
+
+
+OWN_MODULES = ("utils", "datasets", "losses", "samplers", "readers", "engine_act", "visualization", "deployment")
+NEIGHBOR = """
+import importlib, os, sys
+root, elsewhere, modules, example = sys.argv[2:]
+os.chdir(elsewhere)
+sys.path = ["", *(path for path in sys.path if path and not path.startswith(root)), root]
+import timm, torch
+create = timm.create_model
+timm.create_model = lambda *_, **__: create("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3)
+images, masks = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+batches = [(images, masks)]
+exec(example)
+assert torch.isfinite(logits).all()
+for name in modules.split():
+    assert importlib.import_module(name).OWN, name
+"""
+
+
+def test_segmentation_example_of_docs_runs_next_to_modules_of_the_same_names(tmp_path):
+    """The user's project has modules with names of this repository, and this repository comes last on the path."""
+    for name in OWN_MODULES:
+        (tmp_path / f"{name}.py").write_text("OWN = True\n")
+    code = segmentation_example()
+    process = Script("-c", NEIGHBOR, ROOT, tmp_path, " ".join(OWN_MODULES), code, log=tmp_path / "log")
+    assert process.wait() == 0, process.errors()
 
 
 # Names on the command line ------------------------------------------------------------------------

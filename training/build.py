@@ -129,7 +129,7 @@ def should_search_gate(args: argparse.Namespace, start: Checkpoint | None) -> bo
 
 
 def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBatches, device: torch.device) -> None:
-    """Search a gate for a model that is about to be trained, see `choose_gate`."""
+    """Search a gate for a model that is about to be trained, see `choose_gate`. All processes get the main one's."""
     if args.target_macs is None:
         # A convolutional stem may use more MACs than START_BUDGET leaves for the blocks.
         budget = max(START_BUDGET, (1 + min_cost(model)) / 2)
@@ -137,7 +137,8 @@ def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBat
         budget = resolve_budget(model, args.target_macs)
     some = itertools.islice(batches, math.ceil(GATE_IMAGES / args.batch_size))
     images = torch.cat([batch[0] for batch in some])[:GATE_IMAGES]
-    choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), budget).apply(model)
+    choice = choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
+    utils.all_gather_objects(choice)[0].apply(model)
 
 
 def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:

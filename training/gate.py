@@ -1,19 +1,24 @@
-"""Search for the gate from which the fine-tuning of a static model starts."""
+"""Search for the gate from which the fine-tuning of a static model starts.
+
+Other programs import this module too (docs/models.md), next to modules of their own. It therefore imports no module
+with a common name, such as `utils`.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils
 from macs import macs_counter, macs_per_image, static_macs
 from models_act import AdaptiveTokens
 
 SPREAD = 4.0  # standard deviation of the gate's logit over tokens and blocks
+AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FEW_IMAGES, FINALISTS = 32, 16  # every gate is evaluated on FEW_IMAGES, and the best FINALISTS on all images
 
 
@@ -36,16 +41,23 @@ class GateCandidate(NamedTuple):
 
 
 @torch.inference_mode()
-def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str, cost: float) -> GateCandidate:
+def choose_gate(
+    model: AdaptiveTokens,
+    images: Tensor,
+    device: torch.device,
+    amp: str,
+    cost: float,
+    report: Callable[[str], None] = print,
+) -> GateCandidate:
     """Return the gate of this cost by which halting changes a static model's predictions least.
 
     Candidates are all channels of the tokens with both signs. The center of each is found on the token states of the
     static model, which predict well when tokens would halt.
-    images: [B, 3, H, W]. Every process must call it and gets the main process's choice.
+    images: [B, 3, H, W]; amp: "fp16", "bf16" or "none"; report: called with one line about the choice.
     """
     model, images = copy.deepcopy(model).to(device).eval(), images.to(device)
     model.halting = False
-    with utils.autocast(device, amp):
+    with _autocast(device, amp):
         expected = F.log_softmax(model(images).float(), dim=1)
         states = _states(model, images)
     model.halting = True
@@ -53,13 +65,17 @@ def choose_gate(model: AdaptiveTokens, images: Tensor, device: torch.device, amp
     few_images, few_expected = images[:FEW_IMAGES], expected[:FEW_IMAGES]
     ranked = sorted(_evaluate_gate(candidate, model, few_images, few_expected, amp) for candidate in candidates)
     best = min(_evaluate_gate(candidate, model, images, expected, amp) for candidate in ranked[:FINALISTS])
-    best = utils.all_gather_objects(best)[0]
-    utils.log(
+    report(
         f"gate search: channel {best.channel}, scale {best.scale:g}, center {best.center:g}; before training, it uses "
         f"{best.cost:.0%} of the static model's MACs, and the KL divergence from the static model's predictions is "
         f"{best.divergence:.2g} (worst of {len(ranked)} gates: {ranked[-1].divergence:.2g})"
     )
     return best
+
+
+def _autocast(device: torch.device, amp: str) -> torch.autocast:
+    dtype = AUTOCAST_DTYPES.get(amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _candidates(model: AdaptiveTokens, states: Tensor, cost: float) -> list[GateCandidate]:
@@ -107,7 +123,7 @@ def _evaluate_gate(
 ) -> GateCandidate:
     """Return the candidate with its measured divergence and cost; expected: [B, K], the static log-probabilities."""
     candidate.apply(model)
-    with utils.autocast(images.device, amp):
+    with _autocast(images.device, amp):
         logits, halting = model(images, return_halting=True)
     model.set_halting_channel(candidate.channel)  # a second swap restores the channels
     log_probabilities = F.log_softmax(logits.float(), dim=1)
