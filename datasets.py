@@ -36,7 +36,6 @@ from utils import UserError, warn
 
 __all__ = [
     "IMAGENET",
-    "PLACED",
     "Preprocessing",
     "Stream",
     "UnreadableImage",
@@ -47,7 +46,6 @@ __all__ = [
     "find_image_files",
     "image_name",
     "image_suffixes",
-    "is_uncropped",
     "load_image",
     "placeholder_names",
     "spread_sample",
@@ -58,8 +56,13 @@ __all__ = [
 MAX_UNCROPPED_SIDE = 32  # pixels; up to this input size, evaluation does not crop, and training crops after padding
 
 
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+MIN_CROP_PCT, MIN_STD, MAX_PIXEL = 0.1, 1e-3, 255  # recorded values beyond them are not usable
+
+
 class Preprocessing(NamedTuple):
-    """The preprocessing that a model requires, with the fields of timm's pretrained_cfg.
+    """The preprocessing of a model's images in evaluation, with the fields of timm's pretrained_cfg.
 
     mean, std: [3] each, for normalization; interpolation: for resizing; crop_pct: share of the shorter side that is
     kept in evaluation; crop_mode: center, squash or border.
@@ -83,9 +86,34 @@ class Preprocessing(NamedTuple):
         config = getattr(model, "pretrained_cfg", None)
         return cls.from_config(config) if config else cls()
 
-    def uncropped(self) -> Preprocessing:
-        """Return the preprocessing that `evaluation_transform` applies if `is_uncropped`: resizing without a crop."""
-        return self._replace(interpolation="bilinear", crop_pct=1.0, crop_mode="squash")
+    @classmethod
+    def from_record(cls, record: object) -> Preprocessing | None:
+        """Return the preprocessing in a record read from a file, or None if it is missing or not usable."""
+        values = [record.get(name) for name in cls._fields] if isinstance(record, dict) else [None] * len(cls._fields)
+        mean, std, interpolation, crop_pct, crop_mode = values
+        is_usable = (
+            _are_numbers(mean, -MAX_PIXEL, MAX_PIXEL)
+            and _are_numbers(std, MIN_STD, MAX_PIXEL)
+            and _are_numbers([crop_pct], MIN_CROP_PCT, 1, count=1)
+            and interpolation in INTERPOLATIONS
+            and crop_mode in CROP_MODES
+        )
+        return cls(tuple(mean), tuple(std), interpolation, crop_pct, crop_mode) if is_usable else None
+
+    def record(self) -> dict:
+        """Return it as plain values, for a checkpoint or for JSON."""
+        return self._asdict() | {"mean": list(self.mean), "std": list(self.std)}
+
+    def for_run(self, size: tuple[int, int], data_set: str | None = None) -> Preprocessing:
+        """Return the preprocessing for images of this size: small ones, and those of PLACED, are not cropped."""
+        if data_set in PLACED or max(size) <= MAX_UNCROPPED_SIDE:
+            return self._replace(interpolation="bilinear", crop_pct=1.0, crop_mode="squash")
+        return self
+
+    def difference(self, other: Preprocessing) -> str:
+        """Return the fields that differ, for messages: "crop_pct 1.0 instead of 0.875"."""
+        fields = zip(self._fields, self, other)
+        return ", ".join(f"{name} {own} instead of {others}" for name, own, others in fields if own != others)
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """Convert normalized images to pixels.
@@ -96,7 +124,14 @@ class Preprocessing(NamedTuple):
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def _are_numbers(values: object, low: float, high: float, count: int = 3) -> bool:
+    """Return whether a value read from a file is a list of so many numbers from `low` to `high`."""
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    return is_list and all(type(value) in (int, float) and low <= value <= high for value in values)
+
+
 IMAGENET = Preprocessing()
+PLACED = {"DIGITS", "CLUTTERED"}  # these datasets place their objects themselves
 
 
 # Transforms --------------------------------------------------------------------------------------
@@ -120,25 +155,13 @@ def training_transform(
     return transforms.Compose([transforms.Lambda(to_rgb), crop_and_flip, augment, to_tensor])
 
 
-def is_uncropped(size: tuple[int, int], placed: bool) -> bool:
-    """Return whether evaluation resizes images without a crop.
+def evaluation_transform(size: tuple[int, int], preprocessing: Preprocessing | None = None):
+    """Return a transform from a PIL image to [3, H, W] float, the same for every command.
 
-    placed: see `training_transform`
+    preprocessing: of a loaded model, see `Preprocessing.from_model`; None: ImageNet's for this size
     """
-    return placed or max(size) <= MAX_UNCROPPED_SIDE
-
-
-def evaluation_transform(size: tuple[int, int], placed: bool = False, preprocessing: Preprocessing = IMAGENET):
-    """Return a transform from a PIL image to [3, H, W] float.
-
-    placed: see `training_transform`
-    """
-    if is_uncropped(size, placed):
-        normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
-        steps = [transforms.Resize(size), transforms.ToTensor(), normalize]
-    else:
-        steps = [create_transform(size, **preprocessing._asdict())]
-    return transforms.Compose([transforms.Lambda(to_rgb), *steps])
+    preprocessing = preprocessing or IMAGENET.for_run(size)
+    return transforms.Compose([transforms.Lambda(to_rgb), create_transform(size, **preprocessing._asdict())])
 
 
 # Datasets ----------------------------------------------------------------------------------------
@@ -153,7 +176,6 @@ DATA_SETS = {
     "CLUTTERED": ClutteredFashionMNIST,
     "DIGITS": Digits,
 }
-PLACED = {"DIGITS", "CLUTTERED"}  # these place their objects themselves
 NEEDS_NO_FOLDER = {"DIGITS"}
 
 
@@ -178,16 +200,18 @@ def build_dataset(
     num_classes: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
-    preprocessing: Preprocessing = IMAGENET,
+    preprocessing: Preprocessing | None = None,
 ) -> Dataset:
     """Build a dataset of ([3, H, W] float, class index) with an attribute `classes`, the class names.
 
     name: a key of DATA_SETS, or a name of timm.data.create_dataset with its prefix (see readers/streams.py);
     augmentation: see `training_transform`; None preprocesses training images as in evaluation;
-    split, num_classes, batch_size, seed: for timm's readers; the default split is "train" or "validation".
+    split, num_classes, batch_size, seed: for timm's readers; the default split is "train" or "validation";
+    preprocessing: of the run; None: ImageNet's for this dataset and size.
     Raises UserError if the folder is missing, empty or has another layout.
     """
     check_name(name)
+    preprocessing = preprocessing or IMAGENET.for_run(size, name)
     transform = _transform(name, train, size, augmentation, preprocessing)
     if "/" not in name and (split is not None or num_classes is not None):
         raise UserError(
@@ -209,11 +233,10 @@ def build_dataset(
 
 def _transform(name: str, train: bool, size: tuple[int, int], augmentation: dict | None, preprocessing: Preprocessing):
     """Return the transform for a part of a dataset, or raise UserError if --aa is invalid."""
-    placed = name in PLACED
     if not train or augmentation is None:
-        return evaluation_transform(size, placed, preprocessing)
+        return evaluation_transform(size, preprocessing)
     try:
-        return training_transform(size, augmentation, placed, preprocessing)
+        return training_transform(size, augmentation, name in PLACED, preprocessing)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}") from error
 

@@ -114,13 +114,11 @@ def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, use_ema: bool) -> di
 
     The preprocessing has timm's names and values.
     """
-    from datasets import PLACED, Preprocessing, is_uncropped
+    from datasets import Preprocessing
 
-    size, preprocessing = model.patch_embed.img_size, Preprocessing.from_model(model)
-    if is_uncropped(size, str(checkpoint.recorded_flag("data_set")) in PLACED):
-        preprocessing = preprocessing.uncropped()
-    classes = list(checkpoint.names_by_class().values())
-    values = {"classes": classes, "image_size": size, "depth": len(model.blocks), **preprocessing._asdict()}
+    classes, size = list(checkpoint.names_by_class().values()), model.patch_embed.img_size
+    preprocessing = Preprocessing.from_model(model).record()
+    values = {"classes": classes, "image_size": size, "depth": len(model.blocks), **preprocessing}
     curve = checkpoint.budget_curve(use_ema)
     if curve is not None and model.halting:
         values["budget_curve"] = curve.record()

@@ -56,14 +56,13 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     from training.loaders import evaluation_loader, training_loader
     from training.signals import Interrupted
 
-    # data
-    train_images, test_images = build.training_and_validation_set(args)
-    classes, loading = train_images.classes, build.loader_options(args, device)
-
-    # model
+    # data and model
     start = Checkpoint.from_args(args)
-    model = build.build_model(args, classes, start).to(device)
-    calibration = build.calibration_batches(args, train_images, device)
+    preprocessing = build.choose_preprocessing(args, start)
+    train_images, test_images = build.training_and_validation_set(args, preprocessing)
+    classes, loading = train_images.classes, build.loader_options(args, device)
+    model = build.build_model(args, classes, start, preprocessing).to(device)
+    calibration = build.calibration_batches(args, train_images, preprocessing, device)
     if build.should_search_gate(args, start):
         build.set_gate(args, model, calibration, device)
 
@@ -114,12 +113,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     from training.loaders import evaluation_loader
 
     # data
-    images = build.validation_set(args)
+    start = Checkpoint.from_args(args)
+    preprocessing = build.choose_preprocessing(args, start)
+    images = build.validation_set(args, preprocessing)
     loader = evaluation_loader(images, args.batch_size, **build.loader_options(args, device))
 
     # model
-    start = Checkpoint.from_args(args)
-    model = build.build_model(args, images.classes, start).to(device)
+    model = build.build_model(args, images.classes, start, preprocessing).to(device)
 
     # evaluation
     output_dir = utils.prepare_output_dir(args.output_dir)
@@ -142,13 +142,14 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     from visualization.heatmaps import PAPERS_COLORMAP, Style
 
     # data
-    images = build.validation_set(args)
+    start = Checkpoint.from_args(args)
+    preprocessing = build.choose_preprocessing(args, start)
+    images = build.validation_set(args, preprocessing)
     loader = demo_loader(images, args.batch_size, **build.loader_options(args, device))
     names = class_names(images.classes, args.data_path, args.class_index)
 
     # model
-    start = Checkpoint.from_args(args)
-    model = build.build_model(args, images.classes, start).to(device)
+    model = build.build_model(args, images.classes, start, preprocessing).to(device)
 
     # images
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()

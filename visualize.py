@@ -20,6 +20,7 @@ from training import arguments
 if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
     import torch
 
+    from datasets import Preprocessing
     from training.checkpoints import Checkpoint
     from visualization.draw import RenderJob
 
@@ -127,20 +128,22 @@ def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     from datasets import build_dataset, class_names
     from training.build import loader_options
     from training.loaders import demo_loader
-    from training.models import default_image_size, preprocessing
+    from training.models import default_image_size
 
+    size = args.input_size or checkpoint.image_size() or default_image_size(args.model)
+    preprocessing = checkpoint.preprocessing_for(args.model, size, args.data_set)
     images = build_dataset(
         args.data_set,
         args.data_path,
         False,
-        args.input_size or checkpoint.image_size() or default_image_size(args.model),
+        size,
         inat_category=args.inat_category,
         split=args.val_split,
         num_classes=args.num_classes,
-        preprocessing=preprocessing(args.model),
+        preprocessing=preprocessing,
     )
     names = class_names(images.classes, args.data_path, args.class_index)
-    job = make_job(args, checkpoint, names, device, images.classes)
+    job = make_job(args, checkpoint, names, device, images.classes, preprocessing)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))
     facts = [("model", args.model), ("checkpoint", Path(args.finetune).name)]
     num_drawn = visualization.draw.draw_summary(job, loader, args.data_set, facts)
@@ -153,10 +156,12 @@ def make_job(
     names: list[str],
     device: torch.device,
     classes: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> RenderJob:
     """Build the checkpoint's model with the overrides of the flags.
 
     names: class names to show; classes: classes of the dataset, which the model must predict
+    preprocessing: of the dataset; None: of image files
     """
     from visualization.draw import RenderJob
     from visualization.heatmaps import Style
@@ -170,6 +175,7 @@ def make_job(
         budget=args.budget,
         use_ema=args.use_ema,
         halting=args.halting,
+        preprocessing=preprocessing,
     ).to(device)
     style = Style(model.num_blocks, args.cmap, args.size)
     return RenderJob(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)

@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 
 import losses
 import utils
-from datasets import PLACED, build_dataset, evaluation_transform
+from datasets import Preprocessing, build_dataset, evaluation_transform
 from engine_act import Trainer
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
 from training.checkpoints import Checkpoint
 from training.gate import choose_gate
 from training.loaders import training_loader
-from training.models import create_model, preprocessing
+from training.models import create_model, run_preprocessing
 from training.network import image_size
 from training.teacher import build_teacher
 from training.weights import GATE_NAMES, resolve_gate
@@ -38,18 +38,36 @@ START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search w
 # Model -------------------------------------------------------------------------------------------
 
 
-def build_model(args: argparse.Namespace, classes: list[str], start: Checkpoint | None) -> nn.Module:
+def choose_preprocessing(args: argparse.Namespace, start: Checkpoint | None) -> Preprocessing:
+    """Return the evaluation preprocessing of the run's model and data. start: see `build_model`."""
+    if start is None:
+        return run_preprocessing(args.model, image_size(args), args.data_set)
+    return start.preprocessing_for(args.model, image_size(args), args.data_set, _is_new_task(args, start))
+
+
+def build_model(
+    args: argparse.Namespace,
+    classes: list[str],
+    start: Checkpoint | None,
+    preprocessing: Preprocessing | None = None,
+) -> nn.Module:
     """Build the model with its starting weights, on the CPU.
 
     classes: names of the dataset's classes. start: the checkpoint to load, or None for pretrained or random weights.
+    preprocessing: of the dataset, see `choose_preprocessing`; None: of image files.
     """
-    model = _model_from_hub(args, len(classes)) if start is None else _model_from_checkpoint(args, classes, start)
+    if start is None:
+        model = _model_from_hub(args, len(classes), preprocessing)
+    else:
+        model = _model_from_checkpoint(args, classes, start, preprocessing)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
 
-def _model_from_checkpoint(args: argparse.Namespace, classes: list[str], start: Checkpoint) -> nn.Module:
-    is_new_task = _is_training(args) and start.flag != "resume"
+def _model_from_checkpoint(
+    args: argparse.Namespace, classes: list[str], start: Checkpoint, preprocessing: Preprocessing | None
+) -> nn.Module:
+    is_new_task = _is_new_task(args, start)
     return start.build_model(
         args.model,
         classes=classes,
@@ -63,13 +81,14 @@ def _model_from_checkpoint(args: argparse.Namespace, classes: list[str], start: 
         halting=args.halting,
         as_trained=not _is_training(args),
         log_gate=not should_search_gate(args, start),
+        preprocessing=preprocessing,
         zip_tokens=args.zip_tokens,
         early_exit=args.early_exit,
         **_dropout_rates(args),
     )
 
 
-def _model_from_hub(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def _model_from_hub(args: argparse.Namespace, num_classes: int, preprocessing: Preprocessing | None) -> nn.Module:
     """Build the model with the hub's weights for --pretrained, otherwise with random weights."""
     if args.budget is not None:
         raise UserError("--budget requires a checkpoint with a budget curve; pass --finetune FILE")
@@ -79,6 +98,7 @@ def _model_from_hub(args: argparse.Namespace, num_classes: int) -> nn.Module:
     model = create_model(
         args.model,
         image_size(args),
+        preprocessing,
         pretrained=args.pretrained,
         num_classes=num_classes,
         halting=args.halting,
@@ -94,6 +114,10 @@ def _model_from_hub(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 def _is_training(args: argparse.Namespace) -> bool:
     return not (args.eval or args.demo)
+
+
+def _is_new_task(args: argparse.Namespace, start: Checkpoint) -> bool:
+    return _is_training(args) and start.flag != "resume"
 
 
 def _dropout_rates(args: argparse.Namespace) -> dict[str, float]:
@@ -151,11 +175,11 @@ def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: 
 # Data --------------------------------------------------------------------------------------------
 
 
-def validation_set(args: argparse.Namespace) -> Dataset:
-    return _dataset(args, train=False, split=args.val_split)
+def validation_set(args: argparse.Namespace, preprocessing: Preprocessing) -> Dataset:
+    return _dataset(args, preprocessing, train=False, split=args.val_split)
 
 
-def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+def training_and_validation_set(args: argparse.Namespace, preprocessing: Preprocessing) -> tuple[Dataset, Dataset]:
     """Build both datasets. Raises UserError if their classes differ."""
     augmentation = {  # named like the arguments of timm.data.create_transform
         "color_jitter": args.color_jitter,
@@ -165,8 +189,9 @@ def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Data
         "re_mode": args.remode,
         "re_count": args.recount,
     }
-    training = _dataset(args, train=True, split=args.train_split, augmentation=None if args.no_aug else augmentation)
-    validation = validation_set(args)
+    augmentation = None if args.no_aug else augmentation
+    training = _dataset(args, preprocessing, train=True, split=args.train_split, augmentation=augmentation)
+    validation = validation_set(args, preprocessing)
     if training.classes != validation.classes:
         differing = sorted(set(training.classes) ^ set(validation.classes))[:3] or ["their order"]
         raise UserError(
@@ -175,7 +200,13 @@ def training_and_validation_set(args: argparse.Namespace) -> tuple[Dataset, Data
     return training, validation
 
 
-def _dataset(args: argparse.Namespace, train: bool, split: str | None, augmentation: dict | None = None) -> Dataset:
+def _dataset(
+    args: argparse.Namespace,
+    preprocessing: Preprocessing,
+    train: bool,
+    split: str | None,
+    augmentation: dict | None = None,
+) -> Dataset:
     return build_dataset(
         args.data_set,
         args.data_path,
@@ -187,14 +218,16 @@ def _dataset(args: argparse.Namespace, train: bool, split: str | None, augmentat
         num_classes=args.num_classes,
         batch_size=args.batch_size,
         seed=args.seed,
-        preprocessing=preprocessing(args.model),
+        preprocessing=preprocessing,
     )
 
 
-def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:
+def calibration_batches(
+    args: argparse.Namespace, images: Dataset, preprocessing: Preprocessing, device: torch.device
+) -> CalibrationBatches:
     """Return training images, preprocessed as in evaluation, on which gates are measured."""
     images = copy.copy(images)
-    images.transform = evaluation_transform(image_size(args), args.data_set in PLACED, preprocessing(args.model))
+    images.transform = evaluation_transform(image_size(args), preprocessing)
     loader = training_loader(
         images,
         args.batch_size,

@@ -17,7 +17,7 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 import utils
-from datasets import placeholder_names
+from datasets import Preprocessing, placeholder_names
 from training.budget import BudgetCurve
 from training.classes import (
     ClassMatch,
@@ -27,7 +27,7 @@ from training.classes import (
     unknown_classes,
     without_head,
 )
-from training.models import avit_names, create_model, default_image_size, preprocessing, unsupported_reason
+from training.models import avit_names, create_model, default_image_size, run_preprocessing, unsupported_reason
 from training.weights import (
     GATE_NAMES,
     empty_state_dict,
@@ -55,7 +55,8 @@ class Checkpoint:
     gate: gate_scale, gate_center and halt_eps, or None for a static model;
     budget_curves: `BudgetCurve` records by name of the weights, if measured;
     gate_ema: like `gate`, for the averaged weights, if it differs;
-    classes: class names; args: the flags of the run, by name.
+    classes: class names; args: the flags of the run, by name;
+    preprocessing: `Preprocessing.record` of the images in evaluation.
 
     Entries for resuming, each written and read by `state_dict` and `load_state_dict` of one part of a run:
     model, model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
@@ -146,19 +147,44 @@ class Checkpoint:
         recorded = self.recorded_flag("model")
         return recorded if isinstance(recorded, str) and unsupported_reason(recorded) is None else None
 
-    def _check_preprocessing(self, name: str, is_new_task: bool) -> None:
-        """Raise UserError if this model's images are preprocessed differently than in training.
+    def recorded_preprocessing(self) -> Preprocessing | None:
+        """Return how a native checkpoint's images are preprocessed in evaluation, or None if it is not recorded.
 
-        For a new task, print a warning instead.
+        Without an entry of its own, it follows from the recorded model, image size and dataset.
         """
-        # Only native checkpoints are checked: DeiT's own name timm's model, but fit the registered ones.
-        recorded = self.recorded_model() if self.is_native else None
-        if recorded is None or preprocessing(recorded) == preprocessing(name):
-            return
-        difference = f"{self.location} was trained with {recorded}'s preprocessing, which differs from {name}'s"
-        if not is_new_task:
-            raise UserError(f"{difference}; pass --model {recorded}")
-        warn(f"{difference}; training uses {name}'s")
+        if not self.is_native:  # DeiT's checkpoints name timm's model, but fit the registered ones
+            return None
+        recorded = Preprocessing.from_record(self.content.get("preprocessing"))
+        name, size = self.recorded_model(), self.image_size()
+        if recorded is not None or name is None or size is None:
+            return recorded
+        return run_preprocessing(name, size, str(self.recorded_flag("data_set")))
+
+    def preprocessing_for(
+        self, name: str, img_size: tuple[int, int], data_set: str | None = None, is_new_task: bool = False
+    ) -> Preprocessing:
+        """Return the preprocessing of a run with these weights, in evaluation.
+
+        The recorded one is used, with a warning if this model or dataset would have another. Training of a new task
+        uses that of the run's own model, size and dataset, and logs a difference.
+        name, img_size: of the run's model; data_set: name of the run's dataset, or None for image files
+        """
+        trained = self.recorded_model(), str(self.recorded_flag("data_set"))
+        data_set = data_set or trained[1]
+        own, recorded = run_preprocessing(name, img_size, data_set), self.recorded_preprocessing()
+        if recorded is None or recorded == own:
+            return own
+        if is_new_task:
+            difference = own.difference(recorded)
+            log(f"{self.location}: this run preprocesses images in another way than the checkpoint: {difference}")
+            return own
+        usual = run_preprocessing(name, self.image_size() or img_size, data_set)
+        if recorded != usual and (name, data_set) != trained:
+            warn(
+                f"{self.location}: images are preprocessed as the checkpoint records, which differs from "
+                f"{name} on {data_set}: {recorded.difference(usual)}"
+            )
+        return recorded
 
     def recorded_classes(self) -> list[str] | None:
         """Return the class names in order, or None if they are missing, not text or not unique."""
@@ -280,18 +306,19 @@ class Checkpoint:
         halting: bool = True,
         as_trained: bool = True,
         log_gate: bool = True,
+        preprocessing: Preprocessing | None = None,
         **options,
     ) -> nn.Module:
         """Build the model with these weights, on the CPU. Raises UserError if something does not fit.
 
-        None stands for the checkpoint's own model, classes, gate and image size (else the model's default size).
+        None stands for the checkpoint's own model, classes, gate and image size (else the model's default size), and
+        for the preprocessing of image files, see `preprocessing_for`.
         classes: names of the dataset's classes, see `weights_for`; replace_head: see `load_weights`.
         budget: fraction of the static model's MACs that sets the gate center, see `center_of_budget`.
         as_trained: unless a gate or budget is given, disable halting if training did, with a warning.
         log_gate: print the gate of a halting model. options: of timm.create_model.
         """
         name = name or self.model_name()
-        self._check_preprocessing(name, replace_head)
         if halting and as_trained and self.is_static and gate_scale is gate_center is budget is None:
             warn(f"{self.location} was trained without halting, so it runs as a static model")
             halting = False
@@ -302,7 +329,10 @@ class Checkpoint:
             classes, weights = [*self.names_by_class()], self.state_dict(use_ema)
         else:
             weights = self.weights_for(classes, use_ema, replace_head)
-        model = create_model(name, img_size, num_classes=len(classes), halting=halting, **gate, **options)
+        preprocessing = preprocessing or self.preprocessing_for(name, img_size, is_new_task=replace_head)
+        model = create_model(
+            name, img_size, preprocessing, num_classes=len(classes), halting=halting, **gate, **options
+        )
         load_weights(model, weights, self.location, replace_head, self.image_size())
         return model
 
@@ -313,8 +343,11 @@ class Checkpoint:
         """
         args = {name: value for name, value in self.content["args"].items() if name not in private_flags}
         weights = {name: value.half() for name, value in self.state_dict().items()}
-        curves = {"budget_curves": {"model": curve.record()}} if (curve := self.budget_curve()) else {}
-        kept = {name: self.content[name] for name in ("gate", "classes")} | curves
+        kept = {name: self.content[name] for name in ("gate", "classes")}
+        if (curve := self.budget_curve()) is not None:
+            kept["budget_curves"] = {"model": curve.record()}
+        if (preprocessing := self.recorded_preprocessing()) is not None:
+            kept["preprocessing"] = preprocessing.record()
         return {"model": weights, **kept, "args": args}
 
 

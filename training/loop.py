@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 import utils
+from datasets import Preprocessing
 from engine_act import EpochState, Trainer, evaluate, train_one_epoch
 from training.budget import CalibrationBatches, budget_curve
 from training.build import Schedule
@@ -297,6 +298,7 @@ class TrainingRun:
             "gate": _gate(model) if model.halting else None,
             **calibrated,
             "classes": self.classes,
+            "preprocessing": Preprocessing.from_model(model).record(),
             "args": dict(self.options.flags),
         }
 

@@ -89,16 +89,28 @@ def preprocessing(name: str) -> Preprocessing:
     return Preprocessing.from_config(get_pretrained_cfg(name).to_dict())
 
 
-def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTokens:
+def run_preprocessing(name: str, img_size: tuple[int, int], data_set: str | None = None) -> Preprocessing:
+    """Return the preprocessing of a run that has no checkpoint to follow.
+
+    data_set: name of the run's dataset, or None for image files
+    Raises UserError if the model is not supported.
+    """
+    return preprocessing(name).for_run(img_size, data_set)
+
+
+def create_model(
+    name: str, img_size: tuple[int, int], preprocessing: Preprocessing | None = None, **options
+) -> AdaptiveTokens:
     """Build an adaptive model; options: of timm.create_model and `AdaptiveTokens`.
 
+    preprocessing: of its images, kept in the model's pretrained_cfg; None: see `run_preprocessing`
     Raises UserError if the model or the image size is not supported, or if the weights cannot be loaded.
     """
     check_model_name(name)
     _check_size(name, img_size)
     halting = {option: options.pop(option) for option in HALTING_DEFAULTS if option in options}
     try:
-        return _build(name, halting, img_size=img_size, **options)
+        model = _build(name, halting, img_size=img_size, **options)
     except Exception as error:  # the hub's client may raise anything
         if not options.get("pretrained"):
             raise
@@ -107,6 +119,9 @@ def create_model(name: str, img_size: tuple[int, int], **options) -> AdaptiveTok
         raise UserError(
             reason if is_complete else f"--pretrained: the weights of {name} cannot be loaded: {reason}"
         ) from error
+    preprocessing = preprocessing or run_preprocessing(name, img_size)
+    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing._asdict()}
+    return model
 
 
 def _check_size(name: str, img_size: tuple[int, int]) -> None:

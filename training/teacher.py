@@ -86,11 +86,20 @@ def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list
     size = image_size(args)
     if args.teacher_path:
         checkpoint = Checkpoint.load(args.teacher_path)
-        return _as_teacher(checkpoint.build_model(classes=classes, img_size=size, halting=False), model)
+        own = checkpoint.recorded_preprocessing()
+        static = checkpoint.build_model(classes=classes, img_size=size, halting=False, preprocessing=own)
+        return _as_teacher(static, model)
     # A resumed run started from these weights too, so --resume is ignored here.
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is not None:
-        static = start.build_model(args.model, classes=classes, img_size=size, use_ema=args.use_ema, halting=False)
+        static = start.build_model(
+            args.model,
+            classes=classes,
+            img_size=size,
+            use_ema=args.use_ema,
+            halting=False,
+            preprocessing=start.recorded_preprocessing(),
+        )
     elif args.pretrained:
         static = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
     else:

@@ -173,8 +173,7 @@ def _record_files(job: RenderJob, files: dict[int, Path], classes: Sequence[str]
 
     files: by position; classes: a file in a directory named after one of them is labeled with it
     """
-    preprocessing, images = Preprocessing.from_model(job.model), {}
-    transform = evaluation_transform(job.model.patch_embed.img_size, preprocessing=preprocessing)
+    transform, images = evaluation_transform(job.model.patch_embed.img_size, Preprocessing.from_model(job.model)), {}
     for position, file in files.items():
         try:
             images[position] = transform(load_image(file))

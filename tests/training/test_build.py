@@ -3,7 +3,7 @@ import torch
 from conftest import save_halting_micro
 from PIL import Image
 
-from datasets import evaluation_transform
+from datasets import IMAGENET, evaluation_transform
 from training.arguments import parse_args
 from training.build import build_model, build_optimizer, training_and_validation_set
 from training.checkpoints import Checkpoint
@@ -12,8 +12,9 @@ from training.teacher import build_self_teacher
 
 def test_no_aug_preprocesses_training_images_as_in_evaluation(image_folder):
     flags = ["--data-path", str(image_folder), "--input-size", "24", "--reprob", "1", "--aa", "rand-m9"]
-    plain, varied = (training_and_validation_set(parse_args([*flags, *more]))[0] for more in (["--no-aug"], []))
-    pixels = evaluation_transform((24, 24))(Image.open(plain.samples[3][0]))
+    args = [parse_args([*flags, *more]) for more in (["--no-aug"], [])]
+    plain, varied = (training_and_validation_set(one, IMAGENET)[0] for one in args)
+    pixels = evaluation_transform((24, 24), IMAGENET)(Image.open(plain.samples[3][0]))
     assert all(torch.equal(plain[3][0], pixels) for _ in range(5))
     assert len({varied[3][0].sum().item() for _ in range(5)}) > 1
     assert len(plain) == len(varied) == 15
