@@ -248,18 +248,23 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return _MeanOverProcesses.apply(value) if dist.is_initialized() else value
 
 
-MAX_EPOCHS, MAX_BATCHES = 10**6, 10**9  # larger numbers in a checkpoint are invalid
+MAX_EPOCHS, MAX_BATCHES, MAX_IMAGES = 10**6, 10**9, 10**12  # larger numbers in a checkpoint are invalid
 
 
 @dataclass
 class EpochState:
-    """The progress of an epoch: batches done, seconds spent on them, and averages over them.
+    """The progress of an epoch: what is done, seconds spent on it, and averages over it.
 
+    batches: number of batches done by each process, which numbers the steps and their random numbers;
+    images: number of images done over all processes, at which a resumed run continues;
+    images_per_batch: number of images of the next batches over all processes;
     waiting_seconds: the part of `seconds` in which this process waited for its loader.
     """
 
     number: int
     batches: int = 0
+    images: int = 0
+    images_per_batch: int = 0
     seconds: float = 0.0
     waiting_seconds: float = 0.0
     averages: MetricAverages = field(default_factory=MetricAverages)
@@ -268,6 +273,11 @@ class EpochState:
     def local_data_wait_share(self) -> float:
         """The share of the seconds in which this process waited for its loader."""
         return self.waiting_seconds / max(self.seconds, 1e-9)
+
+    def advance(self, batches: int) -> None:
+        """Count batches as done."""
+        self.batches += batches
+        self.images += batches * self.images_per_batch
 
     def data_wait(self) -> float:
         """Return the largest share of the time that any process waited for its loader.
@@ -282,6 +292,7 @@ class EpochState:
         return {
             "epoch": self.number - 1,  # the last finished epoch
             "batches": self.batches,
+            "images": self.images,
             "seconds": self.seconds,
             "data_wait": self.data_wait(),
             "averages": self.averages.state_dict(),
@@ -292,15 +303,32 @@ class EpochState:
         number, batches, seconds = int(checkpoint["epoch"]) + 1, int(checkpoint["batches"]), checkpoint["seconds"]
         if not (0 <= number <= MAX_EPOCHS and 0 <= batches <= MAX_BATCHES and 0 <= seconds < math.inf):
             raise ValueError(f"out of range: epoch {number}, batch {batches} or {seconds} seconds")
+        images = _images_done(checkpoint)
         data_wait = float(checkpoint.get("data_wait", 0))  # missing in older checkpoints
         if not 0 <= data_wait <= 1:
             raise ValueError(f"data_wait must be in [0, 1], got {data_wait}")
-        self.number, self.batches, self.seconds = number, batches, float(seconds)
+        self.number, self.batches, self.images, self.seconds = number, batches, images, float(seconds)
         self.waiting_seconds = data_wait * self.seconds
         if utils.is_main():
             self.averages.load_state_dict(checkpoint["averages"])
             if batches and self.averages.sums["loss"].ndim:
                 raise ValueError("the averaged loss is not a scalar")
+
+
+def _images_done(checkpoint: dict) -> int:
+    """Return the number of images of the epoch that all processes have done.
+
+    Older checkpoints record only batches, all of the size and the number of processes of that run.
+    """
+    if "images" in checkpoint:
+        images = int(checkpoint["images"])
+    elif checkpoint["batches"]:
+        images = int(checkpoint["batches"]) * int(checkpoint["args"]["batch_size"]) * int(checkpoint["processes"])
+    else:
+        images = 0
+    if not 0 <= images <= MAX_IMAGES:
+        raise ValueError(f"images must be from 0 to {MAX_IMAGES:g}, got {images}")
+    return images
 
 
 def micro_batch_groups(batches: Iterable, accum_steps: int) -> Iterator[list]:
@@ -338,7 +366,7 @@ def train_one_epoch(
         if not status.loss_is_nonfinite:
             for result in results:
                 epoch.averages.add(result.images, loss=result.loss, **result.loss_parts, **result.halting)
-        epoch.batches += len(group)
+        epoch.advance(len(group))
         epoch.seconds = seconds_before + time.perf_counter() - start
         epoch.waiting_seconds = waiting_before + loader.seconds
         if on_update is not None:

@@ -89,7 +89,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         training_run.load_state_dict(start)
     if args.start_epoch is not None:
         training_run.start_at(args.start_epoch)
-    _log_size(args, model, len(classes), len(train_loader))
+    _log_size(args, model, len(classes), train_loader.batches_per_epoch)
     with contextlib.suppress(Interrupted):  # the run has already saved its state and printed why it stopped
         training_run.train()
     return 0

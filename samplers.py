@@ -42,25 +42,34 @@ class UnpaddedDistributedSampler(Sampler):
 class ResumableSampler(Sampler):
     """A sampler that can start anywhere in an epoch and yields (index, seeds).
 
+    sampler: distributes one order of the images over `num_replicas` processes in turn, as DistributedSampler does.
     The seeds of an image depend only on its position in training, so a resumed run needs no other state.
     """
 
-    def __init__(self, sampler: Sampler, seed: int, rank: int):
-        self.sampler, self.seed, self.rank = sampler, seed, rank
+    def __init__(self, sampler: Sampler, seed: int):
+        self.sampler, self.seed, self.rank = sampler, seed, sampler.rank
         self.start_at(0)
 
-    def start_at(self, epoch: int, first: int = 0) -> None:
-        """Make the next iteration start in `epoch`, after its first `first` images."""
+    def start_at(self, epoch: int, images: int = 0) -> None:
+        """Make the next iteration start in `epoch`, after its first `images` images over all processes.
+
+        These may have been read by another number of processes. Each process yields the same number of images.
+        """
         self.sampler.set_epoch(epoch)
-        self.epoch, self.first = epoch, first
+        self.epoch = epoch
+        processes, total = self.sampler.num_replicas, len(self.sampler) * self.sampler.num_replicas
+        # Position p of the order belongs to process p mod `processes`. This one continues at `images + rank`.
+        self.first, self.sampler.rank = divmod(images + self.rank, processes)
+        self.length = max(total - images, 0) // processes
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        for position, index in enumerate(islice(self.sampler, self.first, None), start=self.first):
-            yield index, (self.seed, self.rank, self.epoch, position, SEEDS_OF_IMAGES)
+        rest = islice(self.sampler, self.first, self.first + self.length)
+        for position, index in enumerate(rest, start=self.first):
+            yield index, (self.seed, self.sampler.rank, self.epoch, position, SEEDS_OF_IMAGES)
 
     def __len__(self) -> int:
-        """Return the number of images in a full epoch."""
-        return len(self.sampler)
+        """Return the number of images of the next iteration."""
+        return self.length
 
 
 def training_sampler(dataset: Sized, num_replicas: int, rank: int, seed: int, repeated_aug: bool) -> Sampler:

@@ -436,22 +436,23 @@ def with_progress(
 ) -> Iterator:
     """Yield the batches and show progress: a bar on a terminal, else a printed line every `every` batches.
 
-    describe: returns the metrics to show, called every `every` batches; done: number of earlier batches.
+    describe: returns the metrics to show, called every `every` batches; done: number of batches before these.
     """
     on_terminal = sys.stderr.isatty()
     hidden = not (is_main() and on_terminal)
-    bar = tqdm(batches, desc=title, leave=False, disable=hidden, initial=done, total=len(batches))
+    total = done + len(batches)
+    bar = tqdm(batches, desc=title, leave=False, disable=hidden, initial=done, total=total)
     start = time.perf_counter()
     for number, batch in enumerate(bar, start=done + 1):
         yield batch
-        if number % every == 0 or number == len(batches):
+        if number % every == 0 or number == total:
             if on_terminal:
                 bar.set_postfix(describe())
                 continue
             per_batch = (time.perf_counter() - start) / (number - done)
-            left = timedelta(seconds=int(per_batch * (len(batches) - number)))
+            left = timedelta(seconds=int(per_batch * (total - number)))
             metrics = [f"{k} {v}" for k, v in describe().items()]
-            log("  ".join([f"{title} [{number}/{len(batches)}]", *metrics, f"left {left}"]))
+            log("  ".join([f"{title} [{number}/{total}]", *metrics, f"left {left}"]))
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -148,6 +148,23 @@ def test_epoch_state_restores_its_times():
     assert (resumed.seconds, resumed.waiting_seconds) == (100.0, 25.0)
 
 
+def test_epoch_state_of_an_older_checkpoint_converts_batches_to_images():
+    epoch = EpochState(3, 5)
+    epoch.averages.add(1, loss=torch.tensor(1.0))
+    checkpoint = {**epoch.state_dict(), "args": {"batch_size": 16}, "processes": 2}
+    del checkpoint["images"]
+    epoch.load_state_dict(checkpoint)
+    assert (epoch.batches, epoch.images) == (5, 160)
+    with pytest.raises(ValueError, match="images must be from 0"):
+        epoch.load_state_dict({**checkpoint, "processes": -2})
+
+
+def test_epoch_counts_its_images():
+    epoch = EpochState(0, images_per_batch=4)
+    train_one_epoch(make_trainer(), loader(8, 4), epoch)
+    assert (epoch.batches, epoch.images) == (2, 8)
+
+
 def test_accumulation_equals_one_large_batch():
     """The prior is off, because it is computed per micro-batch."""
     models = []

@@ -84,8 +84,12 @@ class ImageLoader(DataLoader):
 
     Errors about images are raised here, not in the data-loader workers, which send messages with the batch.
 
+    The length is the number of batches of the next iteration.
+
     images: the dataset of ([3, H, W] float, class index) that a map-style `dataset` reads;
     num_images: size of the dataset over all processes, 0 if unknown;
+    batches_per_epoch: number of batches of a complete epoch;
+    images_per_batch: number of images of a batch over all processes;
     bad_images: one message per unreadable image so far; each is printed once as a warning;
     max_bad_images: raise RankError if there are more;
     allow_empty_batches: skip a batch without readable images instead of raising RankError.
@@ -96,12 +100,14 @@ class ImageLoader(DataLoader):
         super().__init__(dataset, *args, **options, **kwargs)
         self.images = getattr(dataset, "images", dataset)
         self.num_images = len(self.images)
+        self.batches_per_epoch = len(self)
+        self.images_per_batch = self.batch_size * utils.world_size()
         self.bad_images: list[str] = []
         self.max_bad_images, self.allow_empty_batches = max_bad_images, allow_empty_batches
 
-    def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Make the next iteration start at this batch of this epoch."""
-        self.sampler.start_at(epoch, batch * self.batch_size)
+    def start_at(self, epoch: int, images: int = 0) -> None:
+        """Make the next iteration start in this epoch, after its first `images` images over all processes."""
+        self.sampler.start_at(epoch, images)
 
     def __iter__(self) -> Iterator[Batch]:
         for images, targets, indices, unreadable in super().__iter__():
@@ -128,28 +134,34 @@ class ImageLoader(DataLoader):
 
     def load_state_dict(self, checkpoint: dict) -> None:
         """Restore the loader. Raises KeyError, ValueError or the like if the entry does not fit."""
-        bad_images = checkpoint["bad_images"]
-        if utils.rank() < len(bad_images):
-            self.bad_images = list(map(str, bad_images[utils.rank()]))
+        own = checkpoint["bad_images"][utils.rank() :: utils.world_size()]  # of several processes if they were more
+        self.bad_images = list(dict.fromkeys(str(message) for messages in own for message in messages))
 
 
 class StreamLoader(ImageLoader):
     """A loader of a Stream, whose images have no positions: they are numbered in the order they arrive."""
 
+    first_batch = 0  # of the next iteration
+
     def __init__(self, stream: Stream, batch_size: int, **kwargs):
         super().__init__(stream, batch_size, **kwargs)
         self.num_images = stream.num_images
-        self.first_batch = 0
 
-    def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Make the next iteration start at this batch of this epoch; it reads and skips the batches before."""
+    def __len__(self) -> int:
+        return super().__len__() - min(self.first_batch, super().__len__())
+
+    def start_at(self, epoch: int, images: int = 0) -> None:
+        """Make the next iteration start in this epoch, after its first `images` images, rounded down to whole batches.
+
+        It reads and skips the batches before.
+        """
         self.dataset.set_epoch(epoch)
         seed = self.dataset.seed * EPOCH_STRIDE + epoch
         self.generator.manual_seed(seed)  # seeds the workers, and through them the reader's shuffling
-        self.first_batch = batch
+        self.first_batch = images // self.images_per_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.first_batch and self.first_batch >= len(self):
+        if self.first_batch and not len(self):
             return
         places, classes = itertools.count(utils.rank(), utils.world_size()), len(self.dataset.classes)
         for number, (images, targets, *_) in enumerate(DataLoader.__iter__(self)):
@@ -180,7 +192,7 @@ def training_loader(
     if isinstance(images, Stream):
         return _stream_loader(images, batch_size, num_workers, pin_memory, persistent=False, drop_last=True)
     sampler = training_sampler(images, utils.world_size(), utils.rank(), seed, repeated_aug)
-    sampler = ResumableSampler(sampler, seed, utils.rank())
+    sampler = ResumableSampler(sampler, seed)
     return ImageLoader(
         SkipUnreadable(images, MAX_TRIES),
         batch_size,

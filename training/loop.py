@@ -77,6 +77,7 @@ class TrainingRun:
         self.stop = StopRequest()
         self.tensorboard = None
         self.epoch = EpochState(0)  # the current epoch
+        self.last_batch = 0  # number of batches of the current epoch, once it has started
         self.resumed = False
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
@@ -95,8 +96,7 @@ class TrainingRun:
             log(f"all {self.options.epochs} epochs are done; nothing to train")
         with self.stop.listening():
             for epoch in range(self.epoch.number, self.options.epochs):
-                self.train_loader.start_at(epoch, self.epoch.batches)
-                self._step_schedules()
+                self._start_epoch()
                 training = train_one_epoch(
                     self.trainer, self.train_loader, self.epoch, self._on_update, should_stop=self.stop.asked
                 )
@@ -112,6 +112,13 @@ class TrainingRun:
             log(f"best top-1: {self.best_acc1:.2f}%")
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+    def _start_epoch(self) -> None:
+        """Make the loader continue where the epoch was left, possibly with batches of another size."""
+        self.epoch.images_per_batch = self.train_loader.images_per_batch
+        self.train_loader.start_at(self.epoch.number, self.epoch.images)
+        self.last_batch = self.epoch.batches + len(self.train_loader)
+        self._step_schedules()
 
     def start_at(self, epoch: int) -> None:
         """Continue from the start of an epoch. Raises UserError if it is beyond --epochs."""
@@ -142,9 +149,10 @@ class TrainingRun:
                 self.tensorboard = TensorBoardLogger(folder, first_epoch, self.test_loader, self.classes)
 
     def _updates(self) -> int:
-        """Return the number of optimizer steps done so far, over all epochs."""
-        per_epoch = updates_per_epoch(self.train_loader, self.trainer.accum_steps)
-        return self.epoch.number * per_epoch + math.ceil(self.epoch.batches / self.trainer.accum_steps)
+        """Return the number of optimizer steps done so far, over all epochs, as if all had the current batch size."""
+        accum_steps = self.trainer.accum_steps
+        left = math.ceil(max(self.last_batch - self.epoch.batches, 0) / accum_steps)
+        return (self.epoch.number + 1) * updates_per_epoch(self.train_loader, accum_steps) - left
 
     def _step_schedules(self) -> None:
         updates = self._updates()
@@ -317,7 +325,10 @@ class TrainingRun:
             test = content["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
             self.resumed = True
-            log(f"resuming at epoch {self.epoch.number} (the first is 0), after {self.epoch.batches} of its batches")
+            log(
+                f"resuming at epoch {self.epoch.number} (the first is 0), after {self.epoch.batches} of its batches "
+                f"({self.epoch.images} images)"
+            )
             self.warn_changed_flags(content["args"], int(content["processes"]))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(
@@ -354,4 +365,5 @@ def _epoch_of(line: str) -> float:
 
 
 def updates_per_epoch(loader: ImageLoader, accum_steps: int) -> int:
-    return math.ceil(len(loader) / accum_steps)
+    """Return the number of optimizer steps of a complete epoch."""
+    return math.ceil(loader.batches_per_epoch / accum_steps)

@@ -20,8 +20,10 @@ def loader_of(images, workers=0, limit=100, seed=0, batch_size=4, repeated_aug=F
 
 def training_batches(folder, workers=0, epoch=0, batch=0, **options):
     loader = loader_of(build_dataset("IMNET", str(folder), True, SIZE, AUGMENTATION), workers, **options)
-    loader.start_at(epoch, batch)
-    return list(loader), loader
+    loader.start_at(epoch, batch * loader.images_per_batch)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return batches, loader
 
 
 def same(some, others):
@@ -65,7 +67,7 @@ def test_stream_batches_depend_only_on_their_position(tmp_path, workers):
     def batches(epoch, batch=0):
         images = build_dataset("wds/", str(root), True, SIZE, AUGMENTATION, num_classes=16, batch_size=2)
         loader = loader_of(images, workers, batch_size=2)
-        loader.start_at(epoch, batch)
+        loader.start_at(epoch, batch * loader.images_per_batch)
         return list(loader)
 
     whole = batches(1)
@@ -73,6 +75,28 @@ def test_stream_batches_depend_only_on_their_position(tmp_path, workers):
     assert same(batches(1), whole)
     assert same(batches(1, batch=5), whole[5:])
     assert not same(batches(2), whole)
+
+
+def test_stream_continues_after_whole_batches_of_another_size(tmp_path):
+    images = build_dataset("wds/", str(make_shards(tmp_path / "wds")), True, SIZE, AUGMENTATION, num_classes=16)
+    loader = loader_of(images, batch_size=3)
+    assert (len(loader), loader.batches_per_epoch) == (5, 5)
+    loader.start_at(0)
+    whole = [batch.targets.tolist() for batch in loader]
+    loader.start_at(0, images=8)
+    assert len(loader) == 3
+    assert [batch.targets.tolist() for batch in loader] == whole[2:]
+
+
+def test_unreadable_images_are_counted_by_another_number_of_processes(image_folder, monkeypatch):
+    _, loader = training_batches(image_folder)
+    state = {"bad_images": [["a", "b"], [], ["c", "a"]]}
+    loader.load_state_dict(state)
+    assert loader.bad_images == ["a", "b", "c"]
+    monkeypatch.setattr("utils.world_size", lambda: 2)
+    monkeypatch.setattr("utils.rank", lambda: 1)
+    loader.load_state_dict(state)
+    assert loader.bad_images == []
 
 
 # Unreadable images -------------------------------------------------------------------------------

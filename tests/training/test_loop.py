@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import losses
-from engine_act import Trainer
+from engine_act import EpochState, Trainer
 from training import loop
 from training.build import Schedule
 from training.checkpoints import load_checkpoint
@@ -17,12 +17,12 @@ from training.loaders import evaluation_loader, training_loader
 from training.loop import RunOptions, TrainingRun
 
 
-def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs):
+def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, batch_size=4, **kwargs):
     model = halting_model()
     data = TensorDataset(images(12), torch.arange(12) % 7)
     data.classes = list("abcdefg")
     loading = {"num_workers": 0, "pin_memory": False}
-    loader = training_loader(data, 4, seed=0, repeated_aug=False, max_bad_images=0, **loading)
+    loader = training_loader(data, batch_size, seed=0, repeated_aug=False, max_bad_images=0, **loading)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     updates = loop.updates_per_epoch(loader, accum_steps)
     options = {"step_on_epochs": sched == "plateau", "updates_per_epoch": updates}
@@ -30,7 +30,7 @@ def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, **kwargs)
     criterion = losses.AdaptiveLoss(nn.CrossEntropyLoss(), 8, 0.01, 0.01)
     ema = ModelEmaV3(model, 0.9)
     trainer = Trainer(model, criterion, optimizer, torch.device("cpu"), accum_steps=accum_steps, ema=ema)
-    options = RunOptions(epochs, output_dir, flags={"lr": 0.1}, **kwargs)
+    options = RunOptions(epochs, output_dir, **{"flags": {"lr": 0.1}, **kwargs})
     return TrainingRun(trainer, Schedule(schedule), loader, evaluation_loader(data, 5, **loading), options)
 
 
@@ -60,6 +60,16 @@ def test_schedule_steps_with_every_update(accum_steps, updates):
     run.train()
     assert sorted(set(seen)) == list(range(2 * updates + 1))
     assert run.trainer.optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_progress_after_a_change_of_batch_size_ends_with_the_epoch():
+    """After 1 of 3 batches of 4 images, 4 batches of 2 remain. The schedule counts as if all batches had 2 images."""
+    run, seen = make_run(batch_size=2), []
+    run.epoch = EpochState(0, batches=1, images=4)
+    step_update = run.schedule.step_update
+    run.schedule.step_update = lambda number: (seen.append(number), step_update(number))
+    run.train()
+    assert list(dict.fromkeys(seen)) == list(range(2, 13))
 
 
 def test_plateau_schedule_gets_the_accuracy():
