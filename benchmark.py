@@ -24,12 +24,12 @@ import argparse
 import importlib
 import importlib.util
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.arguments import Parser, add_budget_flag, at_least_one
+from training import flag_effects
+from training.arguments import Parser, add_budget_flag, at_least_one, finite
 
 if TYPE_CHECKING:
     import torch  # imported where it is used, so that --help and errors in flags do not wait for it
@@ -84,7 +84,7 @@ def _add_model_flags(add) -> None:
     add("--batch-size", type=at_least_one, nargs="+", default=[32], metavar="N", help="batch sizes to measure")
     add(
         "--mean-depth",
-        type=float,
+        type=finite,
         nargs="+",
         default=[7.3],
         metavar="D",
@@ -153,9 +153,6 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with status 2 if flags exclude each other, or if their values cannot be used."""
     if args.count_ops and (args.train or args.plot):
         parser.error("--count-ops counts the ops of a forward pass. Remove --train and --plot.")
-    infinite = [depth for depth in args.mean_depth if not math.isfinite(depth)]
-    if infinite:
-        parser.error(f"--mean-depth must be a finite number, got {infinite[0]}")
     for flag in ("json", "plot"):
         file = getattr(args, flag) and Path(getattr(args, flag))
         if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
@@ -198,6 +195,7 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     from benchmarks.cases import cases
     from training.models import check_model_name
 
+    flag_effects.report(args, flag_effects.BENCHMARK)
     check_model_name(args.model)
     results = []
     for case in cases(args, device):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from training import flag_effects
 from training.arguments import Parser, at_least_one
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace, device: torch.device) -> list[str]:
 
     from benchmarks import gpu_checks, gpu_speed
 
+    flag_effects.report(args, flag_effects.CUDA_CHECK)
     functions = gpu_checks.PARTS | gpu_speed.PARTS
     check, about = gpu_checks.Check(device, args.small, args.seconds), gpu_checks.environment(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)

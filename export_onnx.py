@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training import arguments
+from training import arguments, flag_effects
 
 if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
     from models_act import AdaptiveTokens
@@ -86,6 +86,7 @@ def export(args: argparse.Namespace) -> None:
     from deployment.onnx_graph import write_graph
     from training.checkpoints import Checkpoint
 
+    flag_effects.report(args, flag_effects.EXPORT_ONNX)
     checkpoint = Checkpoint.load(args.checkpoint)
     model = checkpoint.build_model(
         args.model,

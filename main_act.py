@@ -15,7 +15,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training import arguments
+from training import arguments, flag_effects
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +35,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     import utils
     from training.models import check_model_name
 
-    for flag in ("act_mode", "warmup_epoch"):
-        if getattr(args, flag) is not None:
-            utils.log(f"--{flag} has no effect; it is accepted for existing scripts")
+    flag_effects.report(args, flag_effects.MAIN_ACT)
     check_model_name(args.model)
     utils.amp_dtype_name(args.amp, device)
     utils.seed_everything(args.seed)

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training import arguments
+from training import arguments, flag_effects
 
 if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
     import torch
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
     if args.cmap not in colormaps:
         raise utils.UserError(f"--cmap: unknown colormap {args.cmap!r}{utils.did_you_mean(args.cmap, colormaps)}")
+    flag_effects.report(args, flag_effects.VISUALIZE)
     args.amp = utils.amp_dtype_name(args.amp, device)
     args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
     if args.curves:

@@ -424,6 +424,7 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
     if args.eval and args.demo:
         parser.error("--eval and --demo cannot be combined; run one after the other")
     check_budget(parser, args)
+    _check_weights(parser, args)
     _check_training_budget(parser, args)
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         low, high = args.cutmix_minmax
@@ -436,6 +437,19 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--resume auto and --start_epoch cannot be combined: the checkpoint stores the epoch")
     if args.tensorboard and not args.output_dir and not (args.eval or args.demo):
         parser.error("--tensorboard requires --output_dir, the folder of the logs")
+
+
+def _check_weights(parser: Parser, args: argparse.Namespace) -> None:
+    if args.finetune and args.pretrained_path and not (args.eval or args.demo):
+        parser.error(
+            f"--finetune {args.finetune} and --pretrained-path {args.pretrained_path} both name starting weights; "
+            "pass one of them"
+        )
+    if args.finetune and args.resume and (args.eval or args.demo):
+        mode = "evaluate" if args.eval else "draw"
+        parser.error(
+            f"--finetune {args.finetune} and --resume {args.resume} both name the weights to {mode}; pass one of them"
+        )
 
 
 def _check_training_budget(parser: Parser, args: argparse.Namespace) -> None:

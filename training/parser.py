@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import itertools
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+
+class Flags(argparse.Namespace):
+    """The parsed flags.
+
+    given: those on the command line or in an @FILE, as spelled there, by attribute. It is in a slot and thus not among
+    `vars`, which checkpoints record.
+    """
+
+    __slots__ = ("given",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,22 +33,42 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+        # No flag begins like a number, so whatever does is a value: argparse itself knows no -1e3 and no -inf.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None) -> Flags:
         guard_streams()
-        args = sys.argv[1:] if args is None else args
-        files = [arg for arg in args if self.fromfile_prefix_chars and arg.startswith("@")]
-        missing = [file for file in files if not os.path.isfile(file[1:])]
-        if missing:
-            self.error(f"{missing[0]}: no such file")
-        try:
-            return super().parse_args([_with_dashes(arg) for arg in args], namespace)
-        except UnicodeDecodeError as error:
-            self.error(f"{' '.join(files)}: not a text file: {error}")
+        words = [_with_dashes(word) for word in self._with_files_read(sys.argv[1:] if args is None else args)]
+        flags, unknown = self.parse_known_args(words, Flags())
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._did_you_mean(unknown)}")
+        names = (word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words))
+        flags.given = {self._option_string_actions[n].dest: n for n in names if n in self._option_string_actions}
+        return flags
+
+    def _with_files_read(self, args: Iterable[str]) -> Iterator[str]:
+        """Yield the arguments, with those of a file in place of each @FILE."""
+        for arg in args:
+            if not (self.fromfile_prefix_chars and arg.startswith("@")):
+                yield arg
+                continue
+            if not os.path.isfile(arg[1:]):
+                self.error(f"{arg}: no such file")
+            try:
+                lines = Path(arg[1:]).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                self.error(f"{arg}: not a text file that can be read: {error}")
+            yield from itertools.chain.from_iterable(map(self.convert_arg_line_to_args, lines))
+
+    def _did_you_mean(self, unknown: list[str]) -> str:
+        """Return a hint at the flags that resemble the unknown ones, or ""."""
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        flags = list(self._option_string_actions)
+        similar = [match for name in names for match in difflib.get_close_matches(name, flags, n=1, cutoff=0.7)]
+        return f" (did you mean {', '.join(similar)}?)" if similar else ""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Return the flags on a line of an @FILE; such a file cannot refer to another."""
-        arg_line = arg_line.removeprefix("\ufeff")  # byte order mark
         try:
             args = shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
         except ValueError as error:
