@@ -71,9 +71,9 @@ def make_parser() -> Parser:
 def _add_model_flags(add) -> None:
     add(
         "--model",
-        default="avit_tiny_patch16_224",
         metavar="NAME",
-        help="model name: a registered avit_* model or any plain timm ViT",
+        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's, else "
+        "avit_tiny_patch16_224)",
     )
     add(
         "--input-size",
@@ -196,12 +196,13 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     from training.models import check_model_name
 
     flag_effects.report(args, flag_effects.BENCHMARK)
-    check_model_name(args.model)
+    if args.model:
+        check_model_name(args.model)
     results = []
     for case in cases(args, device):
         rows = measure_case(case, args, device)
         about = {
-            "model": args.model,
+            "model": case.name,
             "train": args.train,
             "amp": args.amp,
             "device": str(device),
@@ -218,7 +219,7 @@ def measure_case(case: Case, args: argparse.Namespace, device: torch.device) -> 
 
     size = "x".join(map(str, case.images.shape[-2:]))
     precision = "float32" if args.amp == "none" else args.amp
-    title = f"{args.model}, {size}, batch {case.batch_size}, mean depth {case.depth.mean().item():.2f}, {precision}"
+    title = f"{case.name}, {size}, batch {case.batch_size}, mean depth {case.depth.mean().item():.2f}, {precision}"
     if args.count_ops:
         rows = operations.count_ops(case, device, args.amp)
         print(f"\n{title}: ops per block added to the static model\n{operations.format_counts(rows)}", flush=True)

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     from training.models import check_model_name
 
     flag_effects.report(args, flag_effects.MAIN_ACT)
-    check_model_name(args.model)
+    if args.model:
+        check_model_name(args.model)
     utils.amp_dtype_name(args.amp, device)
     utils.seed_everything(args.seed)
     if args.eval:
@@ -51,30 +52,27 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     """Train a model, or continue a run. Returns the exit status."""
     from training import build, loop
     from training.checkpoints import Checkpoint
-    from training.loaders import evaluation_loader, training_loader
     from training.signals import Interrupted
+    from training.teacher import build_teacher
 
-    # data and model
+    # settings of the network
     start = Checkpoint.from_args(args)
-    preprocessing = build.choose_preprocessing(args, start)
-    train_images, test_images = build.training_and_validation_set(args, preprocessing)
-    classes, loading = train_images.classes, build.loader_options(args, device)
-    model = build.build_model(args, classes, start, preprocessing).to(device)
-    calibration = build.calibration_batches(args, train_images, preprocessing, device)
+    settings = build.resolve_settings(args, start)
+
+    # data
+    train_images, test_images = build.training_and_validation_set(args, settings)
+    classes = train_images.classes
+
+    # model and teacher
+    model = build.build_model(args, settings, classes, start).to(device)
+    teacher = build_teacher(args, settings, model, classes)
+    calibration = build.calibration_batches(args, settings, train_images, device)
     if build.should_search_gate(args, start):
         build.set_gate(args, model, calibration, device)
 
     # losses, optimizer, schedule
-    trainer = build.build_trainer(args, model, classes, device)
-    train_loader = training_loader(
-        train_images,
-        args.batch_size,
-        seed=args.seed,
-        repeated_aug=args.repeated_aug,
-        max_bad_images=args.max_bad_images,
-        **loading,
-    )
-    test_loader = evaluation_loader(test_images, args.batch_size, **loading)
+    trainer = build.build_trainer(args, model, classes, device, teacher)
+    train_loader, test_loader = build.training_and_validation_loader(args, train_images, test_images, device)
     updates = loop.updates_per_epoch(train_loader, args.accum_steps)
     schedule = build.build_schedule(args, trainer.optimizer, updates)
     trainer.budget = build.build_budget(args, model, updates)
@@ -96,8 +94,10 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 def _log_size(args: argparse.Namespace, model: nn.Module, num_classes: int, num_batches: int) -> None:
     import utils
 
+    height, width = model.patch_embed.img_size
     utils.log(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {num_classes} classes; "
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {num_classes} classes, "
+        f"images of {height} x {width}; "
         f"{num_batches} batches of {args.batch_size} images per epoch and process; "
         f"number of processes: {utils.world_size()}"
     )
@@ -110,14 +110,16 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     from training.checkpoints import Checkpoint
     from training.loaders import evaluation_loader
 
-    # data
+    # settings of the network
     start = Checkpoint.from_args(args)
-    preprocessing = build.choose_preprocessing(args, start)
-    images = build.validation_set(args, preprocessing)
+    settings = build.resolve_settings(args, start)
+
+    # data
+    images = build.validation_set(args, settings)
     loader = evaluation_loader(images, args.batch_size, **build.loader_options(args, device))
 
     # model
-    model = build.build_model(args, images.classes, start, preprocessing).to(device)
+    model = build.build_model(args, settings, images.classes, start).to(device)
 
     # evaluation
     output_dir = utils.prepare_output_dir(args.output_dir)
@@ -139,15 +141,17 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     from visualization.draw import RenderJob
     from visualization.heatmaps import PAPERS_COLORMAP, Style
 
-    # data
+    # settings of the network
     start = Checkpoint.from_args(args)
-    preprocessing = build.choose_preprocessing(args, start)
-    images = build.validation_set(args, preprocessing)
+    settings = build.resolve_settings(args, start)
+
+    # data
+    images = build.validation_set(args, settings)
     loader = demo_loader(images, args.batch_size, **build.loader_options(args, device))
     names = class_names(images.classes, args.data_path, args.class_index)
 
     # model
-    model = build.build_model(args, images.classes, start, preprocessing).to(device)
+    model = build.build_model(args, settings, images.classes, start).to(device)
 
     # images
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()

@@ -20,8 +20,8 @@ from training import arguments, flag_effects
 if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
     import torch
 
-    from datasets import Preprocessing
     from training.checkpoints import Checkpoint
+    from training.network import NetworkSettings
     from visualization.draw import RenderJob
 
 
@@ -87,25 +87,27 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     import utils
     from datasets import check_name
     from training.checkpoints import Checkpoint
-    from training.models import check_model_name
+    from training.network import NetworkFlags, Purpose, resolve_network
 
     if args.cmap not in colormaps:
         raise utils.UserError(f"--cmap: unknown colormap {args.cmap!r}{utils.did_you_mean(args.cmap, colormaps)}")
     flag_effects.report(args, flag_effects.VISUALIZE)
     args.amp = utils.amp_dtype_name(args.amp, device)
-    args.input_size = args.input_size and (args.input_size[0], args.input_size[-1])  # height, width
     if args.curves:
         utils.prepare_output_dir(args.output_dir)
         return draw_curves([Path(run) for run in args.curves], Path(args.output_dir))
     check_name(args.data_set)
     checkpoint = Checkpoint.load(args.finetune)
-    args.model = args.model or checkpoint.model_name()
-    check_model_name(args.model)
+    flags = NetworkFlags.from_args(args)
+    flags = flags if args.summary else flags._replace(data_set=None)
+    settings = resolve_network(checkpoint, flags, Purpose.EVALUATION)
     utils.prepare_output_dir(args.output_dir)
-    return (draw_summary if args.summary else draw_images)(args, checkpoint, device)
+    return (draw_summary if args.summary else draw_images)(args, settings, checkpoint, device)
 
 
-def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> int:
+def draw_images(
+    args: argparse.Namespace, settings: NetworkSettings, checkpoint: Checkpoint, device: torch.device
+) -> int:
     """Draw panels and animations of image files, and return the exit status: 1 if some cannot be read."""
     import utils
     from datasets import class_names
@@ -118,66 +120,54 @@ def draw_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.
         raise utils.UserError(f"no image found: {'; '.join(problems)}")
     classes = checkpoint.names_by_class()
     names = class_names(list(classes), None, args.class_index) if args.class_index else list(classes.values())
-    job = make_job(args, checkpoint, names, device)
+    job = make_job(args, settings, checkpoint, names, device)
     num_drawn = draw_files(job, files, list(classes), args.batch_size, args.animation)
     return int(bool(problems) or num_drawn < len(files))
 
 
-def draw_summary(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> int:
+def draw_summary(
+    args: argparse.Namespace, settings: NetworkSettings, checkpoint: Checkpoint, device: torch.device
+) -> int:
     """Draw the charts of a dataset, and return the exit status: 1 if some images cannot be read."""
     import visualization.draw
     from datasets import build_dataset, class_names
     from training.build import loader_options
     from training.loaders import demo_loader
-    from training.models import default_image_size
 
-    size = args.input_size or checkpoint.image_size() or default_image_size(args.model)
-    preprocessing = checkpoint.preprocessing_for(args.model, size, args.data_set)
     images = build_dataset(
         args.data_set,
         args.data_path,
         False,
-        size,
+        settings.img_size,
         inat_category=args.inat_category,
         split=args.val_split,
         num_classes=args.num_classes,
-        preprocessing=preprocessing,
+        preprocessing=settings.preprocessing,
     )
     names = class_names(images.classes, args.data_path, args.class_index)
-    job = make_job(args, checkpoint, names, device, images.classes, preprocessing)
+    job = make_job(args, settings, checkpoint, names, device, images.classes)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))
-    facts = [("model", args.model), ("checkpoint", Path(args.finetune).name)]
+    facts = [("model", settings.model), ("checkpoint", Path(args.finetune).name)]
     num_drawn = visualization.draw.draw_summary(job, loader, args.data_set, facts)
     return int(num_drawn < loader.num_images)
 
 
 def make_job(
     args: argparse.Namespace,
+    settings: NetworkSettings,
     checkpoint: Checkpoint,
     names: list[str],
     device: torch.device,
     classes: list[str] | None = None,
-    preprocessing: Preprocessing | None = None,
 ) -> RenderJob:
-    """Build the checkpoint's model with the overrides of the flags.
+    """Build the checkpoint's model and the drawing job.
 
     names: class names to show; classes: classes of the dataset, which the model must predict
-    preprocessing: of the dataset; None: of image files
     """
     from visualization.draw import RenderJob
     from visualization.heatmaps import Style
 
-    model = checkpoint.build_model(
-        args.model,
-        classes=classes,
-        img_size=args.input_size,
-        gate_scale=args.gate_scale,
-        gate_center=args.gate_center,
-        budget=args.budget,
-        use_ema=args.use_ema,
-        halting=args.halting,
-        preprocessing=preprocessing,
-    ).to(device)
+    model = checkpoint.build_network(settings, classes, args.use_ema).to(device)
     style = Style(model.num_blocks, args.cmap, args.size)
     return RenderJob(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
 

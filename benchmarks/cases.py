@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import utils
 from benchmarks.synthetic import set_synthetic_depths
-from datasets import Preprocessing, build_dataset, spread_sample
+from datasets import build_dataset, spread_sample
 from macs import macs_per_image
 from models_act import AdaptiveTokens
 from training.checkpoints import Checkpoint
 from training.models import create_model, default_image_size
+from training.network import DEFAULT_MODEL, NetworkFlags, Purpose, resolve_network
 
 STATIC, FLOOR, MASKED, ZIPPED = "static (timm)", "floor", "masked", "zipped"  # rows of the tables
 EARLY_EXIT = "zipped, early exit"
@@ -37,12 +38,13 @@ MIN_IMAGES = 32  # images of a case, at least: single images differ in depth
 
 
 class Case(NamedTuple):
-    """A model, its images and their token depths: the input of one table."""
+    """A model, its images and their token depths: the input of one table. name: of the model."""
 
     batch_size: int
     depth: Tensor  # [number of images, N], as the model predicts it
     images: Tensor  # [number of images, 3, H, W]
     model: nn.Module
+    name: str = ""
 
     @property
     def batches(self) -> tuple[Tensor, ...]:
@@ -57,18 +59,22 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     Without: imposed depths on images of Gaussian noise, once per batch size and mean depth.
     Raises UserError if the depths cannot be imposed, and FloatingPointError if the logits are not finite.
     """
-    for batch_size in args.batch_size:
-        num_images = batch_size * math.ceil(MIN_IMAGES / batch_size)
-        if args.finetune:
-            yield make_case(batch_size, *_load_real_case(args, num_images, device))
-            continue
-        for mean_depth in args.mean_depth:
-            size = (args.input_size,) * 2 if args.input_size else default_image_size(args.model)
-            model = create_model(args.model, size)
-            _impose_depths(args.model, model, mean_depth)
-            generator = torch.Generator().manual_seed(0)
-            images = torch.randn(num_images, 3, *model.patch_embed.img_size, generator=generator)
-            yield make_case(batch_size, model.to(device), images.to(device))
+    yield from _real_cases(args, device) if args.finetune else _imposed_cases(args, device)
+
+
+def _num_images(batch_size: int) -> int:
+    return batch_size * math.ceil(MIN_IMAGES / batch_size)
+
+
+def _imposed_cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    name = args.model or DEFAULT_MODEL
+    size = (args.input_size,) * 2 if args.input_size else default_image_size(name)
+    for batch_size, mean_depth in itertools.product(args.batch_size, args.mean_depth):
+        model = create_model(name, size)
+        _impose_depths(name, model, mean_depth)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(_num_images(batch_size), 3, *model.patch_embed.img_size, generator=generator)
+        yield make_case(batch_size, model.to(device), images.to(device), name)
 
 
 def _impose_depths(name: str, model: nn.Module, mean_depth: float) -> None:
@@ -78,24 +84,28 @@ def _impose_depths(name: str, model: nn.Module, mean_depth: float) -> None:
         raise utils.UserError(f"--model {name}: {error}. Pass a trained checkpoint with --finetune.") from error
 
 
-def _load_real_case(args: argparse.Namespace, num_images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """Load the checkpoint of --finetune, and images spread over the evaluation set of --data-path."""
+def _real_cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """Yield cases of the checkpoint of --finetune, on images spread over the evaluation set of --data-path."""
     checkpoint = Checkpoint.load(args.finetune)
-    img_size = (args.input_size,) * 2 if args.input_size else None
-    model = checkpoint.build_model(args.model, img_size=img_size, budget=args.budget)
+    size = (args.input_size,) * 2 if args.input_size else None
+    flags = NetworkFlags(args.model, size, budget=args.budget, data_set=args.data_set)
+    settings = resolve_network(checkpoint, flags, Purpose.EVALUATION)
+    model = checkpoint.build_network(settings)
     dataset = build_dataset(
         args.data_set,
         args.data_path,
         False,
-        model.patch_embed.img_size,
+        settings.img_size,
         num_classes=model.num_classes if "/" in args.data_set else None,  # timm's datasets may not record it
-        preprocessing=Preprocessing.from_model(model),
+        preprocessing=settings.preprocessing,
     )
-    return model.to(device), spread_sample(dataset, num_images)[0].to(device)
+    for batch_size in args.batch_size:
+        images = spread_sample(dataset, _num_images(batch_size))[0]
+        yield make_case(batch_size, copy.deepcopy(model).to(device), images.to(device), settings.model)
 
 
 @torch.no_grad()
-def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
+def make_case(batch_size: int, model: nn.Module, images: Tensor, name: str = "") -> Case:
     """Run the model on the images and build a case with the token depths that it predicts.
 
     images: [number of images, 3, H, W]
@@ -106,7 +116,7 @@ def make_case(batch_size: int, model: nn.Module, images: Tensor) -> Case:
     for logits, _ in outputs:
         utils.check_finite(logits)
     depth = torch.cat([halting.depth for _, halting in outputs])
-    return Case(batch_size, depth, images, model)
+    return Case(batch_size, depth, images, model, name)
 
 
 def static_twin(model: AdaptiveTokens) -> VisionTransformer:

@@ -331,9 +331,9 @@ def test_diverging_training_exits_with_1(image_folder, capsys, monkeypatch):
 
 # Flags -------------------------------------------------------------------------------------------
 
-# Every flag with its default; users of the original rely on them.
+# Every flag with its default; users of the original rely on them. Model and image size: see training/network.py.
 DEFAULTS = """
-model=avit_tiny_patch16_224 input_size=[224] drop=0.0 drop_path=0.1 model_ema=True model_ema_decay=0.99996
+model=None input_size=None drop=0.0 drop_path=0.1 model_ema=True model_ema_decay=0.99996
 model_ema_force_cpu=False use_ema=False grad_checkpointing=False opt=adamw opt_eps=1e-08 opt_betas=None clip_grad=None
 momentum=0.9 weight_decay=0.05 accum_steps=1 epochs=300 batch_size=64 lr=0.0005 sched=cosine lr_noise=None
 lr_noise_pct=0.67 lr_noise_std=1.0 warmup_lr=1e-06 min_lr=1e-05 decay_epochs=30 warmup_epochs=5 cooldown_epochs=10

@@ -67,17 +67,16 @@ def _model() -> Parser:
     parser, add = _group("model")
     add(
         "--model",
-        default="avit_tiny_patch16_224",
         metavar="NAME",
-        help="model name: a registered avit_* model or any plain timm ViT",
+        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's, else "
+        "avit_tiny_patch16_224)",
     )
     add(
         "--input-size",
         type=at_least_one,
         nargs="+",
-        default=[224],
         metavar="PIXELS",
-        help="image size: one number for squares, or height and width",
+        help="image size: one number for squares, or height and width (default: the checkpoint's, else 224)",
     )
     add(
         "--drop",

@@ -19,16 +19,15 @@ from torch.utils.data import Dataset
 
 import losses
 import utils
-from datasets import Preprocessing, build_dataset, evaluation_transform
+from datasets import build_dataset, evaluation_transform
 from engine_act import Trainer
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
 from training.checkpoints import Checkpoint
 from training.gate import choose_gate
-from training.loaders import training_loader
-from training.models import create_model, run_preprocessing
-from training.network import image_size
-from training.teacher import build_teacher
-from training.weights import GATE_NAMES, resolve_gate
+from training.loaders import ImageLoader, evaluation_loader, training_loader
+from training.models import create_model
+from training.network import NetworkFlags, NetworkSettings, Purpose, resolve_network
+from training.teacher import teaches_itself
 from utils import UserError, warn
 
 GATE_IMAGES = 256  # number of images in the gate search
@@ -38,77 +37,70 @@ START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search w
 # Model -------------------------------------------------------------------------------------------
 
 
-def choose_preprocessing(args: argparse.Namespace, start: Checkpoint | None) -> Preprocessing:
-    """Return the evaluation preprocessing of the run's model and data. start: see `build_model`."""
-    if start is None:
-        return run_preprocessing(args.model, image_size(args), args.data_set)
-    return start.preprocessing_for(args.model, image_size(args), args.data_set, _is_new_task(args, start))
+def resolve_settings(args: argparse.Namespace, start: Checkpoint | None) -> NetworkSettings:
+    """Resolve the settings of the network, see `resolve_network`, and write model and image size back into `args`.
+
+    start: the checkpoint to load, or None for pretrained or random weights.
+    """
+    if start is None and args.budget is not None:
+        raise UserError("--budget requires a checkpoint with a budget curve; pass --finetune FILE")
+    purpose = Purpose.EVALUATION
+    if _is_training(args):
+        purpose = Purpose.RESUME if start is not None and start.flag == "resume" else Purpose.NEW_TASK
+    flags = NetworkFlags.from_args(args)._replace(use_ema=_uses_ema(args, start))
+    settings = resolve_network(start, flags, purpose, args.pretrained, log_gate=not should_search_gate(args, start))
+    height, width = settings.img_size
+    args.model, args.input_size = settings.model, [height] if height == width else [height, width]
+    return settings
 
 
 def build_model(
-    args: argparse.Namespace,
-    classes: list[str],
-    start: Checkpoint | None,
-    preprocessing: Preprocessing | None = None,
+    args: argparse.Namespace, settings: NetworkSettings, classes: list[str], start: Checkpoint | None
 ) -> nn.Module:
     """Build the model with its starting weights, on the CPU.
 
     classes: names of the dataset's classes. start: the checkpoint to load, or None for pretrained or random weights.
     preprocessing: of the dataset, see `choose_preprocessing`; None: of image files.
     """
-    if start is None:
-        model = _model_from_hub(args, len(classes), preprocessing)
-    else:
-        model = _model_from_checkpoint(args, classes, start, preprocessing)
+    build = _model_from_hub if start is None else partial(_model_from_checkpoint, start=start)
+    model = build(args, settings, classes)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
 
 def _model_from_checkpoint(
-    args: argparse.Namespace, classes: list[str], start: Checkpoint, preprocessing: Preprocessing | None
+    args: argparse.Namespace, settings: NetworkSettings, classes: list[str], start: Checkpoint
 ) -> nn.Module:
-    is_new_task = _is_new_task(args, start)
-    return start.build_model(
-        args.model,
-        classes=classes,
-        img_size=image_size(args),
-        gate_scale=args.gate_scale,
-        gate_center=args.gate_center,
-        budget=args.budget,
-        # A resumed run starts from the raw weights; its EMA weights are restored with its training state.
-        use_ema=args.use_ema and (is_new_task or not _is_training(args)),
-        replace_head=is_new_task,
-        halting=args.halting,
-        as_trained=not _is_training(args),
-        log_gate=not should_search_gate(args, start),
-        preprocessing=preprocessing,
+    is_resumed = _is_training(args) and start.flag == "resume"
+    return start.build_network(
+        settings,
+        classes,
+        use_ema=_uses_ema(args, start),
+        replace_head=_is_training(args) and not is_resumed and not teaches_itself(args),
         zip_tokens=args.zip_tokens,
         early_exit=args.early_exit,
         **_dropout_rates(args),
     )
 
 
-def _model_from_hub(args: argparse.Namespace, num_classes: int, preprocessing: Preprocessing | None) -> nn.Module:
+def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, classes: list[str]) -> nn.Module:
     """Build the model with the hub's weights for --pretrained, otherwise with random weights."""
-    if args.budget is not None:
-        raise UserError("--budget requires a checkpoint with a budget curve; pass --finetune FILE")
     if not (args.pretrained or _is_training(args)):
         warn("no weights given, so the model is random; pass --finetune, --resume or --pretrained")
-    flags = {"gate_scale": args.gate_scale, "gate_center": args.gate_center}
     model = create_model(
-        args.model,
-        image_size(args),
-        preprocessing,
+        settings.model,
+        settings.img_size,
+        settings.preprocessing,
         pretrained=args.pretrained,
-        num_classes=num_classes,
-        halting=args.halting,
+        num_classes=len(classes),
+        halting=settings.halting,
         zip_tokens=args.zip_tokens,
         early_exit=args.early_exit,
-        **resolve_gate(flags, logged=GATE_NAMES if args.halting and not should_search_gate(args, None) else ()),
+        **settings.gate,
         **_dropout_rates(args),
     )
     if args.pretrained:
-        _check_hub_head(model, allow_new=_is_training(args))
+        _check_hub_head(model, allow_new=_is_training(args) and not teaches_itself(args))
     return model
 
 
@@ -116,8 +108,10 @@ def _is_training(args: argparse.Namespace) -> bool:
     return not (args.eval or args.demo)
 
 
-def _is_new_task(args: argparse.Namespace, start: Checkpoint) -> bool:
-    return _is_training(args) and start.flag != "resume"
+def _uses_ema(args: argparse.Namespace, start: Checkpoint | None) -> bool:
+    # A resumed run starts from the raw weights; its EMA weights are restored with its training state.
+    is_resumed = start is not None and start.flag == "resume" and _is_training(args)
+    return args.use_ema and not is_resumed
 
 
 def _dropout_rates(args: argparse.Namespace) -> dict[str, float]:
@@ -175,11 +169,11 @@ def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: 
 # Data --------------------------------------------------------------------------------------------
 
 
-def validation_set(args: argparse.Namespace, preprocessing: Preprocessing) -> Dataset:
-    return _dataset(args, preprocessing, train=False, split=args.val_split)
+def validation_set(args: argparse.Namespace, settings: NetworkSettings) -> Dataset:
+    return _dataset(args, settings, train=False, split=args.val_split)
 
 
-def training_and_validation_set(args: argparse.Namespace, preprocessing: Preprocessing) -> tuple[Dataset, Dataset]:
+def training_and_validation_set(args: argparse.Namespace, settings: NetworkSettings) -> tuple[Dataset, Dataset]:
     """Build both datasets. Raises UserError if their classes differ."""
     augmentation = {  # named like the arguments of timm.data.create_transform
         "color_jitter": args.color_jitter,
@@ -190,8 +184,8 @@ def training_and_validation_set(args: argparse.Namespace, preprocessing: Preproc
         "re_count": args.recount,
     }
     augmentation = None if args.no_aug else augmentation
-    training = _dataset(args, preprocessing, train=True, split=args.train_split, augmentation=augmentation)
-    validation = validation_set(args, preprocessing)
+    training = _dataset(args, settings, train=True, split=args.train_split, augmentation=augmentation)
+    validation = validation_set(args, settings)
     if training.classes != validation.classes:
         differing = sorted(set(training.classes) ^ set(validation.classes))[:3] or ["their order"]
         raise UserError(
@@ -202,7 +196,7 @@ def training_and_validation_set(args: argparse.Namespace, preprocessing: Preproc
 
 def _dataset(
     args: argparse.Namespace,
-    preprocessing: Preprocessing,
+    settings: NetworkSettings,
     train: bool,
     split: str | None,
     augmentation: dict | None = None,
@@ -211,23 +205,23 @@ def _dataset(
         args.data_set,
         args.data_path,
         train,
-        image_size(args),
+        settings.img_size,
         augmentation,
         split=split,
         inat_category=args.inat_category,
         num_classes=args.num_classes,
         batch_size=args.batch_size,
         seed=args.seed,
-        preprocessing=preprocessing,
+        preprocessing=settings.preprocessing,
     )
 
 
 def calibration_batches(
-    args: argparse.Namespace, images: Dataset, preprocessing: Preprocessing, device: torch.device
+    args: argparse.Namespace, settings: NetworkSettings, images: Dataset, device: torch.device
 ) -> CalibrationBatches:
     """Return training images, preprocessed as in evaluation, on which gates are measured."""
     images = copy.copy(images)
-    images.transform = evaluation_transform(image_size(args), preprocessing)
+    images.transform = evaluation_transform(settings.img_size, settings.preprocessing)
     loader = training_loader(
         images,
         args.batch_size,
@@ -237,6 +231,22 @@ def calibration_batches(
         **loader_options(args, device),
     )
     return CalibrationBatches(loader, CALIBRATION_IMAGES)
+
+
+def training_and_validation_loader(
+    args: argparse.Namespace, training: Dataset, validation: Dataset, device: torch.device
+) -> tuple[ImageLoader, ImageLoader]:
+    """Build the loaders of both datasets."""
+    options = loader_options(args, device)
+    train_loader = training_loader(
+        training,
+        args.batch_size,
+        seed=args.seed,
+        repeated_aug=args.repeated_aug,
+        max_bad_images=args.max_bad_images,
+        **options,
+    )
+    return train_loader, evaluation_loader(validation, args.batch_size, **options)
 
 
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict:
@@ -262,9 +272,14 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 # Losses, optimizer and schedule ------------------------------------------------------------------
 
 
-def build_trainer(args: argparse.Namespace, model: nn.Module, classes: list[str], device: torch.device) -> Trainer:
+def build_trainer(
+    args: argparse.Namespace,
+    model: nn.Module,
+    classes: list[str],
+    device: torch.device,
+    teacher: losses.Teacher | None = None,
+) -> Trainer:
     mixup = build_mixup(args, len(classes))
-    teacher = build_teacher(args, model, classes)
     ema_device = "cpu" if args.model_ema_force_cpu else None
     # gradient_as_bucket_view avoids a second copy of the gradients.
     ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)

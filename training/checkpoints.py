@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import http.client
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,22 +27,13 @@ from training.classes import (
     unknown_classes,
     without_head,
 )
-from training.models import avit_names, create_model, default_image_size, run_preprocessing, unsupported_reason
-from training.weights import (
-    GATE_NAMES,
-    empty_state_dict,
-    fitting_models,
-    gate_in_name,
-    gate_numbers,
-    load_weights,
-    may_be_resized,
-    resolve_gate,
-    state_dict_mismatches,
-)
+from training.models import avit_names, create_model, run_preprocessing, unsupported_reason
+from training.network import NetworkFlags, NetworkSettings, Purpose, gate_in_name, gate_numbers, resolve_network
+from training.weights import MAX_SIDE, fits, fitting_models, load_weights
 from utils import UserError, did_you_mean, log, warn
 
 IMAGENET_CLASSES = 1000
-MAX_SIDE, MAX_CLASSES = 1024, 100_000  # larger values in a checkpoint are ignored or refused
+MAX_CLASSES = 100_000  # a larger head is refused
 
 
 class Checkpoint:
@@ -123,19 +114,17 @@ class Checkpoint:
         return flags.get(name) if isinstance(flags, dict) else getattr(flags, name, None)
 
     def image_size(self) -> tuple[int, int] | None:
-        """Return the height and width that a native checkpoint was trained at, or None."""
-        size = self.recorded_flag("input_size") if self.is_native else None
-        is_size = isinstance(size, list) and 1 <= len(size) <= 2 and all(isinstance(side, int) for side in size)
-        return (size[0], size[-1]) if is_size and 1 <= min(size) <= max(size) <= MAX_SIDE else None
+        """Return the height and width that a checkpoint records for its images, or None."""
+        return next(filter(None, (_as_size(self.recorded_flag(name)) for name in ("input_size", "img_size"))), None)
 
-    def model_name(self) -> str:
+    def model_name(self, use_ema: bool = False) -> str:
         """Return the name of the model these weights fit.
 
         This is the recorded name, else the first registered model with matching shapes.
         Raises UserError if none fits.
         """
-        recorded, weights = self.recorded_model(), self.state_dict()
-        if recorded is not None and not state_dict_mismatches(empty_state_dict(recorded), weights, may_be_resized):
+        recorded, weights = self.recorded_model(), self.state_dict(use_ema)
+        if recorded is not None and fits(recorded, weights):
             return recorded
         fitting = fitting_models(weights)
         if not fitting:
@@ -270,27 +259,18 @@ class Checkpoint:
         return curve.center(budget)
 
     def gate_sources(self, use_ema: bool = False) -> list[tuple[str, dict[str, float]]]:
-        """Return (source, gate values), most trusted first: its record, its file name, a foreign checkpoint's flags."""
+        """Return (source, gate values), most trusted first: its record, its file name, a foreign checkpoint's flags.
+
+        A native checkpoint of a static model has no gate, whatever its file name.
+        """
         args = self.content.get("args")
         flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
         own = (self.content.get("gate_ema") if use_ema else None) or self.content.get("gate")
         return [
             ("the checkpoint", gate_numbers(own)),
-            ("the file name", gate_in_name(self.location)),
+            ("the file name", {} if self.is_static else gate_in_name(self.location)),
             ("the checkpoint's args", {} if self.is_native else gate_numbers(flags)),
         ]
-
-    def _gate(
-        self, flags: dict[str, float | None], budget: float | None, use_ema: bool, logged: Collection[str]
-    ) -> dict[str, float]:
-        """Resolve the gate; a budget replaces its center. See `resolve_gate`."""
-        if budget is None:
-            return resolve_gate(flags, self.gate_sources(use_ema), logged)
-        gate = resolve_gate(flags, self.gate_sources(use_ema), [name for name in logged if name != "gate_center"])
-        gate["gate_center"] = self.center_of_budget(budget, use_ema)
-        if "gate_center" in logged:
-            log(f"gate_center {gate['gate_center']:g}, for a budget of {budget:g}")
-        return gate
 
     def build_model(
         self,
@@ -306,32 +286,43 @@ class Checkpoint:
         halting: bool = True,
         as_trained: bool = True,
         log_gate: bool = True,
-        preprocessing: Preprocessing | None = None,
         **options,
     ) -> nn.Module:
         """Build the model with these weights, on the CPU. Raises UserError if something does not fit.
 
-        None stands for the checkpoint's own model, classes, gate and image size (else the model's default size), and
-        for the preprocessing of image files, see `preprocessing_for`.
+        None stands for the checkpoint's own model, classes, gate and image size, see `resolve_network`.
         classes: names of the dataset's classes, see `weights_for`; replace_head: see `load_weights`.
         budget: fraction of the static model's MACs that sets the gate center, see `center_of_budget`.
-        as_trained: unless a gate or budget is given, disable halting if training did, with a warning.
+        as_trained: disable halting, with a warning, if the weights were not trained to halt and no gate is given.
         log_gate: print the gate of a halting model. options: of timm.create_model.
         """
-        name = name or self.model_name()
-        if halting and as_trained and self.is_static and gate_scale is gate_center is budget is None:
-            warn(f"{self.location} was trained without halting, so it runs as a static model")
-            halting = False
-        logged = GATE_NAMES if halting and log_gate else ()
-        gate = self._gate({"gate_scale": gate_scale, "gate_center": gate_center}, budget, use_ema, logged)
-        img_size = img_size or self.image_size() or default_image_size(name)
+        flags = NetworkFlags(name, img_size, gate_scale, gate_center, budget, halting, use_ema)
+        is_evaluation = as_trained and not replace_head
+        purpose = Purpose.EVALUATION if is_evaluation else Purpose.NEW_TASK if replace_head else Purpose.RESUME
+        settings = resolve_network(self, flags, purpose, log_gate=log_gate)
+        return self.build_network(settings, classes, use_ema, replace_head, **options)
+
+    def build_network(
+        self,
+        settings: NetworkSettings,
+        classes: Sequence[str] | None = None,
+        use_ema: bool = False,
+        replace_head: bool = False,
+        **options,
+    ) -> nn.Module:
+        """Build the model of these settings with these weights, on the CPU. See `build_model`."""
         if classes is None:
             classes, weights = [*self.names_by_class()], self.state_dict(use_ema)
         else:
             weights = self.weights_for(classes, use_ema, replace_head)
-        preprocessing = preprocessing or self.preprocessing_for(name, img_size, is_new_task=replace_head)
         model = create_model(
-            name, img_size, preprocessing, num_classes=len(classes), halting=halting, **gate, **options
+            settings.model,
+            settings.img_size,
+            settings.preprocessing,
+            num_classes=len(classes),
+            halting=settings.halting,
+            **settings.gate,
+            **options,
         )
         load_weights(model, weights, self.location, replace_head, self.image_size())
         return model
@@ -349,6 +340,14 @@ class Checkpoint:
         if (preprocessing := self.recorded_preprocessing()) is not None:
             kept["preprocessing"] = preprocessing.record()
         return {"model": weights, **kept, "args": args}
+
+
+def _as_size(recorded: object) -> tuple[int, int] | None:
+    """Return height and width of a recorded image size: a number, one or two numbers, or timm's [3, height, width]."""
+    sides = list(recorded) if isinstance(recorded, list | tuple) else [recorded]
+    sides = sides[1:] if len(sides) == 3 and sides[0] == 3 else sides
+    is_size = 1 <= len(sides) <= 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
+    return (sides[0], sides[-1]) if is_size else None
 
 
 # Weights inside wrappers --------------------------------------------------------------------------

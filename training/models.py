@@ -107,7 +107,7 @@ def create_model(
     Raises UserError if the model or the image size is not supported, or if the weights cannot be loaded.
     """
     check_model_name(name)
-    _check_size(name, img_size)
+    check_size(name, img_size)
     halting = {option: options.pop(option) for option in HALTING_DEFAULTS if option in options}
     try:
         model = _build(name, halting, img_size=img_size, **options)
@@ -124,7 +124,7 @@ def create_model(
     return model
 
 
-def _check_size(name: str, img_size: tuple[int, int]) -> None:
+def check_size(name: str, img_size: tuple[int, int]) -> None:
     size = f"--input-size {img_size[0]} {img_size[1]}"
     try:
         patch = build_on_meta(name, img_size=img_size).patch_embed.feat_ratio(as_scalar=False)

@@ -1,10 +1,322 @@
-"""The network of a run: its image size."""
+"""The network of a run: model, image size, preprocessing and gate, each from the first source that has a value.
+
+Every command asks `resolve_network`. It prints a line that names both values where two sources differ. docs/models.md
+lists the sources.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable, Collection, Iterable
+from enum import Enum
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from datasets import Preprocessing
+from models_act import HALTING_DEFAULTS
+from training.arguments import GATE_DEFAULTS
+from training.models import build_on_meta, check_model_name, check_size, default_image_size, run_preprocessing
+from training.weights import embedded_size, fits, has_grid_of
+from utils import UserError, log, warn
+
+if TYPE_CHECKING:
+    from training.checkpoints import Checkpoint
+
+DEFAULT_MODEL, DEFAULT_SIZE = "avit_tiny_patch16_224", (224, 224)  # without a checkpoint, as in the original
+GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
+MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
+MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
+INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
+PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # this file name does not contain the gate
 
 
-def image_size(args: argparse.Namespace) -> tuple[int, int]:
-    """Return height and width."""
-    return args.input_size[0], args.input_size[-1]
+class Purpose(Enum):
+    """The use of a network, which decides whether a difference from the checkpoint is an error, a warning or a log."""
+
+    EVALUATION = "evaluation, drawing, export or measurement"
+    NEW_TASK = "training that starts from the weights"
+    RESUME = "training that continues a run"
+
+
+class NetworkFlags(NamedTuple):
+    """The flags that select a network; None: not given.
+
+    img_size: height, width. budget: fraction of the static model's MACs that sets the gate center.
+    data_set: name of the run's dataset; None: image files, preprocessed as those of the checkpoint's dataset.
+    """
+
+    model: str | None = None
+    img_size: tuple[int, int] | None = None
+    gate_scale: float | None = None
+    gate_center: float | None = None
+    budget: float | None = None
+    halting: bool = True
+    use_ema: bool = False
+    data_set: str | None = None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> NetworkFlags:
+        """Read them from the flags of main_act.py or visualize.py."""
+        size = args.input_size and (args.input_size[0], args.input_size[-1])
+        gate = (args.gate_scale, args.gate_center, args.budget)
+        return cls(args.model, size, *gate, args.halting, args.use_ema, args.data_set)
+
+    @property
+    def gate(self) -> dict[str, float | None]:
+        return {"gate_scale": self.gate_scale, "gate_center": self.gate_center}
+
+    @property
+    def sets_gate(self) -> bool:
+        return not (self.gate_scale is self.gate_center is self.budget is None)
+
+
+class NetworkSettings(NamedTuple):
+    """The settings of a network. img_size: height, width; gate: gate_scale, gate_center and halt_eps."""
+
+    model: str
+    img_size: tuple[int, int]
+    preprocessing: Preprocessing
+    halting: bool
+    gate: dict[str, float]
+
+
+def resolve_network(
+    checkpoint: Checkpoint | None,
+    flags: NetworkFlags,
+    purpose: Purpose,
+    pretrained: bool = False,
+    log_gate: bool = True,
+) -> NetworkSettings:
+    """Return the settings of a network, and print where its sources differ.
+
+    checkpoint: the weights to load, or None for the hub's (`pretrained`) or random weights.
+    log_gate: print the gate of a halting model.
+    Raises UserError if the model, the image size or the budget does not suit the checkpoint.
+    """
+    evaluates = purpose is Purpose.EVALUATION
+    model = flags.model or (checkpoint.model_name(flags.use_ema) if checkpoint else DEFAULT_MODEL)
+    check_model_name(model)
+    if checkpoint is None:
+        img_size = _size_without_checkpoint(model, flags.img_size, warn if pretrained and evaluates else log)
+        check_size(model, img_size)
+        preprocessing = run_preprocessing(model, img_size, flags.data_set)
+    else:
+        img_size = _size_of_checkpoint(checkpoint, model, flags, warn if evaluates else log)
+        check_size(model, img_size)
+        _check_model(checkpoint, model, img_size, flags, purpose)
+        preprocessing = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
+    halting = flags.halting and not (evaluates and _must_be_static(checkpoint, flags, pretrained))
+    gate = _gate_of(checkpoint, flags, GATE_NAMES if halting and log_gate else ())
+    return NetworkSettings(model, img_size, preprocessing, halting, gate)
+
+
+# Image size --------------------------------------------------------------------------------------
+
+
+def _size_without_checkpoint(
+    model: str, flag: tuple[int, int] | None, report: Callable[[str], None]
+) -> tuple[int, int]:
+    own = default_image_size(model)
+    if flag is None and own != DEFAULT_SIZE:
+        report(f"the image size is {size_text(DEFAULT_SIZE)}; {model} has {size_text(own)}. Set --input-size to choose")
+    return flag or DEFAULT_SIZE
+
+
+def _size_of_checkpoint(
+    checkpoint: Checkpoint, model: str, flags: NetworkFlags, report: Callable[[str], None]
+) -> tuple[int, int]:
+    """Return the flag's size, else the recorded one, that of the position embedding, or the model's default."""
+    weights, recorded = checkpoint.state_dict(flags.use_ema), checkpoint.image_size()
+    embedded = None if recorded and has_grid_of(model, recorded, weights) else embedded_size(model, weights)
+    sources = {
+        "--input-size": flags.img_size,
+        f"the record in {checkpoint.location}": recorded,
+        f"the position embedding in {checkpoint.location}": embedded,
+    }
+    sources = {source: size for source, size in sources.items() if size is not None}
+    if not sources:
+        return default_image_size(model)
+    (source, size), *others = sources.items()
+    differing = [f"{size_text(other)} in {name}" for name, other in others if other != size]
+    if differing:
+        report(
+            f"the image size is {size_text(size)} in {source} but {' and '.join(differing)}; using {size_text(size)}"
+        )
+    return size
+
+
+def size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+# Model -------------------------------------------------------------------------------------------
+
+
+def _check_model(
+    checkpoint: Checkpoint, model: str, img_size: tuple[int, int], flags: NetworkFlags, purpose: Purpose
+) -> None:
+    """Compare the model with the one that the checkpoint records.
+
+    Raises UserError if they differ in more than their names; for a new task, prints a warning instead.
+    """
+    recorded, location = checkpoint.recorded_flag("model"), checkpoint.location
+    weights = checkpoint.state_dict(flags.use_ema)
+    if (
+        not isinstance(recorded, str) or recorded == model or not fits(model, weights)
+    ):  # load_weights names what differs
+        return
+    if recorded != checkpoint.recorded_model():
+        report = warn if purpose is Purpose.EVALUATION and flags.model is None else log
+        report(f"{location} records model {recorded[:40]!a}, which is not supported; its weights run as {model}")
+        return
+    if not fits(recorded, weights):
+        warn(f"{location} records model {recorded}, which its weights do not fit; they run as {model}")
+        return
+    differing = differences(recorded, model, img_size)
+    if not differing:
+        log(f"{location} was trained as {recorded}; {model} is the same network")
+        return
+    mismatch = (
+        f"{location} was trained as {recorded}, which has the parameters of {model} but computes other results "
+        f"({', '.join(differing[:3])})"
+    )
+    if purpose is not Purpose.NEW_TASK:
+        raise UserError(f"{mismatch}; pass --model {recorded}")
+    warn(f"{mismatch}; training uses {model}. Pass --model {recorded} to keep the network")
+
+
+def differences(name: str, other: str, img_size: tuple[int, int]) -> list[str]:
+    """Return what two models of the same parameters compute differently, such as "GELU instead of QuickGELU"."""
+    own, others = (_structure(build_on_meta(model, img_size=img_size, num_classes=1)) for model in (name, other))
+    found = {
+        f"{key[1]} {others.get(key)} instead of {own.get(key)}": None
+        for key in own | others
+        if own.get(key) != others.get(key)
+    }
+    return list(found)
+
+
+def _structure(model: nn.Module) -> dict[tuple[str, str], str]:
+    """Return the type and the options of each module, by its path and the option's name.
+
+    The options are the plain attributes, such as num_heads, eps and no_embed_class, and functions.
+    """
+    structure = {}
+    for path, module in model.named_modules():
+        structure[path, "module"] = type(module).__name__
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | tuple | Enum | FunctionType) and name not in INITIALIZATION:
+                structure[path, name] = getattr(value, "__qualname__", None) or str(value)
+    return structure
+
+
+# Halting and gate --------------------------------------------------------------------------------
+
+
+def _must_be_static(checkpoint: Checkpoint | None, flags: NetworkFlags, pretrained: bool) -> bool:
+    """Return whether to evaluate without halting, with a warning: the weights were not trained to halt.
+
+    A given gate or budget makes them halt.
+    """
+    if not flags.halting or flags.sets_gate or (checkpoint is None and not pretrained):
+        return False
+    hint = "Pass --gate_scale and --gate_center to halt anyway, or train it"
+    if checkpoint is None:
+        warn(f"the --pretrained weights were not trained to halt, so they run as a static model. {hint}")
+        return True
+    if checkpoint.is_static:
+        ignored = "; the gate in its file name is not used" if gate_in_name(checkpoint.location) else ""
+        warn(f"{checkpoint.location} was trained without halting, so it runs as a static model{ignored}")
+        return True
+    if any(values.keys() & GATE_DEFAULTS for _, values in checkpoint.gate_sources(flags.use_ema)):
+        return False
+    warn(f"{checkpoint.location} records no gate, so it runs as a static model. {hint}")
+    return True
+
+
+def _gate_of(checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collection[str]) -> dict[str, float]:
+    """Resolve the gate; a budget replaces its center. See `resolve_gate`."""
+    if checkpoint is None:
+        return resolve_gate(flags.gate, logged=logged)
+    sources = checkpoint.gate_sources(flags.use_ema)
+    if logged:
+        _warn_if_partial(checkpoint, flags, sources)
+    if flags.budget is None:
+        return resolve_gate(flags.gate, sources, logged)
+    gate = resolve_gate(flags.gate, sources, [name for name in logged if name != "gate_center"])
+    gate["gate_center"] = checkpoint.center_of_budget(flags.budget, flags.use_ema)
+    if "gate_center" in logged:
+        log(f"gate_center {gate['gate_center']:g}, for a budget of {flags.budget:g}")
+    return gate
+
+
+def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:
+    """Warn if the checkpoint has a gate scale but no center, or the reverse, and no flag sets the other."""
+    known = {name: value for _, values in sources for name, value in values.items() if name in GATE_DEFAULTS}
+    given = {name for name, value in flags.gate.items() if value is not None}
+    given |= set() if flags.budget is None else {"gate_center"}
+    missing = GATE_DEFAULTS.keys() - known - given
+    if known and missing:
+        ((name, value),), (other,) = known.items(), missing
+        default = f"using the default {GATE_DEFAULTS[other]:g}"
+        warn(f"{checkpoint.location} records {name} {value:g} but no {other}; {default}. Pass --{other}")
+
+
+def resolve_gate(
+    flags: dict[str, float | None],
+    sources: Iterable[tuple[str, dict[str, float]]] = (),
+    logged: Collection[str] = GATE_NAMES,
+) -> dict[str, float]:
+    """Return gate_scale, gate_center and halt_eps, each from the first source that has a value.
+
+    The order is: flags; what a checkpoint of this repository records, its file name (NAME-SCALE-CENTER.pth), `args`
+    in another program's checkpoint, see `Checkpoint.gate_sources`; the defaults.
+    logged: names whose value and source are printed, with a warning if another source has a different value.
+    """
+    sources, resolved = [("the command line", flags), *sources], {}
+    for name in GATE_NAMES:
+        choices = [(source, values[name]) for source, values in sources if values.get(name) is not None]
+        choices = choices or [("the defaults", HALTING_DEFAULTS[name])]
+        resolved[name] = choices[0][1]
+        if name in logged:
+            _log_choice(name, choices)
+    return resolved
+
+
+def _log_choice(name: str, choices: list[tuple[str, float]]) -> None:
+    """Print a gate value and its source; warn if another differs. choices: (source, value), the chosen one first."""
+    (source, value), *others = choices
+    if name in GATE_DEFAULTS or value != HALTING_DEFAULTS[name]:
+        log(f"{name} {value:g}, from {source}")
+    for other, other_value in others:
+        if other_value != value:
+            warn(f"{name} is {value:g} in {source} but {other_value:g} in {other}; using {value:g}")
+
+
+def gate_numbers(record: object) -> dict[str, float]:
+    """Return the usable gate values in a record read from a file: finite numbers, and halt_eps in [0, 1)."""
+    values = record if isinstance(record, dict) else {}
+    gate = {name: values.get(name) for name in GATE_NAMES}
+    gate = {name: float(v) for name, v in gate.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
+    return {name: value for name, value in gate.items() if name in GATE_DEFAULTS or 0 <= value < 1}
+
+
+def gate_in_name(location: str) -> dict[str, float]:
+    """Return the gate in the file name NAME-SCALE-CENTER.pth, or of a published file; empty if there is no gate.
+
+    Dates, versions and image sizes are not gates: both numbers are at most MAX_GATE_IN_NAME and have no leading zeros,
+    and NAME does not end in a number of its own or in a year.
+    """
+    stem = Path(location).stem
+    if stem in PUBLISHED_GATES:
+        return dict(zip(GATE_DEFAULTS, PUBLISHED_GATES[stem]))
+    number = r"-([1-9]\d{0,2}(?:\.\d+)?|0\.\d+)"
+    match = re.fullmatch(rf"(.+?){number}{number}", stem)
+    if not match or re.search(r"(^|-)v?[\d.]+$|\d{4}$", match[1]):
+        return {}
+    gate = dict(zip(GATE_DEFAULTS, map(float, match.groups()[1:])))
+    return gate if max(gate.values()) <= MAX_GATE_IN_NAME else {}

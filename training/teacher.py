@@ -15,20 +15,27 @@ from macs import static_macs
 from training.budget import resolve_budget
 from training.checkpoints import Checkpoint
 from training.models import create_model
-from training.network import image_size
+from training.network import NetworkSettings
 from training.weights import load_teacher_weights
 from utils import UserError
 
 
-def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher | None:
-    """Build the teacher, or return None without distillation.
+def teaches_itself(args: argparse.Namespace) -> bool:
+    """Return whether the starting weights become the teacher, so that they must predict the dataset's classes."""
+    return args.distillation_type == "self" and not args.teacher_path
 
-    For soft and hard distillation, also switch the student to distilled training.
+
+def build_teacher(
+    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, classes: list[str]
+) -> losses.Teacher | None:
+    """Build the teacher of a model, or return None without distillation.
+
+    For soft and hard distillation, also switch the model to distilled training.
     """
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
-        teacher = build_self_teacher(args, model, classes)
+        teacher = build_self_teacher(args, settings, model, classes)
         share = teacher_share(teacher.classifier, model, args.target_macs)
         utils.log(f"the teacher's forward pass takes {share:.0%} of a training step's MACs")
         return teacher
@@ -39,16 +46,18 @@ def build_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]
             f"use one of {names}, or --distillation-type self"
         )
     model.set_distilled_training(True)
-    return _build_timm_teacher(args, model, classes)
+    return _build_timm_teacher(args, settings, model, classes)
 
 
-def _build_timm_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
+def _build_timm_teacher(
+    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, classes: list[str]
+) -> losses.Teacher:
     """Build the teacher for soft and hard distillation: any timm model, with its own weights or --teacher-path."""
     name = args.teacher_model
     if not timm.is_model(name):
         raise UserError(f"--teacher-model {name}: unknown timm model{utils.did_you_mean(name, timm.list_models())}")
     has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    size = {"img_size": image_size(args)} if has_fixed_size else {}
+    size = {"img_size": settings.img_size} if has_fixed_size else {}
     try:
         classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
         if args.teacher_path:
@@ -67,7 +76,7 @@ def _build_timm_teacher(args: argparse.Namespace, model: nn.Module, classes: lis
         )
     teacher = _as_teacher(classifier, model)
     try:
-        teacher(torch.zeros(1, 3, *image_size(args)))
+        teacher(torch.zeros(1, 3, *settings.img_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--teacher-model {name} does not accept the student's images: {error}") from error
     return teacher
@@ -78,30 +87,27 @@ def _as_teacher(classifier: nn.Module, student: nn.Module) -> losses.Teacher:
     return losses.Teacher(classifier, own.mean, own.std, students.mean, students.std)
 
 
-def build_self_teacher(args: argparse.Namespace, model: nn.Module, classes: list[str]) -> losses.Teacher:
+def build_self_teacher(
+    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, classes: list[str]
+) -> losses.Teacher:
     """Build the teacher for self-distillation: the static model of --teacher-path, else of the starting weights.
 
-    Raises UserError if there are no such weights.
+    Raises UserError if there are no such weights, or if they do not predict these classes.
     """
-    size = image_size(args)
     if args.teacher_path:
         checkpoint = Checkpoint.load(args.teacher_path)
-        own = checkpoint.recorded_preprocessing()
-        static = checkpoint.build_model(classes=classes, img_size=size, halting=False, preprocessing=own)
+        static = checkpoint.build_model(classes=classes, img_size=settings.img_size, halting=False)
         return _as_teacher(static, model)
+    settings = settings._replace(halting=False)
     # A resumed run started from these weights too, so --resume is ignored here.
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is not None:
-        static = start.build_model(
-            args.model,
-            classes=classes,
-            img_size=size,
-            use_ema=args.use_ema,
-            halting=False,
-            preprocessing=start.recorded_preprocessing(),
-        )
+        settings = settings._replace(preprocessing=start.recorded_preprocessing() or settings.preprocessing)
+        static = start.build_network(settings, classes, use_ema=args.use_ema)
     elif args.pretrained:
-        static = create_model(args.model, size, pretrained=True, num_classes=len(classes), halting=False)
+        static = create_model(
+            settings.model, settings.img_size, pretrained=True, num_classes=len(classes), halting=False
+        )
     else:
         raise UserError(
             "--distillation-type self requires starting weights, which become the teacher; "

@@ -1,77 +1,20 @@
-"""Fits a checkpoint's weights to a model: the halting gate, parameter names and shapes."""
+"""Fits a checkpoint's weights to a model: parameter names and shapes, and the size of the position embedding."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from models_act import HALTING_DEFAULTS
-from training.arguments import GATE_DEFAULTS
-from training.classes import first_three, is_of_head
-from training.models import avit_names, build_on_meta
-from utils import UserError, log, warn
+from training.classes import first_three, is_of_head, without_head
+from training.models import avit_names, build_on_meta, default_image_size
+from utils import UserError, warn
 
-GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
-MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
-PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # this file name does not contain the gate
-
-
-# The gate ----------------------------------------------------------------------------------------
-
-
-def resolve_gate(
-    flags: dict[str, float | None],
-    sources: Iterable[tuple[str, dict[str, float]]] = (),
-    logged: Collection[str] = GATE_NAMES,
-) -> dict[str, float]:
-    """Return gate_scale, gate_center and halt_eps, each from the first source that has a value.
-
-    The order is: flags; what a checkpoint of this repository records, its file name (NAME-SCALE-CENTER.pth), `args`
-    in another program's checkpoint, see `Checkpoint.gate_sources`; the defaults.
-    logged: names whose value and source are printed, with a warning if another source has a different value.
-    """
-    sources, resolved = [("the command line", flags), *sources], {}
-    for name in GATE_NAMES:
-        choices = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        choices = choices or [("the defaults", HALTING_DEFAULTS[name])]
-        resolved[name] = choices[0][1]
-        if name in logged:
-            _log_choice(name, choices)
-    return resolved
-
-
-def _log_choice(name: str, choices: list[tuple[str, float]]) -> None:
-    """Print a gate value and its source; warn if another differs. choices: (source, value), the chosen one first."""
-    (source, value), *others = choices
-    if name in GATE_DEFAULTS or value != HALTING_DEFAULTS[name]:
-        log(f"{name} {value:g}, from {source}")
-    for other, other_value in others:
-        if other_value != value:
-            warn(f"{name} is {value:g} in {source} but {other_value:g} in {other}; using {value:g}")
-
-
-def gate_numbers(record: object) -> dict[str, float]:
-    """Return the usable gate values in a record read from a file: finite numbers, and halt_eps in [0, 1)."""
-    values = record if isinstance(record, dict) else {}
-    gate = {name: values.get(name) for name in GATE_NAMES}
-    gate = {name: float(v) for name, v in gate.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
-    return {name: value for name, value in gate.items() if name in GATE_DEFAULTS or 0 <= value < 1}
-
-
-def gate_in_name(location: str) -> dict[str, float]:
-    """Return the gate in the file name NAME-SCALE-CENTER.pth, or of a published file; empty if there is no gate."""
-    stem = Path(location).stem
-    if stem in PUBLISHED_GATES:
-        return dict(zip(GATE_DEFAULTS, PUBLISHED_GATES[stem]))
-    match = re.fullmatch(r".+-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", stem)
-    return dict(zip(GATE_DEFAULTS, map(float, match.groups()))) if match else {}
-
+MAX_SIDE = 1024  # pixels; larger image sizes in a checkpoint are ignored
 
 # Names and shapes --------------------------------------------------------------------------------
 
@@ -130,14 +73,16 @@ def _resampled(model: nn.Module, embedding: Tensor, location: str, trained_size:
     """
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     patches, grid = embedding.shape[1] - prefix, model.patch_embed.grid_size
-    old_grid = (math.isqrt(max(patches, 0)),) * 2
-    if trained_size is not None:
-        ratio = model.patch_embed.feat_ratio(as_scalar=False)
-        grid_of_size = tuple(side // patch for side, patch in zip(trained_size, ratio))
-        # The ratio of a convolutional stem may depend on the image size, so use the grid only if the count agrees.
-        old_grid = grid_of_size if math.prod(grid_of_size) == patches else old_grid
+    ratio = model.patch_embed.feat_ratio(as_scalar=False)
+    grid_of_size = tuple(side // patch for side, patch in zip(trained_size or (0, 0), ratio))
+    # The ratio of a convolutional stem may depend on the image size, and a record may be wrong, so use the grid of
+    # the trained size only if the count agrees.
+    if patches > 0 and math.prod(grid_of_size) == patches:
+        old_grid = grid_of_size
     elif embedding.shape == model.pos_embed.shape:
         old_grid = grid
+    else:
+        old_grid = (math.isqrt(max(patches, 0)),) * 2
     if patches < 1 or math.prod(old_grid) != patches:
         raise UserError(
             f"{location} does not fit the model: "
@@ -173,15 +118,53 @@ def _with_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
 
 
+def fits(name: str, weights: dict[str, Tensor]) -> bool:
+    """Return whether weights fit a model, at any image size and class count; weights without a head may fit, too."""
+    own, weights = empty_state_dict(name), _with_timm_names(weights)
+    if not any(map(is_of_head, weights)):
+        own = without_head(own)
+    return not state_dict_mismatches(own, weights, may_be_resized)
+
+
 def fitting_models(weights: dict[str, Tensor]) -> list[str]:
     """Return the registered models that these weights fit; those of the same image size come first."""
-    weights = _with_timm_names(weights)
-    own = {name: empty_state_dict(name) for name in avit_names()}
-    fitting = [name for name in own if not state_dict_mismatches(own[name], weights, may_be_resized)]
-    return sorted(fitting, key=lambda name: own[name]["pos_embed"].shape != weights["pos_embed"].shape)
+    fitting = [name for name in avit_names() if fits(name, weights)]
+    return sorted(fitting, key=lambda name: empty_state_dict(name)["pos_embed"].shape != weights["pos_embed"].shape)
 
 
 @cache
-def empty_state_dict(name: str) -> dict[str, Tensor]:
-    """Return the state dict of a model on the meta device: shapes without values."""
-    return build_on_meta(name).state_dict()
+def empty_state_dict(name: str, img_size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Return the state dict of a model on the meta device: shapes without values.
+
+    img_size: None means the model's default.
+    """
+    return build_on_meta(name, **({"img_size": img_size} if img_size else {})).state_dict()
+
+
+# The image size of a position embedding ----------------------------------------------------------
+
+
+def embedded_size(name: str, weights: dict[str, Tensor]) -> tuple[int, int] | None:
+    """Return the image size (height, width) of the position embedding: the model's default, or a square.
+
+    Returns None if there is no embedding, or if its patches form no square grid of this model.
+    """
+    default, embedding = default_image_size(name), weights.get("pos_embed")
+    if embedding is None or embedding.ndim != 3 or has_grid_of(name, default, weights):
+        return None if embedding is None or embedding.ndim != 3 else default
+    model = build_on_meta(name)
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    side = math.isqrt(max(embedding.shape[1] - prefix, 0))
+    height, width = (side * patch for patch in model.patch_embed.feat_ratio(as_scalar=False))
+    return (height, width) if has_grid_of(name, (height, width), weights) else None
+
+
+def has_grid_of(name: str, img_size: tuple[int, int], weights: dict[str, Tensor]) -> bool:
+    """Return whether the position embedding has as many tokens as this model has at an image size."""
+    if not 1 <= min(img_size) <= max(img_size) <= MAX_SIDE or "pos_embed" not in weights:
+        return False
+    try:
+        own = empty_state_dict(name, img_size)
+    except (AssertionError, RuntimeError, ValueError):  # raised by convolutional stems
+        return False
+    return "pos_embed" in own and own["pos_embed"].shape == weights["pos_embed"].shape

@@ -15,7 +15,6 @@ from torch.nn.functional import kl_div
 import benchmark
 import main_act
 import visualize
-from datasets import IMAGENET
 from macs import macs_per_image, static_macs
 from training.arguments import parse_args
 from training.budget import (
@@ -26,7 +25,7 @@ from training.budget import (
     min_cost,
     resolve_budget,
 )
-from training.build import calibration_batches, training_and_validation_set
+from training.build import calibration_batches, resolve_settings, training_and_validation_set
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.gate import choose_gate
 from utils import UserError
@@ -290,8 +289,9 @@ def test_number_of_macs_resolves_to_fraction():
 def test_every_pass_of_the_calibration_reads_the_same_images(tmp_path, workers):
     flags = f"--data-set wds/ --num-classes 16 --num_workers {workers} --batch-size 3 --input-size 32 --data-path"
     args = parse_args([*flags.split(), str(make_shards(tmp_path / "wds"))])
-    train_images, _ = training_and_validation_set(args, IMAGENET)
-    batches = calibration_batches(args, train_images, IMAGENET, CPU)
+    settings = resolve_settings(args, None)
+    train_images, _ = training_and_validation_set(args, settings)
+    batches = calibration_batches(args, settings, train_images, CPU)
     first, second = ([batch.images for batch in batches] for _ in range(2))
     assert len(first) == 6
     assert all(torch.equal(images, again) for images, again in zip(first, second, strict=True))

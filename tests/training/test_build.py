@@ -3,18 +3,23 @@ import torch
 from conftest import save_halting_micro
 from PIL import Image
 
-from datasets import IMAGENET, evaluation_transform
+from datasets import evaluation_transform
 from training.arguments import parse_args
-from training.build import build_model, build_optimizer, training_and_validation_set
+from training.build import build_model, build_optimizer, resolve_settings, training_and_validation_set
 from training.checkpoints import Checkpoint
 from training.teacher import build_self_teacher
 
+MICRO = ["--model", "avit_micro_patch4_32"]
+
+
+def training_set(args):
+    return training_and_validation_set(args, resolve_settings(args, None))[0]
+
 
 def test_no_aug_preprocesses_training_images_as_in_evaluation(image_folder):
-    flags = ["--data-path", str(image_folder), "--input-size", "24", "--reprob", "1", "--aa", "rand-m9"]
-    args = [parse_args([*flags, *more]) for more in (["--no-aug"], [])]
-    plain, varied = (training_and_validation_set(one, IMAGENET)[0] for one in args)
-    pixels = evaluation_transform((24, 24), IMAGENET)(Image.open(plain.samples[3][0]))
+    flags = ["--data-path", str(image_folder), *MICRO, "--input-size", "24", "--reprob", "1", "--aa", "rand-m9"]
+    plain, varied = (training_set(parse_args([*flags, *more])) for more in (["--no-aug"], []))
+    pixels = evaluation_transform((24, 24))(Image.open(plain.samples[3][0]))
     assert all(torch.equal(plain[3][0], pixels) for _ in range(5))
     assert len({varied[3][0].sum().item() for _ in range(5)}) > 1
     assert len(plain) == len(varied) == 15
@@ -37,8 +42,10 @@ def checkpoint(tmp_path):
 
 
 def built(*flags):
-    args = parse_args(["--model", "avit_micro_patch4_32", "--input-size", "32", *flags])
-    return args, build_model(args, CLASSES, Checkpoint.from_args(args))
+    args = parse_args([*MICRO, "--input-size", "32", *flags])
+    start = Checkpoint.from_args(args)
+    settings = resolve_settings(args, start)
+    return args, settings, build_model(args, settings, CLASSES, start)
 
 
 def test_static_model_prints_no_gate(checkpoint, capsys):
@@ -59,11 +66,11 @@ def test_gate_search_prints_no_gate_that_it_replaces(flags, checkpoint, capsys):
 
 
 def test_self_teacher_prints_no_gate(checkpoint, capsys):
-    args, model = built("--distillation-type", "self", "--finetune", checkpoint)
+    args, settings, model = built("--distillation-type", "self", "--finetune", checkpoint)
     capsys.readouterr()
-    build_self_teacher(args, model, CLASSES)
+    build_self_teacher(args, settings, model, CLASSES)
     args.teacher_path = checkpoint
-    build_self_teacher(args, model, CLASSES)
+    build_self_teacher(args, settings, model, CLASSES)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
 
