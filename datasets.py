@@ -22,14 +22,12 @@ import utils
 from readers.downloads import downloaded, fashion_mnist
 from readers.folders import (
     INaturalist,
-    UnreadableImage,
     find_image_files,
     image_folder,
     image_suffixes,
-    load_image,
-    to_rgb,
     warn_skipped_files,
 )
+from readers.images import UnreadableImage, load_image, to_rgb
 from readers.streams import Stream, check_reader, placeholder_names, read_by_timm
 from readers.synthetic import ClutteredFashionMNIST, Digits
 from utils import UserError, warn

@@ -12,7 +12,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import utils
-from readers.folders import load_image
+from readers.images import load_image
 from utils import UserError, main_process_first
 
 READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # prefix -> package
