@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, ImageNet
 
 from readers.images import load_image
 from utils import UserError, warn
@@ -21,7 +22,9 @@ HIDDEN = "hidden"  # a kind of skipped file
 SERVICE_NAMES = {
     "@eaDir",
     "__MACOSX",
+    "#recycle",
     "$RECYCLE.BIN",
+    "@Recycle",
     "System Volume Information",
     "lost+found",
     "Thumbs.db",
@@ -45,46 +48,83 @@ def image_suffixes() -> frozenset[str]:
 def find_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Find the image files in a folder and its subfolders.
 
-    Returns the files, sorted by folder and name, and the numbers of skipped files by kind. Links are followed, but
-    each real folder is read once.
+    Returns the files, sorted by folder and name, and the numbers of skipped files by kind. A hidden folder counts as
+    one file. Links are followed, but each real folder is read once. Raises UserError if a folder cannot be read.
     """
-    files, skipped, visited = [], Counter(), set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    files, skipped = [], Counter()
+    visited = {os.path.realpath(parent) for parent in folder.absolute().parents}  # a link to one would be a loop
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
         if os.path.realpath(place) in visited:
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
-        skipped[HIDDEN] += sum(map(is_hidden, [*folders, *names]))
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if not is_hidden(name) and suffix in image_suffixes():
-                files.append(Path(place, name))
-            elif not is_hidden(name):
-                skipped[suffix or "without a suffix"] += 1
+        shown = sorted(name for name in folders if not is_hidden(name))
+        skipped[HIDDEN] += len(folders) - len(shown)
+        folders[:] = shown
+        images, others = _sort_out(names)
+        files += [Path(place, name) for name in images]
+        skipped += others
     return sorted(files, key=lambda file: (str(file.parent), file.name)), skipped
 
 
-def warn_skipped_files(folder: Path, skipped: Counter[str]) -> None:
-    """Print one warning that counts the files of a folder that were not used as images."""
+def _raise_unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
+
+
+def _sort_out(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """Return the names of image files, and the numbers of the other files by kind."""
+    images, others = [], Counter()
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        if is_hidden(name):
+            others[HIDDEN] += 1
+        elif suffix in image_suffixes():
+            images.append(name)
+        else:
+            others[suffix or "without a suffix"] += 1
+    return images, others
+
+
+def warn_skipped_files(folder: Path, skipped: Counter[str], num_beside: int = 0) -> None:
+    """Print one warning that counts the files of a folder that are not used.
+
+    skipped: numbers of files that are not images, by kind; num_beside: number of images beside the class folders
+    """
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(skipped.items()) if number)
-    if kinds:
-        warn(f"{folder}: skipped files that are not images: {kinds}")
+    parts = [f"skipped files that are not images: {kinds}"] if kinds else []
+    if num_beside:
+        images = "1 image" if num_beside == 1 else f"{num_beside} images"
+        parts.append(f"skipped {images} beside the class folders. To use them, move each into its class folder")
+    if parts:
+        warn(f"{folder}: {'; '.join(parts)}")
+
+
+# Class folders -----------------------------------------------------------------------------------
 
 
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the files of `find_image_files`.
 
-    skipped: numbers of files and folders that are not images or classes, by kind.
+    skipped: numbers of files and folders that are not images or classes, by kind; beside: names of the images beside
+    the class folders. Raises UserError if there is no class folder, or one without images.
     """
+
+    def __init__(self, root: str | Path, transform=None, loader=load_image):
+        super().__init__(root, transform=transform, loader=loader)
+        warn_skipped_files(root, self.skipped, len(self.beside))
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the class names, which are folder names, and their indices."""
-        folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        entries = list(os.scandir(directory))
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
         classes = [name for name in folders if not is_hidden(name)]
-        self.skipped = Counter({HIDDEN: len(folders) - len(classes)})
+        self.beside, self.skipped = _sort_out(entry.name for entry in entries if not entry.is_dir())
+        self.skipped[HIDDEN] += len(folders) - len(classes)
         if not classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+            raise UserError(
+                f"--data-path: Couldn't find any class folder in {directory}, but {len(self.beside)} images. "
+                f"Put each image into a folder named after its class: {directory}/CLASS/IMAGE"
+            )
         return classes, {name: number for number, name in enumerate(classes)}
 
     def make_dataset(self, directory, class_to_idx, *_, **__) -> list[tuple[str, int]]:
@@ -93,27 +133,54 @@ class ClassFolders(ImageFolder):
         for name, number in class_to_idx.items():
             files, skipped = find_image_files(Path(directory, name))
             if not files:
-                raise FileNotFoundError(f"Found no image of the class {name} in {directory}.")
+                raise UserError(
+                    f"--data-path: Found no image of the class {name} in {directory}. "
+                    "Add images to this folder, or remove it from training and validation data"
+                )
             samples += [(str(file), number) for file in files]
             self.skipped += skipped
         return samples
 
 
-def image_folder(folder: Path, train: bool, transform) -> ImageFolder:
+def image_folder(folder: Path, train: bool, transform) -> ClassFolders:
     """Build a dataset from FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE.
 
     Raises UserError if a folder is missing or empty.
     """
-    expected = f"expected {folder}/train/CLASS/IMAGE and {folder}/val/CLASS/IMAGE"
     part = folder / ("train" if train else "val")
     if not part.is_dir():
-        raise UserError(f"--data-path {folder}: {part} is missing; {expected}")
-    try:
-        images = ClassFolders(part, transform=transform, loader=load_image)
-    except FileNotFoundError as error:
-        raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].rstrip('.')}; {expected}") from error
-    warn_skipped_files(part, images.skipped)
-    return images
+        raise UserError(
+            f"--data-path {folder}: {part} is missing; expected {folder}/train/CLASS/IMAGE and {folder}/val/CLASS/IMAGE"
+        )
+    return ClassFolders(part, transform)
+
+
+SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # as in timm
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split as timm finds it: named like the split or its synonyms, else the root.
+
+    Raises UserError if the root has folders of other splits only.
+    """
+    wanted = split.partition("[")[0]
+    synonyms = next((names for names in SPLIT_NAMES if wanted in names), ())
+    present = [name for name in (wanted, *synonyms) if (root / name).is_dir()]
+    others = [name for names in SPLIT_NAMES for name in names if (root / name).is_dir()]
+    if others and not present:
+        raise UserError(f"--data-path {root}: no folder for the split {split!r}; found {', '.join(others)}")
+    return root / present[0] if present else root
+
+
+class ImageNetFolders(ImageNet, ClassFolders):
+    """torchvision's ImageNet, which unpacks the original archives, with the files of `ClassFolders`.
+
+    Its classes are WordNet IDs, as those of `image_folder`.
+    """
+
+    def __init__(self, root: str, split: str, transform):
+        super().__init__(root, "val" if split in SPLIT_NAMES[1] else split, transform=transform)
+        self.classes = self.wnids
 
 
 # iNaturalist -------------------------------------------------------------------------------------
@@ -143,13 +210,21 @@ class INaturalist(Dataset):
             raise UserError(
                 f"--inat-category {category}: unknown; {folder / 'categories.json'} has {', '.join(sorted(available))}"
             )
-        training = _read_json(folder / f"train{year}.json")
-        records = training if train else _read_json(folder / f"val{year}.json")
-        classes = list(dict.fromkeys(categories[a["category_id"]][category] for a in training["annotations"]))
-        number = {name: index for index, name in enumerate(classes)}
+        label_of = {number: entry[category] for number, entry in categories.items()}
+        train_path, path = folder / f"train{year}.json", folder / f"{'train' if train else 'val'}{year}.json"
+        training = _read_json(train_path)
+        records = training if train else _read_json(path)
+        _check_annotations(train_path, training["annotations"], "category_id", categories)
+        classes = list(dict.fromkeys(label_of[a["category_id"]] for a in training["annotations"]))
+        index_of = {name: index for index, name in enumerate(classes)}
         files = {image["id"]: folder / image["file_name"] for image in records["images"]}
-        labeled = [(files[a["image_id"]], categories[a["category_id"]][category]) for a in records["annotations"]]
-        return classes, [(file, number[name]) for file, name in labeled]
+        annotations = records["annotations"]
+        _check_annotations(path, annotations, "image_id", files)
+        _check_annotations(path, annotations, "category_id", [n for n, name in label_of.items() if name in index_of])
+        num_unlabeled = len(files.keys() - {a["image_id"] for a in annotations})
+        if num_unlabeled:
+            warn(f"{path}: skipped {num_unlabeled} of {len(files)} images, which have no annotation")
+        return classes, [(files[a["image_id"]], index_of[label_of[a["category_id"]]]) for a in annotations]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -157,6 +232,17 @@ class INaturalist(Dataset):
     def __getitem__(self, index: int):
         path, target = self.samples[index]
         return self.transform(load_image(path)), target
+
+
+def _check_annotations(path: Path, annotations: list[dict], key: str, known: Iterable) -> None:
+    """Raise UserError if an annotation refers to an unknown image, or to a category without training images."""
+    known = set(known)
+    unknown = [annotation[key] for annotation in annotations if annotation[key] not in known]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(annotations)} annotations have an unknown {key}, first {unknown[0]!r}. "
+            "The files may belong to different versions of iNaturalist"
+        )
 
 
 def _read_json(path: Path):
