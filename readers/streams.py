@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from timm.data import create_dataset
+from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import utils
-from readers.images import load_image
+from readers.downloads import check_labels
+from readers.folders import ClassFolders, ImageNetFolders, split_folder
 from utils import UserError, main_process_first
 
 READERS = {"torch": "torchvision", "wds": "webdataset", "tfds": "tensorflow_datasets"}  # prefix -> package
@@ -133,14 +134,11 @@ def read_by_timm(
     seed: int,
 ) -> Dataset:
     """Build a dataset by its name in `timm.data.create_dataset`, or raise UserError if it cannot be read."""
-    options = {"split": split, "is_training": train, "batch_size": batch_size, "seed": seed, "download": True}
-    if name.lower().startswith("torch/"):
-        options["transform"] = transform
-    if name.lower() == "torch/image_folder":
-        options["loader"] = load_image
     try:
         with main_process_first():
-            dataset = create_dataset(name, root, **options)
+            dataset = _create(name, root, transform, split=split, is_training=train, batch_size=batch_size, seed=seed)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"--data-set {name} needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # the readers raise errors of any type
@@ -148,6 +146,7 @@ def read_by_timm(
         raise UserError(f"--data-set {name}, --data-path {root}, split {split}: {reason}") from error
     if _has_shards(dataset):
         _check_shards(dataset.reader.split_info.filenames, Path(root))
+    check_labels(dataset, f"--data-path {root}: the images", "the labels")
     classes = _declared_classes(dataset, name, num_classes)
     if isinstance(dataset, IterableDataset):
         return Stream(dataset, classes, train, transform, seed)
@@ -155,9 +154,28 @@ def read_by_timm(
     return dataset
 
 
+def _create(name: str, root: str, transform, split: str, **options) -> Dataset:
+    """Build a dataset by its name in timm; those of class folders and shards read their images as `image_folder`.
+
+    transform: ignored for streams
+    """
+    prefix, _, rest = name.lower().partition("/")
+    if prefix == "torch" and rest in ("image_folder", "folder"):
+        return ClassFolders(split_folder(Path(root), split), transform)
+    if prefix == "torch" and rest == "imagenet":
+        return ImageNetFolders(root, split, transform)
+    if prefix == "wds":
+        from readers.shards import Shards  # imports webdataset
+
+        return IterableImageDataset(root, Shards(root, rest, split, input_img_mode="", **options))
+    if prefix == "torch":
+        options["transform"] = transform
+    return create_dataset(name, root, split=split, download=True, **options)
+
+
 def _has_shards(dataset: Dataset) -> bool:
     """Return whether the dataset is a WebDataset."""
-    return type(getattr(dataset, "reader", None)).__name__ == "ReaderWds"
+    return type(getattr(dataset, "reader", None)).__name__ == "Shards"
 
 
 def _check_shards(files: list[str], root: Path) -> None:
