@@ -17,7 +17,6 @@ registers), C channels, L blocks, T live tokens in the batch.
 from __future__ import annotations
 
 import copy
-import re
 from functools import partial
 from typing import NamedTuple
 
@@ -37,7 +36,9 @@ from torch import Tensor, nn
 from macs import macs_per_image
 from zipping import Gate, PackedTokensCUDA, drop_halted, uses_kernels
 from zipping.blocks import prepare_blocks, unsupported_part
+from zipping.channels import swap_channels, why_not_swappable, why_swap_changes_logits
 from zipping.outputs import HaltingHistory, Intermediates, MeanField, split_states, timm_result
+from zipping.recording import TRACING_UNSUPPORTED, refuse_symbols
 
 __all__ = [
     "AdaptiveTokens",
@@ -122,10 +123,6 @@ HALTING_DEFAULTS = {
     "zip_tokens": True,
     "early_exit": True,
 }
-TRACING_UNSUPPORTED = (
-    "{} is not supported: the shapes in an adaptive vision transformer depend on the images. "
-    "Use torch.compile in masked mode (zip_tokens=False), or export_onnx.py."
-)
 
 
 class AdaptiveTokens:
@@ -167,8 +164,7 @@ class AdaptiveTokens:
         gate_offset: [B] float32, added to `gate_center` for each image: above zero, its tokens halt later.
         In distilled training, a distilled model returns a pair of logits.
         """
-        if isinstance(x, torch.fx.Proxy):
-            raise NotImplementedError(TRACING_UNSUPPORTED.format("torch.fx"))
+        refuse_symbols(x)
         features, halting = self._features(
             x,
             prefix_only=self.reads_prefix,
@@ -181,6 +177,7 @@ class AdaptiveTokens:
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the final norm of every token's mean-field output. x: [B, in_chans, H, W] -> [B, N, C]."""
+        refuse_symbols(x)
         return self._features(x)[0]
 
     def forward_intermediates(
@@ -208,6 +205,7 @@ class AdaptiveTokens:
             raise ValueError("attn_mask and is_causal are not supported: halting decides which tokens attend")
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        refuse_symbols(x)
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         if not self.halting:
             halting = self._static_halting(x, self.num_prefix_tokens + grid[0] * grid[1])
@@ -229,24 +227,28 @@ class AdaptiveTokens:
 
     @property
     def can_swap_channels(self) -> bool:
-        """True if the patch embedding ends with a projection. A convolutional stem may have none."""
-        return not isinstance(self.patch_embed.proj, nn.Identity)
+        """True if `set_halting_channel` can swap channels: not for a stem without projection, or unknown layers."""
+        return self._why_not_swappable() is None
 
-    @torch.no_grad()
     def set_halting_channel(self, channel: int) -> None:
         """Swap a channel of the tokens with channel 0, which the gate reads, in all weights.
 
-        The static model computes the same as before. Raises ValueError if `can_swap_channels` is False.
+        The static model computes the same logits as before. Without a head, its features have the channels swapped.
+        Raises ValueError if `can_swap_channels` is False.
         """
         if channel == 0:
             return
-        if not self.can_swap_channels:
-            raise ValueError(f"the halting channel must be 0, got {channel}: the patch embedding has no projection")
-        for name, parameter in self.named_parameters():
-            axis = _channel_axis(name)
-            if axis is not None:
-                pair = torch.tensor([channel, 0], device=parameter.device)
-                parameter.index_copy_(axis, pair.flip(0), parameter.index_select(axis, pair))
+        reason = self._why_not_swappable()
+        if reason:
+            raise ValueError(f"the halting channel must be 0, got {channel}: {reason}")
+        swap_channels(self, channel)
+
+    def _why_not_swappable(self) -> str | None:
+        """Return why the channels cannot be swapped; None if they can. A class with code of its own is tried out."""
+        reason = why_not_swappable(self)
+        if reason is None and type(self) not in ADAPTIVE.values():
+            return why_swap_changes_logits(self)
+        return reason
 
     halt_by = set_halting_channel  # former name, kept for other programs
 
@@ -340,7 +342,7 @@ class AdaptiveTokens:
 
     def _static_halting(self, x: Tensor, num_tokens: int) -> Halting:
         """Return the halting of the static model: depth L, remainder 1. x: [B, ...]."""
-        depth = x.new_full((len(x), num_tokens), self.num_blocks, dtype=torch.float32)
+        depth = x.new_full((x.shape[0], num_tokens), self.num_blocks, dtype=torch.float32)
         return Halting(depth, depth + 1, depth.new_zeros(self.num_blocks))
 
 
@@ -356,17 +358,6 @@ ADAPTIVE = {
     VisionTransformer: AdaptiveVisionTransformer,
     VisionTransformerDistilled: AdaptiveVisionTransformerDistilled,
 }
-
-
-def _channel_axis(name: str) -> int | None:
-    """Return which axis of a ViT parameter holds the channels of the tokens; None if there is none."""
-    in_block = re.sub(r"^blocks\.\d+\.", "", name)
-    if re.fullmatch(r"(head|head_dist)\.weight|attn\.qkv\.weight|mlp\.fc1(_g|_x)?\.weight", in_block):
-        return 1
-    if re.fullmatch(r"(cls|dist|reg)_token|pos_embed", name):
-        return 2
-    written = r"patch_embed\.proj|attn\.proj|mlp\.fc2|norm[12]?|norm_pre|fc_norm|patch_embed\.norm"
-    return 0 if re.fullmatch(rf"({written})\.(weight|bias)|ls[12]\.gamma", in_block) else None
 
 
 def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:

@@ -18,7 +18,8 @@ its indices on the device, where reading a value is a host-device sync. Stores a
 the scores and drop the rows together: `PackedTokensCUDA.halt`.
 
 Files: `stores.py` (the stores), `attention.py` (attention within images), `blocks.py` (timm's block
-on packed rows), `outputs.py` (outputs collected over all blocks), `kernels.py` (Triton kernels).
+on packed rows), `outputs.py` (outputs collected over all blocks), `kernels.py` (Triton kernels),
+`recording.py` (graphs for other images), `channels.py` (the channel that the gate reads).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from zipping.attention import ATTENTION, PerImageAttentionMask, ragged_attention, varlen_attention
+from zipping.recording import is_recorded
 from zipping.stores import (
     BlockOutput,
     Gate,
@@ -104,9 +106,9 @@ def can_pack(x: Tensor) -> bool:
     """Return whether the live tokens of `x` can be packed rows.
 
     x: [B, N, C]. The result is False on other devices than CPU and CUDA, for an empty batch, in
-    float64 on CUDA, and inside a transform of torch.func.
+    float64 on CUDA, inside a transform of torch.func, and if the call is recorded.
     """
-    if x.device.type not in ("cpu", "cuda") or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if x.device.type not in ("cpu", "cuda") or torch._C._functorch.is_functorch_wrapped_tensor(x) or is_recorded(x):
         return False
     return len(x) > 0 and not (uses_device_form(x) and x.dtype == torch.float64)
 

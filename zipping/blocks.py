@@ -56,8 +56,7 @@ def _select_block_forwards(blocks: nn.Sequential, x: Tensor, zip_tokens: bool) -
 
     Either all blocks run masked or none.
     """
-    needs_static_shapes = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if not zip_tokens or needs_static_shapes or not can_pack(x):
+    if not zip_tokens or not can_pack(x):
         return [masked_block] * len(blocks)
     plain = [_is_plain(block) for block in blocks._modules.values()]
     reason = _replaced_function() or (None if all(plain) else _why_not_zippable(blocks))
