@@ -10,6 +10,8 @@ from conftest import assert_halting, halting_model, images
 from equivalence import CLOSE, assert_same, flops, masked_and_zipped
 from timm.layers import GluMlp, SwiGLU
 from timm.models import get_pretrained_cfg
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
 import models_act
@@ -123,6 +125,80 @@ def test_set_halting_channel_keeps_static_outputs(options):
     assert_close(model._embed(images())[..., 0], halting_model(**options)._embed(images())[..., 5])
     model.set_halting_channel(5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+class WithAdapter(models_act.AdaptiveVisionTransformer):
+    """A backbone with a layer of its own that reads and writes channels of the tokens."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.adapter = torch.nn.Linear(self.embed_dim, self.embed_dim)
+
+    def _pos_embed(self, x):
+        x = super()._pos_embed(x)
+        return x + self.adapter(x)
+
+
+class WithOwnCode(models_act.AdaptiveVisionTransformer):
+    """A backbone whose code singles out a channel."""
+
+    def _pos_embed(self, x):
+        return super()._pos_embed(x) * torch.linspace(0.5, 2, x.shape[-1])
+
+
+def use_prune(model):
+    prune.l1_unstructured(model.blocks[2].mlp.fc1, "weight", 0.3)
+
+
+def use_weight_norm(model):
+    weight_norm(model.blocks[2].attn.qkv)
+
+
+def use_quantized_layer(model):
+    block = model.blocks[2]
+    block.attn = torch.ao.quantization.quantize_dynamic(block.attn, {torch.nn.Linear})
+
+
+def use_bias_of_another_name(model):
+    model.blocks[1].mlp.fc2.scale = torch.nn.Parameter(torch.ones(24))
+
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}
+UNKNOWN_CHANNELS = {
+    "layer of a subclass": (WithAdapter, lambda model: None, "the channels of adapter.weight are not known"),
+    "code of a subclass": (WithOwnCode, lambda model: None, "WithOwnCode treats channels differently"),
+    "code of a headless subclass": (WithOwnCode, lambda model: model.reset_classifier(0), "WithOwnCode treats"),
+    "pruned": (models_act.AdaptiveVisionTransformer, use_prune, "fc1.weight_orig are not known"),
+    "weight norm": (models_act.AdaptiveVisionTransformer, use_weight_norm, "qkv.parametrizations.weight.original0"),
+    "quantized": (models_act.AdaptiveVisionTransformer, use_quantized_layer, "blocks.2.attn.qkv is a Linear"),
+    "parameter": (models_act.AdaptiveVisionTransformer, use_bias_of_another_name, "fc2.scale are not known"),
+}
+
+
+@pytest.mark.parametrize(("make", "change", "reason"), UNKNOWN_CHANNELS.values(), ids=UNKNOWN_CHANNELS)
+def test_set_halting_channel_of_unknown_layers_raises(make, change, reason):
+    """A swap in some of the layers would change the logits."""
+    model = make(**SIZES).eval()
+    change(model)
+    weights = copy.deepcopy(list(model.parameters()))
+    assert not model.can_swap_channels
+    with pytest.raises(ValueError, match=f"the halting channel must be 0, got 5: .*{re.escape(reason)}"):
+        model.set_halting_channel(5)
+    model.set_halting_channel(0)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), weights))
+
+
+@torch.no_grad()
+def test_set_halting_channel_of_a_subclass_keeps_logits():
+    class Reversed(models_act.AdaptiveVisionTransformer):
+        def _pos_embed(self, x):
+            return super()._pos_embed(x.flip(1))
+
+    model, state = Reversed(**SIZES, halting=False).eval(), torch.get_rng_state()
+    expected = model(images())
+    model.set_halting_channel(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(model(images()), expected, **CLOSE)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from macs import macs_counter, macs_per_image, static_macs
 from models_act import AdaptiveTokens
+from zipping.channels import swap_channels
 
 SPREAD = 4.0  # standard deviation of the gate's logit over tokens and blocks
 AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,6 +61,8 @@ def choose_gate(
     with _autocast(device, amp):
         expected = F.log_softmax(model(images).float(), dim=1)
         states = _states(model, images)
+    if not expected.isfinite().all():
+        raise FloatingPointError("the logits of the static model are not finite: its weights have diverged")
     model.halting = True
     candidates = _candidates(model, states, cost)
     few_images, few_expected = images[:FEW_IMAGES], expected[:FEW_IMAGES]
@@ -122,10 +125,15 @@ def _evaluate_gate(
     candidate: GateCandidate, model: AdaptiveTokens, images: Tensor, expected: Tensor, amp: str
 ) -> GateCandidate:
     """Return the candidate with its measured divergence and cost; expected: [B, K], the static log-probabilities."""
-    candidate.apply(model)
+    swap_channels(model, candidate.channel)
+    model.gate_scale, model.gate_center = candidate.scale, candidate.center
     with _autocast(images.device, amp):
         logits, halting = model(images, return_halting=True)
-    model.set_halting_channel(candidate.channel)  # a second swap restores the channels
+    swap_channels(model, candidate.channel)  # a second swap restores the channels
+    if model.num_classes == 0:  # the logits are features, whose channels are swapped too
+        order = torch.arange(logits.shape[1])
+        order[[0, candidate.channel]] = order[[candidate.channel, 0]]
+        logits = logits[:, order]
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     divergence = F.kl_div(log_probabilities, expected, reduction="batchmean", log_target=True).item()
     cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)

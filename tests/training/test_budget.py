@@ -134,6 +134,26 @@ def test_chosen_gate_has_its_reported_cost_and_divergence(cost, capsys):
     assert choice.cost == pytest.approx(cost, abs=0.05)
 
 
+def test_gate_of_a_headless_model_is_that_of_an_identity_head():
+    """The features that stand in for logits have swapped channels, which is no change of the predictions."""
+    headless, x = halting_model(num_classes=0).eval(), images(8)
+    with_head = halting_model(num_classes=24).eval()
+    with_head.load_state_dict(headless.state_dict(), strict=False)
+    with torch.no_grad():
+        with_head.head.weight.copy_(torch.eye(24))
+        with_head.head.bias.zero_()
+    choices = [choose_gate(model, x, CPU, "none", 0.6, report=lambda line: None) for model in (headless, with_head)]
+    assert choices[0].channel == choices[1].channel > 0
+    assert choices[0].divergence == pytest.approx(choices[1].divergence, rel=1e-3)
+
+
+def test_gate_search_with_diverged_weights_raises():
+    model = halting_model().eval()
+    model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="the logits of the static model are not finite"):
+        choose_gate(model, images(4), CPU, "none", 0.6)
+
+
 # Command line ------------------------------------------------------------------------------------
 
 MODEL = "--model avit_micro_patch4_32 --input-size 32 --num_workers 0"
