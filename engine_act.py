@@ -23,6 +23,7 @@ from macs import macs_per_image
 from models_act import Halting
 from utils import MetricAverages, autocast
 
+MAX_START_SHARE = 0.5  # of the averaged weights; if more of the average is the starting weights, it hardly moved
 MAX_SKIPPED = 30  # steps in a row; the gradient scale has then fallen from 2^16 to 2^-14
 
 
@@ -63,6 +64,7 @@ class Trainer:
 
     budget: sets the weight of the ponder loss when training to a compute target, else None;
     gate_jitter: each training image shifts the gate center by a random number from -gate_jitter to gate_jitter;
+    ema_start_share: share of the starting weights in `ema`;
     skipped_steps: number of steps skipped by gradient scaling so far.
     """
 
@@ -80,6 +82,7 @@ class Trainer:
     gate_jitter: float = 0.0
     seed: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
+    ema_start_share: float = 1.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
@@ -188,6 +191,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self.model_without_ddp)
+            self.ema_start_share *= self.ema.decay
 
     def _handle_nonfinite(self, step: str, results: Sequence[MicroBatchResult]) -> None:
         """Count a step as skipped, or raise FloatingPointError if gradient scaling is off or has skipped too many."""
@@ -211,6 +215,7 @@ class Trainer:
         return {
             "model": self.model_without_ddp.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "ema_start_share": self.ema_start_share if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_steps": [self.skipped_steps, self.skipped_in_a_row],
@@ -225,6 +230,7 @@ class Trainer:
         self.skipped_steps, self.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
         if self.ema is not None and checkpoint["model_ema"] is not None:
             self.ema.module.load_state_dict(checkpoint["model_ema"])
+            self.ema_start_share = float(checkpoint.get("ema_start_share") or 0.0)  # older checkpoints lack it
         if self.budget is not None and "budget_controller" in checkpoint:  # missing if the run had no budget
             self.budget.load_state_dict(checkpoint)
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
     """Train a model, or continue a run. Returns the exit status."""
-    from training import build, loop
+    from training import build, loop, run_warnings
     from training.checkpoints import Checkpoint
     from training.signals import Interrupted
     from training.teacher import build_teacher
@@ -76,6 +76,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     updates = loop.updates_per_epoch(train_loader, args.accum_steps)
     schedule = build.build_schedule(args, trainer.optimizer, updates)
     trainer.budget = build.build_budget(args, model, updates)
+    run_warnings.warn_about_settings(args, trainer, train_loader, updates * args.epochs)
 
     # loop
     output_dir = Path(args.output_dir) if args.output_dir else None

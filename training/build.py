@@ -30,6 +30,7 @@ from training.network import NetworkFlags, NetworkSettings, Purpose, resolve_net
 from training.teacher import teaches_itself
 from utils import UserError, warn
 
+MIN_PATIENCE = 50  # updates without progress after which a budget may be out of reach, at least
 GATE_IMAGES = 256  # number of images in the gate search
 START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search without --target-macs
 
@@ -163,7 +164,7 @@ def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: 
     """Build the controller of the ponder loss's weight, or return None without --target-macs."""
     if args.target_macs is None:
         return None
-    return losses.BudgetController(resolve_budget(model, args.target_macs), updates_per_epoch)
+    return losses.BudgetController(resolve_budget(model, args.target_macs), max(updates_per_epoch, MIN_PATIENCE))
 
 
 # Data --------------------------------------------------------------------------------------------
@@ -349,28 +350,7 @@ class Schedule:
             plateau.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
 
 
-def _warn_about_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
-    """Warn about learning-rate flags that contradict each other."""
-    lr = max(group["lr"] for group in optimizer.param_groups)
-    scaled = f"the learning rate {lr:g} (--lr scaled to this batch size)"
-    if args.sched not in ("constant", "none") and args.min_lr > lr:
-        warn(
-            f"--min-lr {args.min_lr:g} is above {scaled}; the rate rises during training. "
-            "Pass --min-lr 0 or a larger --lr"
-        )
-    if args.warmup_epochs >= args.epochs > 0:
-        warn(
-            f"--warmup-epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}; "
-            f"training ends before it reaches {scaled}. Pass fewer --warmup-epochs"
-        )
-    elif args.warmup_epochs and args.warmup_lr > lr:
-        warn(
-            f"--warmup-lr {args.warmup_lr:g} is above {scaled}; the rate falls during warm-up. Pass a lower --warmup-lr"
-        )
-
-
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:
-    _warn_about_rates(args, optimizer)
     try:
         schedule, _ = create_scheduler_v2(
             optimizer,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import utils
 from datasets import Preprocessing, placeholder_names
+from engine_act import MAX_START_SHARE
 from training.budget import BudgetCurve
 from training.classes import (
     ClassMatch,
@@ -44,6 +45,7 @@ class Checkpoint:
     Entries of a checkpoint saved by this repository (only the first two and `args` are read from others):
     model, model_ema: the weights, and their moving average or None;
     gate: gate_scale, gate_center and halt_eps, or None for a static model;
+    ema_start_share: share of the starting weights in model_ema, or None without it;
     budget_curves: `BudgetCurve` records by name of the weights, if measured;
     gate_ema: like `gate`, for the averaged weights, if it differs;
     classes: class names; args: the flags of the run, by name;
@@ -106,7 +108,18 @@ class Checkpoint:
             raise UserError(
                 f"{self.location} has no weights; expected named tensors, at the top level or under 'model'"
             )
+        if use_ema:
+            self._warn_about_average()
         return _without_prefixes(weights)
+
+    def _warn_about_average(self) -> None:
+        """Warn if the averaged weights are mostly those that training started from."""
+        share = self.content.get("ema_start_share")
+        if isinstance(share, float) and MAX_START_SHARE < share <= 1:
+            warn(
+                f"--use-ema: {share:.0%} of the averaged weights of {self.location} are the weights that its training "
+                "started from; omit --use-ema, or train longer or with a lower --model-ema-decay"
+            )
 
     def recorded_flag(self, name: str) -> object:
         """Return a flag of the run that saved it, of any type, or None if it is not recorded."""

@@ -15,7 +15,7 @@ from torch import nn
 import utils
 from datasets import Preprocessing
 from engine_act import EpochState, Trainer, evaluate, train_one_epoch
-from training.budget import CalibrationBatches, budget_curve
+from training.budget import CalibrationBatches, budget_curve, measure_costs
 from training.build import Schedule
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
@@ -164,11 +164,7 @@ class TrainingRun:
     def _on_update(self, stop: bool) -> None:
         budget = self.trainer.budget
         if budget is not None and budget.is_stuck:
-            warn(
-                f"--target-macs: this gate may not reach {budget.budget:.3f} of the static model's MACs. They stay at "
-                f"{budget.cost:.3f} (current goal {budget.goal:.3f}) with the ponder loss at its weight limit, "
-                f"{budget.weight:g}; try another gate (--gate, --gate_scale, --gate_center)"
-            )
+            self._warn_about_stuck_budget()
         self._step_schedules()
         if stop:
             self.save("checkpoint.pth")
@@ -185,6 +181,21 @@ class TrainingRun:
         log(f"stopped by {asked} {place}; {hint}")
         raise Interrupted
 
+    def _warn_about_stuck_budget(self) -> None:
+        """Warn if the cost is off its goal in evaluation too: augmented images may cost more or less."""
+        model, budget = self.trainer.model_without_ddp, self.trainer.budget
+        cost = self._cost_at(model, model.gate_center)
+        if abs(cost - budget.goal) > budget.band:
+            warn(
+                f"--target-macs: this gate may not reach {budget.budget:.3f} of the static model's MACs. They stay at "
+                f"{cost:.3f} in evaluation (current goal {budget.goal:.3f}) with the ponder loss at its weight limit, "
+                f"{budget.weight:g}; try another gate (--gate, --gate-scale, --gate-center)"
+            )
+
+    def _cost_at(self, model: nn.Module, center: float) -> float:
+        """Measure the cost at a gate center on the calibration images."""
+        return measure_costs(model, self.calibration, self.trainer.device, self.trainer.amp, [center])[0]
+
     def _calibrate(self) -> None:
         """Measure the budget curves of the weights and of the EMA weights, and set both gates to the budget."""
         trainer = self.trainer
@@ -196,11 +207,17 @@ class TrainingRun:
             max_cost = max(MAX_COST, budget)
             curve = budget_curve(model, self.calibration, trainer.device, trainer.amp, max_cost)
             before, model.gate_center = model.gate_center, curve.center(budget)
+            cost = self._cost_at(model, model.gate_center)  # the curve may jump between its points
             log(
                 f"calibration of {name}: gate_center {before:g} -> {model.gate_center:g} changes the MACs from "
-                f"{curve.cost(before):.3f} to {curve.cost(model.gate_center):.3f} of the static model's; "
+                f"{curve.cost(before):.3f} to {cost:.3f} of the static model's; "
                 f"--budget accepts {curve.min_cost:.2f} to {curve.max_cost:.2f}"
             )
+            if abs(cost - budget) > trainer.budget.band:
+                warn(
+                    f"--target-macs: {name} uses {cost:.3f} of the static model's MACs, not {budget:.3f}: no gate "
+                    "center comes closer. Train longer, or with another gate (--gate, --gate-scale)"
+                )
             self.budget_curves[name] = curve.record()
 
     def _test(self) -> dict:
