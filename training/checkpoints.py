@@ -29,7 +29,17 @@ from training.classes import (
     without_head,
 )
 from training.models import avit_names, create_model, run_preprocessing, unsupported_reason
-from training.network import NetworkFlags, NetworkSettings, Purpose, gate_in_name, gate_numbers, resolve_network
+from training.network import (
+    FILE_NAME,
+    FOREIGN_RECORD,
+    RECORD,
+    NetworkFlags,
+    NetworkSettings,
+    Purpose,
+    gate_in_name,
+    gate_numbers,
+    resolve_network,
+)
 from training.weights import MAX_SIDE, fits, fitting_models, load_weights
 from utils import UserError, did_you_mean, log, warn
 
@@ -146,7 +156,7 @@ class Checkpoint:
 
     def recorded_model(self) -> str | None:
         """Return the model name of the run, or None if it is missing or not supported."""
-        recorded = self.recorded_flag("model")
+        recorded = self.recorded_flag("model") or self.content.get("arch")  # timm's scripts write both
         return recorded if isinstance(recorded, str) and unsupported_reason(recorded) is None else None
 
     def recorded_preprocessing(self) -> Preprocessing | None:
@@ -280,9 +290,9 @@ class Checkpoint:
         flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
         own = (self.content.get("gate_ema") if use_ema else None) or self.content.get("gate")
         return [
-            ("the checkpoint", gate_numbers(own)),
-            ("the file name", {} if self.is_static else gate_in_name(self.location)),
-            ("the checkpoint's args", {} if self.is_native else gate_numbers(flags)),
+            (RECORD, gate_numbers(own)),
+            (FILE_NAME, {} if self.is_static else gate_in_name(self.location)),
+            (FOREIGN_RECORD, {} if self.is_native else gate_numbers(flags)),
         ]
 
     def build_model(

@@ -125,10 +125,16 @@ def create_model(
 
 
 def check_size(name: str, img_size: tuple[int, int]) -> None:
+    """Raise UserError if the model does not accept images of this height and width."""
     size = f"--input-size {img_size[0]} {img_size[1]}"
     try:
-        patch = build_on_meta(name, img_size=img_size).patch_embed.feat_ratio(as_scalar=False)
+        patch = _patch_size(name, img_size)
     except (AssertionError, RuntimeError, ValueError) as error:  # raised by convolutional stems
         raise UserError(f"{size} is not supported by {name}: {error}") from error
     if any(side % p for side, p in zip(img_size, patch)):
         raise UserError(f"{size} is not a multiple of the patch size {patch[0]} x {patch[1]}")
+
+
+@cache
+def _patch_size(name: str, img_size: tuple[int, int]) -> tuple[int, int]:
+    return build_on_meta(name, img_size=img_size).patch_embed.feat_ratio(as_scalar=False)

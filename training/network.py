@@ -10,11 +10,10 @@ import argparse
 import re
 from collections.abc import Callable, Collection, Iterable
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, NamedTuple
-
-from torch import nn
 
 from datasets import Preprocessing
 from models_act import HALTING_DEFAULTS
@@ -26,12 +25,20 @@ from utils import UserError, log, warn
 if TYPE_CHECKING:
     from training.checkpoints import Checkpoint
 
+COMMAND_LINE, RECORD, FILE_NAME, FOREIGN_RECORD = (  # sources of a value, in their order
+    "the command line",
+    "the checkpoint",
+    "the file name",
+    "the checkpoint's args",
+)
 DEFAULT_MODEL, DEFAULT_SIZE = "avit_tiny_patch16_224", (224, 224)  # without a checkpoint, as in the original
 GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
 PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # this file name does not contain the gate
+
+Report = Callable[[str], None]  # `warn` or `log`
 
 
 class Purpose(Enum):
@@ -105,7 +112,7 @@ def resolve_network(
         check_size(model, img_size)
         preprocessing = run_preprocessing(model, img_size, flags.data_set)
     else:
-        img_size = _size_of_checkpoint(checkpoint, model, flags, warn if evaluates else log)
+        img_size = _size_of_checkpoint(checkpoint, model, flags, purpose)
         check_size(model, img_size)
         _check_model(checkpoint, model, img_size, flags, purpose)
         preprocessing = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
@@ -117,40 +124,52 @@ def resolve_network(
 # Image size --------------------------------------------------------------------------------------
 
 
-def _size_without_checkpoint(
-    model: str, flag: tuple[int, int] | None, report: Callable[[str], None]
-) -> tuple[int, int]:
+def _size_without_checkpoint(model: str, flag: tuple[int, int] | None, report: Report) -> tuple[int, int]:
     own = default_image_size(model)
     if flag is None and own != DEFAULT_SIZE:
-        report(f"the image size is {size_text(DEFAULT_SIZE)}; {model} has {size_text(own)}. Set --input-size to choose")
+        report(
+            f"--input-size is not given: images have {size_text(DEFAULT_SIZE)} pixels, although {model} was made for "
+            f"{size_text(own)}"
+        )
     return flag or DEFAULT_SIZE
 
 
-def _size_of_checkpoint(
-    checkpoint: Checkpoint, model: str, flags: NetworkFlags, report: Callable[[str], None]
-) -> tuple[int, int]:
-    """Return the flag's size, else the recorded one, that of the position embedding, or the model's default."""
+def _size_of_checkpoint(checkpoint: Checkpoint, model: str, flags: NetworkFlags, purpose: Purpose) -> tuple[int, int]:
+    """Return the flag's size, else the recorded one, that of the position embedding, or the model's default.
+
+    Raises UserError if a resumed run had another size.
+    """
     weights, recorded = checkpoint.state_dict(flags.use_ema), checkpoint.image_size()
     embedded = None if recorded and has_grid_of(model, recorded, weights) else embedded_size(model, weights)
     sources = {
-        "--input-size": flags.img_size,
-        f"the record in {checkpoint.location}": recorded,
-        f"the position embedding in {checkpoint.location}": embedded,
+        COMMAND_LINE: flags.img_size,
+        RECORD if checkpoint.is_native else FOREIGN_RECORD: recorded,
+        "the position embedding": embedded,
     }
-    sources = {source: size for source, size in sources.items() if size is not None}
-    if not sources:
-        return default_image_size(model)
-    (source, size), *others = sources.items()
-    differing = [f"{size_text(other)} in {name}" for name, other in others if other != size]
-    if differing:
-        report(
-            f"the image size is {size_text(size)} in {source} but {' and '.join(differing)}; using {size_text(size)}"
+    choices = [(source, size) for source, size in sources.items() if size is not None]
+    choices = choices or [("the defaults", default_image_size(model))]
+    size, trained = choices[0][1], recorded or embedded or choices[0][1]
+    if purpose is Purpose.RESUME and size != trained:
+        raise UserError(
+            f"--input-size {size_text(size)}: {checkpoint.location} continues at {size_text(trained)}; omit "
+            "--input-size, or pass the file with --finetune to train at another size"
         )
+    _name_differing("the image size", choices, warn if purpose is Purpose.EVALUATION else log, size_text)
     return size
 
 
 def size_text(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
+
+
+def _name_differing(
+    name: str, choices: list[tuple[str, object]], report: Report = warn, text: Callable[[object], str] = "{:g}".format
+) -> None:
+    """Print a line for each source whose value differs. choices: (source, value), the chosen one first."""
+    (source, value), *others = choices
+    for other, other_value in others:
+        if other_value != value:
+            report(f"{name} is {text(value)} in {source} but {text(other_value)} in {other}; using {text(value)}")
 
 
 # Model -------------------------------------------------------------------------------------------
@@ -163,22 +182,21 @@ def _check_model(
 
     Raises UserError if they differ in more than their names; for a new task, prints a warning instead.
     """
-    recorded, location = checkpoint.recorded_flag("model"), checkpoint.location
-    weights = checkpoint.state_dict(flags.use_ema)
-    if (
-        not isinstance(recorded, str) or recorded == model or not fits(model, weights)
-    ):  # load_weights names what differs
+    recorded, unsupported = checkpoint.recorded_model(), checkpoint.recorded_flag("model")
+    weights, location = checkpoint.state_dict(flags.use_ema), checkpoint.location
+    if recorded == model or not fits(model, weights):  # weights that do not fit are an error of `load_weights`
         return
-    if recorded != checkpoint.recorded_model():
-        report = warn if purpose is Purpose.EVALUATION and flags.model is None else log
-        report(f"{location} records model {recorded[:40]!a}, which is not supported; its weights run as {model}")
+    if recorded is None:
+        if isinstance(unsupported, str):
+            report = log if flags.model or purpose is not Purpose.EVALUATION else warn
+            report(f"{location} records model {unsupported[:60]!r}, which is not supported; it runs as {model}")
         return
     if not fits(recorded, weights):
-        warn(f"{location} records model {recorded}, which its weights do not fit; they run as {model}")
+        warn(f"{location} records model {recorded}, which its weights do not fit; it runs as {model}")
         return
     differing = differences(recorded, model, img_size)
     if not differing:
-        log(f"{location} was trained as {recorded}; {model} is the same network")
+        log(f"{location} was trained as {recorded}; it runs as {model}, which is the same network")
         return
     mismatch = (
         f"{location} was trained as {recorded}, which has the parameters of {model} but computes other results "
@@ -191,26 +209,24 @@ def _check_model(
 
 def differences(name: str, other: str, img_size: tuple[int, int]) -> list[str]:
     """Return what two models of the same parameters compute differently, such as "GELU instead of QuickGELU"."""
-    own, others = (_structure(build_on_meta(model, img_size=img_size, num_classes=1)) for model in (name, other))
-    found = {
-        f"{key[1]} {others.get(key)} instead of {own.get(key)}": None
-        for key in own | others
-        if own.get(key) != others.get(key)
-    }
-    return list(found)
+    own, others = _structure(name, img_size), _structure(other, img_size)
+    keys = [key for key in own | others if own.get(key) != others.get(key)]
+    return list(dict.fromkeys(f"{key[1]} {others.get(key)} instead of {own.get(key)}" for key in keys))
 
 
-def _structure(model: nn.Module) -> dict[tuple[str, str], str]:
+@cache
+def _structure(name: str, img_size: tuple[int, int]) -> dict[tuple[str, str], str]:
     """Return the type and the options of each module, by its path and the option's name.
 
     The options are the plain attributes, such as num_heads, eps and no_embed_class, and functions.
     """
     structure = {}
-    for path, module in model.named_modules():
+    for path, module in build_on_meta(name, img_size=img_size, num_classes=1).named_modules():
         structure[path, "module"] = type(module).__name__
-        for name, value in vars(module).items():
-            if isinstance(value, bool | int | float | str | tuple | Enum | FunctionType) and name not in INITIALIZATION:
-                structure[path, name] = getattr(value, "__qualname__", None) or str(value)
+        for option, value in vars(module).items():
+            is_plain = isinstance(value, bool | int | float | str | tuple | Enum | FunctionType)
+            if is_plain and option not in INITIALIZATION:
+                structure[path, option] = getattr(value, "__qualname__", None) or str(value)
     return structure
 
 
@@ -277,24 +293,16 @@ def resolve_gate(
     in another program's checkpoint, see `Checkpoint.gate_sources`; the defaults.
     logged: names whose value and source are printed, with a warning if another source has a different value.
     """
-    sources, resolved = [("the command line", flags), *sources], {}
+    sources, resolved = [(COMMAND_LINE, flags), *sources], {}
     for name in GATE_NAMES:
         choices = [(source, values[name]) for source, values in sources if values.get(name) is not None]
         choices = choices or [("the defaults", HALTING_DEFAULTS[name])]
-        resolved[name] = choices[0][1]
+        source, resolved[name] = choices[0]
         if name in logged:
-            _log_choice(name, choices)
+            if name in GATE_DEFAULTS or resolved[name] != HALTING_DEFAULTS[name]:
+                log(f"{name} {resolved[name]:g}, from {source}")
+            _name_differing(name, choices)
     return resolved
-
-
-def _log_choice(name: str, choices: list[tuple[str, float]]) -> None:
-    """Print a gate value and its source; warn if another differs. choices: (source, value), the chosen one first."""
-    (source, value), *others = choices
-    if name in GATE_DEFAULTS or value != HALTING_DEFAULTS[name]:
-        log(f"{name} {value:g}, from {source}")
-    for other, other_value in others:
-        if other_value != value:
-            warn(f"{name} is {value:g} in {source} but {other_value:g} in {other}; using {value:g}")
 
 
 def gate_numbers(record: object) -> dict[str, float]:
