@@ -73,13 +73,13 @@ def usable_cores() -> int:
 def environment_int(name: str, default: int) -> int:
     """Return an environment variable as an int, or the default if it is unset or empty.
 
-    Raises UserError if it is not an integer >= 0.
+    Raises RankError if it is not an integer >= 0, or has more than 9 digits.
     """
     text = os.environ.get(name, "").strip()
     if not text:
         return default
-    if not text.isdecimal():
-        raise UserError(f"{name} is {text!r} in the environment, expected an integer >= 0. Unset it, or use torchrun.")
+    if not text.isdecimal() or len(text) > 9:
+        raise RankError(f"{name} is {text!r} in the environment, expected an integer >= 0. Unset it, or use torchrun.")
     return int(text)
 
 

@@ -133,6 +133,7 @@ def draw_summary(
     from datasets import build_dataset, class_names
     from training.build import loader_options
     from training.loaders import demo_loader
+    from training.rendezvous import require_same_images
 
     images = build_dataset(
         args.data_set,
@@ -144,6 +145,7 @@ def draw_summary(
         num_classes=args.num_classes,
         preprocessing=settings.preprocessing,
     )
+    require_same_images(images)
     names = class_names(images.classes, args.data_path, args.class_index)
     job = make_job(args, settings, checkpoint, names, device, images.classes)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))

@@ -27,6 +27,7 @@ from training.gate import choose_gate
 from training.loaders import ImageLoader, evaluation_loader, training_loader
 from training.models import create_model
 from training.network import NetworkFlags, NetworkSettings, Purpose, resolve_network
+from training.rendezvous import require_same_images
 from training.teacher import teaches_itself
 from utils import UserError, warn
 
@@ -202,7 +203,7 @@ def _dataset(
     split: str | None,
     augmentation: dict | None = None,
 ) -> Dataset:
-    return build_dataset(
+    images = build_dataset(
         args.data_set,
         args.data_path,
         train,
@@ -215,6 +216,7 @@ def _dataset(
         seed=args.seed,
         preprocessing=settings.preprocessing,
     )
+    return require_same_images(images)
 
 
 def calibration_batches(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from training.launch import process_group, single_process
+from training.rendezvous import settings_of
 from utils import RankError, UserError
 
 
@@ -23,7 +24,7 @@ def run_cli(
     gradients or logits are not finite, or if a data-loader worker is killed.
     """
     try:
-        group = (args.device,) if alone else (args.device, args.dist_url, args.world_size)
+        group = (args.device,) if alone else (args.device, args.dist_url, args.world_size, settings_of(args))
         with (single_process if alone else process_group)(*group) as device:
             args.device = args.device or device.type
             status = run(args, device)

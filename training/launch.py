@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from training.rendezvous import PROCESS_TIMEOUT, meet
 from utils import RankError, UserError, environment_int, warn
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # Slurm's names, in the same order
 WAIT_WARNING_SECONDS = 5.0  # a process that waits longer for the others prints a warning
-PROCESS_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others fails
 
 
 class LaunchEnvironment(NamedTuple):
@@ -32,40 +32,65 @@ def resolve_launch_environment(world_size: int | None = None) -> LaunchEnvironme
 
     world_size: number of processes if WORLD_SIZE is not set. A single process ignores RANK.
     Under srun, torchrun's variables are first set from Slurm's.
-    Raises UserError if RANK is missing or out of range.
+    Raises RankError if a variable is missing, invalid or out of range.
     """
-    if not os.environ.get("RANK") and environment_int("SLURM_STEP_NUM_TASKS", 1) != 1:
-        os.environ.update({name: os.environ[slurm] for name, slurm in zip(LAUNCHER_VARIABLES, SLURM_VARIABLES)})
-        os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        os.environ.setdefault("MASTER_PORT", "29500")
+    if not os.environ.get("RANK", "").strip() and environment_int("SLURM_STEP_NUM_TASKS", 1) > 1:
+        _adopt_slurm_variables()
     source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "").strip() else "--world_size"
     world_size = environment_int("WORLD_SIZE", world_size or 1)
     if world_size <= 1:
         return LaunchEnvironment(0, 1)
     rank = environment_int("RANK", -1)
     if rank < 0:
-        raise UserError(
+        raise RankError(
             f"{source} is {world_size} but RANK is not set. "
             f"Launch with torchrun, set RANK in each process, or do not set {source} to run one process."
         )
     if rank >= world_size:
-        raise UserError(
+        raise RankError(
             f"RANK is {rank} in the environment, which is out of range: {source} is {world_size}. "
             "Launch with torchrun, or set neither to run one process."
         )
+    environment_int("LOCAL_RANK", 0)  # is valid, where it is set
     return LaunchEnvironment(rank, world_size)
+
+
+def _adopt_slurm_variables() -> None:
+    """Set torchrun's variables from those of a Slurm step with several tasks."""
+    values = {name: environment_int(name, -1) for name in SLURM_VARIABLES}
+    tasks = values["SLURM_STEP_NUM_TASKS"]
+    for name, value in values.items():
+        problem = "is not set" if value < 0 else f"is {value}, which is out of range"
+        if value < 0 or (value >= tasks and name != "SLURM_STEP_NUM_TASKS"):
+            raise RankError(
+                f"SLURM_STEP_NUM_TASKS is {tasks} but {name} {problem}. "
+                "Start the processes with srun, or unset SLURM_STEP_NUM_TASKS to run one process."
+            )
+    os.environ.update({name: str(values[slurm]) for name, slurm in zip(LAUNCHER_VARIABLES, SLURM_VARIABLES)})
+    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
+
+
+def _slurm_port() -> int:
+    """Return a port below the ephemeral ones; jobs that share a machine have different ones with high probability."""
+    job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 10_000 + zlib.crc32(f"{job}.{step}".encode()) % 20_000
 
 
 @contextmanager
 def process_group(
-    device_type: str | None, dist_url: str = "env://", world_size: int | None = None
+    device_type: str | None,
+    dist_url: str = "env://",
+    world_size: int | None = None,
+    settings: dict[str, str] | None = None,
 ) -> Iterator[torch.device]:
     """Join the process group that the environment describes, and yield the device of this process.
 
     device_type: cuda, cuda:N or cpu; None selects CUDA if it is available.
     dist_url, world_size: a tcp://host:port URL and the number of processes, for processes that are started manually
     with RANK set. torchrun, torch.distributed.launch and srun need neither.
-    A single process joins no group. Raises UserError if the processes cannot connect.
+    settings: values that must be the same in all processes, by name
+    A single process joins no group. Raises UserError if the processes cannot connect, or do not belong together.
     """
     launch = resolve_launch_environment(world_size)  # before the device, whose index is the local rank
     device = _device(device_type, launch.world_size)
@@ -75,7 +100,7 @@ def process_group(
         yield device
         return
     with _warning_while_waiting(launch, dist_url):
-        _init_group(launch, dist_url, device)
+        _init_group(launch, dist_url, device, {"the device": device.type, **(settings or {})})
     yield device
     dist.destroy_process_group()  # not after an error: it could block on processes that wait for this one
 
@@ -99,16 +124,13 @@ def _warning_while_waiting(launch: LaunchEnvironment, dist_url: str) -> Iterator
         timer.cancel()
 
 
-def _init_group(launch: LaunchEnvironment, dist_url: str, device: torch.device) -> None:
-    """Initialize torch.distributed, or raise UserError if the processes cannot connect."""
+def _init_group(launch: LaunchEnvironment, dist_url: str, device: torch.device, settings: dict[str, str]) -> None:
+    """Initialize torch.distributed, or raise UserError if the processes cannot connect, see `meet`."""
+    store = meet(dist_url, launch.rank, launch.world_size, settings)
     position = {"world_size": launch.world_size, "rank": launch.rank, "timeout": PROCESS_TIMEOUT}
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = {"device_id": device} if backend == "nccl" else {}  # otherwise NCCL guesses it from the rank
     try:
-        store, *_ = next(dist.rendezvous(dist_url, **position))
-        # torchrun's store outlives the processes it restarts. A prefix hides the addresses of earlier attempts.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(backend, store=store, **position, **options)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot connect at {dist_url}: {error}") from error
@@ -140,7 +162,7 @@ def _device(device_type: str | None, processes: int) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UserError(f"--device {device_type}: expected cuda or cpu")
+        raise UserError(f"--device {device_type}: this device is not supported; use --device cuda or --device cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if device.index is not None and processes > 1:
@@ -153,7 +175,12 @@ def _device(device_type: str | None, processes: int) -> torch.device:
         if count == 1 and "SLURM_PROCID" in os.environ:
             index = 0  # Slurm may show each task its own device only
     if index >= count:
-        raise RankError(f"--device {device_type or 'cuda'}: no CUDA device {index}; number of devices: {count}")
+        fix = (
+            f"start at most {count} processes per machine"
+            if processes > 1
+            else f"use one from cuda:0 to cuda:{count - 1}"
+        )
+        raise RankError(f"--device {device_type or 'cuda'}: no CUDA device {index}; number of devices: {count}; {fix}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

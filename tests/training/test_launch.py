@@ -88,7 +88,7 @@ def two_processes(monkeypatch, rank):
     options = {}
     environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     monkeypatch.setattr(os, "environ", os.environ | environment)
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), rank, 2)]))
+    monkeypatch.setattr("training.launch.meet", lambda *_: dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: options.update(given, backend=backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     return options
