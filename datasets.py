@@ -54,16 +54,16 @@ __all__ = [
 MAX_UNCROPPED_SIDE = 32  # pixels; up to this input size, evaluation does not crop, and training crops after padding
 
 
-CROP_MODES = ("center", "squash", "border")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-MIN_CROP_PCT, MIN_STD, MAX_PIXEL = 0.1, 1e-3, 255  # recorded values beyond them are not usable
+# What a checkpoint may record: the programs of docs/deployment.md do the same with it.
+CROP_MODES, INTERPOLATIONS = ("center", "squash"), ("bilinear", "bicubic", "lanczos")
+MIN_CROP_PCT, MIN_STD, MAX_PIXEL = 0.1, 1e-3, 255
 
 
 class Preprocessing(NamedTuple):
     """The preprocessing of a model's images in evaluation, with the fields of timm's pretrained_cfg.
 
     mean, std: [3] each, for normalization; interpolation: for resizing; crop_pct: share of the shorter side that is
-    kept in evaluation; crop_mode: center, squash or border.
+    kept in evaluation; crop_mode: center, or squash, which ignores the aspect ratio.
     """
 
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN

@@ -258,7 +258,7 @@ def python_blocks() -> dict[str, str]:
     """Return the Python blocks of README, CONTRIBUTING and docs, by page and position.
 
     The pages mark fragments that do not run as `py`. Two more blocks are tested elsewhere: docs/deployment.md in
-    test_export_onnx.py, and the segmentation of docs/models.md in test_any_vit.py.
+    test_deployment_docs.py, and the segmentation of docs/models.md in test_any_vit.py.
     """
     pages = [page for page in (README, CONTRIBUTING, *DOCS) if page.name != "deployment.md"]
     found = {}

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +16,11 @@ from conftest import ROOT, halting_model, save_halting_micro
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
-from PIL import Image
 from torch import nn
 
 import export_onnx
 from benchmarks.synthetic import set_synthetic_depths
-from datasets import build_dataset, evaluation_transform
+from datasets import build_dataset
 from deployment.onnx_graph import write_graph
 from models_act import adapt
 from training.checkpoints import Checkpoint
@@ -400,64 +396,3 @@ def test_modified_or_too_large_models_raise(monkeypatch):
     monkeypatch.setattr("deployment.onnx_graph.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="the limit is 2 GiB"):
         write_graph(halting_model())
-
-
-# docs/deployment.md ------------------------------------------------------------------------------
-
-
-DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text()
-
-
-def code_of_docs(language: str) -> str:
-    return re.search(rf"```{language}\n(.*?)```", DEPLOYMENT, flags=re.DOTALL)[1]
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory) -> Path:
-    """A folder with the quickstart's model after a few epochs as graph.onnx, image.png, and PyTorch's prediction."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    recipe = [f"@{ROOT}/recipes/digits_adaptive.args", "--epochs", "2", "--output_dir", str(folder / "run")]
-    subprocess.run([sys.executable, "main_act.py", *recipe], cwd=ROOT, check=True, capture_output=True)
-    run(folder / "run" / "checkpoint.pth", folder / "graph.onnx")
-    Image.fromarray(digit()).save(folder / "image.png")
-    model = Checkpoint.load(str(folder / "run" / "checkpoint.pth")).build_model()
-    x = evaluation_transform((32, 32))(Image.open(folder / "image.png")).unsqueeze(0)
-    logits, live = expected(model, x)
-    classes = list(Checkpoint.load(str(folder / "run" / "checkpoint.pth")).names_by_class().values())
-    print_metadata = shlex.split(re.search(r"python (-c .*) > graph.json", DEPLOYMENT)[1])
-    printed = subprocess.run([sys.executable, *print_metadata], cwd=folder, check=True, capture_output=True, text=True)
-    (folder / "graph.json").write_text(printed.stdout)
-    (folder / "expected.json").write_text(json.dumps([classes[logits.argmax()], live[0].tolist()]))
-    return folder
-
-
-def digit() -> np.ndarray:
-    """Return an image of a three: [32, 32, 3] uint8."""
-    from sklearn.datasets import load_digits
-
-    return np.kron(load_digits().images[3], np.ones((4, 4))).clip(0, 15).astype(np.uint8)[..., None].repeat(3, 2) * 16
-
-
-def assert_predicted(output: str, folder: Path) -> None:
-    name, live = json.loads((folder / "expected.json").read_text())
-    assert json.loads(output) == {"class": name, "live": live}
-
-
-@pytest.mark.slow
-def test_python_example_of_the_docs_predicts_as_pytorch(quickstart):
-    script = [sys.executable, "-c", code_of_docs("python"), "graph.onnx", "image.png"]
-    result = subprocess.run(script, cwd=quickstart, check=True, capture_output=True, text=True)
-    assert_predicted(result.stdout, quickstart)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node.js")
-def test_javascript_example_of_the_docs_predicts_as_pytorch(quickstart):
-    install = ["npm", "install", "--no-audit", "--no-fund", "onnxruntime-web", "sharp"]
-    installed = subprocess.run(install, cwd=quickstart, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"onnxruntime-web does not install: {installed.stderr[-200:]}")
-    (quickstart / "classify.mjs").write_text(code_of_docs("javascript"))
-    script = ["node", "classify.mjs", "graph.onnx", "image.png"]
-    result = subprocess.run(script, cwd=quickstart, check=True, capture_output=True, text=True)
-    assert_predicted(result.stdout, quickstart)
