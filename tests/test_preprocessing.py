@@ -1,17 +1,32 @@
 """Evaluation preprocessing: one definition, recorded in checkpoints, and the same pixels in every command."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given
+from conftest import save_halting_micro
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.layers import PatchEmbed
 from torchvision import transforms
 
-from datasets import CROP_MODES, IMAGENET, INTERPOLATIONS, Preprocessing, build_dataset, evaluation_transform
+import benchmark
+import export_onnx
+import main_act
+import visualize
+from datasets import (
+    CROP_MODES,
+    IMAGENET,
+    INTERPOLATIONS,
+    Preprocessing,
+    build_dataset,
+    evaluation_transform,
+    load_image,
+)
 from training.checkpoints import Checkpoint
 from training.models import create_model, run_preprocessing
 
@@ -179,3 +194,82 @@ def test_exported_weights_keep_the_preprocessing():
     whole = checkpoint({"data_set": "CLUTTERED"}, classes=["a", "b", "c"])
     exported = Checkpoint(whole.without_training_state(["data_set"]), "kept.pth")
     assert exported.recorded_preprocessing() == WHOLE
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+class FirstImages(Exception):
+    """Ends a command with the images that its model receives first: [B, 3, H, W]."""
+
+
+def first_images(command, *argv) -> torch.Tensor:
+    """Return the images that the model of a command receives first."""
+
+    def stop(module, inputs):
+        if isinstance(module, PatchEmbed):
+            raise FirstImages(inputs[0].detach().clone())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(stop)
+    try:
+        with pytest.raises(FirstImages) as found:
+            command([*map(str, argv)])
+    finally:
+        hook.remove()
+    return found.value.args[0]
+
+
+@settings(max_examples=12)
+@given(
+    st.one_of(st.none(), preprocessings),
+    st.sampled_from(["IMNET", "CLUTTERED", "DIGITS"]),
+    st.sampled_from([32, 56]),
+    st.sampled_from([32, 48]),
+    st.tuples(st.integers(20, 90), st.integers(20, 90)),
+)
+def test_every_command_sees_the_same_pixels(tmp_path_factory, entry, data_set, trained_size, size, image_size):
+    """Compare what the models receive: images of a dataset, and the same images as files, at any image size."""
+    folder = tmp_path_factory.mktemp("pixels")
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (folder / part / name).mkdir(parents=True)
+            random_image(*image_size).save(folder / part / name / "image.png")
+    entries = {"args": {"model": "avit_micro_patch4_32", "data_set": data_set, "input_size": [trained_size]}}
+    if entry is not None:
+        entries["preprocessing"] = entry.record()
+    path = save_halting_micro(folder / "c.pth", num_classes=2, **entries)
+    expected = entry or IMAGENET.for_run((trained_size, trained_size), data_set)
+    image = evaluation_transform((size, size), expected)(load_image(folder / "val" / "a" / "image.png"))
+
+    network, data = ("--finetune", path, "--input-size", size), ("--data-path", folder)
+    act = (*data, *network, "--model", "avit_micro_patch4_32", "--num_workers", "0", "--demo-dir", folder)
+    pictures = (*network, "--output-dir", folder)
+    seen = {
+        "--eval": first_images(main_act.main, *act, "--eval"),
+        "--demo": first_images(main_act.main, *act, "--demo"),
+        "--summary": first_images(visualize.main, "--summary", *data, *pictures, "--num_workers", "0"),
+        "files": first_images(visualize.main, folder / "val", *pictures),
+        "benchmark": first_images(benchmark.main, *data, *network, "--rounds", "1"),
+    }
+    for door, images in seen.items():
+        assert torch.equal(images[0], image), door
+
+    loaded = Checkpoint.load(str(path))
+    metadata = export_onnx.metadata(loaded, loaded.build_model(img_size=(size, size)), use_ema=False)
+    exported = {name: json.loads(value) for name, value in metadata.items()}
+    assert {name: exported[name] for name in Preprocessing._fields} == expected.record()
+    assert exported["image_size"] == [size, size]
+
+
+def test_training_records_the_preprocessing_and_a_new_task_has_its_own(image_folder, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train = ["--data-path", str(image_folder), "--num_workers", "0", "--epochs", "1", "--batch-size", "8"]
+    train += ["--model", "avit_micro_patch4_32", "--no-repeated-aug", "--no-model-ema"]
+    main_act.main([*train, "--input-size", "32", "--output_dir", str(first)])
+    assert "another way" not in capsys.readouterr().out
+    start = ["--finetune", str(first / "checkpoint.pth"), "--input-size", "48"]
+    main_act.main([*train, *start, "--output_dir", str(second)])
+    assert "crop_pct 0.875 instead of 1.0, crop_mode center instead of squash" in capsys.readouterr().out
+    for folder, expected in {first: WHOLE, second: IMAGENET}.items():
+        content = Checkpoint.load(str(folder / "checkpoint.pth")).content
+        assert Preprocessing.from_record(content["preprocessing"]) == expected

@@ -62,7 +62,6 @@ def build_model(
     """Build the model with its starting weights, on the CPU.
 
     classes: names of the dataset's classes. start: the checkpoint to load, or None for pretrained or random weights.
-    preprocessing: of the dataset, see `choose_preprocessing`; None: of image files.
     """
     build = _model_from_hub if start is None else partial(_model_from_checkpoint, start=start)
     model = build(args, settings, classes)
