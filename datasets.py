@@ -5,6 +5,7 @@ This module is the interface to `readers/`, which holds the implementations.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from functools import partial
@@ -40,6 +41,7 @@ __all__ = [
     "build_dataset",
     "check_name",
     "class_names",
+    "dataset_digest",
     "evaluation_transform",
     "find_image_files",
     "image_name",
@@ -278,6 +280,23 @@ def image_name(images: Dataset, index: int) -> str:
     """Return the path of an image within the dataset's folder, or its number if the dataset has no files."""
     samples = getattr(images, "samples", None)
     return Path(os.path.relpath(samples[index][0], images.root)).as_posix() if samples else f"image {index}"
+
+
+def dataset_digest(images: Dataset) -> str:
+    """Return a digest of the names and labels of a dataset's images, as far as it lists them.
+
+    A folder that moved keeps its digest. Pixels do not count.
+    """
+    reader = getattr(getattr(images, "dataset", images), "reader", images)  # of a timm dataset, or of a stream's
+    if isinstance(images, Stream):
+        names = images.shards
+    elif (samples := getattr(reader, "samples", None)) and isinstance(samples[0][0], str | Path):
+        start = len(str(reader.root))
+        names = [f"{str(path)[start:]}\t{label}" for path, label in samples]
+    else:
+        targets = getattr(images, "targets", ())
+        names = map(str, targets.tolist() if isinstance(targets, torch.Tensor) else targets)
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -211,12 +211,11 @@ class Trainer:
         )
 
     def state_dict(self) -> dict:
-        """Return this object's entries of a checkpoint: weights, their average, optimizer and scaler."""
+        """Return this object's entries of a checkpoint: all but the optimizer's, see `training.optimizer_state`."""
         return {
             "model": self.model_without_ddp.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "ema_start_share": self.ema_start_share if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_steps": [self.skipped_steps, self.skipped_in_a_row],
             **(self.budget.state_dict() if self.budget is not None else {}),
@@ -224,13 +223,17 @@ class Trainer:
 
     def load_state_dict(self, checkpoint: dict) -> None:
         """Restore all but the model's weights, or raise KeyError, ValueError or similar if an entry is wrong."""
-        utils.restore_optimizer(self.optimizer, checkpoint["optimizer"])
         if checkpoint["scaler"] and self.scaler.is_enabled():  # empty if the run had no gradient scaling
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            scale, growth = float(checkpoint["scaler"]["scale"]), int(checkpoint["scaler"]["_growth_tracker"])
+            if not (0 < scale < math.inf and growth >= 0):
+                raise ValueError(f"the gradient scale must be positive and finite, got {scale}")
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
         self.skipped_steps, self.skipped_in_a_row = map(int, checkpoint["skipped_steps"])
-        if self.ema is not None and checkpoint["model_ema"] is not None:
+        if self.ema is not None and checkpoint["model_ema"] is not None:  # else the average starts at the weights
             self.ema.module.load_state_dict(checkpoint["model_ema"])
             self.ema_start_share = float(checkpoint.get("ema_start_share") or 0.0)  # older checkpoints lack it
+            if not all(value.isfinite().all() for value in self.ema.module.state_dict().values()):
+                raise ValueError("the averaged weights (model_ema) are not finite")
         if self.budget is not None and "budget_controller" in checkpoint:  # missing if the run had no budget
             self.budget.load_state_dict(checkpoint)
 

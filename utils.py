@@ -259,42 +259,6 @@ def is_plain_tensor(value: object) -> bool:
     return is_plain and value.device.type == "cpu" and not value.is_complex()
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore the state of each parameter, learning rates and counters, but not the settings that flags control.
-
-    Raises ValueError if the state does not fit the parameters.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in saved["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and not (
-                is_plain_tensor(value) and _is_subsequence(value.shape, parameters[index].shape)
-            ):
-                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
-    current = optimizer.state_dict()["param_groups"]
-    groups = [group | _restored_entries(old) for group, old in zip(current, saved["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-def _is_subsequence(sizes: torch.Size, all_sizes: torch.Size) -> bool:
-    """Return whether `sizes` is `all_sizes` without some: factored optimizers drop dimensions of their state."""
-    remaining = iter(all_sizes)
-    return all(size in remaining for size in sizes)  # `in` consumes the iterator up to the match, so order counts
-
-
-SET_BY_FLAGS = {"params", "initial_lr", "weight_decay", "betas", "eps", "momentum"}  # never restored
-
-
-def _restored_entries(group: dict) -> dict:
-    """Return the entries of a parameter group to restore: numbers such as `lr` and step counters."""
-    restored = {}
-    for name, value in group.items():
-        is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-        if is_number and name not in SET_BY_FLAGS:
-            restored[name] = value
-    return restored
-
-
 # Numbers and progress ----------------------------------------------------------------------------
 
 
@@ -322,8 +286,11 @@ class MetricAverages:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the sums of all processes, in one process only."""
-        self.weight = float(state["weight"])
-        self.sums = {str(name): value.double() for name, value in state["sums"].items()}
+        weight, sums = float(state["weight"]), {str(name): value.double() for name, value in state["sums"].items()}
+        is_plain = all(is_plain_tensor(value) and value.ndim <= 1 and value.isfinite().all() for value in sums.values())
+        if not (is_plain and 0 <= weight < math.inf):
+            raise ValueError("the averages are not finite scalars and vectors")
+        self.weight, self.sums = weight, sums
 
     def local(self) -> dict[str, float]:
         """Return the means of this process, scalars only."""

@@ -61,6 +61,11 @@ class Stream(IterableDataset):
         """The number of images over all processes, 0 if the dataset does not declare it."""
         return self.dataset.reader.num_samples
 
+    @property
+    def shards(self) -> list[str]:
+        """The names of the shards (in validation, of this process), [] if the dataset has none."""
+        return self.dataset.reader.split_info.filenames if _has_shards(self.dataset) else []
+
     def prepare_workers(self, wanted: int) -> int:
         """Set and return the number of data-loader workers: at most `wanted`, chosen to divide the shards evenly.
 

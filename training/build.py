@@ -323,6 +323,13 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         raise UserError(f"--opt {args.opt}: {error}") from error
 
 
+# The entries of a plateau schedule's state that flags do not set
+PLATEAU_PROGRESS = {
+    **{"best": float, "num_bad_epochs": int, "cooldown_counter": int, "last_epoch": int},
+    "_last_lr": lambda rates: list(map(float, rates)),
+}
+
+
 class Schedule:
     """A timm schedule, stepped after every update; plateau after every epoch, because it follows the accuracy."""
 
@@ -344,11 +351,19 @@ class Schedule:
         return {"plateau": plateau.state_dict() if plateau is not None else None}
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Restore the schedule. Raises KeyError, ValueError or the like if the entry does not fit."""
+        """Restore the progress of a plateau schedule and its learning rate, relative to that of the flags.
+
+        Raises KeyError, ValueError or the like if an entry does not fit.
+        """
         plateau, saved = getattr(self.scheduler, "lr_scheduler", None), checkpoint["plateau"]
-        if plateau is not None and saved is not None:
-            own = plateau.state_dict()
-            plateau.load_state_dict({k: v for k, v in saved.items() if k in own and type(v) is type(own[k])})
+        if plateau is None or saved is None:
+            return
+        plateau.load_state_dict({name: kind(saved[name]) for name, kind in PLATEAU_PROGRESS.items()})
+        before = checkpoint["optimizer"]["param_groups"][0]
+        for group in self.scheduler.optimizer.param_groups:
+            group["lr"] = float(before["lr"]) * (group["initial_lr"] / float(before["initial_lr"]))
+            if not 0 <= group["lr"] < math.inf:
+                raise ValueError(f"the learning rate must be finite, got {group['lr']}")
 
 
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:

@@ -62,11 +62,12 @@ class Checkpoint:
     preprocessing: `Preprocessing.record` of the images in evaluation.
 
     Entries for resuming, each written and read by `state_dict` and `load_state_dict` of one part of a run:
-    model, model_ema, optimizer, scaler, skipped_steps: `engine_act.Trainer`;
+    model, model_ema, scaler, skipped_steps: `engine_act.Trainer`;
+    optimizer: `training.optimizer_state.OptimizerState`;
     budget_controller: `losses.BudgetController`, if the run has a MACs budget;
-    epoch, batches, seconds, data_wait, averages: `engine_act.EpochState`;
+    epoch, batches, images, seconds, data_wait, averages: `engine_act.EpochState`;
     bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
-    best_acc1, previous_test, processes: `training.loop.TrainingRun`.
+    best_acc1, previous_test, processes: `training.loop.TrainingRun`; data: `training.resume.data_record`.
     """
 
     def __init__(self, content: dict, location: str, flag: str | None = None):

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -20,19 +21,14 @@ from training.build import Schedule
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
 from training.loaders import ImageLoader
+from training.optimizer_state import OptimizerState
+from training.resume import OrderChanges, check_optimizer, data_record, warn_changed_flags
 from training.signals import Interrupted, StopRequest
 from utils import UserError, log, warn
 
 WATCHED = ("acc1", "depth_mean")  # metrics that are compared with the previous epoch's
 MAX_COST = 0.9  # a budget curve is measured up to this fraction of the static model's MACs
 COLLAPSED_DEPTH = 2.5  # blocks; a warning is printed if the mean depth is lower
-
-# A resumed run may change these flags without changing its result.
-HARMLESS_FLAGS = {
-    *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size"),
-    *("checkpoint_steps", "keep", "max_bad_images"),
-}
-GATE_FLAGS = {"gate_scale", "gate_center"}
 
 
 @dataclass
@@ -79,6 +75,7 @@ class TrainingRun:
         self.epoch = EpochState(0)  # the current epoch
         self.last_batch = 0  # number of batches of the current epoch, once it has started
         self.resumed = False
+        self.order_changes = OrderChanges()  # since the checkpoint that the run resumes from
         self.best_acc1 = -math.inf
         self.previous_test: dict | None = None
         self.saving_seconds = 0.0
@@ -89,6 +86,8 @@ class TrainingRun:
 
         Raises UserError if the output folder cannot be written, and Interrupted if a signal asked to stop.
         """
+        if self.resumed:
+            self._report_place()
         utils.prepare_output_dir(self.options.output_dir)
         if utils.is_main() and self.options.output_dir is not None:
             self._prepare_logs()
@@ -113,12 +112,27 @@ class TrainingRun:
         if self.tensorboard is not None:
             self.tensorboard.close()
 
+    def _report_place(self) -> None:
+        """Print where the run resumes, and a warning if it cannot continue the epoch exactly."""
+        epoch, loader = self.epoch, self.train_loader
+        log(
+            f"resuming at epoch {epoch.number} (the first is 0), after {epoch.batches} of its batches "
+            f"({epoch.images} images)"
+        )
+        if epoch.number < self.options.epochs:
+            self.order_changes.warn(epoch.number, epoch.images, loader.batches_per_epoch * loader.images_per_batch)
+
     def _start_epoch(self) -> None:
         """Make the loader continue where the epoch was left, possibly with batches of another size."""
         self.epoch.images_per_batch = self.train_loader.images_per_batch
         self.train_loader.start_at(self.epoch.number, self.epoch.images)
         self.last_batch = self.epoch.batches + len(self.train_loader)
         self._step_schedules()
+
+    @cached_property
+    def data(self) -> dict:
+        """The record of the training data."""
+        return data_record(self.train_loader)
 
     def start_at(self, epoch: int) -> None:
         """Continue from the start of an epoch. Raises UserError if it is beyond --epochs."""
@@ -309,14 +323,18 @@ class TrainingRun:
                 save_checkpoint(state, path)
         self.saving_seconds += time.perf_counter() - start
 
+    def _parts(self) -> tuple:
+        """Return the parts that write and read entries of a checkpoint."""
+        optimizer = OptimizerState(self.trainer.optimizer, self.trainer.model_without_ddp)
+        return self.trainer, optimizer, self.schedule, self.epoch, self.train_loader
+
     def state_dict(self) -> dict:
         """Return a checkpoint of tensors and plain types, see `Checkpoint`. Every process must call it."""
         model, ema = self.trainer.model_without_ddp, self.trainer.ema
         calibrated = {"budget_curves": self.budget_curves} if self.budget_curves else {}
         if "model_ema" in self.budget_curves:
             calibrated["gate_ema"] = _gate(ema.module)
-        parts = (self.trainer, self.schedule, self.epoch, self.train_loader)
-        return {name: value for part in parts for name, value in part.state_dict().items()} | {
+        return {name: value for part in self._parts() for name, value in part.state_dict().items()} | {
             "best_acc1": self.best_acc1,
             "previous_test": self.previous_test,
             "processes": utils.world_size(),
@@ -324,49 +342,49 @@ class TrainingRun:
             **calibrated,
             "classes": self.classes,
             "preprocessing": Preprocessing.from_model(model).record(),
+            "data": self.data,
             "args": dict(self.options.flags),
         }
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Restore everything except the model's weights, and warn about changed flags.
 
-        Raises UserError if the training state is missing or belongs to another run.
+        Raises UserError if the training state is missing, belongs to another run or to another optimizer.
         """
-        content = checkpoint.content
+        content, flags = checkpoint.content, self.options.flags
         try:
-            for part in (self.trainer, self.schedule, self.epoch, self.train_loader):
+            recorded = dict(content["args"])
+            check_optimizer(flags, recorded, checkpoint.location)
+            for part in self._parts():
                 part.load_state_dict(content)
+            self._check_averages(content)
             self.best_acc1 = float(content["best_acc1"])
             if math.isnan(self.best_acc1):
                 raise ValueError("best_acc1 must be a number, got nan")
             test = content["previous_test"]
             self.previous_test = test and {name: float(test[name]) for name in WATCHED}
+            if recorded.get("target_macs") != flags.get("target_macs"):
+                self.best_acc1 = -math.inf  # at another compute
+            warn_changed_flags(flags, recorded, int(content["processes"]))
+            data, images = content.get("data"), self.epoch.images
+            self.order_changes = OrderChanges.between(recorded, flags, data, self.train_loader, images)
             self.resumed = True
-            log(
-                f"resuming at epoch {self.epoch.number} (the first is 0), after {self.epoch.batches} of its batches "
-                f"({self.epoch.images} images)"
-            )
-            self.warn_changed_flags(content["args"], int(content["processes"]))
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(
                 f"--resume {checkpoint.location}: the training state is missing or does not fit this run ({error}); "
                 "pass the file with --finetune to start a new run from its weights"
             ) from error
 
-    def warn_changed_flags(self, flags: dict, processes: int) -> None:
-        """Warn about flags that differ from the resumed run's and may change its result."""
-        changes = []
-        if processes != utils.world_size():
-            changes.append(f"the number of processes was {processes} and is now {utils.world_size()}")
-        for name in self.options.flags.keys() - HARMLESS_FLAGS:
-            is_restored = name in GATE_FLAGS and self.options.flags[name] is None  # the gate is the checkpoint's
-            if name in flags and flags[name] != self.options.flags[name] and not is_restored:
-                is_plain = isinstance(flags[name], str | int | float | None)
-                before = repr(flags[name])[:80] if is_plain else "another value"
-                flag = name.replace("_", "-")
-                changes.append(f"--{flag} was {before} and is now {self.options.flags[name]!r}")
-        if changes:
-            warn(f"the resumed run has other flags, so its result may differ: {'; '.join(sorted(changes))}")
+    def _check_averages(self, content: dict) -> None:
+        """Drop the averages of an epoch that began with another halting.
+
+        Raises ValueError if their shapes differ from the model's.
+        """
+        model, epoch = self.trainer.model_without_ddp, self.epoch
+        if (content["gate"] is not None) != model.halting:
+            epoch.averages = utils.MetricAverages()
+        if any(value.ndim and len(value) != model.num_blocks for value in epoch.averages.sums.values()):
+            raise ValueError("the averages of the epoch have another number of blocks")
 
 
 def _gate(model: nn.Module) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere and resumed ends bit for bit like an uninterrupted run."""
 
+import contextlib
 import io
 import json
 import os
@@ -12,6 +13,8 @@ import time
 import pytest
 import torch
 from conftest import ROOT, make_image_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kill_and_resume import flags, outcome, same
 from processes import free_port, script_in_processes
 from test_loop import make_run
@@ -138,6 +141,46 @@ def test_resuming_with_other_flags_warns_once(image_folder, tmp_path, capsys):
     assert "all 2 epochs are done; nothing to train" in captured.out
 
 
+def error_of(capsys, data, out, *more):
+    with pytest.raises(SystemExit) as exit_:
+        run(data, out, *more)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_resuming_with_another_optimizer_exits_with_2_and_keeps_the_folder(image_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(image_folder, out, "--epochs", 1)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+    error = error_of(capsys, image_folder, out, "--opt", "adafactor")
+    assert "--opt adafactor: " in error
+    assert "checkpoint.pth holds the state of --opt adamw, which adafactor cannot continue; pass --opt adamw" in error
+    assert "shape" in error_of(capsys, image_folder, out, "--input-size", 28)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.name != ".lock"} == before
+
+
+def test_switched_parts_of_a_run_continue_with_one_line(image_folder, tmp_path, capsys):
+    """The average starts at the resumed weights. Without weight decay the parameters form other groups."""
+    out = tmp_path / "out"
+    run(image_folder, out, "--epochs", 1, "--no-model-ema")
+    weights = load_checkpoint(str(out / "checkpoint.pth"))["model"]
+    capsys.readouterr()
+    flags = ("--target-macs", 0.6, "--weight-decay", 0, "--model-ema-decay", 1)
+    run(image_folder, out, "--epochs", 2, *flags)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "has other flags" in line]
+    assert "--model-ema was False and is now True (the average starts at the resumed weights)" in warning
+    assert "--target-macs was None and is now 0.6 (best.pth starts anew)" in warning
+    assert "--weight-decay was 0.05 and is now 0.0" in warning
+    checkpoint = load_checkpoint(str(out / "checkpoint.pth"))
+    assert same(checkpoint["model_ema"], weights)
+    assert load_checkpoint(str(out / "best.pth"))["epoch"] == 1
+    run(image_folder, out, "--epochs", 3, "--no-model-ema", "--no-halting")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "has other flags" in line]
+    assert "--model-ema was True and is now False (the recorded average is dropped)" in warning
+    assert "--ponder_token_scale sets the weight of the ponder loss" in warning
+    assert "--no-halting" in warning
+
+
 def test_keep_saves_the_last_epochs(image_folder, tmp_path):
     run(image_folder, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*.pth"))
@@ -223,6 +266,39 @@ def test_invalid_training_state_raises(saved, change):
     change(checkpoint)
     with pytest.raises(UserError, match=r"^--resume c\.pth: the training state is missing or does not fit this run"):
         make_run().load_state_dict(Checkpoint(checkpoint, "c.pth"))
+
+
+def leaves(value, path=()):
+    """Yield the path of each entry of a nested structure."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inside in items:
+        yield (*path, key)
+        yield from leaves(inside, (*path, key))
+
+
+HOSTILE = [None, "x", -1, 10**30, 0, 0.5, float("nan"), float("inf"), [], {}, [[]], {"a": 1}, True, b"x"]
+HOSTILE += [torch.tensor(float("nan")), torch.ones(3), torch.ones(0), torch.ones(2, 2).to_sparse(), torch.ones(3).int()]
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_changed_training_state_raises_or_trains(saved, data):
+    """One entry is replaced. It may not matter, or be refused, or make the loss infinite, but nothing else happens."""
+    checkpoint = torch.load(io.BytesIO(saved))
+    del checkpoint["model"]  # restored elsewhere
+    path = data.draw(st.sampled_from(list(leaves(checkpoint))))
+    inside = checkpoint
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = data.draw(st.sampled_from(HOSTILE))
+    run = make_run(epochs=2)
+    try:
+        run.load_state_dict(Checkpoint(checkpoint, "c.pth"))
+    except UserError:
+        return
+    run.options.epochs = min(2, run.epoch.number + 1)
+    with contextlib.suppress(FloatingPointError):
+        run.train()
 
 
 def test_checkpoint_without_data_wait_resumes(saved):
