@@ -126,7 +126,7 @@ class Trainer:
             halting = None
             if self.model_without_ddp.halting:
                 logits, halting = self.model(images, return_halting=True, gate_offset=self._gate_offset(len(images)))
-                halting = halting._replace(layer_scores=mean_over_processes(halting.layer_scores))
+                halting = halting._replace(layer_scores=utils.mean_over_processes(halting.layer_scores))
             else:
                 logits = self.model(images)
             ponder_scale = None if self.budget is None else self.budget.weight
@@ -236,25 +236,6 @@ class Trainer:
                 raise ValueError("the averaged weights (model_ema) are not finite")
         if self.budget is not None and "budget_controller" in checkpoint:  # missing if the run had no budget
             self.budget.load_state_dict(checkpoint)
-
-
-class _MeanOverProcesses(torch.autograd.Function):
-    """An all-reduce forward and backward, as in torch.distributed.nn, which is deprecated since torch 2.14."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        mean = value.clone()
-        dist.all_reduce(mean)
-        return mean / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _MeanOverProcesses.forward(ctx, grad)
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Average a tensor over all processes, differentiably, so that DDP's gradient is that of the global batch."""
-    return _MeanOverProcesses.apply(value) if dist.is_initialized() else value
 
 
 MAX_EPOCHS, MAX_BATCHES, MAX_IMAGES = 10**6, 10**9, 10**12  # larger numbers in a checkpoint are invalid

@@ -332,6 +332,25 @@ def gather_objects_to_main(value: object) -> list:
     return values or []
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    """An all-reduce forward and backward, as in torch.distributed.nn, which is deprecated since torch 2.14."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        mean = value.clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _MeanOverProcesses.forward(ctx, grad)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Average a tensor over all processes, differentiably, so that DDP's gradient is that of the global batch."""
+    return _MeanOverProcesses.apply(value) if dist.is_initialized() else value
+
+
 def synchronized_time(device: torch.device) -> float:
     """Return a time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
