@@ -14,7 +14,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import benchmark
+import export_onnx
 import main_act
+import visualize
 from datasets import Preprocessing
 from training.arguments import parse_args
 from training.build import resolve_settings
@@ -203,6 +205,14 @@ def test_default_size_of_a_model_of_another_size_is_named():
     assert "384 x 384" in line
 
 
+def test_other_size_than_that_of_pretrained_weights_is_named():
+    lines = resolve(None, EVALUATION, pretrained=True, img_size=(160, 160), gate_scale=10.0)[1]
+    expected = "the image size is 160 x 160 in the command line but 224 x 224 in avit_tiny_patch16_224; using 160 x 160"
+    assert warnings_in(lines) == [f"warning: {expected}"]
+    assert expected in resolve(None, NEW_TASK, pretrained=True, img_size=(160, 160))[1]
+    assert not any("size" in line for line in resolve(None, NEW_TASK, img_size=(160, 160))[1])
+
+
 def test_pretrained_weights_are_evaluated_static_unless_a_gate_is_given():
     settings, lines = resolve(None, EVALUATION, pretrained=True)
     assert not settings.halting
@@ -307,6 +317,25 @@ def test_weights_without_a_head_choose_their_model():
 
 
 @pytest.mark.parametrize(
+    ("recorded", "purpose", "report"),
+    [
+        ("deit_small_patch16_224", EVALUATION, "log"),  # another crop
+        ("vit_small_patch16_224.augreg_in21k_ft_in1k", EVALUATION, "warning"),  # another mean
+        ("vit_small_patch16_224.augreg_in21k_ft_in1k", NEW_TASK, "log"),
+    ],
+)
+def test_normalization_of_another_programs_model_is_named(recorded, purpose, report):
+    checkpoint = foreign(gate_scale=5.0, gate_center=20.0)
+    checkpoint.content["args"].model = recorded
+    lines = resolve(checkpoint, purpose, model=SMALL)[1]
+    (line,) = [line for line in lines if "preprocessing" in line]
+    assert recorded in line
+    assert f"as {SMALL}" in line
+    assert "crop_pct 0.875 instead of 0.9" in line
+    assert line.startswith("warning") == (report == "warning") == bool(warnings_in(lines))
+
+
+@pytest.mark.parametrize(
     ("name", "other", "expected"),
     [
         ("avit_tiny_patch16_224", "vit_tiny_patch16_384", []),
@@ -339,6 +368,27 @@ def test_commands_use_the_recorded_model_and_size(tmp_path, image_folder, capsys
     printed = capsys.readouterr()
     assert "avit_micro_patch4_32, 28x28" in printed.out
     assert printed.out.count("gate_scale") == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "demo", "files", "summary", "export", "benchmark"])
+def test_every_command_refuses_another_network_of_the_same_shapes(command, tmp_path, image_folder, capsys):
+    path, out, data = str(tmp_path / "c.pth"), str(tmp_path / "out"), ["--data-path", str(image_folder)]
+    torch.save(native(model=SMALL).content | {"args": {"model": SMALL, "input_size": [224]}}, path)
+    main, flags = {
+        "eval": (main_act.main, ["--eval", *data, "--finetune", path]),
+        "demo": (main_act.main, ["--demo", *data, "--finetune", path]),
+        "files": (visualize.main, [str(image_folder / "val"), "--finetune", path, "--output-dir", out]),
+        "summary": (visualize.main, ["--summary", *data, "--finetune", path, "--output-dir", out]),
+        "export": (export_onnx.main, [path, f"{out}.onnx"]),
+        "benchmark": (benchmark.main, [*data, "--finetune", path]),
+    }[command]
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--model", OTHER])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"was trained as {SMALL}" in line
+    assert OTHER in line
+    assert line.endswith(f"pass --model {SMALL}")
 
 
 @pytest.mark.parametrize(("size", "flag"), [((28, 28), [28]), ((28, 40), [28, 40])])

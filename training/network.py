@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from datasets import Preprocessing
 from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
-from training.models import build_on_meta, check_model_name, check_size, default_image_size, run_preprocessing
+from training.models import (
+    build_on_meta,
+    check_model_name,
+    check_size,
+    default_image_size,
+    preprocessing,
+    run_preprocessing,
+)
 from training.weights import embedded_size, fits, has_grid_of
 from utils import UserError, log, warn
 
@@ -108,30 +115,31 @@ def resolve_network(
     model = flags.model or (checkpoint.model_name(flags.use_ema) if checkpoint else DEFAULT_MODEL)
     check_model_name(model)
     if checkpoint is None:
-        img_size = _size_without_checkpoint(model, flags.img_size, warn if pretrained and evaluates else log)
+        img_size = _size_without_checkpoint(model, flags.img_size, pretrained, purpose)
         check_size(model, img_size)
-        preprocessing = run_preprocessing(model, img_size, flags.data_set)
+        images = run_preprocessing(model, img_size, flags.data_set)
     else:
         img_size = _size_of_checkpoint(checkpoint, model, flags, purpose)
         check_size(model, img_size)
         _check_model(checkpoint, model, img_size, flags, purpose)
-        preprocessing = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
+        images = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
     halting = flags.halting and not (evaluates and _must_be_static(checkpoint, flags, pretrained))
     gate = _gate_of(checkpoint, flags, GATE_NAMES if halting and log_gate else ())
-    return NetworkSettings(model, img_size, preprocessing, halting, gate)
+    return NetworkSettings(model, img_size, images, halting, gate)
 
 
 # Image size --------------------------------------------------------------------------------------
 
 
-def _size_without_checkpoint(model: str, flag: tuple[int, int] | None, report: Report) -> tuple[int, int]:
-    own = default_image_size(model)
-    if flag is None and own != DEFAULT_SIZE:
-        report(
-            f"--input-size is not given: images have {size_text(DEFAULT_SIZE)} pixels, although {model} was made for "
-            f"{size_text(own)}"
-        )
-    return flag or DEFAULT_SIZE
+def _size_without_checkpoint(
+    model: str, flag: tuple[int, int] | None, pretrained: bool, purpose: Purpose
+) -> tuple[int, int]:
+    """Return the flag's size, else the original's default; the model's own is named if it differs."""
+    choices = [(COMMAND_LINE, flag) if flag else ("the defaults", DEFAULT_SIZE), (model, default_image_size(model))]
+    if pretrained or flag is None:
+        report = warn if pretrained and purpose is Purpose.EVALUATION else log
+        _name_differing("the image size", choices, report, size_text)
+    return choices[0][1]
 
 
 def _size_of_checkpoint(checkpoint: Checkpoint, model: str, flags: NetworkFlags, purpose: Purpose) -> tuple[int, int]:
@@ -196,7 +204,7 @@ def _check_model(
         return
     differing = differences(recorded, model, img_size)
     if not differing:
-        log(f"{location} was trained as {recorded}; it runs as {model}, which is the same network")
+        _name_preprocessing(checkpoint, recorded, model, purpose)
         return
     mismatch = (
         f"{location} was trained as {recorded}, which has the parameters of {model} but computes other results "
@@ -205,6 +213,24 @@ def _check_model(
     if purpose is not Purpose.NEW_TASK:
         raise UserError(f"{mismatch}; pass --model {recorded}")
     warn(f"{mismatch}; training uses {model}. Pass --model {recorded} to keep the network")
+
+
+def _name_preprocessing(checkpoint: Checkpoint, recorded: str, model: str, purpose: Purpose) -> None:
+    """Print that the weights run as the same network of another name.
+
+    Warn if evaluation normalizes the images of another program's checkpoint otherwise than its model. Checkpoints of
+    this repository record their preprocessing, see `Checkpoint.preprocessing_for`.
+    """
+    line = f"{checkpoint.location} was trained as {recorded}; it runs as {model}, which is the same network"
+    own, trained = preprocessing(model), preprocessing(recorded)
+    if checkpoint.is_native or own == trained:
+        log(line)
+        return
+    line = f"{line} with other preprocessing: {own.difference(trained)}"
+    if purpose is Purpose.EVALUATION and (own.mean, own.std) != (trained.mean, trained.std):
+        warn(f"{line}. Pass --model {recorded} to preprocess images as that model")
+    else:
+        log(line)
 
 
 def differences(name: str, other: str, img_size: tuple[int, int]) -> list[str]:

@@ -15,7 +15,7 @@ from macs import static_macs
 from training.budget import resolve_budget
 from training.checkpoints import Checkpoint
 from training.models import create_model
-from training.network import NetworkSettings
+from training.network import NetworkSettings, size_text
 from training.weights import load_teacher_weights
 from utils import UserError
 
@@ -75,6 +75,10 @@ def _build_timm_teacher(
             "pass weights trained on this dataset with --teacher-path"
         )
     teacher = _as_teacher(classifier, model)
+    trained = classifier.pretrained_cfg["input_size"][1:]
+    if tuple(trained) != settings.img_size:
+        sizes = f"{size_text(trained)}; as a teacher it sees the student's images of {size_text(settings.img_size)}"
+        utils.log(f"--teacher-model {name} was made for images of {sizes}")
     try:
         teacher(torch.zeros(1, 3, *settings.img_size))
     except (AssertionError, RuntimeError, ValueError) as error:
