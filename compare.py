@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row(folder, folders[0]))
         except (OSError, ValueError) as error:
             reason = f"{Path(error.filename).name} is missing" if isinstance(error, FileNotFoundError) else error
-            fix = "Each folder must hold the output of main_act.py --eval --output_dir on the same images."
+            fix = "Each folder must hold the output of main_act.py --eval --output-dir on the same images."
             parser.error(f"cannot compare {folder}: {reason}. {fix}")
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows:

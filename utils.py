@@ -155,7 +155,7 @@ def check_finite(logits: Tensor) -> None:
 # Files -------------------------------------------------------------------------------------------
 
 
-def prepare_output_dir(path: str | Path | None, flag: str = "--output_dir") -> Path | None:
+def prepare_output_dir(path: str | Path | None, flag: str = "--output-dir") -> Path | None:
     """Create the folder and check that it is writable.
 
     Returns None for no path. Raises UserError if the folder is not writable.
@@ -242,7 +242,7 @@ def lock_output_dir(folder: Path | None) -> Iterator[None]:
             holder = file.read(100) or "another process"
     holder = all_gather_objects(holder)[0]
     if holder:
-        raise UserError(f"--output_dir {folder}: another run is using this folder ({holder}). Choose another folder.")
+        raise UserError(f"--output-dir {folder}: another run is using this folder ({holder}). Choose another folder.")
     try:
         yield
     finally:

@@ -440,7 +440,7 @@ def command(check: Check) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for last in (epochs, epochs + 1):
             start = time.perf_counter()
-            status = run_main_act([f"@{RECIPE}", *flags.split(), "--output_dir", folder, "--epochs", str(last)])
+            status = run_main_act([f"@{RECIPE}", *flags.split(), "--output-dir", folder, "--epochs", str(last)])
             figure = f"status {status}, {time.perf_counter() - start:.0f} s"
             check.check(f"to epoch {last}", status == 0, figure)
         lines = [json.loads(line) for line in Path(folder, "log.txt").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """Allowed names at the top level, and the direction of imports."""
 
 import ast
+import re
 import subprocess
 from graphlib import TopologicalSorter
 
@@ -123,3 +124,12 @@ def test_docstrings_open_with_a_verb_or_a_noun(path):
     nodes = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     docstrings = {node.name: ast.get_docstring(node) for node in nodes if ast.get_docstring(node)}
     assert {name: text for name, text in docstrings.items() if text.split()[0].strip(",.:") in NO_VERB} == {}
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_messages_spell_flags_as_help_does(path):
+    tree = ast.parse((ROOT / path).read_text())
+    documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef) and n.body]
+    docstrings = {getattr(node.body[0], "value", None) for node in documented}
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n not in docstrings]
+    assert [text for text in texts if isinstance(text, str) and re.search(r"--[a-z]+_[a-z]", text)] == []

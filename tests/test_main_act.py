@@ -260,7 +260,7 @@ def mistake(capsys, *argv):
         ("--gate_scale inf", "finite"),
         ("--eval --demo", "cannot be combined"),
         ("--amp fp16 --device cpu", "needs CUDA"),
-        ("--tensorboard", "--output_dir"),
+        ("--tensorboard", "--output-dir"),
         ("--data-set DIGITS --opt nonsense", "--opt nonsense"),
         ("--data-set DIGITS --sched nonsense", "--sched nonsense"),
         ("--data-set DIGITS --sched none", "--sched constant"),

@@ -340,7 +340,7 @@ def test_killed_worker_gives_one_line(image_folder, checkpoint, monkeypatch, cap
     with pytest.raises(SystemExit) as stopped:
         main_act.main([*map(str, argv)])
     assert stopped.value.code == 1
-    assert "out of memory; reduce --num_workers" in capsys.readouterr().err
+    assert "out of memory; reduce --num-workers" in capsys.readouterr().err
 
 
 # Settings ----------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_truncated_log_line_is_kept_apart(tmp_path, image_folder):
 
 def test_start_epoch_out_of_range_raises(image_folder, capsys):
     message = error_of(capsys, main_act.main, *MICRO, "--data-path", image_folder, "--epochs", 2, "--start_epoch", 5)
-    assert "--start_epoch 5 leaves no epoch to train; --epochs is 2" in message
+    assert "--start-epoch 5 leaves no epoch to train; --epochs is 2" in message
 
 
 def test_benchmark_checks_its_flags_first(tmp_path, capsys):

@@ -431,11 +431,11 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
     if args.seed >= 2**31:
         parser.error(f"--seed must be below {2**31}, got {args.seed}")
     if args.resume == "auto" and not args.output_dir:
-        parser.error("--resume auto requires --output_dir, the folder of the checkpoint")
+        parser.error("--resume auto requires --output-dir, the folder of the checkpoint")
     if args.resume == "auto" and args.start_epoch is not None:
-        parser.error("--resume auto and --start_epoch cannot be combined: the checkpoint stores the epoch")
+        parser.error("--resume auto and --start-epoch cannot be combined: the checkpoint stores the epoch")
     if args.tensorboard and not args.output_dir and not (args.eval or args.demo):
-        parser.error("--tensorboard requires --output_dir, the folder of the logs")
+        parser.error("--tensorboard requires --output-dir, the folder of the logs")
 
 
 def _check_weights(parser: Parser, args: argparse.Namespace) -> None:
@@ -462,13 +462,13 @@ def _check_training_budget(parser: Parser, args: argparse.Namespace) -> None:
     if not trains_tokens:
         parser.error("--gate auto cannot be combined with --eval, --demo or --no-halting")
     if args.gate_scale is not None or args.gate_center is not None:
-        parser.error("--gate auto cannot be combined with --gate_scale or --gate_center; use --gate fixed")
+        parser.error("--gate auto cannot be combined with --gate-scale or --gate-center; use --gate fixed")
 
 
 def check_budget(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with status 2 if --budget is combined with another flag that sets the gate."""
-    for flag in ("gate_scale", "gate_center"):
-        if args.budget is not None and getattr(args, flag) is not None:
+    for flag in ("gate-scale", "gate-center"):
+        if args.budget is not None and getattr(args, flag.replace("-", "_")) is not None:
             parser.error(f"--budget and --{flag} cannot be combined: --budget sets the gate")
     if args.budget is not None and not args.halting:
         parser.error("--budget and --no-halting cannot be combined: a static model has no budget")

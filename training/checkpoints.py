@@ -416,7 +416,7 @@ def find_latest_checkpoint(output_dir: str) -> str | None:
     path = Path(output_dir) / "checkpoint.pth"
     exists = utils.all_gather_objects(path.exists())  # in each process
     if len(set(exists)) > 1:
-        raise UserError(f"{path} exists for some processes only; --output_dir must be on a disk that all share")
+        raise UserError(f"{path} exists for some processes only; --output-dir must be on a disk that all share")
     return str(path) if exists[0] else None
 
 

@@ -39,6 +39,6 @@ def run_cli(
         if "DataLoader worker" not in str(error):
             raise
         status, everywhere = 1, True
-        message = "a data-loader worker was killed, probably out of memory; reduce --num_workers"
+        message = "a data-loader worker was killed, probably out of memory; reduce --num-workers"
     # Outside the handlers the error is released, and with it the data-loader workers that its frames refer to.
     parser.error(message, status, everywhere)

@@ -137,7 +137,7 @@ class TrainingRun:
     def start_at(self, epoch: int) -> None:
         """Continue from the start of an epoch. Raises UserError if it is beyond --epochs."""
         if epoch >= self.options.epochs:
-            raise UserError(f"--start_epoch {epoch} leaves no epoch to train; --epochs is {self.options.epochs}")
+            raise UserError(f"--start-epoch {epoch} leaves no epoch to train; --epochs is {self.options.epochs}")
         self.epoch = EpochState(epoch)
 
     def _prepare_logs(self) -> None:
@@ -191,7 +191,7 @@ class TrainingRun:
         if self.options.output_dir:
             hint = "run the same command with --resume auto to continue"
         else:
-            hint = "nothing is saved without --output_dir"
+            hint = "nothing is saved without --output-dir"
         log(f"stopped by {asked} {place}; {hint}")
         raise Interrupted
 
@@ -258,14 +258,14 @@ class TrainingRun:
         if test["depth_mean"] < COLLAPSED_DEPTH:
             warn(
                 f"tokens collapse: their mean depth is {test['depth_mean']:.2f} blocks; "
-                "reduce --ponder_token_scale or change --gate_center"
+                "reduce --ponder-token-scale or change --gate-center"
             )
         before = self.previous_test
         if before and test["acc1"] < before["acc1"] - 1 and test["depth_mean"] < before["depth_mean"]:
             warn(
                 f"accuracy and depth fall together: {before['acc1']:.1f}% to {test['acc1']:.1f}%, "
                 f"{before['depth_mean']:.2f} to {test['depth_mean']:.2f} blocks; "
-                "reduce --ponder_token_scale or change --gate_center"
+                "reduce --ponder-token-scale or change --gate-center"
             )
         self.previous_test = {name: test[name] for name in WATCHED}
 

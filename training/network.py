@@ -266,7 +266,7 @@ def _must_be_static(checkpoint: Checkpoint | None, flags: NetworkFlags, pretrain
     """
     if not flags.halting or flags.sets_gate or (checkpoint is None and not pretrained):
         return False
-    hint = "Pass --gate_scale and --gate_center to halt anyway, or train it"
+    hint = "Pass --gate-scale and --gate-center to halt anyway, or train it"
     if checkpoint is None:
         warn(f"the --pretrained weights were not trained to halt, so they run as a static model. {hint}")
         return True

@@ -88,7 +88,7 @@ def _address(dist_url: str) -> tuple[str, int] | None:
     except ValueError:
         host, port = None, None
     if not (host and port):
-        raise RankError(f"--dist_url {dist_url}: expected tcp://HOST:PORT with a port from 1 to 65535")
+        raise RankError(f"--dist-url {dist_url}: expected tcp://HOST:PORT with a port from 1 to 65535")
     return host, port
 
 
@@ -120,7 +120,7 @@ def _wait_for_host(host: str, port: int, is_host: bool) -> None:
     if problem is not None:
         raise RankError(
             f"the host {host!r} of process 0 cannot be resolved ({problem}). "
-            "Set MASTER_ADDR (or --dist_url) to the name or the IP address of its machine."
+            "Set MASTER_ADDR (or --dist-url) to the name or the IP address of its machine."
         )
     if is_host:
         return

@@ -24,7 +24,7 @@ from visualization.charts import GRAY, PALETTE, SMALL_TEXT, legend_above, new_fi
 
 MAX_DRAWN = 1e30  # matplotlib cannot draw axes over the full range of floats
 
-EXPECTED = "Pass the --output_dir of a training run of main_act.py, which contains log.txt."
+EXPECTED = "Pass the --output-dir of a training run of main_act.py, which contains log.txt."
 
 
 class Run(NamedTuple):

@@ -252,7 +252,7 @@ def refused(capsys, *flags):
         (["--eval", "--budget", "1.5"], "above 0 and at most 1"),
         (["--eval", "--budget", "0.5", "--gate-center", "3"], "cannot be combined"),
         (["--eval", "--budget", "0.5", "--no-halting"], "cannot be combined"),
-        (["--gate", "auto", "--gate-scale", "3"], "--gate auto cannot be combined with --gate_scale"),
+        (["--gate", "auto", "--gate-scale", "3"], "--gate auto cannot be combined with --gate-scale"),
     ],
 )
 def test_budget_flags_that_cannot_be_combined_exit_with_2(capsys, flags, reason):

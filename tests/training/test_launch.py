@@ -128,7 +128,7 @@ def test_named_device_for_two_processes_raises(monkeypatch, chosen, environment)
     ("environment", "world_size", "message"),
     [
         ({"WORLD_SIZE": "4"}, None, "WORLD_SIZE is 4 but RANK is not set"),
-        ({}, 4, "--world_size is 4 but RANK is not set"),
+        ({}, 4, "--world-size is 4 but RANK is not set"),
         (
             {"WORLD_SIZE": "2", "RANK": "2"},
             None,

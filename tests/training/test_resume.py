@@ -197,7 +197,7 @@ def test_resume_auto_without_output_dir_exits_with_2(capsys):
     with pytest.raises(SystemExit) as exit_:
         main_act.main(["--data-set", "DIGITS", "--resume", "auto"])
     assert exit_.value.code == 2
-    assert "--resume auto requires --output_dir" in capsys.readouterr().err
+    assert "--resume auto requires --output-dir" in capsys.readouterr().err
 
 
 def test_full_disk_keeps_the_last_checkpoint(image_folder, tmp_path, capsys):

@@ -31,7 +31,7 @@ def test_broken_log_lines_are_skipped_with_a_warning(tmp_path, capsys):
 @pytest.mark.parametrize("lines", [None, [""], ["nonsense"]], ids=["missing", "empty", "broken"])
 def test_directory_without_epochs_raises(tmp_path, lines):
     folder = tmp_path if lines is None else write_log(tmp_path / "run", *lines)
-    with pytest.raises(UserError, match=r"Pass the --output_dir of a training run of main_act\.py") as error:
+    with pytest.raises(UserError, match=r"Pass the --output-dir of a training run of main_act\.py") as error:
         read_runs([folder])
     assert str(error.value).startswith(f"{folder / 'log.txt'}")
 
