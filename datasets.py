@@ -6,7 +6,6 @@ This module is the interface to `readers/`, which holds the implementations.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import utils
+from readers.class_names import class_names, class_numbers, normal_name, placeholder_names, positions
 from readers.downloads import downloaded, fashion_mnist
 from readers.folders import (
     INaturalist,
@@ -29,9 +29,9 @@ from readers.folders import (
     warn_skipped_files,
 )
 from readers.images import UnreadableImage, load_image, to_rgb
-from readers.streams import Stream, check_reader, placeholder_names, read_by_timm
+from readers.streams import Stream, check_reader, read_by_timm
 from readers.synthetic import ClutteredFashionMNIST, Digits
-from utils import UserError, warn
+from utils import UserError
 
 __all__ = [
     "IMAGENET",
@@ -41,13 +41,16 @@ __all__ = [
     "build_dataset",
     "check_name",
     "class_names",
+    "class_numbers",
     "dataset_digest",
     "evaluation_transform",
     "find_image_files",
     "image_name",
     "image_suffixes",
     "load_image",
+    "normal_name",
     "placeholder_names",
+    "positions",
     "spread_sample",
     "training_transform",
     "warn_skipped_files",
@@ -239,41 +242,6 @@ def _transform(name: str, train: bool, size: tuple[int, int], augmentation: dict
         return training_transform(size, augmentation, name in PLACED, preprocessing)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--aa {augmentation.get('auto_augment')}: not a policy that timm supports: {error}") from error
-
-
-CLASS_INDEX_FILES = "*class_index.json"
-
-
-def class_names(classes: list[str], data_path: str | None, index_file: str | None) -> list[str]:
-    """Return the class names to show: those of a class-index file, else those of the dataset.
-
-    index_file: a JSON file; None looks for one in the dataset's folder. Its content is {"0": "tench", ...},
-    {"0": ["n01440764", "tench"], ...}, {"n01440764": "tench", ...} or ["tench", ...].
-    Raises UserError if `index_file` cannot be used. A file from the dataset's folder is then ignored with a warning.
-    """
-    candidates = sorted(Path(data_path).glob(CLASS_INDEX_FILES)) if data_path and index_file is None else []
-    path = Path(index_file) if index_file is not None else next(iter(candidates), None)
-    try:
-        names = {} if path is None else _read_class_index(path)
-    except UserError as error:
-        if index_file is not None:
-            raise
-        warn(f"{error}. The file is ignored.")
-        names = {}
-    return [names.get(own, names.get(str(number), own)) for number, own in enumerate(classes)]
-
-
-def _read_class_index(path: Path) -> dict[str, str]:
-    """Return the names by class name (the folder's) or by class index, as text."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        entries = enumerate(content) if isinstance(content, list) else content.items()
-        pairs = [(key, value) if isinstance(value, str) else value[:2] for key, value in entries]
-        return {str(key): " ".join(name.split()) for key, name in pairs}
-    except OSError as error:
-        raise UserError(f"{path}: the class index cannot be read: {error.strerror}") from error
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f'{path}: not a class index; expected {{"0": ["n01440764", "tench"], ...}}') from error
 
 
 def image_name(images: Dataset, index: int) -> str:

@@ -64,8 +64,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     classes = train_images.classes
 
     # model and teacher
-    model = build.build_model(args, settings, classes, start).to(device)
-    teacher = build_teacher(args, settings, model, classes)
+    head = build.match_classes(args, classes, start)
+    model = build.build_model(args, settings, head, start).to(device)
+    teacher = build_teacher(args, settings, model, head)
     calibration = build.calibration_batches(args, settings, train_images, device)
     if build.should_search_gate(args, start):
         build.set_gate(args, model, calibration, device)
@@ -120,12 +121,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     loader = evaluation_loader(images, args.batch_size, **build.loader_options(args, device))
 
     # model
-    model = build.build_model(args, settings, images.classes, start).to(device)
+    head = build.match_classes(args, images.classes, start)
+    model = build.build_model(args, settings, head, start).to(device)
 
     # evaluation
     output_dir = utils.prepare_output_dir(args.output_dir)
     amp = utils.amp_dtype_name(args.amp, device)
-    result, predictions = evaluation.evaluate_dataset(model, loader, device, amp)
+    result, predictions = evaluation.evaluate_dataset(model, loader, device, amp, head.names)
     evaluation.report(result, model.halting)
     evaluation.save(result, predictions, output_dir)
     return 0
@@ -149,12 +151,14 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     # data
     images = build.validation_set(args, settings)
     loader = demo_loader(images, args.batch_size, **build.loader_options(args, device))
-    names = class_names(images.classes, args.data_path, args.class_index)
 
     # model
-    model = build.build_model(args, settings, images.classes, start).to(device)
+    head = build.match_classes(args, images.classes, start)
+    model = build.build_model(args, settings, head, start).to(device)
 
     # images
+    numbered = (images.classes, head.in_order_of_network())
+    names = class_names(head.names, args.data_path, args.class_index, numbered)
     output_dir = utils.prepare_output_dir(args.output_dir) or Path()
     folder = Path(args.demo_dir) if args.demo_dir else output_dir / arguments.DEMO_FOLDER
     amp, style = utils.amp_dtype_name(args.amp, device), Style(model.num_blocks, PAPERS_COLORMAP)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and 
     import torch
 
     from training.checkpoints import Checkpoint
+    from training.classes import Head
     from training.network import NetworkSettings
     from visualization.draw import RenderJob
 
@@ -146,8 +147,10 @@ def draw_summary(
         preprocessing=settings.preprocessing,
     )
     require_same_images(images)
-    names = class_names(images.classes, args.data_path, args.class_index)
-    job = make_job(args, settings, checkpoint, names, device, images.classes)
+    head = checkpoint.head_for(images.classes, args.use_ema, keep_others=True)
+    numbered = (images.classes, head.in_order_of_network())
+    names = class_names(head.names, args.data_path, args.class_index, numbered)
+    job = make_job(args, settings, checkpoint, names, device, head)
     loader = demo_loader(images, args.batch_size, **loader_options(args, device))
     facts = [("model", settings.model), ("checkpoint", Path(args.finetune).name)]
     num_drawn = visualization.draw.draw_summary(job, loader, args.data_set, facts)
@@ -160,16 +163,16 @@ def make_job(
     checkpoint: Checkpoint,
     names: list[str],
     device: torch.device,
-    classes: list[str] | None = None,
+    head: Head | None = None,
 ) -> RenderJob:
     """Build the checkpoint's model and the drawing job.
 
-    names: class names to show; classes: classes of the dataset, which the model must predict
+    names: class names to show; head: classes that the model predicts, None for all in the checkpoint's order
     """
     from visualization.draw import RenderJob
     from visualization.heatmaps import Style
 
-    model = checkpoint.build_network(settings, classes, args.use_ema).to(device)
+    model = checkpoint.build_network(settings, head, args.use_ema).to(device)
     style = Style(model.num_blocks, args.cmap, args.size)
     return RenderJob(model, args.amp, Path(args.output_dir), names, style, args.demo_by, args.demo_images, args.html)
 

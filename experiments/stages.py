@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import read_correct
+from compare import read_predictions
 
 HELD_OUT_SHARE, SUBSET_SHARE = 1 / 12, 1 / 3  # fractions: 5,000 and 20,000 of the 60,000 training images
 KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
@@ -79,7 +79,7 @@ def record(run: Path, file: Path, seconds: int, command: str) -> None:
         result["seconds"] = max(seconds, round(training))  # a resumed training took longer than its last attempt
     if (run / "eval.json").exists():
         result["eval"] = json.loads((run / "eval.json").read_text())
-        result["correct"] = "".join(str(int(correct)) for correct in read_correct(run / "predictions.csv")[1])
+        result["correct"] = "".join(str(int(correct)) for correct in read_predictions(run / "predictions.csv").correct)
     text = json.dumps(result, indent=1) + "\n"
     partial = file.with_name(f"{file.name}.partial")
     with partial.open("w") as out:

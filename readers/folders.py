@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder, ImageNet
 
+from readers.class_names import by_normal_name, normal_name
 from readers.images import load_image
 from utils import UserError, warn
 
@@ -114,7 +115,7 @@ class ClassFolders(ImageFolder):
         warn_skipped_files(root, self.skipped, len(self.beside))
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Return the class names, which are folder names, and their indices."""
+        """Return the class names, which are folder names in their normal form, and their indices."""
         entries = list(os.scandir(directory))
         folders = sorted(entry.name for entry in entries if entry.is_dir())
         classes = [name for name in folders if not is_hidden(name)]
@@ -125,13 +126,14 @@ class ClassFolders(ImageFolder):
                 f"--data-path: Couldn't find any class folder in {directory}, but {len(self.beside)} images. "
                 f"Put each image into a folder named after its class: {directory}/CLASS/IMAGE"
             )
-        return classes, {name: number for number, name in enumerate(classes)}
+        self.folders = by_normal_name(classes, str(directory))
+        return list(self.folders), {name: number for number, name in enumerate(self.folders)}
 
     def make_dataset(self, directory, class_to_idx, *_, **__) -> list[tuple[str, int]]:
         """Return the path and class index of each image."""
         samples = []
         for name, number in class_to_idx.items():
-            files, skipped = find_image_files(Path(directory, name))
+            files, skipped = find_image_files(Path(directory, self.folders[name]))
             if not files:
                 raise UserError(
                     f"--data-path: Found no image of the class {name} in {directory}. "
@@ -210,7 +212,7 @@ class INaturalist(Dataset):
             raise UserError(
                 f"--inat-category {category}: unknown; {folder / 'categories.json'} has {', '.join(sorted(available))}"
             )
-        label_of = {number: entry[category] for number, entry in categories.items()}
+        label_of = {number: normal_name(str(entry[category])) for number, entry in categories.items()}
         train_path, path = folder / f"train{year}.json", folder / f"{'train' if train else 'val'}{year}.json"
         training = _read_json(train_path)
         records = training if train else _read_json(path)

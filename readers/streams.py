@@ -12,6 +12,7 @@ from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import utils
+from readers.class_names import by_normal_name, normal_name, placeholder_names
 from readers.downloads import check_labels
 from readers.folders import ClassFolders, ImageNetFolders, split_folder
 from utils import UserError, main_process_first
@@ -196,14 +197,11 @@ def _declared_classes(dataset: Dataset, name: str, num_classes: int | None) -> l
     Raises UserError if the number of classes is unknown or contradicts --num-classes.
     """
     index_of = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
-    names = list(getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get))
+    declared = [str(own) for own in getattr(dataset, "classes", None) or sorted(index_of, key=index_of.get)]
+    by_normal_name(declared, f"--data-set {name}")
+    names = [normal_name(own) for own in declared]
     if not names and num_classes is None:
         raise UserError(f"--data-set {name} does not declare its number of classes; pass --num-classes")
     if names and num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {num_classes}: {name} has {len(names)} classes")
     return names or placeholder_names(num_classes)
-
-
-def placeholder_names(num_classes: int) -> list[str]:
-    """Return names for classes without names."""
-    return [f"class {number}" for number in range(num_classes)]

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from datasets import (
     IMAGENET,
     build_dataset,
-    class_names,
     evaluation_transform,
     image_name,
     spread_sample,
@@ -324,37 +323,6 @@ def test_sample_of_a_stream_does_not_change_its_loader(tmp_path):
 
 
 # Names -------------------------------------------------------------------------------------------
-
-
-PAIRS = '[["n01", " tench\\n"], ["n9", "x"]]'
-
-
-@pytest.mark.parametrize(
-    "content", ['{"0": ["n01", "tench"]}', '{"0": "tench"}', '{"n01": "tench"}', '["tench"]', PAIRS]
-)
-def test_class_index_gives_the_class_names(tmp_path, content):
-    (tmp_path / "imagenet_class_index.json").write_text(content)
-    assert class_names(["n01", "n02"], str(tmp_path), None) == ["tench", "n02"]
-    assert class_names(["n01", "n02"], None, str(tmp_path / "imagenet_class_index.json")) == ["tench", "n02"]
-
-
-def test_class_names_without_a_class_index_are_the_folder_names(tmp_path):
-    assert class_names(["n01", "n02"], str(tmp_path), None) == ["n01", "n02"]
-    assert class_names(["0", "1"], None, None) == ["0", "1"]
-
-
-@pytest.mark.parametrize("content", ["", "7", "{", '{"0": 5}', '{"0": ["a"]}', '{"0": ["a", 5]}', "[" * 10**5, "null"])
-def test_broken_class_index_raises_or_is_ignored(tmp_path, content, capsys):
-    (tmp_path / "class_index.json").write_text(content)
-    with pytest.raises(UserError, match="not a class index"):
-        class_names(["n01"], None, str(tmp_path / "class_index.json"))
-    assert class_names(["n01"], str(tmp_path), None) == ["n01"]  # found in the dataset's folder, not named by the user
-    assert "The file is ignored" in capsys.readouterr().err
-
-
-def test_missing_class_index_raises():
-    with pytest.raises(UserError, match="cannot be read: No such file"):
-        class_names(["n01"], None, "gone.json")
 
 
 def test_image_names_are_paths_or_numbers(image_folder):

@@ -1,18 +1,22 @@
 """The command line end to end, in this process."""
 
 import argparse
+import csv
 import json
+import shutil
 
 import pytest
 import timm
 import torch
-from conftest import halting_model, make_image_folder
+from conftest import halting_model, make_image_folder, save_halting_micro
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_act
+import visualize
+from datasets import build_dataset
 from training import arguments
-from training.checkpoints import load_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "4"]
 
@@ -283,6 +287,49 @@ def mistake(capsys, *argv):
 )
 def test_invalid_flags_exit_with_one_line(flags, message, capsys):
     assert message in mistake(capsys, *flags.split())
+
+
+def test_class_alone_has_its_recall_in_every_command(trained, tmp_path, capsys):
+    """Evaluation, charts and galleries of one class predict among all classes of the network, as for the whole set."""
+    data, out = trained
+    checkpoint, wanted = out / "best.pth", "class_1"
+    evaluated(data, checkpoint, tmp_path / "all")
+    capsys.readouterr()
+    for other in ("class_0", "class_2"):
+        shutil.rmtree(data / "val" / other)
+    result = evaluated(data, checkpoint, tmp_path / "one")
+    warnings = capsys.readouterr().err
+    assert warnings.count("the dataset has 1 of the network's 3 classes") == 1
+    tables = [list(csv.DictReader((tmp_path / name / "predictions.csv").open(newline=""))) for name in ("all", "one")]
+    found = [{row["image"]: row["prediction_name"] for row in rows if row["target_name"] == wanted} for rows in tables]
+    assert found[0] == found[1]
+    recall = 100 * sum(name == wanted for name in found[0].values()) / len(found[0])
+    assert result["acc1"] == pytest.approx(recall)
+    assert result["dataset_acc1"] == 100
+    visualize.main(
+        ["--summary", "--data-path", str(data), "--finetune", str(checkpoint), "--output-dir", str(tmp_path / "s")]
+    )
+    assert f"<dd>{recall:.2f}%</dd>" in (tmp_path / "s" / "summary.html").read_text()
+
+
+def test_folders_named_by_number_are_matched_by_number(tmp_path, capsys):
+    """A network of shards has placeholders as names, and its classes lie in folders, which are sorted as text."""
+    data = make_image_folder(tmp_path / "data", classes=12, train=1, val=2)
+    for part in ("train", "val"):
+        for number in range(12):
+            (data / part / f"class_{number}").rename(data / part / str(number))
+    save_halting_micro(tmp_path / "shards.pth", 12, classes=[f"class {number}" for number in range(12)])
+    capsys.readouterr()
+    evaluated(data, tmp_path / "shards.pth", tmp_path / "out")
+    assert capsys.readouterr().err.count("matched by number") == 1
+    model = Checkpoint.load(str(tmp_path / "shards.pth")).build_model().eval()
+    images = build_dataset("IMNET", str(data), False, (32, 32))
+    with torch.no_grad():
+        expected = [int(model(image[None]).argmax()) for image, _ in images]
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open(newline="")))
+    assert [int(row["prediction_name"]) for row in rows] == expected
+    assert len(set(expected)) > 1
+    assert all(row["image"].startswith(f"{row['target_name']}/") for row in rows)
 
 
 def test_unwritable_output_dir_exits_with_2(capsys, tmp_path):

@@ -23,6 +23,7 @@ from datasets import build_dataset, evaluation_transform
 from engine_act import Trainer
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
 from training.checkpoints import Checkpoint
+from training.classes import Head, hub_head
 from training.gate import choose_gate
 from training.loaders import ImageLoader, evaluation_loader, training_loader
 from training.models import create_model
@@ -56,26 +57,35 @@ def resolve_settings(args: argparse.Namespace, start: Checkpoint | None) -> Netw
     return settings
 
 
-def build_model(
-    args: argparse.Namespace, settings: NetworkSettings, classes: list[str], start: Checkpoint | None
-) -> nn.Module:
+def match_classes(args: argparse.Namespace, classes: list[str], start: Checkpoint | None) -> Head:
+    """Match the dataset's classes with the rows of the starting weights' head, see `match_head`.
+
+    In evaluation, the classes that only the checkpoint has are predicted too.
+    """
+    if start is not None:
+        may_replace = _is_training(args) and start.flag != "resume" and not teaches_itself(args)
+        return start.head_for(classes, _uses_ema(args, start), may_replace, keep_others=not _is_training(args))
+    return hub_head(args.model, "the --pretrained weights", classes) if args.pretrained else Head(classes)
+
+
+def build_model(args: argparse.Namespace, settings: NetworkSettings, head: Head, start: Checkpoint | None) -> nn.Module:
     """Build the model with its starting weights, on the CPU.
 
-    classes: names of the dataset's classes. start: the checkpoint to load, or None for pretrained or random weights.
+    head: see `match_classes`. start: the checkpoint to load, or None for pretrained or random weights.
     """
     build = _model_from_hub if start is None else partial(_model_from_checkpoint, start=start)
-    model = build(args, settings, classes)
+    model = build(args, settings, head)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
 
 def _model_from_checkpoint(
-    args: argparse.Namespace, settings: NetworkSettings, classes: list[str], start: Checkpoint
+    args: argparse.Namespace, settings: NetworkSettings, head: Head, start: Checkpoint
 ) -> nn.Module:
     is_resumed = _is_training(args) and start.flag == "resume"
     return start.build_network(
         settings,
-        classes,
+        head,
         use_ema=_uses_ema(args, start),
         replace_head=_is_training(args) and not is_resumed and not teaches_itself(args),
         zip_tokens=args.zip_tokens,
@@ -84,7 +94,7 @@ def _model_from_checkpoint(
     )
 
 
-def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, classes: list[str]) -> nn.Module:
+def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, head: Head) -> nn.Module:
     """Build the model with the hub's weights for --pretrained, otherwise with random weights."""
     if not (args.pretrained or _is_training(args)):
         warn("no weights given, so the model is random; pass --finetune, --resume or --pretrained")
@@ -93,7 +103,7 @@ def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, classes
         settings.img_size,
         settings.preprocessing,
         pretrained=args.pretrained,
-        num_classes=len(classes),
+        num_classes=len(head.names),
         halting=settings.halting,
         zip_tokens=args.zip_tokens,
         early_exit=args.early_exit,
@@ -102,6 +112,7 @@ def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, classes
     )
     if args.pretrained:
         _check_hub_head(model, allow_new=_is_training(args) and not teaches_itself(args))
+        head.sort_rows(model)
     return model
 
 

@@ -12,22 +12,14 @@ from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
-from timm.data import ImageNetInfo
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 import utils
-from datasets import Preprocessing, placeholder_names
+from datasets import Preprocessing, normal_name
 from engine_act import MAX_START_SHARE
 from training.budget import BudgetCurve
-from training.classes import (
-    ClassMatch,
-    first_names,
-    is_of_head,
-    select_head_rows,
-    unknown_classes,
-    without_head,
-)
+from training.classes import Head, default_names, is_of_head, match_head
 from training.models import avit_names, create_model, run_preprocessing, unsupported_reason
 from training.network import (
     FILE_NAME,
@@ -43,7 +35,6 @@ from training.network import (
 from training.weights import MAX_SIDE, fits, fitting_models, load_weights
 from utils import UserError, did_you_mean, log, warn
 
-IMAGENET_CLASSES = 1000
 MAX_CLASSES = 100_000  # a larger head is refused
 
 
@@ -200,49 +191,33 @@ class Checkpoint:
         return recorded
 
     def recorded_classes(self) -> list[str] | None:
-        """Return the class names in order, or None if they are missing, not text or not unique."""
+        """Return the class names in order and normal form, or None if they are missing, not text or not unique."""
         recorded = self.content.get("classes")
-        is_names = isinstance(recorded, list) and all(isinstance(name, str) for name in recorded)
-        return recorded if is_names and recorded and len(set(recorded)) == len(recorded) else None
+        if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):
+            return None
+        names = [normal_name(name) for name in recorded]
+        return names if names and len(set(names)) == len(names) else None
+
+    def head_for(
+        self, classes: Sequence[str], use_ema: bool = False, replace_head: bool = False, keep_others: bool = False
+    ) -> Head:
+        """Match the classes of a dataset with the rows of the head, see `match_head`."""
+        heads = [value for name, value in self.state_dict(use_ema).items() if is_of_head(name)]
+        counts = {len(value) if value.ndim else 0 for value in heads}
+        num_rows = counts.pop() if len(counts) == 1 else 0
+        if not 1 <= num_rows <= MAX_CLASSES:  # there is no head, or `load_weights` refuses it
+            return Head(list(classes))
+        recorded = self.recorded_classes()
+        recorded = recorded if recorded is not None and len(recorded) == num_rows else None
+        options = {"replace_head": replace_head, "keep_others": keep_others}
+        same_order = self.flag == "resume" and not keep_others
+        return match_head(self.location, classes, recorded, num_rows, same_order=same_order, **options)
 
     def weights_for(
         self, classes: Sequence[str], use_ema: bool = False, replace_head: bool = False
     ) -> dict[str, Tensor]:
-        """Return the weights with a head for these classes of a dataset, matched by name where possible.
-
-        replace_head: allow a new head, for training a new task.
-
-        | `ClassMatch` | with replace_head | without |
-        | --- | --- | --- |
-        | UNNAMED, SAME | unchanged | unchanged |
-        | ALL | head rows in the dataset's order | the same; UserError for --resume |
-        | SOME | without a head | UserError |
-        | NONE_SAME_COUNT | unchanged, with a warning | unchanged, with a warning |
-        | NONE | without a head | unchanged, which `load_weights` refuses |
-        """
-        weights, recorded = self.state_dict(use_ema), self.recorded_classes()
-        heads = [value for name, value in weights.items() if is_of_head(name)]
-        if recorded is not None and any(value.ndim == 0 or len(value) != len(recorded) for value in heads):
-            recorded = None
-        match = ClassMatch.of(classes, recorded)
-        if match in (ClassMatch.UNNAMED, ClassMatch.SAME):
-            return weights
-        names = f"the dataset has {first_names(classes)}; the checkpoint has {first_names(recorded)}"
-        if match is ClassMatch.ALL and self.flag == "resume":
-            raise UserError(f"{self.location}: --resume requires the same classes in the same order: {names}")
-        if match is ClassMatch.ALL:
-            log(f"{self.location}: classes are matched by name: {names}")
-            row = {name: number for number, name in enumerate(recorded)}
-            return select_head_rows(weights, [row[name] for name in classes])
-        if match is ClassMatch.NONE_SAME_COUNT:
-            warn(f"{self.location}: no class name matches: {names}. Classes are matched by position instead.")
-            return weights
-        if replace_head:
-            return without_head(weights)
-        if match is ClassMatch.SOME:
-            unknown = first_names(unknown_classes(classes, recorded))
-            raise UserError(f"{self.location} cannot predict {unknown}: {names}")
-        return weights
+        """Return the weights with a head for these classes of a dataset, see `match_head`."""
+        return self.head_for(classes, use_ema, replace_head).select(self.state_dict(use_ema))
 
     def names_by_class(self) -> dict[str, str]:
         """Return the classes in order, each with a name to show: the recorded name, ImageNet's, or "class N".
@@ -252,13 +227,10 @@ class Checkpoint:
         head = self.state_dict().get("head.weight")
         if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
             raise UserError(f"{self.location} has no head: expected head.weight of shape [classes, channels]")
-        count, recorded = len(head), self.recorded_classes()
-        if recorded is not None and len(recorded) == count:
+        recorded = self.recorded_classes()
+        if recorded is not None and len(recorded) == len(head):
             return {name: name for name in recorded}
-        if count == IMAGENET_CLASSES:
-            info = ImageNetInfo("imagenet-1k")
-            return dict(zip(info.label_names(), info.label_descriptions()))
-        return {name: name for name in placeholder_names(count)}
+        return default_names(len(head))
 
     def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
         """Return the budget curve of the weights, or None if there is none."""
@@ -300,7 +272,7 @@ class Checkpoint:
         self,
         name: str | None = None,
         *,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | Head | None = None,
         img_size: tuple[int, int] | None = None,
         gate_scale: float | None = None,
         gate_center: float | None = None,
@@ -315,7 +287,7 @@ class Checkpoint:
         """Build the model with these weights, on the CPU. Raises UserError if something does not fit.
 
         None stands for the checkpoint's own model, classes, gate and image size, see `resolve_network`.
-        classes: names of the dataset's classes, see `weights_for`; replace_head: see `load_weights`.
+        classes: names of the dataset's classes, or a `Head` from `head_for`; replace_head: see `load_weights`.
         budget: fraction of the static model's MACs that sets the gate center, see `center_of_budget`.
         as_trained: disable halting, with a warning, if the weights were not trained to halt and no gate is given.
         log_gate: print the gate of a halting model. options: of timm.create_model.
@@ -329,21 +301,22 @@ class Checkpoint:
     def build_network(
         self,
         settings: NetworkSettings,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | Head | None = None,
         use_ema: bool = False,
         replace_head: bool = False,
         **options,
     ) -> nn.Module:
         """Build the model of these settings with these weights, on the CPU. See `build_model`."""
         if classes is None:
-            classes, weights = [*self.names_by_class()], self.state_dict(use_ema)
+            head = Head([*self.names_by_class()])
         else:
-            weights = self.weights_for(classes, use_ema, replace_head)
+            head = classes if isinstance(classes, Head) else self.head_for(classes, use_ema, replace_head)
+        weights = head.select(self.state_dict(use_ema))
         model = create_model(
             settings.model,
             settings.img_size,
             settings.preprocessing,
-            num_classes=len(classes),
+            num_classes=len(head.names),
             halting=settings.halting,
             **settings.gate,
             **options,

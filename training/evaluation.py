@@ -7,36 +7,50 @@ import csv
 import io
 import json
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from timm.utils import accuracy
 from torch import Tensor, nn
 
 import engine_act
 import utils
-from datasets import spread_sample
+from datasets import placeholder_names, spread_sample
 from models_act import Halting
 from training.loaders import Batch, ImageLoader
 from utils import UserError
 from visualization.image_record import ImageRecord
 from visualization.records import records_of_batch
 
-COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth")
+COLUMNS = ("index", "image", "target", "prediction", "confidence", "depth", "target_name", "prediction_name")
 
 
-def evaluate_dataset(model: nn.Module, loader: ImageLoader, device: torch.device, amp: str) -> tuple[dict, bytes]:
+def evaluate_dataset(
+    model: nn.Module, loader: ImageLoader, device: torch.device, amp: str, classes: Sequence[str] | None = None
+) -> tuple[dict, bytes]:
     """Evaluate a model. Returns means by name, see `engine_act.evaluate`, and a CSV row per image.
 
+    classes: names of all classes that the model predicts, the dataset's first; None stands for "class N".
+    The means also have `classes`, their number, and `dataset_classes`, the number of the dataset's. If these differ,
+    `dataset_acc1` is the top-1 accuracy among the dataset's classes alone.
     For a halting model, the main process also measures the speed of the logits alone, zipped and masked.
     Every process must call it. Raises UserError if an image is missing.
     """
-    rows: list[tuple] = []
+    rows, among_own = [], utils.MetricAverages()
+    classes = placeholder_names(model.num_classes) if classes is None else classes
+    num_own = len(getattr(loader.images, "classes", classes))
 
     def on_batch(batch: Batch, logits: Tensor, halting: Halting) -> None:
-        rows.extend(map(_row, records_of_batch(model, batch, logits, halting)))
+        rows.extend(_row(record, classes) for record in records_of_batch(model, batch, logits, halting))
+        (acc1,) = accuracy(logits[:, :num_own].cpu(), batch.targets.cpu())
+        among_own.add(len(logits), dataset_acc1=acc1)
 
     result = engine_act.evaluate(model, loader, device, amp, on_batch=on_batch)
+    result |= {"classes": len(classes), "dataset_classes": num_own}
+    if num_own < len(classes):
+        result |= among_own.reduced()[1]
     check_complete(result, loader)
     if model.halting and utils.is_main():
         count = min(loader.batch_size, loader.num_images or loader.batch_size)
@@ -44,9 +58,11 @@ def evaluate_dataset(model: nn.Module, loader: ImageLoader, device: torch.device
     return result, _as_csv(rows)
 
 
-def _row(record: ImageRecord) -> tuple:
+def _row(record: ImageRecord, classes: Sequence[str]) -> tuple:
     """Return the values of COLUMNS; depth is the mean over all tokens."""
-    return (record.index, record.name, record.target, record.prediction, record.confidence, record.token_depth)
+    names = (classes[record.target], classes[record.prediction])
+    confidence, depth = f"{record.confidence:.4f}", f"{record.token_depth:.4f}"
+    return (record.index, record.name, record.target, record.prediction, confidence, depth, *names)
 
 
 def _as_csv(rows: list[tuple]) -> bytes:
@@ -54,8 +70,7 @@ def _as_csv(rows: list[tuple]) -> bytes:
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
-    for *row, confidence, depth in sorted(row for local in utils.all_gather_objects(rows) for row in local):
-        writer.writerow((*row, f"{confidence:.4f}", f"{depth:.4f}"))
+    writer.writerows(sorted(row for local in utils.all_gather_objects(rows) for row in local))
     return file.getvalue().encode(errors="replace")
 
 
@@ -98,6 +113,9 @@ def save(result: dict, predictions: bytes, output_dir: Path | None) -> None:
 def report(result: dict, halting: bool) -> None:
     """Print the metrics as a table; halting: also print the metrics of a halting model."""
     rows = [("top-1", f"{result['acc1']:.2f}%")]
+    if "dataset_acc1" in result:
+        among = f"top-1 among the dataset's {result['dataset_classes']} classes"
+        rows.append((among, f"{result['dataset_acc1']:.2f}%"))
     if "ema_acc1" in result:
         rows.append(("top-1 of the EMA weights", f"{result['ema_acc1']:.2f}%"))
     rows += [("top-5", f"{result['acc5']:.2f}%"), ("loss", f"{result['loss']:.4f}")]

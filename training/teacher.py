@@ -14,6 +14,7 @@ from datasets import Preprocessing
 from macs import static_macs
 from training.budget import resolve_budget
 from training.checkpoints import Checkpoint
+from training.classes import Head, hub_head
 from training.models import create_model
 from training.network import NetworkSettings, size_text
 from training.weights import load_teacher_weights
@@ -26,16 +27,16 @@ def teaches_itself(args: argparse.Namespace) -> bool:
 
 
 def build_teacher(
-    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, classes: list[str]
+    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, head: Head
 ) -> losses.Teacher | None:
     """Build the teacher of a model, or return None without distillation.
 
-    For soft and hard distillation, also switch the model to distilled training.
+    head: of the model. For soft and hard distillation, also switch the model to distilled training.
     """
     if args.distillation_type == "none":
         return None
     if args.distillation_type == "self":
-        teacher = build_self_teacher(args, settings, model, classes)
+        teacher = build_self_teacher(args, settings, model, head)
         share = teacher_share(teacher.classifier, model, args.target_macs)
         utils.log(f"the teacher's forward pass takes {share:.0%} of a training step's MACs")
         return teacher
@@ -46,7 +47,7 @@ def build_teacher(
             f"use one of {names}, or --distillation-type self"
         )
     model.set_distilled_training(True)
-    return _build_timm_teacher(args, settings, model, classes)
+    return _build_timm_teacher(args, settings, model, head.names)
 
 
 def _build_timm_teacher(
@@ -74,6 +75,8 @@ def _build_timm_teacher(
             f"--teacher-model {name} predicts {classifier.num_classes} classes but the dataset has {len(classes)}; "
             "pass weights trained on this dataset with --teacher-path"
         )
+    else:
+        hub_head(name, f"--teacher-model {name}", classes).sort_rows(classifier)
     teacher = _as_teacher(classifier, model)
     trained = classifier.pretrained_cfg["input_size"][1:]
     if tuple(trained) != settings.img_size:
@@ -92,26 +95,29 @@ def _as_teacher(classifier: nn.Module, student: nn.Module) -> losses.Teacher:
 
 
 def build_self_teacher(
-    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, classes: list[str]
+    args: argparse.Namespace, settings: NetworkSettings, model: nn.Module, head: Head
 ) -> losses.Teacher:
     """Build the teacher for self-distillation: the static model of --teacher-path, else of the starting weights.
 
+    head: of the model, whose rows are those of the starting weights unless the run is resumed.
     Raises UserError if there are no such weights, or if they do not predict these classes.
     """
     if args.teacher_path:
         checkpoint = Checkpoint.load(args.teacher_path)
-        static = checkpoint.build_model(classes=classes, img_size=settings.img_size, halting=False)
+        static = checkpoint.build_model(classes=head.names, img_size=settings.img_size, halting=False)
         return _as_teacher(static, model)
     settings = settings._replace(halting=False)
     # A resumed run started from these weights too, so --resume is ignored here.
     start = Checkpoint.from_args(argparse.Namespace(**{**vars(args), "resume": None}))
     if start is not None:
         settings = settings._replace(preprocessing=start.recorded_preprocessing() or settings.preprocessing)
-        static = start.build_network(settings, classes, use_ema=args.use_ema)
+        static = start.build_network(settings, head.names if args.resume else head, use_ema=args.use_ema)
     elif args.pretrained:
         static = create_model(
-            settings.model, settings.img_size, pretrained=True, num_classes=len(classes), halting=False
+            settings.model, settings.img_size, pretrained=True, num_classes=len(head.names), halting=False
         )
+        head = hub_head(settings.model, "the --pretrained weights", head.names) if args.resume else head
+        head.sort_rows(static)
     else:
         raise UserError(
             "--distillation-type self requires starting weights, which become the teacher; "

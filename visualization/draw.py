@@ -19,6 +19,7 @@ from datasets import (
     evaluation_transform,
     find_image_files,
     load_image,
+    positions,
     warn_skipped_files,
 )
 from losses import DistributionPriorLoss
@@ -181,7 +182,7 @@ def _record_files(job: RenderJob, files: dict[int, Path], classes: Sequence[str]
             warn(f"{error}. The file is skipped.")
     if not images:
         return []
-    numbers = {name: number for number, name in enumerate(classes)}
-    targets = torch.tensor([numbers.get(files[position].parent.name, -1) for position in images])
+    labels = [positions([files[position].absolute().parent.name], classes)[0] for position in images]
+    targets = torch.tensor([-1 if label is None else label for label in labels])
     batch = (torch.stack(list(images.values())), targets, list(images), [str(files[position]) for position in images])
     return record_batch(job.model, batch, job.amp).records

@@ -5,8 +5,15 @@ from PIL import Image
 
 from datasets import evaluation_transform
 from training.arguments import parse_args
-from training.build import build_model, build_optimizer, resolve_settings, training_and_validation_set
+from training.build import (
+    build_model,
+    build_optimizer,
+    match_classes,
+    resolve_settings,
+    training_and_validation_set,
+)
 from training.checkpoints import Checkpoint
+from training.classes import Head
 from training.teacher import build_self_teacher
 
 MICRO = ["--model", "avit_micro_patch4_32"]
@@ -45,7 +52,7 @@ def built(*flags):
     args = parse_args([*MICRO, "--input-size", "32", *flags])
     start = Checkpoint.from_args(args)
     settings = resolve_settings(args, start)
-    return args, settings, build_model(args, settings, CLASSES, start)
+    return args, settings, build_model(args, settings, match_classes(args, CLASSES, start), start)
 
 
 def test_static_model_prints_no_gate(checkpoint, capsys):
@@ -68,9 +75,9 @@ def test_gate_search_prints_no_gate_that_it_replaces(flags, checkpoint, capsys):
 def test_self_teacher_prints_no_gate(checkpoint, capsys):
     args, settings, model = built("--distillation-type", "self", "--finetune", checkpoint)
     capsys.readouterr()
-    build_self_teacher(args, settings, model, CLASSES)
+    build_self_teacher(args, settings, model, Head(CLASSES))
     args.teacher_path = checkpoint
-    build_self_teacher(args, settings, model, CLASSES)
+    build_self_teacher(args, settings, model, Head(CLASSES))
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
 

@@ -7,7 +7,8 @@ import torch
 from conftest import halting_model, images
 from torch.utils.data import TensorDataset
 
-from training.evaluation import COLUMNS, evaluate_dataset, save, zipping_speeds
+from datasets import placeholder_names
+from training.evaluation import COLUMNS, evaluate_dataset, report, save, zipping_speeds
 from training.loaders import evaluation_loader
 from utils import UserError
 
@@ -29,6 +30,34 @@ def test_predictions_have_a_row_per_image_in_order():
     depths = torch.tensor([float(row["depth"]) for row in rows])
     torch.testing.assert_close(depths, halting.depth.mean(dim=1), atol=1e-4, rtol=0)
     assert len(depths.unique()) > 2
+
+
+def test_predictions_have_class_names():
+    names = [f"name {number}" for number in range(7)]
+    loader = evaluation_loader(TensorDataset(images(4), torch.arange(4)), 3, num_workers=0, pin_memory=False)
+    for classes, expected in ((names, names), (None, placeholder_names(7))):
+        _, predictions = evaluate_dataset(halting_model(), loader, CPU, "none", classes)
+        for row in csv.DictReader(io.StringIO(predictions.decode())):
+            assert row["target_name"] == expected[int(row["target"])]
+            assert row["prediction_name"] == expected[int(row["prediction"])]
+
+
+def test_a_part_of_the_classes_has_both_accuracies(capsys):
+    model, data = halting_model(), TensorDataset(images(40), torch.arange(40) % 2)
+    data.classes = ["a", "b"]
+    loader = evaluation_loader(data, 7, num_workers=0, pin_memory=False)
+    result, _ = evaluate_dataset(model, loader, CPU, "none")
+    with torch.no_grad():
+        logits, targets = model(data.tensors[0]), data.tensors[1]
+    assert result["acc1"] == pytest.approx(100 * (logits.argmax(dim=1) == targets).double().mean().item())
+    among_two = 100 * (logits[:, :2].argmax(dim=1) == targets).double().mean().item()
+    assert result["dataset_acc1"] == pytest.approx(among_two)
+    assert among_two > result["acc1"]
+    assert (result["classes"], result["dataset_classes"]) == (7, 2)
+    report(result, halting=True)
+    assert f"top-1 among the dataset's 2 classes  {among_two:.2f}%" in capsys.readouterr().out
+    data.classes = list("abcdefg")
+    assert "dataset_acc1" not in evaluate_dataset(model, loader, CPU, "none")[0]
 
 
 def test_missing_image_in_an_evaluation_raises():
