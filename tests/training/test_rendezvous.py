@@ -117,7 +117,7 @@ def test_host_name_that_cannot_be_resolved_raises(environment, monkeypatch):
 
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1", "tcp://:29500", "tcp://host:port", "tcp://host:70000", "tcp://"])
 def test_invalid_url_raises(url):
-    with pytest.raises(RankError, match=r"--dist_url .*: expected tcp://HOST:PORT"):
+    with pytest.raises(RankError, match=r"--dist-url .*: expected tcp://HOST:PORT"):
         meet(url, 0, 2, {})
 
 
