@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 
 
 def copies_without_metadata(content: bytes) -> Iterator[bytes]:
-    """Yield copies of a PNG, JPEG, TIFF or WebP file without metadata, none of other formats.
+    """Yield copies of a PNG, JPEG, TIFF, WebP or JPEG 2000 file without metadata, none of other formats.
 
     The first ones keep what may hold the orientation or the range of the pixels: all of it, then each entry alone. The
     last keeps none.
     """
     for start, (copy, useful) in FORMATS.items():
         if content.startswith(start):
-            for keep in (useful, *((entry,) for entry in useful), ()):
+            for keep in dict.fromkeys([useful, *((entry,) for entry in useful), ()]):
                 yield copy(content, keep)
 
 
@@ -123,10 +123,30 @@ def _webp(content: bytes, keep: tuple[bytes, ...]) -> bytes:
     return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
+# JPEG 2000 ---------------------------------------------------------------------------------------
+
+JP2_START = b"\0\0\0\x0cjP  "
+JP2_PIXELS = {b"jP  ", b"ftyp", b"jp2h", b"jp2c"}
+
+
+def _jp2(content: bytes, keep: tuple[bytes, ...]) -> bytes:
+    parts, start = [], 0
+    while start + 8 <= len(content):
+        length, kind = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
+        if length == 1:  # a long box
+            length = int.from_bytes(content[start + 8 : start + 16], "big")
+        end = start + length if length >= 8 else len(content)  # 0: up to the end
+        if kind in JP2_PIXELS:
+            parts.append(content[start:end])
+        start = end
+    return b"".join(parts)
+
+
 FORMATS: dict[bytes, tuple[Callable[[bytes, tuple], bytes], tuple]] = {  # start of a file -> copy, what may be kept
     b"\x89PNG\r\n\x1a\n": (_png, PNG_USEFUL),
     b"\xff\xd8\xff": (_jpeg, JPEG_USEFUL),
     b"II*\0": (_tiff, TIFF_USEFUL),
     b"MM\0*": (_tiff, TIFF_USEFUL),
     b"RIFF": (_webp, WEBP_USEFUL),
+    JP2_START: (_jp2, ()),
 }

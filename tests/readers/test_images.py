@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import re
 import struct
 import tarfile
 import zlib
@@ -132,6 +133,14 @@ def test_webp_that_ends_in_its_metadata_is_read():
     assert (read(content[:-1000]) == PIXELS).all()
 
 
+@pytest.mark.parametrize("kind", [b"xml ", b"uuid"])
+def test_jpeg_2000_is_read_whatever_its_boxes(kind):
+    content = encoded("JPEG2000")
+    start = content.index(b"jp2c") - 4
+    box = struct.pack(">I", 8 + len(LONG)) + kind + LONG
+    assert (read(content[:start] + box + content[start:]) == PIXELS).all()
+
+
 METADATA = {
     "JPEG": [b"Exif\0\0", b"ICC_PROFILE\0", b"http://ns.adobe.com/xap/1.0/\0"],
     "PNG": [b"eXIf", b"iCCP", b"zTXt", b"iTXt"],
@@ -182,23 +191,39 @@ def test_damaged_metadata_cost_at_most_the_orientation(data, kind):
     )
 
 
+def write_shard(path, entries: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in entries.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 def test_every_reader_ignores_metadata_and_applies_the_orientation(tmp_path):
     """Class folders, through their names here and in timm, and shards give the same pixels."""
     content = with_chunks(encoded("PNG", exif=exif()), *CHUNKS["long zTXt"])
     folder = make_image_folder(tmp_path / "folder", classes=1, train=0, val=1)
     (folder / "val" / "class_0" / "0.png").write_bytes(content)
     shards = make_shards(tmp_path / "shards", val_shards=1)
-    with tarfile.open(shards / "validation-0000.tar", "w") as tar:
-        for name, data in {"0.png": content, "0.cls": b"0"}.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_shard(shards / "validation-0000.tar", {"0.png": content, "0.cls": b"0"})
     size = UPRIGHT.shape[:2]
     first = build_dataset("IMNET", str(folder), False, size)[0][0]
     for name, root in (("torch/image_folder", folder), ("torch/folder", folder), ("wds/", shards)):
         images = build_dataset(name, str(root), False, size, num_classes=1)
         (batch,) = evaluation_loader(images, 4, num_workers=0, pin_memory=False)
         assert (batch.images == first).all(), name
+
+
+def test_unreadable_images_of_a_shard_are_named(tmp_path, capsys):
+    shards = make_shards(tmp_path / "shards", val_shards=1)
+    entries = {"0.png": b"no image", "0.cls": b"0", "1.png": encoded("PNG"), "1.cls": b"0", "2.bin": b"", "2.cls": b"0"}
+    write_shard(shards / "validation-0000.tar", entries)
+    images = build_dataset("wds/", str(shards), False, (12, 20), num_classes=1)
+    (batch,) = evaluation_loader(images, 4, num_workers=0, pin_memory=False)
+    assert len(batch.images) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"warning: .*0000\.tar: 0\.png: cannot be read as an image: .*; the image is skipped", first)
+    assert re.fullmatch(r"warning: .*0000\.tar: 2: has no image; expected an entry \.jpg, .*image is skipped", second)
 
 
 # More than 8 bits --------------------------------------------------------------------------------
@@ -272,11 +297,23 @@ def test_undeclared_range_warns_once(content, capsys):
     assert "warning: x: the pixel values use 12 of 16 bits" in warning
 
 
-def test_color_of_12_bits_in_16_warns(capsys):
-    rows = b"".join(b"\0" + struct.pack(">12H", *([4095, 2000, 0] * 4)) for _ in range(4))
+def png_in_color(pixels: bytes) -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    assert read(content).max() == 15
+    rows = b"".join(b"\0" + pixels[start : start + 24] for start in range(0, len(pixels), 24))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_in_color(pixels: bytes) -> bytes:
+    tags = {256: 4, 257: 4, 258: 122, 259: 1, 262: 2, 273: 128, 277: 3, 278: 4, 279: len(pixels)}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items() if tag != 258]
+    entries.insert(2, struct.pack("<HHII", 258, 3, 3, 122))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4)
+    return head + struct.pack("<3H", 16, 16, 16) + pixels
+
+
+@pytest.mark.parametrize(("encode", "order"), [(png_in_color, ">"), (tiff_in_color, "<")])
+def test_color_of_12_bits_in_16_warns(encode, order, capsys):
+    assert read(encode(struct.pack(f"{order}48H", *([4095, 2000, 0] * 16)))).max() == 15
     assert "use 12 of 16 bits" in capsys.readouterr().err
 
 
