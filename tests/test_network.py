@@ -218,7 +218,7 @@ def test_pretrained_weights_are_evaluated_static_unless_a_gate_is_given():
     assert not settings.halting
     assert lines == [
         "warning: the --pretrained weights were not trained to halt, so they run as a static model. "
-        "Pass --gate_scale and --gate_center to halt anyway, or train it"
+        "Pass --gate-scale and --gate-center to halt anyway, or train it"
     ]
     assert resolve(None, EVALUATION, pretrained=True, gate_center=20.0)[0].halting
     assert resolve(None, EVALUATION)[0].halting  # random weights

@@ -110,11 +110,9 @@ class Checkpoint:
             raise UserError(
                 f"{self.location} has no weights; expected named tensors, at the top level or under 'model'"
             )
-        if use_ema:
-            self._warn_about_average()
         return _without_prefixes(weights)
 
-    def _warn_about_average(self) -> None:
+    def warn_about_average(self) -> None:
         """Warn if the averaged weights are mostly those that training started from."""
         share = self.content.get("ema_start_share")
         if isinstance(share, float) and MAX_START_SHARE < share <= 1:

@@ -122,6 +122,8 @@ def resolve_network(
         img_size = _size_of_checkpoint(checkpoint, model, flags, purpose)
         check_size(model, img_size)
         _check_model(checkpoint, model, img_size, flags, purpose)
+        if flags.use_ema:
+            checkpoint.warn_about_average()
         images = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
     halting = flags.halting and not (evaluates and _must_be_static(checkpoint, flags, pretrained))
     gate = _gate_of(checkpoint, flags, GATE_NAMES if halting and log_gate else ())

@@ -23,7 +23,7 @@ EFFECTS = {
     ("model_ema", True): "the average starts at the resumed weights",
     ("model_ema", False): "the recorded average is dropped",
     ("target_macs", True): "best.pth starts anew",
-    ("target_macs", False): "best.pth starts anew, and --ponder_token_scale sets the weight of the ponder loss",
+    ("target_macs", False): "best.pth starts anew, and --ponder-token-scale sets the weight of the ponder loss",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import utils
-from engine_act import MAX_START_SHARE, Trainer, learning_rate
+from engine_act import MAX_START_SHARE, Trainer
 from training.flag_effects import DECAYS_TO_MIN_LR
 from training.loaders import ImageLoader
 from utils import warn
@@ -16,9 +16,10 @@ MIN_UPDATES = 10  # an average over fewer optimizer steps is not worth a decay o
 def warn_about_settings(args: argparse.Namespace, trainer: Trainer, loader: ImageLoader, updates: int) -> None:
     """Print a warning about each setting that does not do what its number says.
 
+    trainer: its optimizer has a schedule;
     updates: number of optimizer steps of the whole run
     """
-    lr = learning_rate(trainer.optimizer)
+    lr = max(group["initial_lr"] for group in trainer.optimizer.param_groups)  # `lr` is that of warm-up by now
     warn_about_rates(args, lr)
     warn_about_batches(args, lr, loader)
     if trainer.ema is not None:

@@ -176,7 +176,7 @@ def test_switched_parts_of_a_run_continue_with_one_line(image_folder, tmp_path, 
     run(image_folder, out, "--epochs", 3, "--no-model-ema", "--no-halting")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "has other flags" in line]
     assert "--model-ema was True and is now False (the recorded average is dropped)" in warning
-    assert "--ponder_token_scale sets the weight of the ponder loss" in warning
+    assert "--ponder-token-scale sets the weight of the ponder loss" in warning
     assert "--no-halting" in warning
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import halting_model, images, save_halting_micro
+from conftest import ROOT, halting_model, images, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
 from test_loop import make_run
@@ -61,14 +61,13 @@ def test_checkpoint_records_the_share_of_the_start_in_its_average(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.97, True), (0.4, False), (None, False), (float("nan"), False)])
-def test_use_ema_of_an_average_that_hardly_moved_warns(tmp_path, share, warns, capsys):
+def test_use_ema_of_an_average_that_hardly_moved_warns_once(tmp_path, share, warns, capsys):
     path = save_halting_micro(tmp_path / "c.pth", num_classes=3)
     content = torch.load(path)
     checkpoint = Checkpoint(content | {"model_ema": content["model"], "ema_start_share": share}, "c.pth")
-    checkpoint.state_dict()
-    assert capsys.readouterr().err == ""
-    checkpoint.state_dict(use_ema=True)
-    assert ("97% of the averaged weights of c.pth" in capsys.readouterr().err) == warns
+    for use_ema in (False, True):
+        checkpoint.build_model(use_ema=use_ema)
+        assert capsys.readouterr().err.count("97% of the averaged weights of c.pth") == (warns and use_ema)
 
 
 # The learning rate ---------------------------------------------------------------------------------
@@ -124,6 +123,13 @@ def test_training_command_prints_each_warning_once(image_folder, capsys):
         "warning: the learning rate 6.25e-05 is scaled to 64 images per optimizer step ",
         "warning: the averaged weights ",
     ]
+
+
+def test_recipe_of_the_quickstart_prints_no_warning(tmp_path, capsys):
+    start = save_halting_micro(tmp_path / "start.pth", num_classes=10, gate=None)
+    flags = [f"@{ROOT / 'recipes' / 'digits_adaptive.args'}", "--epochs", "2", "--pretrained-path", str(start)]
+    main_act.main(flags)
+    assert capsys.readouterr().err == ""
 
 
 # The budget ----------------------------------------------------------------------------------------
