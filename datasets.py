@@ -92,8 +92,9 @@ class Preprocessing(NamedTuple):
     @classmethod
     def from_record(cls, record: object) -> Preprocessing | None:
         """Return the preprocessing in a record read from a file, or None if it is missing or not usable."""
-        values = [record.get(name) for name in cls._fields] if isinstance(record, dict) else [None] * len(cls._fields)
-        mean, std, interpolation, crop_pct, crop_mode = values
+        if not isinstance(record, dict):
+            return None
+        mean, std, interpolation, crop_pct, crop_mode = map(record.get, cls._fields)
         is_usable = (
             _are_numbers(mean, -MAX_PIXEL, MAX_PIXEL)
             and _are_numbers(std, MIN_STD, MAX_PIXEL)

@@ -11,6 +11,7 @@ from conftest import save_halting_micro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.layers import PatchEmbed
 from torchvision import transforms
 
@@ -153,6 +154,12 @@ def test_loaded_model_keeps_the_recorded_preprocessing(size, capsys):
     whole = checkpoint({"data_set": "CLUTTERED"}).build_model(img_size=size, halting=False)
     assert Preprocessing.from_model(whole) == WHOLE
     assert "preprocessed" not in capsys.readouterr().err
+
+
+def test_timm_builds_the_same_transform_from_a_loaded_model():
+    model, image = checkpoint({"data_set": "CLUTTERED"}).build_model(halting=False), random_image(90, 60)
+    by_timm = create_transform(**resolve_model_data_config(model))
+    assert torch.equal(by_timm(image), evaluation_transform(LARGE, Preprocessing.from_model(model))(image))
 
 
 def test_model_without_a_record_has_the_preprocessing_of_its_size():

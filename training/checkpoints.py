@@ -172,6 +172,7 @@ class Checkpoint:
         name, img_size: of the run's model; data_set: name of the run's dataset, or None for image files
         """
         trained = self.recorded_model(), str(self.recorded_flag("data_set"))
+        run = f"{name} on {data_set}" if data_set else name
         data_set = data_set or trained[1]
         own, recorded = run_preprocessing(name, img_size, data_set), self.recorded_preprocessing()
         if recorded is None or recorded == own:
@@ -184,7 +185,7 @@ class Checkpoint:
         if recorded != usual and (name, data_set) != trained:
             warn(
                 f"{self.location}: images are preprocessed as the checkpoint records, which differs from "
-                f"{name} on {data_set}: {recorded.difference(usual)}"
+                f"{run}: {recorded.difference(usual)}"
             )
         return recorded
 

@@ -103,7 +103,7 @@ def create_model(
 ) -> AdaptiveTokens:
     """Build an adaptive model; options: of timm.create_model and `AdaptiveTokens`.
 
-    preprocessing: of its images, kept in the model's pretrained_cfg; None: see `run_preprocessing`
+    preprocessing: of its images, kept in the model's pretrained_cfg with the size; None: see `run_preprocessing`
     Raises UserError if the model or the image size is not supported, or if the weights cannot be loaded.
     """
     check_model_name(name)
@@ -120,7 +120,7 @@ def create_model(
             reason if is_complete else f"--pretrained: the weights of {name} cannot be loaded: {reason}"
         ) from error
     preprocessing = preprocessing or run_preprocessing(name, img_size)
-    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing._asdict()}
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, *img_size), **preprocessing._asdict()}
     return model
 
 
