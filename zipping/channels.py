@@ -9,16 +9,16 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-LINEAR = re.compile(r"head(_dist)?|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc(1(_g|_x)?|2))")
+LINEAR = re.compile(r"head(_dist)?|blocks\.\d+\.(attn\.(qkv|gate|proj)|mlp\.fc(1(_g|_x)?|2))")
 WITHOUT_CHANNELS = re.compile(
-    r"(attn\.qkv|mlp\.fc1(_g|_x)?|head|head_dist)\.bias|(attn|mlp)\.norm\.\w+|attn\.[qk]_norm\.\w+|patch_embed\.backbone\..+"
+    r"(attn\.(qkv|gate)|mlp\.fc1(_g|_x)?|head|head_dist)\.bias|(attn|mlp)\.norm\.\w+|attn\.[qk]_norm\.\w+|patch_embed\.backbone\..+"
 )
 
 
 def channel_axis(name: str) -> int | None:
     """Return which axis of a ViT parameter holds the channels of the tokens; None if there is none."""
     in_block = _name_in_block(name)
-    if re.fullmatch(r"(head|head_dist)\.weight|attn\.qkv\.weight|mlp\.fc1(_g|_x)?\.weight", in_block):
+    if re.fullmatch(r"(head|head_dist)\.weight|attn\.(qkv|gate)\.weight|mlp\.fc1(_g|_x)?\.weight", in_block):
         return 1
     if re.fullmatch(r"(cls|dist|reg)_token|pos_embed", name):
         return 2
