@@ -133,20 +133,28 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(parser, args)
 
+    args.device = "cpu" if args.onnx else args.device
+
+    from training.command import run_cli
+
+    run_cli(parser, args, run_and_save, alone=True)
+
+
+def run_and_save(args: argparse.Namespace, device: torch.device) -> int:
+    """Measure all cases, and write what the flags ask for. Returns the exit status."""
     import utils
-    from training.launch import single_process
 
     try:
-        with single_process("cpu" if args.onnx else args.device) as device:
-            results = run(args, device)
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
-        if args.plot:
-            from benchmarks.plots import plot
+        results = run(args, device)
+    except FloatingPointError as error:
+        raise utils.UserError(str(error)) from error
+    if args.json:
+        utils.write_bytes(Path(args.json), json.dumps(results, indent=2).encode() + b"\n")
+    if args.plot:
+        from benchmarks.plots import plot
 
-            plot(results, args.plot)
-    except (utils.UserError, FloatingPointError, OSError) as error:
-        parser.error(str(error))
+        plot(results, args.plot)
+    return 0
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:

@@ -63,16 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
 
-    import utils
-    from training.launch import process_group
+    from training.command import one_line_errors
 
-    try:
+    with one_line_errors(parser, args):
+        from training.launch import process_group
+
         with process_group(args.device) as device:
             failed = run(args, device)
-    except utils.UserError as error:
-        parser.error(str(error))
-    if failed:
-        raise SystemExit(1)
+        if failed:
+            raise SystemExit(1)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> list[str]:

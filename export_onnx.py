@@ -39,12 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     if importlib.util.find_spec("onnx") is None:
         parser.error("the onnx package is not installed. Run: pip install -r requirements-export.txt")
 
-    import utils
+    from training.command import one_line_errors
 
-    try:
+    with one_line_errors(parser, args):
         export(args)
-    except (utils.UserError, OSError) as error:
-        parser.error(str(error))
 
 
 def make_parser() -> arguments.Parser:
@@ -102,7 +100,7 @@ def export(args: argparse.Namespace) -> None:
     onnx.helper.set_model_props(proto, metadata(checkpoint, model, args.use_ema))
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
-    utils.atomic_write(args.out, lambda file: file.write(content))
+    utils.write_bytes(args.out, content, durable=True)
     height, width = model.patch_embed.img_size
     gate = f"gate scale {model.gate_scale:g}, center {model.gate_center:g}" if model.halting else "static"
     images = "one image" if args.batch_mode == "single" else "images"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cases import STATIC, ZIPPED
+from utils import write_bytes
 
 
 def plot(results: list[dict], path: str) -> None:
@@ -20,7 +24,9 @@ def plot(results: list[dict], path: str) -> None:
     _plot_speedup(by_depth, at_largest, largest)
     smallest_depth = min(row["mean_depth"] for row in at_largest)
     _plot_time(by_batch, [row for row in results if abs(row["mean_depth"] - smallest_depth) < 1])
-    figure.savefig(path, dpi=150)
+    file = io.BytesIO()
+    figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_bytes(Path(path), file.getvalue())
 
 
 def _plot_speedup(axes: Axes, rows: list[dict], batch_size: int) -> None:

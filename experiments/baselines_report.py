@@ -5,7 +5,6 @@ Usage: python -m experiments.baselines_report RESULTS TITLE
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -14,13 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.stages import HELD_OUT, held_out, mean_and_error, table
+from training.parser import Parser
 
 FULL, HALTING, ANY_BUDGET, SHALLOW_HALTING = "full", "halting", "anybudget", "shallowhalting"
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
@@ -177,7 +173,10 @@ def differences_table(points: list[Point]) -> str:
 
 def chart(points: list[Point], place: Callable[[Point], float | None], label: str, title: str, path: Path) -> None:
     """Plot accuracy over the value that `place` returns for each point; bars are standard errors over seeds."""
-    figure, axes = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
+    from matplotlib.figure import Figure  # after the parser has set the backend
+
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    axes = figure.subplots()
     for number, (method, name) in enumerate(METHODS.items()):
         shown = [(place(p), p) for p in points if p.method == method and place(p) is not None]
         if not shown:
@@ -194,7 +193,6 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def report(results: Path, title: str) -> None:
@@ -223,7 +221,7 @@ def report(results: Path, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="baselines_report.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="baselines_report.py", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="folder with the recorded stages")
     parser.add_argument("title", help="title of the page and the charts")
     report(**vars(parser.parse_args(argv)))

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ class Flags(argparse.Namespace):
     """
 
     __slots__ = ("given",)
+
+
+SILENT_SECONDS = 0.5  # torchrun ends all processes after the first: the one that prints must not be later
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Iterable[str] | None = None) -> Flags:
         guard_streams()
+        draw_to_files()
         words = [_with_dashes(word) for word in self._with_files_read(sys.argv[1:] if args is None else args)]
         flags, unknown = self.parse_known_args(words, Flags())
         if unknown:
@@ -79,12 +84,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str, status: int = 2, everywhere: bool = False):
         """Print one line to stderr and exit; only the first process per machine prints, unless `everywhere`."""
+        self.end(f"error: {message}", status, everywhere)
+
+    def end(self, line: str, status: int, everywhere: bool = False):
+        """Exit like `error`, with another line."""
         # A single process prints even if a launcher left LOCAL_RANK in its environment.
         is_alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
         if not (is_alone or everywhere or os.environ.get("LOCAL_RANK", "") in ("", "0")):
+            time.sleep(SILENT_SECONDS)
             self.exit(status)
-        printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-        self.exit(status, f"{self.prog}: error: {printable}\n")
+        printable = "".join(c if c.isprintable() else "?" for c in " ".join(line.split()))
+        self.exit(status, f"{self.prog}: {printable}\n")
 
 
 class GuardedStream:
@@ -116,6 +126,14 @@ def guard_streams() -> None:
         if not isinstance(stream, GuardedStream):
             devnull = open(os.devnull, "w") if stream is None else None  # noqa: SIM115 - open for the whole process
             setattr(sys, name, GuardedStream(stream or devnull))
+
+
+def draw_to_files() -> None:
+    """Make matplotlib draw to files in this process and its children, whatever backend a notebook has set.
+
+    Must be called before matplotlib is imported, because that fails if the package of the backend is missing.
+    """
+    os.environ["MPLBACKEND"] = "agg"
 
 
 class _Formatter(argparse.HelpFormatter):

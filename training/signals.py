@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, saves a checkpoint and exits with status 0."""
+"""Signals. They stop a training run after its step, with a checkpoint and status 0, and any other work immediately."""
 
 from __future__ import annotations
 
@@ -16,6 +16,38 @@ _asked = RawValue("b", 0)  # shared with the data-loader workers: 1 if a signal 
 
 class Interrupted(Exception):
     """Raised when a signal has stopped a run. If it has an output folder, it has saved a checkpoint before."""
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """Raised in the main thread by SIGINT or SIGTERM outside of training."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextmanager
+def raising_signals() -> Iterator[None]:
+    """Raise StoppedBySignal for the first SIGINT or SIGTERM inside the context, and ignore later ones.
+
+    A launcher repeats the signal that its processes receive from the terminal. Handlers of a calling program stay, and
+    signals that are ignored (nohup) stay ignored.
+    """
+    replaced = {}
+
+    def stop(number: int, _) -> None:
+        for each in replaced:
+            signal.signal(each, signal.SIG_IGN)
+        raise StoppedBySignal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                replaced[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
