@@ -162,7 +162,7 @@ def _device(device_type: str | None, processes: int) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UserError(f"--device {device_type}: this device is not supported; use --device cuda or --device cpu")
+        raise UserError(f"--device {device_type}: expected cuda or cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if device.index is not None and processes > 1:

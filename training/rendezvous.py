@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 import utils
-from datasets import Stream
+from datasets import Stream, dataset_digest
 from utils import RankError, all_gather_objects, environment_int
 
 PROCESS_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others fails
@@ -272,6 +272,7 @@ def require_same_images(images: Dataset) -> Dataset:
                 "the number of images in --data-path": number,
                 "the number of classes": len(images.classes),
                 "the checksum of the class names": f"{classes:08x}",
+                "the checksum of the image names and labels": dataset_digest(images)[:8],
             }
         )
     return images

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import Script, free_port, in_processes
 
+from datasets import build_dataset
 from training import rendezvous
 from training.arguments import parse_args
 from training.launch import resolve_launch_environment
-from training.rendezvous import difference, job_name, meet, require_same, settings_of
+from training.rendezvous import difference, job_name, meet, require_same, require_same_images, settings_of
 from utils import RankError
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--no-model-ema"]
@@ -195,6 +196,22 @@ def test_settings_ignore_what_may_differ_per_machine(tmp_path):
     assert "--finetune is a file with checksum" in difference(settings("one", files[2]), first, 1)
     assert "--output-dir is not given" in difference(settings("", files[0]), first, 1)
     assert "--lr is 1.0 instead of 0.0005" in difference(settings("one", files[0], "--lr", "1"), first, 1)
+
+
+def _require_same_images(rank, folders, path):
+    images = build_dataset("IMNET", str(folders[0]), False, (32, 32))
+    assert require_same_images(images) is images
+    with pytest.raises(RankError, match=r"process 1 differs .*: the checksum of the image names and labels is"):
+        require_same_images(build_dataset("IMNET", str(folders[rank]), False, (32, 32)))
+    (path / str(rank)).touch()
+
+
+def test_images_of_other_names_are_refused(tmp_path):
+    folders = [make_image_folder(tmp_path / name, classes=2, train=1, val=2) for name in "ab"]
+    renamed = next(path for path in (folders[1] / "val").rglob("*") if path.is_file())
+    renamed.rename(renamed.with_stem("other"))
+    in_processes(_require_same_images, folders, tmp_path)
+    assert (tmp_path / "1").exists()
 
 
 def _require_same(rank, path):
