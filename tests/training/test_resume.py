@@ -180,6 +180,29 @@ def test_switched_parts_of_a_run_continue_with_one_line(image_folder, tmp_path, 
     assert "--no-halting" in warning
 
 
+def test_two_processes_continue_the_epoch_of_one_after_the_same_images(image_folder, tmp_path, monkeypatch):
+    """One process has read 2 batches of 4 images. Two processes read the rest of the epoch in batches of 1."""
+    images = len(list((image_folder / "train").rglob("*.png")))
+    calls = iter(range(1, 100))
+
+    def asked(self):
+        self.signal = "SIGTERM" if next(calls) >= 2 else None
+        return self.signal is not None
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("training.signals.StopRequest.asked", asked)
+        run(image_folder, out, "--epochs", 1)
+    left = -(-images // 2) - 4  # the last image of an odd number is repeated
+    command = [*flags(image_folder, out, 0), "--checkpoint-steps", "0", "--epochs", "1", "--batch-size", "1"]
+    statuses, output, errors = script_in_processes(2, command, tmp_path)
+    assert statuses == [0, 0], errors
+    assert "resuming at epoch 0 (the first is 0), after 2 of its batches (8 images)" in output
+    assert f"Epoch 0 [{2 + left}/{2 + left}]" in output
+    assert "cannot continue exactly" not in errors
+    assert "the number of processes was 1 and is now 2" in errors
+
+
 def test_keep_saves_the_last_epochs(image_folder, tmp_path):
     run(image_folder, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*.pth"))
@@ -298,6 +321,39 @@ def test_changed_training_state_raises_or_trains(saved, data):
     run.options.epochs = min(2, run.epoch.number + 1)
     with contextlib.suppress(FloatingPointError):
         run.train()
+
+
+def test_plateau_keeps_its_decays_and_follows_the_flags(tmp_path):
+    """The rate was decayed by 10; the resumed run has half the rate and another decay rate."""
+    before, now = make_run(tmp_path, sched="plateau"), make_run(sched="plateau")
+    optimizer, plateau = before.trainer.optimizer, before.schedule.scheduler.lr_scheduler
+    optimizer.param_groups[0]["lr"] = 0.01
+    plateau.best, plateau.num_bad_epochs = 70.0, 3
+    before.save("checkpoint.pth")
+    now.trainer.optimizer.param_groups[0]["initial_lr"] = 0.05
+    now.schedule.scheduler.lr_scheduler.factor = 0.5
+    now.load_state_dict(Checkpoint.load(str(tmp_path / "checkpoint.pth")))
+    assert now.trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    resumed = now.schedule.scheduler.lr_scheduler
+    assert (resumed.best, resumed.num_bad_epochs, resumed.factor) == (70.0, 3, 0.5)
+
+
+def test_plateau_that_replaces_another_schedule_starts_at_the_rate_of_the_flags(saved):
+    run = make_run(sched="plateau")
+    rate = run.trainer.optimizer.param_groups[0]["lr"]
+    run.load_state_dict(Checkpoint(torch.load(io.BytesIO(saved)), "c.pth"))
+    assert run.trainer.optimizer.param_groups[0]["lr"] == rate
+
+
+def test_averages_of_an_epoch_with_other_halting_start_anew(saved):
+    checkpoint = torch.load(io.BytesIO(saved))
+    assert checkpoint["averages"]["sums"] == {}
+    checkpoint |= {"batches": 1, "images": 4, "averages": {"weight": 4.0, "sums": {"loss": torch.tensor(8.0)}}}
+    runs = [make_run(), make_run()]
+    runs[1].trainer.model.halting = False
+    for run in runs:
+        run.load_state_dict(Checkpoint(checkpoint, "c.pth"))
+    assert [run.epoch.averages.weight for run in runs] == [4.0, 0.0]
 
 
 def test_checkpoint_without_data_wait_resumes(saved):
