@@ -159,6 +159,17 @@ def test_epoch_state_of_an_older_checkpoint_converts_batches_to_images():
         epoch.load_state_dict({**checkpoint, "processes": -2})
 
 
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf"), "x", None])
+def test_invalid_gradient_scale_raises(scale):
+    trainer = make_trainer(amp="fp16")
+    checkpoint = {**trainer.state_dict(), "scaler": {"scale": 4.0, "_growth_tracker": 7}}
+    trainer.load_state_dict(checkpoint)
+    assert (trainer.scaler.get_scale(), trainer.scaler.state_dict()["_growth_tracker"]) == (4.0, 7)
+    checkpoint["scaler"]["scale"] = scale
+    with pytest.raises((TypeError, ValueError)):
+        trainer.load_state_dict(checkpoint)
+
+
 def test_epoch_counts_its_images():
     epoch = EpochState(0, images_per_batch=4)
     train_one_epoch(make_trainer(), loader(8, 4), epoch)

@@ -359,7 +359,9 @@ class Schedule:
     def state_dict(self) -> dict:
         """Return the schedule's entry of a checkpoint; all but plateau follow from the number of updates."""
         plateau = getattr(self.scheduler, "lr_scheduler", None)  # timm's state_dict omits it
-        return {"plateau": plateau.state_dict() if plateau is not None else None}
+        if plateau is None:
+            return {"plateau": None}
+        return {"plateau": plateau.state_dict() | {"restore_lr": self.scheduler.restore_lr}}
 
     def load_state_dict(self, checkpoint: dict) -> None:
         """Restore the progress of a plateau schedule and its learning rate, relative to that of the flags.
@@ -370,11 +372,16 @@ class Schedule:
         if plateau is None or saved is None:
             return
         plateau.load_state_dict({name: kind(saved[name]) for name, kind in PLATEAU_PROGRESS.items()})
-        before = checkpoint["optimizer"]["param_groups"][0]
-        for group in self.scheduler.optimizer.param_groups:
-            group["lr"] = float(before["lr"]) * (group["initial_lr"] / float(before["initial_lr"]))
+        before, groups = checkpoint["optimizer"]["param_groups"][0], self.scheduler.optimizer.param_groups
+        without_noise = saved.get("restore_lr")  # None if the rate has no noise, and missing in older checkpoints
+        self.scheduler.restore_lr = None if without_noise is None else [0.0] * len(groups)
+        for number, group in enumerate(groups):
+            scale = group["initial_lr"] / float(before["initial_lr"])
+            group["lr"] = float(before["lr"]) * scale
             if not 0 <= group["lr"] < math.inf:
                 raise ValueError(f"the learning rate must be finite, got {group['lr']}")
+            if without_noise is not None:
+                self.scheduler.restore_lr[number] = float(without_noise[0]) * scale
 
 
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Schedule:

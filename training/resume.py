@@ -65,7 +65,7 @@ def data_record(loader: ImageLoader) -> dict:
     """Return a checkpoint's record of the training data: number of images, digest, and a stream's division."""
     record = {"images": loader.num_images, "digest": dataset_digest(loader.images)}
     if isinstance(loader, StreamLoader):
-        record["stream"] = [loader.batch_size, max(loader.num_workers, 1), utils.world_size()]
+        record["stream"] = [loader.batch_size, loader.num_workers, utils.world_size()]
     return record
 
 
@@ -141,4 +141,5 @@ def _stream_change(before: list, now: list, images: int) -> tuple[str, int | Non
 
 
 def _images_by_worker(batches: int, batch_size: int, workers: int) -> list[int]:
+    workers = max(workers, 1)  # 0 stands for the process itself
     return [batch_size * (batches // workers + (worker < batches % workers)) for worker in range(workers)]

@@ -87,15 +87,15 @@ def test_checkpoint_without_a_record_of_the_data_warns_about_nothing(capsys):
 @pytest.mark.parametrize(
     ("before", "images", "expected"),
     [
-        ([4, 1, 1], 4, ""),
-        ([2, 1, 1], 4, ""),  # both are at a border of batches
+        ([4, 0, 1], 4, ""),
+        ([2, 0, 1], 4, ""),  # both are at a border of batches
         (
-            [2, 1, 1],
+            [2, 0, 1],
             6,
             "a stream is divided by batch size 2 -> 4, so epoch 3 .* after 6 of 16 images .* up to 2 images",
         ),
-        ([4, 2, 1], 4, "divided by data-loader workers 2 -> 1, so .* up to 4 images"),
-        ([8, 1, 2], 8, "divided by batch size 8 -> 4, processes 2 -> 1, so .* up to 8 images"),
+        ([4, 2, 1], 4, "divided by data-loader workers 2 -> 0, so .* up to 4 images"),
+        ([8, 0, 2], 8, "divided by batch size 8 -> 4, processes 2 -> 1, so .* up to 8 images"),
     ],
 )
 def test_stream_of_another_division_warns(before, images, expected, tmp_path, capsys):

@@ -329,11 +329,13 @@ def test_plateau_keeps_its_decays_and_follows_the_flags(tmp_path):
     optimizer, plateau = before.trainer.optimizer, before.schedule.scheduler.lr_scheduler
     optimizer.param_groups[0]["lr"] = 0.01
     plateau.best, plateau.num_bad_epochs = 70.0, 3
+    before.schedule.scheduler.restore_lr = [0.012]  # without noise
     before.save("checkpoint.pth")
     now.trainer.optimizer.param_groups[0]["initial_lr"] = 0.05
     now.schedule.scheduler.lr_scheduler.factor = 0.5
     now.load_state_dict(Checkpoint.load(str(tmp_path / "checkpoint.pth")))
     assert now.trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert now.schedule.scheduler.restore_lr == pytest.approx([0.006])
     resumed = now.schedule.scheduler.lr_scheduler
     assert (resumed.best, resumed.num_bad_epochs, resumed.factor) == (70.0, 3, 0.5)
 
