@@ -33,6 +33,7 @@ from training.network import (
     resolve_network,
 )
 from training.weights import MAX_SIDE, fits, fitting_models, load_weights
+from training.wrappers import EMA_WEIGHTS, WEIGHTS, named_tensors, unwrapped, vit_under_any_key, weights_under
 from utils import UserError, did_you_mean, log, warn
 
 MAX_CLASSES = 100_000  # a larger head is refused
@@ -63,6 +64,7 @@ class Checkpoint:
 
     def __init__(self, content: dict, location: str, flag: str | None = None):
         self.content, self.location, self.flag = content, location, flag
+        self._printed: set[str] = set()  # lines that are printed only once
 
     @classmethod
     def load(cls, location: str, flag: str | None = None) -> Checkpoint:
@@ -100,17 +102,22 @@ class Checkpoint:
 
         Raises UserError if the checkpoint holds no such named tensors.
         """
-        ema, raw = (_weights_in(self.content, names) for names in (EMA_WEIGHTS, WEIGHTS))
+        ema, raw = (weights_under(self.content, keys) for keys in (EMA_WEIGHTS, WEIGHTS))
         if use_ema and ema is None:
             raise UserError(f"{self.location} has no averaged weights (model_ema); omit --use-ema")
-        weights = ema if use_ema else raw or _named_tensors(self.content)
+        raw = raw or named_tensors(self.content) or vit_under_any_key(self.content, self.location)
+        weights = ema if use_ema else raw
         if weights is None and ema is not None:
             raise UserError(f"{self.location} has only averaged weights; pass --use-ema")
         if weights is None:
             raise UserError(
                 f"{self.location} has no weights; expected named tensors, at the top level or under 'model'"
             )
-        return _without_prefixes(weights)
+        weights, others = unwrapped(weights, self.location)
+        if others and others not in self._printed:
+            self._printed.add(others)
+            warn(others)
+        return weights
 
     def warn_about_average(self) -> None:
         """Warn if the averaged weights are mostly those that training started from."""
@@ -344,37 +351,6 @@ def _as_size(recorded: object) -> tuple[int, int] | None:
     sides = sides[1:] if len(sides) == 3 and sides[0] == 3 else sides
     is_size = 1 <= len(sides) <= 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
     return (sides[0], sides[-1]) if is_size else None
-
-
-# Weights inside wrappers --------------------------------------------------------------------------
-
-# Keys under which other programs store weights, and prefixes that wrappers add to every name.
-WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "weights")
-EMA_WEIGHTS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
-PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
-MAX_WRAPPERS = 5  # nested in each other
-
-
-def _named_tensors(content: object) -> dict | None:
-    is_weights = isinstance(content, dict) and bool(content) and all(map(utils.is_plain_tensor, content.values()))
-    return content if is_weights else None
-
-
-def _weights_in(content: object, names: Sequence[str], depth: int = MAX_WRAPPERS) -> dict | None:
-    """Return the named tensors under the first of these keys that has some, at any depth, or None."""
-    for name in names if isinstance(content, dict) and depth else ():
-        inside = content.get(name)
-        weights = _named_tensors(inside) or _weights_in(inside, WEIGHTS, depth - 1)
-        if weights:
-            return weights
-    return None
-
-
-def _without_prefixes(weights: dict) -> dict[str, Tensor]:
-    weights = {str(name): value for name, value in weights.items()}
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
 
 
 # Files -------------------------------------------------------------------------------------------
