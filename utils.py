@@ -185,8 +185,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], durable: bool 
     """Write a temporary file next to `path`, then rename it, so that `path` is always the old or the new file.
 
     durable: flush the file and its folder to the disk. A symbolic link stays a link.
-    An OSError leaves the old file in place.
+    An OSError leaves the old file in place. A device or a pipe, such as /dev/stdout, is written to directly.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        with open(path, "wb") as device:
+            write(device)
+        return
     path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.partial")
     try:

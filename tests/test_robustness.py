@@ -190,6 +190,16 @@ def test_atomic_write_keeps_a_symbolic_link(tmp_path):
     assert real.read_bytes() == b"new"
 
 
+def test_atomic_write_does_not_replace_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    utils.atomic_write(pipe, lambda file: file.write(b"new"))
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
 def test_atomic_write_to_a_folder_without_fsync(tmp_path, monkeypatch):
     flush = os.fsync
 
