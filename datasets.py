@@ -261,11 +261,11 @@ def dataset_digest(images: Dataset) -> str:
         names = images.shards
     elif (samples := getattr(reader, "samples", None)) and isinstance(samples[0][0], str | Path):
         start = len(str(reader.root))
-        names = [f"{str(path)[start:]}\t{label}" for path, label in samples]
+        names = [f"{str(path)[start:].lstrip(os.sep)}\t{label}" for path, label in samples]
     else:
         targets = getattr(images, "targets", ())
         names = map(str, targets.tolist() if isinstance(targets, torch.Tensor) else targets)
-    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256("\n".join(names).encode(errors="backslashreplace")).hexdigest()
 
 
 def spread_sample(images: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,9 @@ def folder(root):
 def test_digest_follows_names_and_labels(tmp_path):
     root = make_image_folder(tmp_path / "a", classes=2, train=3, val=1)
     digest = dataset_digest(folder(root))
-    assert dataset_digest(folder(root.rename(tmp_path / "moved"))) == digest
+    data = folder(root.rename(tmp_path / "moved"))
+    assert dataset_digest(data) == digest
+    assert dataset_digest(SimpleNamespace(root=f"{data.root}/", samples=data.samples)) == digest
     first = next((tmp_path / "moved" / "train" / "class_0").iterdir())
     first.rename(first.with_name("other.png"))
     assert dataset_digest(folder(tmp_path / "moved")) != digest
