@@ -353,6 +353,15 @@ def test_differences_of_models_with_the_same_parameters(name, other, expected):
 # Commands ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "a"], [1, 2]])
+def test_class_names_that_do_not_fit_the_head_are_named(names):
+    checkpoint = Checkpoint({"model": weights_of(), "classes": names}, "c.pth")
+    _, lines = resolve(checkpoint)
+    assert [line for line in lines if "but its head has 2 classes; the names are not used" in line]
+    assert list(checkpoint.names_by_class()) == ["class 0", "class 1"]
+    assert not any("names" in line for line in resolve(Checkpoint({"model": weights_of()}, "c.pth"))[1])
+
+
 def test_commands_use_the_recorded_model_and_size(tmp_path, image_folder, capsys):
     micro = timm.create_model("avit_micro_patch4_32", img_size=28, num_classes=3).state_dict()
     args = {"model": "avit_micro_patch4_32", "input_size": [28]}

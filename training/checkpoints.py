@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -204,6 +205,20 @@ class Checkpoint:
         names = [normal_name(name) for name in recorded]
         return names if names and len(set(names)) == len(names) else None
 
+    def _names_of_rows(self, num_rows: int) -> list[str] | None:
+        """Return the recorded class names if there is one for each row of the head, else None."""
+        recorded = self.recorded_classes()
+        return recorded if recorded is not None and len(recorded) == num_rows else None
+
+    def warn_about_class_names(self, use_ema: bool = False) -> None:
+        """Warn if class names are recorded that cannot be those of the head's rows."""
+        head = self.state_dict(use_ema).get("head.weight")
+        if not self.content.get("classes") or head is None or head.ndim != 2 or self._names_of_rows(len(head)):
+            return
+        recorded = self.recorded_classes()
+        problem = f"{len(recorded)} class names" if recorded else "class names that are not distinct texts"
+        warn(f"{self.location} records {problem}, but its head has {len(head)} classes; the names are not used")
+
     def head_for(
         self, classes: Sequence[str], use_ema: bool = False, replace_head: bool = False, keep_others: bool = False
     ) -> Head:
@@ -213,8 +228,7 @@ class Checkpoint:
         num_rows = counts.pop() if len(counts) == 1 else 0
         if not 1 <= num_rows <= MAX_CLASSES:  # there is no head, or `load_weights` refuses it
             return Head(list(classes))
-        recorded = self.recorded_classes()
-        recorded = recorded if recorded is not None and len(recorded) == num_rows else None
+        recorded = self._names_of_rows(num_rows)
         options = {"replace_head": replace_head, "keep_others": keep_others}
         same_order = self.flag == "resume" and not keep_others
         return match_head(self.location, classes, recorded, num_rows, same_order=same_order, **options)
@@ -233,10 +247,8 @@ class Checkpoint:
         head = self.state_dict().get("head.weight")
         if head is None or head.ndim != 2 or not 1 <= len(head) <= MAX_CLASSES:
             raise UserError(f"{self.location} has no head: expected head.weight of shape [classes, channels]")
-        recorded = self.recorded_classes()
-        if recorded is not None and len(recorded) == len(head):
-            return {name: name for name in recorded}
-        return default_names(len(head))
+        recorded = self._names_of_rows(len(head))
+        return default_names(len(head)) if recorded is None else {name: name for name in recorded}
 
     def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
         """Return the budget curve of the weights, or None if there is none."""
@@ -417,8 +429,12 @@ def _local_path(location: str) -> Path:
     if location.startswith("https://"):
         try:
             with utils.main_process_first():
-                name = f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{Path(location).name}"
-                return Path(download_cached_file((location, name), check_hash=False, progress=utils.is_main()))
+                name, start = f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{Path(location).name}", time.time()
+                path = Path(download_cached_file((location, name), check_hash=False, progress=utils.is_main()))
+                if (saved := path.stat().st_mtime) < start:
+                    day = time.strftime("%Y-%m-%d", time.localtime(saved))
+                    log(f"{location}: using the copy of {day} in {path}; delete it to download the file again")
+                return path
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"{location} cannot be downloaded: {error}") from error
     path = Path(location)

@@ -75,10 +75,15 @@ def _as_csv(rows: list[tuple]) -> bytes:
 
 
 def check_complete(result: dict, loader: ImageLoader) -> None:
-    """Raise UserError if a complete evaluation has read fewer images than the dataset has."""
+    """Raise UserError if a complete evaluation has read another number of images than the dataset declares."""
     if result["images"] < loader.num_images:
         raise UserError(
             f"only {result['images']} of {loader.num_images} validation images could be read; check --data-path"
+        )
+    if 0 < loader.num_images < result["images"]:
+        raise UserError(
+            f"the dataset declares {loader.num_images} validation images, but {result['images']} were read; correct "
+            "_info.json, or the number in --val-split"
         )
 
 

@@ -36,8 +36,10 @@ def resolve_launch_environment(world_size: int | None = None) -> LaunchEnvironme
     """
     if not os.environ.get("RANK", "").strip() and environment_int("SLURM_STEP_NUM_TASKS", 1) > 1:
         _adopt_slurm_variables()
-    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "").strip() else "--world-size"
-    world_size = environment_int("WORLD_SIZE", world_size or 1)
+    source, flag = "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "").strip() else "--world-size", world_size
+    world_size = environment_int("WORLD_SIZE", flag or 1)
+    if flag not in (None, world_size):
+        warn(f"--world-size is {flag} but WORLD_SIZE is {world_size} in the environment; using {world_size}")
     if world_size <= 1:
         return LaunchEnvironment(0, 1)
     rank = environment_int("RANK", -1)

@@ -124,6 +124,7 @@ def resolve_network(
         _check_model(checkpoint, model, img_size, flags, purpose)
         if flags.use_ema:
             checkpoint.warn_about_average()
+        checkpoint.warn_about_class_names(flags.use_ema)
         images = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
     halting = flags.halting and not (evaluates and _must_be_static(checkpoint, flags, pretrained))
     gate = _gate_of(checkpoint, flags, GATE_NAMES if halting and log_gate else ())

@@ -1,4 +1,4 @@
-"""Warnings before training: settings whose numbers do not fit each other or the data set."""
+"""Warnings before training: settings whose numbers do not fit each other or the dataset."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def warn_about_batches(args: argparse.Namespace, lr: float, loader: ImageLoader)
     warn(
         f"the learning rate {lr:g} is scaled to {args.batch_size * args.accum_steps * processes} images per optimizer "
         f"step (--batch-size {args.batch_size} x --accum-steps {args.accum_steps} x processes {processes}), but the "
-        f"data set is so small that a step has at most {batch * batches * processes}. Pass {fix}"
+        f"dataset is so small that a step has at most {batch * batches * processes}. Pass {fix}"
     )
 
 

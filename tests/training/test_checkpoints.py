@@ -1,5 +1,7 @@
 import argparse
+import os
 import random
+import re
 
 import hostile_checkpoints
 import pytest
@@ -74,6 +76,15 @@ def test_https_url_is_downloaded(tmp_path, monkeypatch):
     assert name.endswith("-c.pth")
     with pytest.raises(UserError, match="no such file"):
         checkpoints.load_checkpoint("http://example.org/c.pth")
+
+
+def test_cached_copy_of_a_url_is_named(tmp_path, monkeypatch, capsys):
+    torch.save({}, tmp_path / "c.pth")
+    os.utime(tmp_path / "c.pth", (0, 86_400))
+    monkeypatch.setattr(checkpoints, "download_cached_file", lambda *_, **__: tmp_path / "c.pth")
+    checkpoints.load_checkpoint("https://example.org/c.pth")
+    line = r"https://example\.org/c\.pth: using the copy of 1970-01-0\d in .*c\.pth; delete it to download .*\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def test_safetensors_file_loads(tmp_path):

@@ -67,6 +67,13 @@ def test_missing_image_in_an_evaluation_raises():
         evaluate_dataset(halting_model(), loader, CPU, "none")
 
 
+def test_more_images_than_declared_raise():
+    loader = evaluation_loader(TensorDataset(images(7), torch.arange(7)), 3, num_workers=0, pin_memory=False)
+    loader.num_images = 6
+    with pytest.raises(UserError, match="declares 6 validation images, but 7 were read"):
+        evaluate_dataset(halting_model(), loader, CPU, "none")
+
+
 def test_zipping_speeds_measures_both_modes_and_keeps_the_model():
     model = halting_model(zip_tokens=False).train()
     speeds = zipping_speeds(model, images(), CPU, "none", rounds=1)

@@ -74,7 +74,7 @@ INEFFECTIVE = [
     ("main_act.py", "--momentum 0.9", {"--momentum": "an optimizer with momentum"}),
     ("main_act.py", "--opt sgd --opt-betas 0.9 0.99", {"--opt-betas": "an optimizer with betas"}),
     ("main_act.py", "--inat-category genus", {"--inat-category": "--data-set INAT or INAT19"}),
-    ("main_act.py", "--data-set DIGITS --data-path x", {"--data-path": "a data set with files"}),
+    ("main_act.py", "--data-set DIGITS --data-path x", {"--data-path": "a dataset with files"}),
     ("main_act.py", "--keep 3", {"--keep": "--output-dir"}),
     ("main_act.py", "--use-ema", {"--use-ema": "weights from --finetune or --pretrained-path"}),
     ("main_act.py", "--device cpu --pin-mem", {"--pin-mem": "a CUDA device"}),

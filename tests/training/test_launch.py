@@ -143,3 +143,11 @@ def test_invalid_launch_environment_raises(monkeypatch, environment, world_size,
     )
     with pytest.raises(UserError, match=f"^{message}"):
         resolve_launch_environment(world_size)
+
+
+def test_world_size_of_the_environment_wins_with_a_warning(monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2", "RANK": "1"})
+    assert resolve_launch_environment(4).world_size == 2
+    assert "--world-size is 4 but WORLD_SIZE is 2 in the environment; using 2" in capsys.readouterr().err
+    resolve_launch_environment(2)
+    assert not capsys.readouterr().err
