@@ -155,6 +155,7 @@ class TrainingRun:
                 if not lines[-1].endswith("\n"):  # the last line is incomplete after a crash
                     utils.atomic_write(path, lambda file: file.write(("".join(lines) + "\n").encode()))
             elif kept != lines:
+                log(f"{path}: removed {len(lines) - len(kept)} line(s) that are later than the checkpoint")
                 utils.atomic_write(path, lambda file: file.write("".join(kept).encode()))
             if self.options.tensorboard:
                 from training.tensorboard import TensorBoardLogger  # slow to import

@@ -12,7 +12,7 @@ import losses
 from engine_act import EpochState, Trainer
 from training import loop
 from training.build import Schedule
-from training.checkpoints import load_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.loaders import evaluation_loader, training_loader
 from training.loop import RunOptions, TrainingRun
 
@@ -44,6 +44,17 @@ def test_run_trains_logs_and_saves_the_number_of_epochs(tmp_path):
     assert checkpoint["args"] == {"lr": 0.1}
     assert checkpoint["gate"]["gate_center"] == 12.0
     assert best["best_acc1"] == checkpoint["best_acc1"]
+
+
+def test_lines_after_the_checkpoint_are_removed_and_counted(tmp_path, capsys):
+    make_run(tmp_path, epochs=1).train()
+    log = tmp_path / "log.txt"
+    log.write_text(log.read_text() + '{"epoch": 1}\n{"epoch": 2}\n')
+    resumed = make_run(tmp_path, epochs=1)
+    resumed.load_state_dict(Checkpoint.load(str(tmp_path / "checkpoint.pth")))
+    resumed.train()
+    assert "log.txt: removed 2 line(s) that are later than the checkpoint" in capsys.readouterr().out
+    assert len(log.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(("accum_steps", "updates"), [(1, 3), (2, 2)])
