@@ -264,15 +264,16 @@ def require_same(settings: dict[str, object]) -> None:
 
 def require_same_images(images: Dataset) -> Dataset:
     """Return the dataset. Raises RankError in every process if its images or classes differ between processes."""
-    if utils.world_size() > 1:
-        number = images.num_images if isinstance(images, Stream) else len(images)
-        classes = zlib.crc32("\n".join(images.classes).encode(errors="surrogateescape"))
-        require_same(
-            {
-                "the number of images in --data-path": number,
-                "the number of classes": len(images.classes),
-                "the checksum of the class names": f"{classes:08x}",
-                "the checksum of the image names and labels": dataset_digest(images)[:8],
-            }
-        )
+    if utils.world_size() == 1:
+        return images
+    is_stream = isinstance(images, Stream)
+    classes = zlib.crc32("\n".join(images.classes).encode(errors="surrogateescape"))
+    settings = {
+        "the number of images in --data-path": images.num_images if is_stream else len(images),
+        "the number of classes": len(images.classes),
+        "the checksum of the class names": f"{classes:08x}",
+    }
+    if not is_stream or images.train:  # in validation, each process has shards of its own
+        settings["the checksum of the image names and labels"] = dataset_digest(images)[:8]
+    require_same(settings)
     return images
