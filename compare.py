@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from training.arguments import Parser
+from training.command import one_line_errors
 
 HEAD = ("", "top-1", "mean depth", "multiply-adds", "difference in points")
 TOLERANCE = 1e-3  # of means that are computed again from rounded values; an image of 50,000 is 2e-3 points
@@ -157,7 +158,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="OUTPUT_DIR",
         help="output folder of main_act.py --eval; differences are to the first one",
     )
-    folders = parser.parse_args(argv).folders
+    args = parser.parse_args(argv)
+    with one_line_errors(parser, args):
+        print_table(parser, args.folders)
+
+
+def print_table(parser: Parser, folders: Sequence[Path]) -> None:
+    """Print the table of the folders' evaluations."""
     evaluations, rows = [], [HEAD]
     for folder, label in zip(folders, labels(folders)):
         try:

@@ -14,6 +14,7 @@ from conftest import ROOT, make_image_folder, save_halting_micro
 from processes import Script, script_in_processes, start_group
 
 import benchmark
+import compare
 import cuda_check
 import export_onnx
 import main_act
@@ -224,7 +225,9 @@ def test_lost_process_gives_one_line(tmp_path, data):
     assert "process 0 lost another process of the run. See the error of that process." in errors
 
 
-@pytest.mark.parametrize("command", [main_act, visualize, benchmark, export_onnx, cuda_check], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "command", [main_act, visualize, benchmark, export_onnx, cuda_check, compare], ids=lambda m: m.__name__
+)
 def test_every_command_has_the_frame(monkeypatch, capsys, command, tmp_path):
     """A lack of memory anywhere in the command's work is one line."""
 
@@ -234,9 +237,10 @@ def test_every_command_has_the_frame(monkeypatch, capsys, command, tmp_path):
     argv = {
         visualize: ["--curves", tmp_path],
         export_onnx: [tmp_path, tmp_path / "o.onnx"],
+        compare: [tmp_path],
         cuda_check: ["--device", "cpu"],
     }.get(command, ["--device", "cpu"])
-    monkeypatch.setattr(command, "export" if command is export_onnx else "run", fail)
+    monkeypatch.setattr(command, {export_onnx: "export", compare: "print_table"}.get(command, "run"), fail)
     code, errors = stopped(lambda: command.main([*map(str, argv)]), capsys)
     assert code == 1
     assert errors.startswith(f"{command.__name__}.py: error: out of memory: ")
