@@ -112,6 +112,16 @@ def test_lack_of_memory_names_the_flags_of_the_command():
     assert "--batch-size" not in memory_line(["c.pth", "o.onnx"], export_onnx.make_parser().parse_args)
 
 
+@pytest.fixture
+def own_handlers():
+    """Install the default handlers: a shell starts background jobs with SIGINT ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_with_one_line(capsys, number):
     before = signal.getsignal(number)
