@@ -23,7 +23,7 @@ from macs import macs_per_image
 from models_act import Halting
 from utils import MetricAverages, autocast
 
-MAX_START_SHARE = 0.5  # of the averaged weights; if more of the average is the starting weights, it hardly moved
+MAX_START_SHARE = 0.5  # of the averaged weights; if more of the average is the starting weights, it moved too little
 MAX_SKIPPED = 30  # steps in a row; the gradient scale has then fallen from 2^16 to 2^-14
 
 

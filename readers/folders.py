@@ -89,13 +89,13 @@ def _sort_out(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
 def warn_skipped_files(folder: Path, skipped: Counter[str], num_beside: int = 0) -> None:
     """Print one warning that counts the files of a folder that are not used.
 
-    skipped: numbers of files that are not images, by kind; num_beside: number of images beside the class folders
+    skipped: numbers of files that are not images, by kind; num_beside: number of images next to the class folders
     """
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(skipped.items()) if number)
     parts = [f"skipped files that are not images: {kinds}"] if kinds else []
     if num_beside:
         images = "1 image" if num_beside == 1 else f"{num_beside} images"
-        parts.append(f"skipped {images} beside the class folders. To use them, move each into its class folder")
+        parts.append(f"skipped {images} next to the class folders. To use them, move each into its class folder")
     if parts:
         warn(f"{folder}: {'; '.join(parts)}")
 

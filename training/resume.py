@@ -18,12 +18,12 @@ GATE_FLAGS = {"gate_scale", "gate_center"}
 ORDER_FLAGS = ("seed", "repeated_aug")  # they set the order of the images in an epoch
 # What else a changed flag means, by name of the flag and whether it is on now
 EFFECTS = {
-    ("halting", True): "the averages of the epoch start anew",
-    ("halting", False): "the averages of the epoch start anew",
+    ("halting", True): "the averages of the epoch start again",
+    ("halting", False): "the averages of the epoch start again",
     ("model_ema", True): "the average starts at the resumed weights",
     ("model_ema", False): "the recorded average is dropped",
-    ("target_macs", True): "best.pth starts anew",
-    ("target_macs", False): "best.pth starts anew, and --ponder-token-scale sets the weight of the ponder loss",
+    ("target_macs", True): "best.pth starts again",
+    ("target_macs", False): "best.pth starts again, and --ponder-token-scale sets the weight of the ponder loss",
 }
 
 

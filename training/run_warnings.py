@@ -67,7 +67,7 @@ def warn_about_batches(args: argparse.Namespace, lr: float, loader: ImageLoader)
 
 
 def warn_about_average(decay: float, updates: int) -> None:
-    """Warn if the moving average hardly leaves the weights that training starts from.
+    """Warn if the moving average stays close to the weights that training starts from.
 
     updates: number of optimizer steps of the whole run
     """
@@ -78,6 +78,6 @@ def warn_about_average(decay: float, updates: int) -> None:
     if updates >= MIN_UPDATES:
         fix = f"--model-ema-decay {1 - float(f'{5 / updates:.1g}'):g} or {fix}"  # then exp(-5) of the start remains
     warn(
-        f"the averaged weights (EMA) hardly change: with --model-ema-decay {decay:g} and {updates} optimizer steps, "
-        f"{share:.0%} of the average is the starting weights. Pass {fix}"
+        f"the averaged weights (EMA) stay close to the start of training: with --model-ema-decay {decay:g} and "
+        f"{updates} optimizer steps, {share:.0%} of the average is the starting weights. Pass {fix}"
     )

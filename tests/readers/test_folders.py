@@ -38,7 +38,7 @@ def test_what_is_left_out_is_counted_in_one_warning(name, tmp_path, capsys):
     assert len(images) == 5
     assert capsys.readouterr().err == (
         f"warning: {root / 'val'}: skipped files that are not images: 1 .csv, 1 .txt, 4 hidden; "
-        "skipped 2 images beside the class folders. To use them, move each into its class folder\n"
+        "skipped 2 images next to the class folders. To use them, move each into its class folder\n"
     )
 
 
@@ -99,7 +99,7 @@ def test_imagenet_of_torchvision_uses_the_same_walk(image_folder, capsys):
     put(image_folder / "val", ".ipynb_checkpoints/0.png", "stray.png")
     images = build_dataset("torch/imagenet", str(image_folder), False, SIZE)
     assert (images.classes, len(images)) == (["class_0", "class_1", "class_2"], 9)
-    assert "1 hidden; skipped 1 image beside the class folders" in capsys.readouterr().err
+    assert "1 hidden; skipped 1 image next to the class folders" in capsys.readouterr().err
 
 
 # Any tree ----------------------------------------------------------------------------------------

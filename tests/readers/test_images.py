@@ -121,7 +121,7 @@ def test_jpeg_is_read_whatever_its_segments(marker, data):
     assert is_close(read(content[:2] + segment(marker, data) + content[2:]), UPRIGHT)
 
 
-def test_orientation_counts_beside_other_metadata_that_are_broken():
+def test_orientation_counts_next_to_other_metadata_that_are_broken():
     """Pillow fails when it writes the tags back that it has read."""
     tags = exif().tobytes().replace(b"maker\0", b"\xff\xff\xff\xff\xff\xff")
     for content in (encoded("PNG", exif=tags), encoded("JPEG", exif=tags), encoded("WEBP", exif=tags)):

@@ -168,7 +168,7 @@ def test_switched_parts_of_a_run_continue_with_one_line(image_folder, tmp_path, 
     run(image_folder, out, "--epochs", 2, *flags)
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "has other flags" in line]
     assert "--model-ema was False and is now True (the average starts at the resumed weights)" in warning
-    assert "--target-macs was None and is now 0.6 (best.pth starts anew)" in warning
+    assert "--target-macs was None and is now 0.6 (best.pth starts again)" in warning
     assert "--weight-decay was 0.05 and is now 0.0" in warning
     checkpoint = load_checkpoint(str(out / "checkpoint.pth"))
     assert same(checkpoint["model_ema"], weights)
@@ -347,7 +347,7 @@ def test_plateau_that_replaces_another_schedule_starts_at_the_rate_of_the_flags(
     assert run.trainer.optimizer.param_groups[0]["lr"] == rate
 
 
-def test_averages_of_an_epoch_with_other_halting_start_anew(saved):
+def test_averages_of_an_epoch_with_other_halting_start_again(saved):
     checkpoint = torch.load(io.BytesIO(saved))
     assert checkpoint["averages"]["sums"] == {}
     checkpoint |= {"batches": 1, "images": 4, "averages": {"weight": 4.0, "sums": {"loss": torch.tensor(8.0)}}}

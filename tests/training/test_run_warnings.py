@@ -30,7 +30,7 @@ def warnings_of(monkeypatch, module, function, *args) -> list[str]:
 
 
 @given(st.integers(1, 10**6), st.sampled_from([0.9, 0.999, 0.9999, 0.99996, 1.0]))
-def test_average_that_hardly_moves_warns_with_a_decay_that_does(updates, decay):
+def test_average_close_to_its_start_warns_with_a_decay_that_does(updates, decay):
     with pytest.MonkeyPatch.context() as patch:
         found = warnings_of(patch, run_warnings, run_warnings.warn_about_average, decay, updates)
         assert len(found) == (decay**updates > 0.5)
@@ -61,7 +61,7 @@ def test_checkpoint_records_the_share_of_the_start_in_its_average(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.97, True), (0.4, False), (None, False), (float("nan"), False)])
-def test_use_ema_of_an_average_that_hardly_moved_warns_once(tmp_path, share, warns, capsys):
+def test_use_ema_of_an_average_close_to_its_start_warns_once(tmp_path, share, warns, capsys):
     path = save_halting_micro(tmp_path / "c.pth", num_classes=3)
     content = torch.load(path)
     checkpoint = Checkpoint(content | {"model_ema": content["model"], "ema_start_share": share}, "c.pth")
