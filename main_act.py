@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     classes = train_images.classes
 
     # model and teacher
-    head = build.match_classes(args, classes, start)
+    head = build.choose_head(args, classes, start)
     model = build.build_model(args, settings, head, start).to(device)
     teacher = build_teacher(args, settings, model, head)
     calibration = build.calibration_batches(args, settings, train_images, device)
@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     loader = evaluation_loader(images, args.batch_size, **build.loader_options(args, device))
 
     # model
-    head = build.match_classes(args, images.classes, start)
+    head = build.choose_head(args, images.classes, start)
     model = build.build_model(args, settings, head, start).to(device)
 
     # evaluation
@@ -153,7 +153,7 @@ def demo(args: argparse.Namespace, device: torch.device) -> int:
     loader = demo_loader(images, args.batch_size, **build.loader_options(args, device))
 
     # model
-    head = build.match_classes(args, images.classes, start)
+    head = build.choose_head(args, images.classes, start)
     model = build.build_model(args, settings, head, start).to(device)
 
     # images

@@ -47,31 +47,29 @@ def resolve_settings(args: argparse.Namespace, start: Checkpoint | None) -> Netw
     """
     if start is None and args.budget is not None:
         raise UserError("--budget requires a checkpoint with a budget curve; pass --finetune FILE")
-    purpose = Purpose.EVALUATION
-    if _is_training(args):
-        purpose = Purpose.RESUME if start is not None and start.flag == "resume" else Purpose.NEW_TASK
     flags = NetworkFlags.from_args(args)._replace(use_ema=_uses_ema(args, start))
-    settings = resolve_network(start, flags, purpose, args.pretrained, log_gate=not should_search_gate(args, start))
+    log_gate = not should_search_gate(args, start)
+    settings = resolve_network(start, flags, _purpose(args, start), args.pretrained, log_gate)
     height, width = settings.img_size
     args.model, args.input_size = settings.model, [height] if height == width else [height, width]
     return settings
 
 
-def match_classes(args: argparse.Namespace, classes: list[str], start: Checkpoint | None) -> Head:
+def choose_head(args: argparse.Namespace, classes: list[str], start: Checkpoint | None) -> Head:
     """Match the dataset's classes with the rows of the starting weights' head, see `match_head`.
 
     In evaluation, the classes that only the checkpoint has are predicted too.
     """
     if start is not None:
-        may_replace = _is_training(args) and start.flag != "resume" and not teaches_itself(args)
-        return start.head_for(classes, _uses_ema(args, start), may_replace, keep_others=not _is_training(args))
+        keep_others = _purpose(args, start) is Purpose.EVALUATION
+        return start.head_for(classes, _uses_ema(args, start), _may_replace_head(args, start), keep_others)
     return hub_head(args.model, "the --pretrained weights", classes) if args.pretrained else Head(classes)
 
 
 def build_model(args: argparse.Namespace, settings: NetworkSettings, head: Head, start: Checkpoint | None) -> nn.Module:
     """Build the model with its starting weights, on the CPU.
 
-    head: see `match_classes`. start: the checkpoint to load, or None for pretrained or random weights.
+    head: see `choose_head`. start: the checkpoint to load, or None for pretrained or random weights.
     """
     build = _model_from_hub if start is None else partial(_model_from_checkpoint, start=start)
     model = build(args, settings, head)
@@ -82,12 +80,11 @@ def build_model(args: argparse.Namespace, settings: NetworkSettings, head: Head,
 def _model_from_checkpoint(
     args: argparse.Namespace, settings: NetworkSettings, head: Head, start: Checkpoint
 ) -> nn.Module:
-    is_resumed = _is_training(args) and start.flag == "resume"
     return start.build_network(
         settings,
         head,
         use_ema=_uses_ema(args, start),
-        replace_head=_is_training(args) and not is_resumed and not teaches_itself(args),
+        replace_head=_may_replace_head(args, start),
         zip_tokens=args.zip_tokens,
         early_exit=args.early_exit,
         **_dropout_rates(args),
@@ -96,7 +93,7 @@ def _model_from_checkpoint(
 
 def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, head: Head) -> nn.Module:
     """Build the model with the hub's weights for --pretrained, otherwise with random weights."""
-    if not (args.pretrained or _is_training(args)):
+    if not args.pretrained and _purpose(args, None) is Purpose.EVALUATION:
         warn("no weights given, so the model is random; pass --finetune, --resume or --pretrained")
     model = create_model(
         settings.model,
@@ -111,19 +108,24 @@ def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, head: H
         **_dropout_rates(args),
     )
     if args.pretrained:
-        _check_hub_head(model, allow_new=_is_training(args) and not teaches_itself(args))
+        _check_hub_head(model, allow_new=_may_replace_head(args, None))
         head.sort_rows(model)
     return model
 
 
-def _is_training(args: argparse.Namespace) -> bool:
-    return not (args.eval or args.demo)
+def _purpose(args: argparse.Namespace, start: Checkpoint | None) -> Purpose:
+    if args.eval or args.demo:
+        return Purpose.EVALUATION
+    return Purpose.RESUME if start is not None and start.flag == "resume" else Purpose.NEW_TASK
 
 
 def _uses_ema(args: argparse.Namespace, start: Checkpoint | None) -> bool:
     # A resumed run starts from the raw weights; its EMA weights are restored with its training state.
-    is_resumed = start is not None and start.flag == "resume" and _is_training(args)
-    return args.use_ema and not is_resumed
+    return args.use_ema and _purpose(args, start) is not Purpose.RESUME
+
+
+def _may_replace_head(args: argparse.Namespace, start: Checkpoint | None) -> bool:
+    return _purpose(args, start) is Purpose.NEW_TASK and not teaches_itself(args)
 
 
 def _dropout_rates(args: argparse.Namespace) -> dict[str, float]:

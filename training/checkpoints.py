@@ -299,7 +299,6 @@ class Checkpoint:
         replace_head: bool = False,
         halting: bool = True,
         as_trained: bool = True,
-        log_gate: bool = True,
         **options,
     ) -> nn.Module:
         """Build the model with these weights, on the CPU. Raises UserError if something does not fit.
@@ -308,12 +307,12 @@ class Checkpoint:
         classes: names of the dataset's classes, or a `Head` from `head_for`; replace_head: see `load_weights`.
         budget: fraction of the static model's MACs that sets the gate center, see `center_of_budget`.
         as_trained: disable halting, with a warning, if the weights were not trained to halt and no gate is given.
-        log_gate: print the gate of a halting model. options: of timm.create_model.
+        options: of timm.create_model.
         """
         flags = NetworkFlags(name, img_size, gate_scale, gate_center, budget, halting, use_ema)
         is_evaluation = as_trained and not replace_head
         purpose = Purpose.EVALUATION if is_evaluation else Purpose.NEW_TASK if replace_head else Purpose.RESUME
-        settings = resolve_network(self, flags, purpose, log_gate=log_gate)
+        settings = resolve_network(self, flags, purpose)
         return self.build_network(settings, classes, use_ema, replace_head, **options)
 
     def build_network(

@@ -8,7 +8,7 @@ from training.arguments import parse_args
 from training.build import (
     build_model,
     build_optimizer,
-    match_classes,
+    choose_head,
     resolve_settings,
     training_and_validation_set,
 )
@@ -52,7 +52,7 @@ def built(*flags):
     args = parse_args([*MICRO, "--input-size", "32", *flags])
     start = Checkpoint.from_args(args)
     settings = resolve_settings(args, start)
-    return args, settings, build_model(args, settings, match_classes(args, CLASSES, start), start)
+    return args, settings, build_model(args, settings, choose_head(args, CLASSES, start), start)
 
 
 def test_static_model_prints_no_gate(checkpoint, capsys):
