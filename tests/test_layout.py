@@ -115,6 +115,13 @@ def test_files_and_functions_are_short(path):
     assert (text.count("\n") <= MAX_FILE_LINES, long) == (True, {})
 
 
+@pytest.mark.parametrize("package", sorted({"training"} | CORE_PACKAGES))
+def test_packages_describe_each_module(package):
+    described = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert {name for name in modules if not re.search(rf"`{name}(\.py)?`", described)} == set()
+
+
 # Openings without a verb in the imperative and without a noun; ruff's D401 knows the other verb forms.
 NO_VERB = {"Of", "What", "Whether", "Over", "Where", "From", "As", "That", "How", "Which", "When", "Who", "Why", "With"}
 

@@ -271,7 +271,7 @@ def test_half_a_gate_names_what_is_missing(known, missing, default):
     lines = resolve(foreign(**{f"gate_{known}": 7}))[1]
     assert warnings_in(lines) == [
         f"warning: c.pth records gate_{known} 7 but no gate_{missing}; using the default {default}. "
-        f"Pass --gate_{missing}"
+        f"Pass --gate-{missing}"
     ]
     assert not warnings_in(resolve(foreign(**{f"gate_{known}": 7}), **{f"gate_{missing}": 3.0})[1])
 

@@ -1,0 +1,12 @@
+"""Training and evaluation of adaptive models.
+
+The modules, in the order in which main_act.py uses them:
+
+* Flags: `arguments`, `parser` (its base class), `flag_effects` (flags that do nothing).
+* Process: `command` (errors of every command), `signals`, `launch` (devices and processes), `rendezvous` (processes of
+  one run).
+* Network: `checkpoints` (files), `wrappers` (weights in files of other programs), `network` (which source decides),
+  `classes` (rows of the head), `weights` (names and shapes), `models` (construction), `teacher`.
+* Run: `build` (all parts by the flags), `loaders`, `gate` (search), `run_warnings`, `loop`, `budget` (calibration),
+  `resume` (changes since a checkpoint), `optimizer_state`, `evaluation`, `tensorboard`.
+"""

@@ -307,8 +307,8 @@ def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[
     missing = GATE_DEFAULTS.keys() - known - given
     if known and missing:
         ((name, value),), (other,) = known.items(), missing
-        default = f"using the default {GATE_DEFAULTS[other]:g}"
-        warn(f"{checkpoint.location} records {name} {value:g} but no {other}; {default}. Pass --{other}")
+        default, flag = f"using the default {GATE_DEFAULTS[other]:g}", f"--{other.replace('_', '-')}"
+        warn(f"{checkpoint.location} records {name} {value:g} but no {other}; {default}. Pass {flag}")
 
 
 def resolve_gate(

@@ -124,7 +124,7 @@ def own_handlers():
 @pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_with_one_line(capsys, number):
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.SIG_DFL)  # a shell may ignore SIGINT for its background jobs
 
     def run(args, device):
         try:
@@ -132,9 +132,14 @@ def test_signal_ends_with_one_line(capsys, number):
         finally:
             signal.raise_signal(number)  # a launcher repeats it
 
-    code, errors = stopped(lambda: run_cli(Parser(prog="x.py"), argparse.Namespace(device="cpu"), run, True), capsys)
-    assert (code, errors) == (128 + number, "x.py: interrupted\n")
-    assert signal.getsignal(number) == before
+    try:
+        code, errors = stopped(
+            lambda: run_cli(Parser(prog="x.py"), argparse.Namespace(device="cpu"), run, True), capsys
+        )
+        assert (code, errors) == (128 + number, "x.py: interrupted\n")
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_handlers_of_a_calling_program_stay(monkeypatch):

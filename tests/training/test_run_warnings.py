@@ -125,10 +125,10 @@ def test_training_command_prints_each_warning_once(image_folder, capsys):
     ]
 
 
-def test_recipe_of_the_quickstart_prints_no_warning(tmp_path, capsys):
+def test_recipe_of_the_quickstart_prints_no_warning(tmp_path, capsys, monkeypatch):
     start = save_halting_micro(tmp_path / "start.pth", num_classes=10, gate=None)
-    flags = [f"@{ROOT / 'recipes' / 'digits_adaptive.args'}", "--epochs", "2", "--pretrained-path", str(start)]
-    main_act.main(flags)
+    monkeypatch.setattr(loop.TrainingRun, "train", lambda run: None)
+    main_act.main([f"@{ROOT / 'recipes' / 'digits_adaptive.args'}", "--pretrained-path", str(start)])
     assert capsys.readouterr().err == ""
 
 
