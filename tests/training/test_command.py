@@ -125,7 +125,7 @@ def own_handlers():
 @pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_with_one_line(capsys, number):
-    before = signal.signal(number, signal.SIG_DFL)  # a shell may ignore SIGINT for its background jobs
+    before = signal.getsignal(number)
 
     def run(args, device):
         try:
@@ -133,14 +133,9 @@ def test_signal_ends_with_one_line(capsys, number):
         finally:
             signal.raise_signal(number)  # a launcher repeats it
 
-    try:
-        code, errors = stopped(
-            lambda: run_cli(Parser(prog="x.py"), argparse.Namespace(device="cpu"), run, True), capsys
-        )
-        assert (code, errors) == (128 + number, "x.py: interrupted\n")
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
+    code, errors = stopped(lambda: run_cli(Parser(prog="x.py"), argparse.Namespace(device="cpu"), run, True), capsys)
+    assert (code, errors) == (128 + number, "x.py: interrupted\n")
+    assert signal.getsignal(number) == before
 
 
 def test_handlers_of_a_calling_program_stay(monkeypatch):
@@ -169,14 +164,13 @@ ImageLoader.__iter__ = slow
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("mode", [["--eval"], ["--demo"]], ids=" ".join)
+@pytest.mark.parametrize(("mode", "name"), [("--eval", "SIGINT"), ("--demo", "SIGTERM")])
 def test_signal_ends_commands_and_their_workers(tmp_path, data, mode, name):
     """The signal goes to all processes and their data-loader workers, as from a terminal. One process prints."""
     folder, checkpoint = data
     out = tmp_path / "out"
     argv = [*SMALL, "--num_workers", 1, "--data-path", folder, "--finetune", checkpoint, "--output_dir", out]
-    group = start_group(2, [*argv, *mode], tmp_path, prepare=SLOW)
+    group = start_group(2, [*argv, mode], tmp_path, prepare=SLOW)
     for process in group:
         process.wait_until(lambda p=process: "reading" in p.output())
     for process in group:
