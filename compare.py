@@ -177,7 +177,8 @@ def print_table(parser: Parser, folders: Sequence[Path]) -> None:
             parser.error(f"cannot compare {folder}: {reason}. {fix}")
     counts = sorted({int(evaluation.classes) for evaluation in evaluations if evaluation.classes is not None})
     if len(counts) > 1:
-        print(f"warning: the models predict among {' or '.join(map(str, counts))} classes", file=sys.stderr)
+        among = f"{' or '.join(map(str, counts))} classes"
+        print(f"warning: the models predict among {among}, so their top-1 is not comparable", file=sys.stderr)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip())

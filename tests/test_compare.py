@@ -118,7 +118,9 @@ def test_models_of_other_numbers_of_classes_warn(tmp_path, capsys):
     write_evaluation(tmp_path / "a", 50.0, [1, 0], classes=10)
     write_evaluation(tmp_path / "b", 50.0, [1, 0], classes=1000)
     compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert capsys.readouterr().err == "warning: the models predict among 10 or 1000 classes\n"
+    assert capsys.readouterr().err == (
+        "warning: the models predict among 10 or 1000 classes, so their top-1 is not comparable\n"
+    )
 
 
 def test_labels_are_the_shortest_distinct_endings(tmp_path, monkeypatch):

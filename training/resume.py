@@ -111,7 +111,7 @@ class OrderChanges(NamedTuple):
         if reasons and limit:
             warn(
                 f"{reasons}, so epoch {epoch} cannot continue exactly. It continues after {done} of {total} images in "
-                f"another order: it may repeat up to {limit} images and leave out as many"
+                f"another order: it may repeat up to {limit} images and skip as many"
             )
 
 

@@ -77,7 +77,7 @@ def test_changes_warn_once_with_numbers(recorded, data, inside, at_border, capsy
         assert warning.count("\n") == bool(expected)
     if inside:
         assert "after 4 of 12 images" in warning_of(changes, 4, capsys)
-        assert "may repeat up to 4 images and leave out as many" in warning_of(changes, 4, capsys)
+        assert "may repeat up to 4 images and skip as many" in warning_of(changes, 4, capsys)
 
 
 def test_checkpoint_without_a_record_of_the_data_warns_about_nothing(capsys):
