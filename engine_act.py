@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from losses import AdaptiveLoss, BudgetController
-from macs import macs_per_image
+from macs import macs_counter
 from models_act import Halting
 from utils import MetricAverages, autocast
 
@@ -419,8 +419,9 @@ def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tens
         return {}
     depth, blocks, prefix = halting.depth, model.num_blocks, model.num_prefix_tokens
     per_block = torch.arange(blocks, device=depth.device)[:, None]
-    gmacs = macs_per_image(model, depth).mean() / 1e9
-    gmacs_static = macs_per_image(model, torch.full_like(depth[:1], blocks)).mean() / 1e9
+    count_macs = macs_counter(model, depth.shape[1])
+    gmacs = count_macs(depth).mean() / 1e9
+    gmacs_static = count_macs(torch.full_like(depth[:1], blocks)).mean() / 1e9
     class_token = {"class_token_depth": depth[:, 0].mean()} if model.has_class_token else {}
     return {
         "depth_mean": depth.mean(),

@@ -103,16 +103,17 @@ def _layer_macs(name: str, module: nn.Module, width: int) -> tuple[float, float]
     Layers of torch and timm are counted by the sizes of their linear layers, so that a parametrized, pruned or
     quantized layer counts like a plain one. Other code is run, see `_measured_macs`.
     """
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    module = module._modules.get("_orig_mod", module)  # of torch.compile
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(f"the MACs of {name} are not known before the model has run once: it is a LazyLinear")
     if _is_linear(module):
         return module.in_features * module.out_features, 0
-    if not module._modules and not module._parameters and _is_library_code(module):
+    is_library_code = _is_library_code(module)
+    if not module._modules and not module._parameters and is_library_code:
         return 0, 0
     is_attention = _is_of(module, Attention)
-    has_matrices = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-    if not _is_library_code(module) or has_matrices or (hasattr(module, "num_heads") and not is_attention):
+    has_matrices = any(parameter.ndim > 1 for parameter in module._parameters.values() if parameter is not None)
+    if not is_library_code or has_matrices or (hasattr(module, "num_heads") and not is_attention):
         return _measured_macs(name, module, width)
     inside = [_layer_macs(f"{name}.{child}", layer, width) for child, layer in module.named_children()]
     per_pair = 2 * module.attn_dim if is_attention else 0

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
+import macs
 import utils
 from engine_act import EpochState, MicroBatchResult, Trainer, evaluate, train_one_epoch
 from macs import macs_per_image
@@ -54,6 +55,14 @@ def test_evaluation_counts_every_image_once(batch_size):
     share = [(halting.depth > block).float().mean().item() for block in range(8)]
     assert result["live_share"] == pytest.approx(share)
     assert sum(share) == pytest.approx(result["depth_mean"], rel=1e-6)
+
+
+def test_layers_are_read_once_per_batch(monkeypatch):
+    """Reading the sizes of all layers takes as long as some blocks of a small model."""
+    read = []
+    monkeypatch.setattr(macs, "_layers", lambda model, layers=macs._layers: read.append(1) or layers(model))
+    evaluate(halting_model(), loader(10, 4), CPU)
+    assert len(read) == 3
 
 
 def test_static_model_has_full_depth_and_only_the_classification_loss():

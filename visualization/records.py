@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import utils
 from datasets import Preprocessing
-from macs import macs_per_image
+from macs import macs_counter
 from models_act import Halting
 from utils import autocast
 from visualization.image_record import CRITERIA, ImageRecord
@@ -39,8 +39,9 @@ def records_of_batch(
     """
     images, targets, indices, names = batch
     confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
-    macs = macs_per_image(model, halting.depth).tolist()
-    static_macs = macs_per_image(model, torch.full_like(halting.depth[:1], model.num_blocks)).item()
+    count_macs = macs_counter(model, halting.depth.shape[1])
+    macs = count_macs(halting.depth).tolist()
+    static_macs = count_macs(torch.full_like(halting.depth[:1], model.num_blocks)).item()
     depth = halting.depth.to("cpu", torch.uint8)
     prefix, patches = depth[:, : model.num_prefix_tokens], depth[:, model.num_prefix_tokens :]
     grids = patches.unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
