@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -63,7 +63,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the blocks and the other layers of a ViT with their names, except the patch embedding."""
     for name, module in model.named_children():
         if name == "blocks":
-            yield from ((f"blocks.{number}", block) for number, block in module.named_children())
+            yield from ((f"blocks.{number}", block) for number, block in _children(module))
         elif name != "patch_embed":
             yield name, module
 
@@ -115,9 +115,14 @@ def _layer_macs(name: str, module: nn.Module, width: int) -> tuple[float, float]
     has_matrices = any(parameter.ndim > 1 for parameter in module._parameters.values() if parameter is not None)
     if not is_library_code or has_matrices or (hasattr(module, "num_heads") and not is_attention):
         return _measured_macs(name, module, width)
-    inside = [_layer_macs(f"{name}.{child}", layer, width) for child, layer in module.named_children()]
+    inside = [_layer_macs(f"{name}.{child}", layer, width) for child, layer in _children(module)]
     per_pair = 2 * module.attn_dim if is_attention else 0
     return sum(one for one, _ in inside), sum(two for _, two in inside) + per_pair
+
+
+def _children(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Return the layers in a module. A sequence runs a layer as often as it holds it."""
+    return module._modules.items() if isinstance(module, nn.Sequential) else module.named_children()
 
 
 def _is_library_code(module: nn.Module) -> bool:

@@ -107,6 +107,8 @@ MEASURED = {
     "layer on all tokens": replace("norm_pre", lambda _: nn.Linear(24, 24)),
     "fewer blocks": lambda model: model.prune_intermediate_layers(3),
     "patch embedding": replace("patch_embed.proj", lambda conv: nn.Sequential(conv, nn.Conv2d(24, 24, 1))),
+    "shared block": lambda model: setattr(model, "blocks", nn.Sequential(*[model.blocks[0]] * 4)),
+    "shared layer": replace("blocks.3.mlp", lambda _: nn.Sequential(*[nn.Linear(24, 24)] * 2)),
     "a hook": lambda model: model.blocks[1].register_forward_hook(lambda *_: None),
 }
 
