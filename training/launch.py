@@ -34,9 +34,14 @@ def resolve_launch_environment(world_size: int | None = None) -> LaunchEnvironme
     Under srun, torchrun's variables are first set from Slurm's.
     Raises RankError if a variable is missing, invalid or out of range.
     """
-    if not os.environ.get("RANK", "").strip() and environment_int("SLURM_STEP_NUM_TASKS", 1) > 1:
+    if environment_int("SLURM_STEP_NUM_TASKS", 1) > 1 and not _is_set("RANK"):
         _adopt_slurm_variables()
-    source, flag = "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "").strip() else "--world-size", world_size
+    elif environment_int("SLURM_STEP_NUM_TASKS", 1) > 1 and not _is_set("WORLD_SIZE") and world_size is None:
+        raise RankError(
+            f"RANK is {os.environ['RANK']} but WORLD_SIZE is not set, and SLURM_STEP_NUM_TASKS is "
+            f"{os.environ['SLURM_STEP_NUM_TASKS']}. Unset RANK to use Slurm's variables, or set WORLD_SIZE too."
+        )
+    source, flag = "WORLD_SIZE" if _is_set("WORLD_SIZE") else "--world-size", world_size
     world_size = environment_int("WORLD_SIZE", flag or 1)
     if flag not in (None, world_size):
         warn(f"--world-size is {flag} but WORLD_SIZE is {world_size} in the environment; using {world_size}")
@@ -57,6 +62,10 @@ def resolve_launch_environment(world_size: int | None = None) -> LaunchEnvironme
     return LaunchEnvironment(rank, world_size)
 
 
+def _is_set(name: str) -> bool:
+    return bool(os.environ.get(name, "").strip())
+
+
 def _adopt_slurm_variables() -> None:
     """Set torchrun's variables from those of a Slurm step with several tasks."""
     values = {name: environment_int(name, -1) for name in SLURM_VARIABLES}
@@ -68,6 +77,11 @@ def _adopt_slurm_variables() -> None:
                 f"SLURM_STEP_NUM_TASKS is {tasks} but {name} {problem}. "
                 "Start the processes with srun, or unset SLURM_STEP_NUM_TASKS to run one process."
             )
+    if environment_int("WORLD_SIZE", tasks) != tasks:
+        raise RankError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but SLURM_STEP_NUM_TASKS is {tasks}, and RANK is not set. "
+            "Unset WORLD_SIZE to use Slurm's variables, or set RANK in each process."
+        )
     os.environ.update({name: str(values[slurm]) for name, slurm in zip(LAUNCHER_VARIABLES, SLURM_VARIABLES)})
     os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
     os.environ.setdefault("MASTER_PORT", str(_slurm_port()))

@@ -134,6 +134,16 @@ def test_named_device_for_two_processes_raises(monkeypatch, chosen, environment)
             None,
             "RANK is 2 in the environment, which is out of range: WORLD_SIZE is 2",
         ),
+        (
+            {"WORLD_SIZE": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"},
+            None,
+            "WORLD_SIZE is 4 but SLURM_STEP_NUM_TASKS is 2, and RANK is not set. Unset WORLD_SIZE",
+        ),
+        (
+            {"RANK": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"},
+            None,
+            "RANK is 1 but WORLD_SIZE is not set, and SLURM_STEP_NUM_TASKS is 2. Unset RANK",
+        ),
         ({"WORLD_SIZE": "four"}, None, "WORLD_SIZE is 'four' in the environment, expected an integer >= 0"),
     ],
 )
@@ -151,3 +161,19 @@ def test_world_size_of_the_environment_wins_with_a_warning(monkeypatch, capsys):
     assert "--world-size is 4 but WORLD_SIZE is 2 in the environment; using 2" in capsys.readouterr().err
     resolve_launch_environment(2)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "flag", "position"),
+    [
+        ({"WORLD_SIZE": "2"}, None, (1, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, None, (3, 8)),  # torchrun in each task
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None, (0, 1)),
+        ({"RANK": "3"}, 4, (3, 4)),
+    ],
+)
+def test_variables_of_torchrun_in_a_slurm_step(monkeypatch, environment, flag, position):
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
+    others = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    monkeypatch.setattr(os, "environ", others | slurm | environment)
+    assert resolve_launch_environment(flag) == position
