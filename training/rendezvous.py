@@ -36,6 +36,7 @@ JOB_VARIABLES = {
     "PBS_JOBID": "PBS job",
     "LSB_JOBID": "LSF job",
 }
+JOB = "the scheduler's job"  # a setting; without one, a process fits any job
 OTHER_RUN = "If they belong to different runs, set another MASTER_PORT for one of them."
 
 
@@ -56,7 +57,7 @@ def meet(dist_url: str, rank: int, world_size: int, settings: dict[str, str]) ->
             _refuse_strangers(store, rank, _text(address))
         # torchrun's store outlives the processes it restarts. A prefix hides the entries of earlier attempts.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        _compare(store, rank, world_size, settings)
+        _compare(store, rank, world_size, {JOB: job_name(), **settings})
     except dist.DistNetworkError as error:
         raise RankError(
             f"process {rank} lost the connection to process 0 at {_text(address)}, which has probably ended. "
@@ -229,6 +230,8 @@ def _checksum(path: Path) -> str:
 def difference(own: dict[str, str], first: dict[str, str], rank: int) -> str:
     """Return an error message that names the settings of a process that differ from those of process 0, else ""."""
     changed = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+    if JOB in changed and not (first.get(JOB) and own.get(JOB)):
+        changed.remove(JOB)
     if not changed:
         return ""
     some = "; ".join(f"{name} is {own.get(name)} instead of {first.get(name)}" for name in changed[:5])

@@ -177,6 +177,14 @@ def test_difference_names_the_first_settings():
     assert difference(dict(first), first, 3) == ""
 
 
+@pytest.mark.parametrize(("own", "differs"), [("Slurm job 7", False), ("Slurm job 8", True), ("", False)])
+def test_processes_of_torchrun_in_two_jobs_differ(own, differs):
+    """Two jobs may give torchrun the same address and id."""
+    first = {"the scheduler's job": "Slurm job 7", "--lr": "1"}
+    message = difference(first | {"the scheduler's job": own}, first, 1)
+    assert differs == ("the scheduler's job is Slurm job 8 instead of Slurm job 7" in message) == bool(message)
+
+
 def test_settings_ignore_what_may_differ_per_machine(tmp_path):
     files = [tmp_path / name / "c.pth" for name in "abc"]
     for file, content in zip(files, ("same", "same", "else")):
