@@ -78,12 +78,7 @@ class Checkpoint:
         for flag in ("resume", "finetune", "pretrained_path"):
             location = getattr(args, flag)
             if flag == "resume" and location == "auto":
-                location = find_latest_checkpoint(args.output_dir)
-                log(
-                    f"resuming from {location}"
-                    if location
-                    else f"{args.output_dir} has no checkpoint; starting a new run"
-                )
+                location = _checkpoint_to_resume(args)
             if location:
                 return cls.load(location, flag)
         return None
@@ -377,6 +372,23 @@ def find_latest_checkpoint(output_dir: str) -> str | None:
     if len(set(exists)) > 1:
         raise UserError(f"{path} exists for some processes only; --output-dir must be on a disk that all share")
     return str(path) if exists[0] else None
+
+
+def _checkpoint_to_resume(args: argparse.Namespace) -> str | None:
+    """Return the checkpoint of --resume auto and log what it leads to.
+
+    Raises UserError if there is none in evaluation, whose weights would be others than the run's.
+    """
+    location = find_latest_checkpoint(args.output_dir)
+    if location:
+        log(f"resuming from {location}")
+    elif args.eval or args.demo:
+        raise UserError(
+            f"--resume auto: {args.output_dir} has no checkpoint.pth; pass the weights with --finetune instead"
+        )
+    else:
+        log(f"{args.output_dir} has no checkpoint; starting a new run")
+    return location
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:

@@ -20,6 +20,7 @@ from processes import free_port, script_in_processes
 from test_loop import make_run
 
 import main_act
+from training.arguments import parse_args
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.signals import Interrupted
 from utils import UserError
@@ -115,6 +116,13 @@ def test_torchrun_restarts_a_job_after_a_kill(tmp_path):
 
 def run(data, out, *more):
     main_act.main([*flags(data, out, 0), "--checkpoint-steps", "0", *map(str, more)])
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--demo"])
+def test_evaluation_without_a_checkpoint_to_resume_raises(tmp_path, mode):
+    args = parse_args([mode, "--resume", "auto", "--output-dir", str(tmp_path), "--pretrained-path", "static.pth"])
+    with pytest.raises(UserError, match=r"--resume auto: .* has no checkpoint\.pth; pass the weights with --finetune"):
+        Checkpoint.from_args(args)
 
 
 def test_resuming_with_other_flags_warns_once(image_folder, tmp_path, capsys):
