@@ -22,7 +22,7 @@ from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
 from training.loaders import ImageLoader
 from training.optimizer_state import OptimizerState
-from training.resume import OrderChanges, check_optimizer, data_record, warn_changed_flags
+from training.resume import OrderChanges, check_optimizer, data_record, warn_changed_flags, warn_skipped_images
 from training.signals import Interrupted, StopRequest
 from utils import UserError, log, warn
 
@@ -121,6 +121,7 @@ class TrainingRun:
         )
         if epoch.number < self.options.epochs:
             self.order_changes.warn(epoch.number, epoch.images, loader.batches_per_epoch * loader.images_per_batch)
+            warn_skipped_images(loader, epoch.number, epoch.images)
 
     def _start_epoch(self) -> None:
         """Make the loader continue where the epoch was left, possibly with batches of another size."""

@@ -13,6 +13,7 @@ from utils import UserError, warn
 HARMLESS_FLAGS = {
     *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size"),
     *("checkpoint_steps", "keep", "max_bad_images"),
+    "opt",  # another optimizer is an error, see `check_optimizer`
 }
 GATE_FLAGS = {"gate_scale", "gate_center"}
 ORDER_FLAGS = ("seed", "repeated_aug")  # they set the order of the images in an epoch
@@ -30,7 +31,7 @@ EFFECTS = {
 def check_optimizer(flags: dict, recorded: dict, location: str) -> None:
     """Raise UserError if a checkpoint was saved with another --opt, whose state this optimizer cannot use."""
     before, now = recorded.get("opt"), flags.get("opt")
-    if isinstance(before, str) and isinstance(now, str) and before.lower() != now.lower():
+    if "opt" in recorded and isinstance(now, str) and str(before).lower() != now.lower():
         raise UserError(
             f"--opt {now}: {location} holds the state of --opt {before}, which {now} cannot continue; "
             f"pass --opt {before}, or --finetune {location} to start a new run from its weights"
@@ -48,6 +49,27 @@ def warn_changed_flags(flags: dict, recorded: dict, processes: int) -> None:
             changes.append(_change(name, recorded[name], flags[name]))
     if changes:
         warn(f"the resumed run has other flags, so its result may differ: {'; '.join(sorted(changes))}")
+
+
+def warn_skipped_images(loader: ImageLoader, epoch: int, images: int) -> None:
+    """Warn if an epoch that resumes after `images` images skips more of them than an uninterrupted one.
+
+    Batches of another size may not fill the rest of the epoch, and an incomplete batch is never used.
+    """
+    skipped, usual = (_incomplete_images(loader, epoch, start) for start in (images, 0))
+    if skipped > usual:
+        warn(
+            f"the last {skipped} images of epoch {epoch} are skipped: they do not fill a batch of "
+            f"{loader.images_per_batch} (over all processes)"
+        )
+
+
+def _incomplete_images(loader: ImageLoader, epoch: int, images: int) -> int:
+    """Return the number of images over all processes that no batch of the epoch contains."""
+    if isinstance(loader, StreamLoader) or not loader.drop_last:
+        return 0
+    loader.start_at(epoch, images)
+    return (len(loader.sampler) - len(loader) * loader.batch_size) * utils.world_size()
 
 
 def _change(name: str, before: object, now: object) -> str:
@@ -103,7 +125,9 @@ class OrderChanges(NamedTuple):
         """
         if not 0 < done < total:
             if self.data:
-                warn(f"{self.data}; the run continues with the present data from epoch {epoch} on")
+                first = epoch + (done > 0)
+                finished = f"epoch {epoch} ends after the {done} images that are done, and " if done else ""
+                warn(f"{self.data}; {finished}the run continues with the present data from epoch {first} on")
             return
         reasons = "; ".join(filter(None, (self.data, self.order)))
         limit = min(done, total - done)

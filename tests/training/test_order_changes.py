@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from datasets import build_dataset, dataset_digest
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.loaders import training_loader
-from training.resume import OrderChanges, data_record
+from training.resume import OrderChanges, data_record, warn_changed_flags, warn_skipped_images
 
 SIZE = (32, 32)
 
@@ -122,3 +122,31 @@ def test_resumed_run_reports_its_place_before_it_writes(tmp_path, capsys, monkey
     captured = capsys.readouterr()
     assert "resuming at epoch 1 (the first is 0), after 0 of its batches (0 images)" in captured.out
     assert "had 9 images and now has 12; the run continues with the present data from epoch 1 on" in captured.err
+
+
+@pytest.mark.parametrize("done", [12, 40])
+def test_data_that_shrank_to_less_than_what_is_done_ends_the_epoch(done, capsys):
+    warning = warning_of(OrderChanges("the training data had 99 images and now has 12"), done, capsys, total=12)
+    end = f"epoch 3 ends after the {done} images that are done, and the run continues with the present data from"
+    assert f"{end} epoch 4" in warning
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "done", "skipped"),
+    [(4, 8, 0), (5, 8, 4), (7, 8, 0), (5, 9, 3), (12, 4, 0), (15, 4, 13), (17, 3, 14), (18, 4, 0), (4, 17, 0)],
+)
+def test_images_that_no_batch_contains_are_counted(batch_size, done, skipped, capsys):
+    """17 images; a run without interruption skips those after the last complete batch."""
+    loader = loader_of(TensorDataset(torch.zeros(17, 3, 8, 8), torch.zeros(17).long()), batch_size)
+    warn_skipped_images(loader, 3, done)
+    warning = capsys.readouterr().err
+    assert bool(skipped) == bool(warning)
+    if skipped:
+        assert warning.startswith(
+            f"warning: the last {skipped} images of epoch 3 are skipped: they do not fill a batch of "
+        )
+
+
+def test_spelling_of_the_optimizer_is_no_change(capsys):
+    warn_changed_flags({"opt": "adamw"}, {"opt": "AdamW"}, 1)
+    assert capsys.readouterr().err == ""
