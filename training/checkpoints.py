@@ -33,6 +33,7 @@ from training.network import (
     gate_numbers,
     resolve_network,
 )
+from training.rendezvous import checksum, require_same
 from training.weights import MAX_SIDE, fits, fitting_models, load_weights
 from training.wrappers import EMA_WEIGHTS, WEIGHTS, named_tensors, unwrapped, vit_under_any_key, weights_under
 from utils import UserError, did_you_mean, log, warn
@@ -365,13 +366,17 @@ def _as_size(recorded: object) -> tuple[int, int] | None:
 def find_latest_checkpoint(output_dir: str) -> str | None:
     """Return the path of checkpoint.pth in the folder, or None if it does not exist.
 
-    Raises UserError if the file exists for some processes only.
+    Raises UserError if the file exists for some processes only, or is another one for some.
     """
     path = Path(output_dir) / "checkpoint.pth"
     exists = utils.all_gather_objects(path.exists())  # in each process
     if len(set(exists)) > 1:
         raise UserError(f"{path} exists for some processes only; --output-dir must be on a disk that all share")
-    return str(path) if exists[0] else None
+    if not exists[0]:
+        return None
+    if utils.world_size() > 1:
+        require_same({f"the checksum of {path.name} in --output-dir": checksum(path)})
+    return str(path)
 
 
 def _checkpoint_to_resume(args: argparse.Namespace) -> str | None:

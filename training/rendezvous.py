@@ -214,17 +214,18 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
         if name in FOLDERS:
             value = "given" if value else "not given"
         elif name in FILES and value and Path(value).is_file():
-            value = f"a file with checksum {_checksum(Path(value))}"
+            value = f"a file with checksum {checksum(Path(value))}"
         settings[f"--{name.replace('_', '-')}"] = str(value)
     return settings
 
 
-def _checksum(path: Path) -> str:
-    checksum = 0
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of a file, 8 hexadecimal digits."""
+    value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 def difference(own: dict[str, str], first: dict[str, str], rank: int) -> str:

@@ -14,9 +14,10 @@ from processes import Script, free_port, in_processes
 from datasets import build_dataset
 from training import rendezvous
 from training.arguments import parse_args
+from training.checkpoints import find_latest_checkpoint
 from training.launch import resolve_launch_environment
 from training.rendezvous import difference, job_name, meet, require_same, require_same_images, settings_of
-from utils import RankError
+from utils import RankError, UserError
 
 SMALL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--no-model-ema"]
 PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "PBS_", "LSB_", "TORCHELASTIC_")
@@ -227,6 +228,24 @@ def _require_same(rank, path):
 def test_values_are_compared_between_processes(tmp_path):
     in_processes(_require_same, tmp_path)
     assert (tmp_path / "0").exists()
+
+
+def _find_checkpoint(rank, folder):
+    disk = folder / str(rank)
+    disk.mkdir()
+    (disk / "checkpoint.pth").write_text("same")
+    assert find_latest_checkpoint(disk) == str(disk / "checkpoint.pth")
+    (disk / "checkpoint.pth").write_text(str(rank))
+    with pytest.raises(RankError, match=r"process 1 differs .*: the checksum of checkpoint\.pth in --output-dir is "):
+        find_latest_checkpoint(disk)
+    if rank == 0:
+        (disk / "checkpoint.pth").unlink()
+    with pytest.raises(UserError, match=r"checkpoint\.pth exists for some processes only"):
+        find_latest_checkpoint(disk)
+
+
+def test_checkpoints_to_resume_are_compared_between_processes(tmp_path):
+    in_processes(_find_checkpoint, tmp_path)
 
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
