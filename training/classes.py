@@ -138,6 +138,8 @@ def match_head(
     if match is ClassMatch.SOME and not replace_head:
         unknown = first_names([name for name, row in zip(own, positions(own, row_names)) if row is None])
         raise UserError(f"{location} cannot predict {unknown}: {names}")
+    if match is ClassMatch.UNNAMED and len(own) == num_rows:
+        _report_position(location, own, recorded, names)
     if match is ClassMatch.NONE_SAME_COUNT:
         warn(f"{location}: no class name matches: {names}. Classes are matched by position instead.")
     if not rows:
@@ -150,6 +152,20 @@ def match_head(
             "so top-1 is the recall of the dataset's classes"
         )
     return Head([*own, *(row_names[row] for row in others)], [*rows, *others])
+
+
+def _report_position(location: str, own: list[str], recorded: list[str] | None, names: str) -> None:
+    """Print that rows without names are matched by position, unless the dataset's classes are those of ImageNet.
+
+    A warning if the rows have numbers that the dataset lacks, or are as many as ImageNet's. Otherwise a line.
+    """
+    if own == list(default_names(len(own))):
+        return
+    if recorded is None and len(own) != IMAGENET_CLASSES:
+        log(f"{location} records no class names; classes are matched by position: {first_names(own)}")
+    else:
+        fix = "If the network numbers its classes in another way, name the folders by these numbers."
+        warn(f"{location}: classes are matched by position: {names}. {fix}")
 
 
 def _report_order(

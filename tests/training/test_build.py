@@ -45,7 +45,7 @@ CURVE = {"model": [[0.0, 0.3], [60.0, 0.9]]}
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return str(save_halting_micro(tmp_path / "tiny-10-30.pth", num_classes=3, budget_curves=CURVE))
+    return str(save_halting_micro(tmp_path / "tiny-10-30.pth", num_classes=3, classes=CLASSES, budget_curves=CURVE))
 
 
 def built(*flags):

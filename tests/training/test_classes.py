@@ -182,3 +182,30 @@ def test_resuming_needs_the_same_classes_in_the_same_order(classes, recorded):
 
 def test_classes_that_a_dataset_names_twice_are_matched_by_position():
     assert match(["crane", "crane"], ["a", "b"]) == (["crane", "crane"], None, False)
+
+
+# Rows without names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [["tench", *WNIDS[1:]], [f"animal {number}" for number in range(1000)]])
+def test_thousand_classes_that_are_not_imagenets_warn(classes, capsys):
+    assert match(sorted(classes), None, 1000).rows is None
+    assert "warning: c.pth: classes are matched by position: the dataset has" in capsys.readouterr().err
+
+
+def test_numbered_rows_and_named_classes_warn(capsys):
+    assert match(NAMES, placeholder_names(12)).rows is None
+    assert "the checkpoint has class 0, class 1, class 2 and 9 more" in capsys.readouterr().err
+
+
+def test_rows_without_names_print_one_line(capsys):
+    match(NAMES, None, 12)
+    output = capsys.readouterr()
+    assert (output.out.count("\n"), output.err) == (1, "")
+    assert "c.pth records no class names; classes are matched by position: name a, name b" in output.out
+
+
+@pytest.mark.parametrize("recorded", [None, placeholder_names(1000)])
+def test_imagenet_without_names_prints_nothing(recorded, capsys):
+    assert match(WNIDS, recorded, 1000).names == WNIDS
+    assert capsys.readouterr() == ("", "")
