@@ -267,6 +267,24 @@ def test_gate_in_the_name_of_a_static_checkpoint_is_ignored_with_a_warning():
     assert native(None, "c-10-30.pth").gate_sources()[1] == ("the file name", {})
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "flags", "warns"),
+    [
+        ("net-5-24.pth", {}, {}, True),
+        ("net-5-24.pth", {}, {"gate_scale": 4.0}, False),
+        ("net-5-24.pth", {"gate_scale": 5.0, "gate_center": 24.0}, {}, False),
+        ("tiny-10-30.pth", {}, {}, False),
+    ],
+)
+def test_gate_that_only_a_file_name_has_is_named(name, args, flags, warns):
+    lines = resolve(foreign(name, **args), **flags)[1]
+    line = (
+        f"warning: {name} records no gate; gate_scale 5 and gate_center 24 are only in its name. "
+        "Rename the file if the numbers mean something else"
+    )
+    assert [line for line in lines if "only in its name" in line] == ([line] if warns else [])
+
+
 @pytest.mark.parametrize(("known", "missing", "default"), [("scale", "center", 30), ("center", "scale", 10)])
 def test_half_a_gate_names_what_is_missing(known, missing, default):
     lines = resolve(foreign(**{f"gate_{known}": 7}))[1]

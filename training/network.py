@@ -43,7 +43,11 @@ GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
-PUBLISHED_GATES = {"visualization-tiny": (5.0, 50.0)}  # this file name does not contain the gate
+PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
+    "tiny-10-30": (10.0, 30.0),
+    "small-10-75": (10.0, 75.0),
+    "visualization-tiny": (5.0, 50.0),
+}
 
 Report = Callable[[str], None]  # `warn` or `log`
 
@@ -290,6 +294,7 @@ def _gate_of(checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collect
     sources = checkpoint.gate_sources(flags.use_ema)
     if logged:
         _warn_if_partial(checkpoint, flags, sources)
+        _warn_if_only_named(checkpoint, flags, sources)
     if flags.budget is None:
         return resolve_gate(flags.gate, sources, logged)
     gate = resolve_gate(flags.gate, sources, [name for name in logged if name != "gate_center"])
@@ -309,6 +314,19 @@ def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[
         ((name, value),), (other,) = known.items(), missing
         default, flag = f"using the default {GATE_DEFAULTS[other]:g}", f"--{other.replace('_', '-')}"
         warn(f"{checkpoint.location} records {name} {value:g} but no {other}; {default}. Pass {flag}")
+
+
+def _warn_if_only_named(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:
+    """Warn if only the name of an unpublished file has a gate: the numbers may mean something else, such as a day."""
+    gates = [values for _, values in sources if values.keys() & GATE_DEFAULTS]
+    named = gate_in_name(checkpoint.location)
+    is_published = Path(checkpoint.location).stem in PUBLISHED_GATES
+    if named and gates == [named] and not is_published and flags.gate_scale is flags.gate_center is None:
+        scale, center = named.values()
+        warn(
+            f"{checkpoint.location} records no gate; gate_scale {scale:g} and gate_center {center:g} are only in its "
+            "name. Rename the file if the numbers mean something else"
+        )
 
 
 def resolve_gate(
