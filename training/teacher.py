@@ -15,9 +15,9 @@ from macs import static_macs
 from training.budget import resolve_budget
 from training.checkpoints import Checkpoint
 from training.classes import Head, hub_head
-from training.models import create_model
-from training.network import NetworkSettings, size_text
-from training.weights import load_teacher_weights
+from training.models import create_model, is_avit, unsupported_reason
+from training.network import NetworkFlags, NetworkSettings, Purpose, differences, resolve_network, size_text
+from training.weights import fits, load_teacher_weights
 from utils import UserError
 
 
@@ -57,25 +57,15 @@ def _build_timm_teacher(
     name = args.teacher_model
     if not timm.is_model(name):
         raise UserError(f"--teacher-model {name}: unknown timm model{utils.did_you_mean(name, timm.list_models())}")
-    has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    size = {"img_size": settings.img_size} if has_fixed_size else {}
-    try:
-        classifier = timm.create_model(name, pretrained=not args.teacher_path, **size)
-        if args.teacher_path:
-            classifier.reset_classifier(len(classes))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--teacher-model {name}: the weights cannot be loaded ({error}); pass a file with --teacher-path"
-        ) from error
     if args.teacher_path:
-        weights = Checkpoint.load(args.teacher_path).weights_for(classes)
-        load_teacher_weights(classifier, weights, args.teacher_path)
-    elif classifier.num_classes != len(classes):
-        raise UserError(
-            f"--teacher-model {name} predicts {classifier.num_classes} classes but the dataset has {len(classes)}; "
-            "pass weights trained on this dataset with --teacher-path"
-        )
+        classifier = _classifier_of_file(name, Checkpoint.load(args.teacher_path), settings, classes)
     else:
+        classifier = _create_classifier(name, settings, pretrained=True)
+        if classifier.num_classes != len(classes):
+            raise UserError(
+                f"--teacher-model {name} predicts {classifier.num_classes} classes but the dataset has {len(classes)}; "
+                "pass weights trained on this dataset with --teacher-path"
+            )
         hub_head(name, f"--teacher-model {name}", classes).sort_rows(classifier)
     teacher = _as_teacher(classifier, model)
     trained = classifier.pretrained_cfg["input_size"][1:]
@@ -87,6 +77,42 @@ def _build_timm_teacher(
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--teacher-model {name} does not accept the student's images: {error}") from error
     return teacher
+
+
+def _create_classifier(name: str, settings: NetworkSettings, **options) -> nn.Module:
+    """Build a timm model for the student's images, without halting. Raises UserError if weights cannot be loaded."""
+    has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    options |= {"img_size": settings.img_size} if has_fixed_size else {}
+    options |= {"halting": False} if is_avit(name) else {}  # the hub's weights were not trained to halt
+    try:
+        return timm.create_model(name, **options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--teacher-model {name}: the weights cannot be loaded ({error}); pass a file with --teacher-path"
+        ) from error
+
+
+def _classifier_of_file(name: str, checkpoint: Checkpoint, settings: NetworkSettings, classes: list[str]) -> nn.Module:
+    """Build a timm model with the weights of --teacher-path. A model that was trained to halt does so.
+
+    Raises UserError if the weights do not fit, or were trained as another model of the same parameters.
+    """
+    recorded, weights = checkpoint.recorded_model(), checkpoint.weights_for(classes)
+    comparable = recorded not in (None, name) and unsupported_reason(name) is None and fits(recorded, weights)
+    differing = differences(recorded, name, settings.img_size) if comparable and fits(name, weights) else []
+    if differing:
+        raise UserError(
+            f"{checkpoint.location} was trained as {recorded}, which has the parameters of --teacher-model {name} but "
+            f"computes other results ({', '.join(differing[:3])}); pass --teacher-model {recorded}"
+        )
+    if is_avit(name):
+        flags = NetworkFlags(name, settings.img_size)
+        own = resolve_network(checkpoint, flags, Purpose.EVALUATION, log_gate=False)
+        return checkpoint.build_network(own, classes)
+    classifier = _create_classifier(name, settings)
+    classifier.reset_classifier(len(classes))
+    load_teacher_weights(classifier, weights, checkpoint.location)
+    return classifier
 
 
 def _as_teacher(classifier: nn.Module, student: nn.Module) -> losses.Teacher:
