@@ -285,6 +285,31 @@ def test_gate_that_only_a_file_name_has_is_named(name, args, flags, warns):
     assert [line for line in lines if "only in its name" in line] == ([line] if warns else [])
 
 
+@pytest.mark.parametrize(
+    ("args", "used", "line"),
+    [
+        (
+            {"mean": [0.5] * 3, "std": [0.25] * 3},
+            {"mean": (0.5,) * 3, "std": (0.25,) * 3},
+            "mean (0.5, 0.5, 0.5) instead",
+        ),
+        (
+            {"crop_pct": 1.0, "interpolation": "bilinear"},
+            {"crop_pct": 1.0, "interpolation": "bilinear"},
+            "crop_pct 1.0",
+        ),
+        ({"eval_crop_ratio": 0.95}, {"crop_pct": 0.95}, "crop_pct 0.95 instead"),
+        ({"mean": None, "std": None, "interpolation": "", "crop_pct": None}, {}, None),
+        ({"mean": [float("nan")] * 3}, {}, None),
+        ({"interpolation": ["x"]}, {}, None),
+    ],
+)
+def test_preprocessing_in_args_of_another_program_is_used_and_named(args, used, line):
+    settings, lines = resolve(foreign(gate_scale=5.0, gate_center=20.0, **args))
+    assert settings.preprocessing == run_preprocessing(SMALL, (224, 224))._replace(**used)
+    assert [line in one for one in warnings_in(lines)] == ([True] if line else [])
+
+
 @pytest.mark.parametrize(("known", "missing", "default"), [("scale", "center", 30), ("center", "scale", 10)])
 def test_half_a_gate_names_what_is_missing(known, missing, default):
     lines = resolve(foreign(**{f"gate_{known}": 7}))[1]

@@ -17,7 +17,7 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 import utils
-from datasets import Preprocessing, normal_name
+from datasets import MAX_UNCROPPED_SIDE, Preprocessing, normal_name
 from engine_act import MAX_START_SHARE
 from training.budget import BudgetCurve
 from training.classes import Head, default_names, is_of_head, match_head
@@ -178,7 +178,8 @@ class Checkpoint:
         trained = self.recorded_model(), str(self.recorded_flag("data_set"))
         run = f"{name} on {data_set}" if data_set else name
         data_set = data_set or trained[1]
-        own, recorded = run_preprocessing(name, img_size, data_set), self.recorded_preprocessing()
+        own = run_preprocessing(name, img_size, data_set)
+        recorded = self.recorded_preprocessing() if self.is_native else self._with_foreign_preprocessing(own, img_size)
         if recorded is None or recorded == own:
             return own
         if is_new_task:
@@ -186,12 +187,23 @@ class Checkpoint:
             log(f"{self.location}: this run preprocesses images in another way than the checkpoint: {difference}")
             return own
         usual = run_preprocessing(name, self.image_size() or img_size, data_set)
-        if recorded != usual and (name, data_set) != trained:
+        if recorded != usual and ((name, data_set) != trained or not self.is_native):
             warn(
                 f"{self.location}: images are preprocessed as the checkpoint records, which differs from "
                 f"{run}: {recorded.difference(usual)}"
             )
         return recorded
+
+    def _with_foreign_preprocessing(self, own: Preprocessing, img_size: tuple[int, int]) -> Preprocessing | None:
+        """Return the run's own preprocessing with what the args of another program record, by timm's and DeiT's names.
+
+        Small images are never cropped, so only their mean and std count. Returns None if a value is not usable.
+        """
+        args = {name: self.recorded_flag(name) for name in Preprocessing._fields}
+        args["crop_pct"] = args["crop_pct"] or self.recorded_flag("eval_crop_ratio")
+        names = ("mean", "std") if max(img_size) <= MAX_UNCROPPED_SIDE else Preprocessing._fields
+        given = {name: args[name] for name in names if args[name] not in (None, "")}
+        return Preprocessing.from_record(own.record() | given)
 
     def recorded_classes(self) -> list[str] | None:
         """Return the class names in order and normal form, or None if they are missing, not text or not unique."""

@@ -197,7 +197,8 @@ def _check_model(
 
     Raises UserError if they differ in more than their names; for a new task, prints a warning instead.
     """
-    recorded, unsupported = checkpoint.recorded_model(), checkpoint.recorded_flag("model")
+    recorded = checkpoint.recorded_model()
+    unsupported = checkpoint.recorded_flag("model") or checkpoint.content.get("arch")
     weights, location = checkpoint.state_dict(flags.use_ema), checkpoint.location
     if recorded == model or not fits(model, weights):  # weights that do not fit are an error of `load_weights`
         return
@@ -356,7 +357,7 @@ def gate_numbers(record: object) -> dict[str, float]:
     """Return the usable gate values in a record read from a file: finite numbers, and halt_eps in [0, 1)."""
     values = record if isinstance(record, dict) else {}
     gate = {name: values.get(name) for name in GATE_NAMES}
-    gate = {name: float(v) for name, v in gate.items() if isinstance(v, int | float) and abs(v) < MAX_GATE}
+    gate = {name: float(v) for name, v in gate.items() if type(v) in (int, float) and abs(v) < MAX_GATE}
     return {name: value for name, value in gate.items() if name in GATE_DEFAULTS or 0 <= value < 1}
 
 
