@@ -302,6 +302,8 @@ def test_gate_that_only_a_file_name_has_is_named(name, args, flags, warns):
         ({"mean": None, "std": None, "interpolation": "", "crop_pct": None}, {}, None),
         ({"mean": [float("nan")] * 3}, {}, None),
         ({"interpolation": ["x"]}, {}, None),
+        ({"crop_pct": torch.ones(3)}, {}, None),
+        ({"crop_pct": 1.2, "eval_crop_ratio": 0.95}, {"crop_pct": 0.95}, "crop_pct 0.95 instead"),
     ],
 )
 def test_preprocessing_in_args_of_another_program_is_used_and_named(args, used, line):
@@ -397,7 +399,7 @@ def test_differences_of_models_with_the_same_parameters(name, other, expected):
 # Commands ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "a"], [1, 2]])
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "a"], [1, 2], torch.ones(2)])
 def test_class_names_that_do_not_fit_the_head_are_named(names):
     checkpoint = Checkpoint({"model": weights_of(), "classes": names}, "c.pth")
     _, lines = resolve(checkpoint)

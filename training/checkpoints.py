@@ -194,16 +194,16 @@ class Checkpoint:
             )
         return recorded
 
-    def _with_foreign_preprocessing(self, own: Preprocessing, img_size: tuple[int, int]) -> Preprocessing | None:
-        """Return the run's own preprocessing with what the args of another program record, by timm's and DeiT's names.
+    def _with_foreign_preprocessing(self, own: Preprocessing, img_size: tuple[int, int]) -> Preprocessing:
+        """Return the run's own preprocessing with the usable values in another program's args.
 
-        Small images are never cropped, so only their mean and std count. Returns None if a value is not usable.
+        Small images are never cropped, so only their mean and std count.
         """
-        args = {name: self.recorded_flag(name) for name in Preprocessing._fields}
-        args["crop_pct"] = args["crop_pct"] or self.recorded_flag("eval_crop_ratio")
-        names = ("mean", "std") if max(img_size) <= MAX_UNCROPPED_SIDE else Preprocessing._fields
-        given = {name: args[name] for name in names if args[name] not in (None, "")}
-        return Preprocessing.from_record(own.record() | given)
+        names = [(name, name) for name in Preprocessing._fields]
+        is_cropped = max(img_size) > MAX_UNCROPPED_SIDE
+        for flag, name in [("eval_crop_ratio", "crop_pct"), *names] if is_cropped else names[:2]:
+            own = Preprocessing.from_record(own.record() | {name: self.recorded_flag(flag)}) or own
+        return own
 
     def recorded_classes(self) -> list[str] | None:
         """Return the class names in order and normal form, or None if they are missing, not text or not unique."""
@@ -220,8 +220,9 @@ class Checkpoint:
 
     def warn_about_class_names(self, use_ema: bool = False) -> None:
         """Warn if class names are recorded that cannot be those of the head's rows."""
-        head = self.state_dict(use_ema).get("head.weight")
-        if not self.content.get("classes") or head is None or head.ndim != 2 or self._names_of_rows(len(head)):
+        head, names = self.state_dict(use_ema).get("head.weight"), self.content.get("classes")
+        is_missing = names is None or (isinstance(names, list) and not names)
+        if is_missing or head is None or head.ndim != 2 or self._names_of_rows(len(head)):
             return
         recorded = self.recorded_classes()
         problem = f"{len(recorded)} class names" if recorded else "class names that are not distinct texts"
