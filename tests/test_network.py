@@ -399,6 +399,12 @@ def test_differences_of_models_with_the_same_parameters(name, other, expected):
 # Commands ------------------------------------------------------------------------------------------
 
 
+def test_error_about_a_recorded_size_does_not_name_a_flag():
+    checkpoint = foreign(side=224, input_size=29)
+    assert str(resolve(checkpoint)[0]).startswith("the image size 29 29 is not a multiple of the patch size 16 x 16 of")
+    assert str(resolve(checkpoint, img_size=(30, 30))[0]).startswith("--input-size 30 30 is not a multiple of")
+
+
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "a"], [1, 2], torch.ones(2)])
 def test_class_names_that_do_not_fit_the_head_are_named(names):
     checkpoint = Checkpoint({"model": weights_of(), "classes": names}, "c.pth")

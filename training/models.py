@@ -124,15 +124,15 @@ def create_model(
     return model
 
 
-def check_size(name: str, img_size: tuple[int, int]) -> None:
-    """Raise UserError if the model does not accept images of this height and width."""
-    size = f"--input-size {img_size[0]} {img_size[1]}"
+def check_size(name: str, img_size: tuple[int, int], source: str = "--input-size") -> None:
+    """Raise UserError if the model does not accept images of this height and width. source: named in the error."""
+    size = f"{source} {img_size[0]} {img_size[1]}"
     try:
         patch = _patch_size(name, img_size)
     except (AssertionError, RuntimeError, ValueError) as error:  # raised by convolutional stems
         raise UserError(f"{size} is not supported by {name}: {error}") from error
     if any(side % p for side, p in zip(img_size, patch)):
-        raise UserError(f"{size} is not a multiple of the patch size {patch[0]} x {patch[1]}")
+        raise UserError(f"{size} is not a multiple of the patch size {patch[0]} x {patch[1]} of {name}")
 
 
 @cache

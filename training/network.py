@@ -118,13 +118,14 @@ def resolve_network(
     evaluates = purpose is Purpose.EVALUATION
     model = flags.model or (checkpoint.model_name(flags.use_ema) if checkpoint else DEFAULT_MODEL)
     check_model_name(model)
+    source = "--input-size" if flags.img_size else "the image size"
     if checkpoint is None:
         img_size = _size_without_checkpoint(model, flags.img_size, pretrained, purpose)
-        check_size(model, img_size)
+        check_size(model, img_size, source)
         images = run_preprocessing(model, img_size, flags.data_set)
     else:
         img_size = _size_of_checkpoint(checkpoint, model, flags, purpose)
-        check_size(model, img_size)
+        check_size(model, img_size, source)
         _check_model(checkpoint, model, img_size, flags, purpose)
         if flags.use_ema:
             checkpoint.warn_about_average()
