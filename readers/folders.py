@@ -62,7 +62,7 @@ def find_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
         shown = sorted(name for name in folders if not is_hidden(name))
         skipped[HIDDEN] += len(folders) - len(shown)
         folders[:] = shown
-        images, others = _sort_out(names)
+        images, others = _sort_out(place, names)
         files += [Path(place, name) for name in images]
         skipped += others
     return sorted(files, key=lambda file: (str(file.parent), file.name)), skipped
@@ -72,8 +72,8 @@ def _raise_unreadable(error: OSError) -> None:
     raise UserError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
 
 
-def _sort_out(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """Return the names of image files, and the numbers of the other files by kind."""
+def _sort_out(folder: str | Path, names: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """Return the names of a folder's image files, and the numbers of the other files by kind."""
     images, others = [], Counter()
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
@@ -81,8 +81,10 @@ def _sort_out(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
             others[HIDDEN] += 1
         elif suffix in image_suffixes():
             images.append(name)
-        else:
+        elif os.path.exists(os.path.join(folder, name)):
             others[suffix or "without a suffix"] += 1
+        else:
+            others["broken links"] += 1
     return images, others
 
 
@@ -119,7 +121,7 @@ class ClassFolders(ImageFolder):
         entries = list(os.scandir(directory))
         folders = sorted(entry.name for entry in entries if entry.is_dir())
         classes = [name for name in folders if not is_hidden(name)]
-        self.beside, self.skipped = _sort_out(entry.name for entry in entries if not entry.is_dir())
+        self.beside, self.skipped = _sort_out(directory, (entry.name for entry in entries if not entry.is_dir()))
         self.skipped[HIDDEN] += len(folders) - len(classes)
         if not classes:
             raise UserError(

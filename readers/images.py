@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import stat
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +35,8 @@ def load_image(file: str | Path | BytesIO, name: str | None = None) -> Image.Ima
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not isinstance(file, BytesIO) and not stat.S_ISREG(os.stat(file).st_mode):
+                raise OSError("it is not a regular file")  # a pipe could block
             return _decode_despite_metadata(file, name)
     except Exception as error:  # Pillow's decoders raise errors of any type
         reason = " ".join(str(error).split()) or type(error).__name__

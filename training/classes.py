@@ -178,8 +178,9 @@ def _report_order(
     is_in_order = rows == sorted(rows)
     has_numbers = len(rows) == num_rows if recorded is None else class_numbers(recorded) is not None
     if match is ClassMatch.NUMBERED and not (is_in_order and has_numbers):
-        fix = "Rename them if the network numbers its classes in another way."
-        warn(f"{by} number, not in the order of their names: {names}. {fix}")
+        fix = "Rename the classes if the network numbers them in another way."
+        number = "number" if len(rows) == num_rows else "number (the first is 0)"
+        warn(f"{by} {number}, not in the order of their names: {names}. {fix}")
     elif not is_in_order:
         log(f"{by} name: {names}")
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import build_dataset, find_image_files
+from datasets import UnreadableImage, build_dataset, find_image_files, load_image
 from readers.folders import ClassFolders, is_hidden, split_folder
 from utils import UserError
 from visualization.draw import find_images
@@ -26,6 +26,20 @@ def put(folder: Path, *names: str) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(path, "PNG")
+
+
+def test_broken_links_are_named(tmp_path, capsys):
+    root = make_image_folder(tmp_path / "data", classes=2, train=0, val=2)
+    (root / "val" / "class_2").symlink_to(tmp_path / "disk")
+    assert len(build_dataset("IMNET", str(root), False, SIZE)) == 4
+    assert "skipped files that are not images: 1 broken links\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_pipe_with_the_name_of_an_image_is_unreadable(tmp_path):
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(UnreadableImage, match="it is not a regular file"):
+        load_image(tmp_path / "0.png")
 
 
 @pytest.mark.parametrize("name", READERS)
