@@ -69,7 +69,7 @@ def unwrapped(weights: dict, location: str) -> tuple[dict[str, Tensor], str | No
     head = _outer_head(inside, others)
     inside |= {f"head.{kind}": others.pop(f"{head}.{kind}") for kind in ("weight", "bias") if head is not None}
     lines = [] if head is None else [f"{first_names([head])} is used as its head"]
-    lines += [f"{len(others)} other entries are not used: {first_names([*others])}"] if others else []
+    lines += [f"other entries are not used ({len(others)}): {first_names([*others])}"] if others else []
     return inside, f"{location}: the model is {first_names([prefix[:-1]])}; {'; '.join(lines)}" if lines else None
 
 

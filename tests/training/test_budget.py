@@ -200,6 +200,7 @@ def test_training_to_a_budget_allows_other_budgets(image_folder, tmp_path, start
     assert evaluated_cost(image_folder, path, tmp_path / "ema", "--use-ema") == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, monkeypatch):
     expected = run(image_folder, tmp_path / "whole", start, "--epochs", 1)
     calls = iter(range(1, 1000))
@@ -317,6 +318,7 @@ def test_every_pass_of_the_calibration_reads_the_same_images(tmp_path, workers):
     assert all(torch.equal(images, again) for images, again in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_calibration_of_a_stream_is_repeatable(tmp_path):
     data = make_shards(tmp_path / "wds")
     start = save_halting_micro(tmp_path / "start.pth", num_classes=16)

@@ -186,6 +186,7 @@ def test_signal_ends_commands_and_their_workers(tmp_path, data, mode, name):
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_that_is_missing"}
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_from_a_notebook(tmp_path, data):
     folder, checkpoint = data
     drawn, training = tmp_path / "drawn", ["--epochs", 1, "--tensorboard", "--output_dir", tmp_path / "out"]
