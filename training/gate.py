@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macs import macs_counter, macs_per_image, static_macs
+from macs import macs_counter, static_macs
 from models_act import AdaptiveTokens
 from zipping.channels import swap_channels
 
@@ -64,10 +64,11 @@ def choose_gate(
     if not expected.isfinite().all():
         raise FloatingPointError("the logits of the static model are not finite: its weights have diverged")
     model.halting = True
-    candidates = _candidates(model, states, cost)
+    cost_of = _cost_counter(model, states.shape[2])
+    candidates = _candidates(model, states, cost, cost_of)
     few_images, few_expected = images[:FEW_IMAGES], expected[:FEW_IMAGES]
-    ranked = sorted(_evaluate_gate(candidate, model, few_images, few_expected, amp) for candidate in candidates)
-    best = min(_evaluate_gate(candidate, model, images, expected, amp) for candidate in ranked[:FINALISTS])
+    ranked = sorted(_evaluate_gate(one, model, few_images, few_expected, amp, cost_of) for one in candidates)
+    best = min(_evaluate_gate(one, model, images, expected, amp, cost_of) for one in ranked[:FINALISTS])
     report(
         f"gate search: channel {best.channel}, scale {best.scale:g}, center {best.center:g}; before training, it uses "
         f"{best.cost:.0%} of the static model's MACs, and the KL divergence from the static model's predictions is "
@@ -81,13 +82,25 @@ def _autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def _candidates(model: AdaptiveTokens, states: Tensor, cost: float) -> list[GateCandidate]:
+def _cost_counter(model: AdaptiveTokens, num_tokens: int) -> Callable[[Tensor], Tensor]:
+    """Return a function of depths, [B, N], that gives the mean cost of the images, a scalar tensor.
+
+    The sizes of the model's layers are read only once for all gates.
+    """
+    static, count_macs = static_macs(model), macs_counter(model, num_tokens)
+    return lambda depth: count_macs(depth).mean() / static
+
+
+def _candidates(
+    model: AdaptiveTokens, states: Tensor, cost: float, cost_of: Callable[[Tensor], Tensor]
+) -> list[GateCandidate]:
     """Return a gate of this cost for each usable channel and sign; states: [L, B, N, C]."""
     candidates = []
     for channel in range(states.shape[-1] if model.can_swap_channels else 1):
         values = states[..., channel]
         for scale in (_scale(values), -_scale(values)):
-            candidates.append(GateCandidate(0.0, channel, scale, _center_of_cost(model, scale * values, cost), cost))
+            center = _center_of_cost(scale * values, 1 - model.halt_eps, cost, cost_of)
+            candidates.append(GateCandidate(0.0, channel, scale, center, cost))
     return candidates
 
 
@@ -106,23 +119,30 @@ def _scale(values: Tensor) -> float:
     return float(f"{SPREAD / values.std().clamp(min=1e-6).item():.2g}")
 
 
-def _center_of_cost(model: AdaptiveTokens, logits: Tensor, cost: float) -> float:
-    """Return the center at which tokens with these scale * x, [L, B, N], would halt at this cost, by bisection."""
-    static, count_macs = static_macs(model), macs_counter(model, logits.shape[2])
+def _center_of_cost(logits: Tensor, threshold: float, cost: float, cost_of: Callable[[Tensor], Tensor]) -> float:
+    """Return the center at which tokens with these scale * x, [L, B, N], would halt at this cost, by bisection.
+
+    threshold: cumulative score at which a token halts
+    """
     middle = logits.mean()
     low, high = middle - 32, middle + 32  # tensors, so that there is one host-device sync per gate
     for _ in range(12):
         center = (low + high) / 2
-        halts = torch.sigmoid(logits - center).cumsum(dim=0) >= 1 - model.halt_eps
+        halts = torch.sigmoid(logits - center).cumsum(dim=0) >= threshold
         halts[-1] = True
         depth = halts.float().argmax(dim=0) + 1.0  # [B, N]
-        is_cheaper = count_macs(depth).mean() / static < cost
+        is_cheaper = cost_of(depth) < cost
         low, high = torch.where(is_cheaper, center, low), torch.where(is_cheaper, high, center)
     return float(f"{center.item():.4g}")
 
 
 def _evaluate_gate(
-    candidate: GateCandidate, model: AdaptiveTokens, images: Tensor, expected: Tensor, amp: str
+    candidate: GateCandidate,
+    model: AdaptiveTokens,
+    images: Tensor,
+    expected: Tensor,
+    amp: str,
+    cost_of: Callable[[Tensor], Tensor],
 ) -> GateCandidate:
     """Return the candidate with its measured divergence and cost; expected: [B, K], the static log-probabilities."""
     swap_channels(model, candidate.channel)
@@ -136,5 +156,4 @@ def _evaluate_gate(
         logits = logits[:, order]
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     divergence = F.kl_div(log_probabilities, expected, reduction="batchmean", log_target=True).item()
-    cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)
-    return candidate._replace(divergence=divergence, cost=cost)
+    return candidate._replace(divergence=divergence, cost=cost_of(halting.depth).item())
