@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from training.parser import Parser
@@ -50,7 +51,7 @@ def run_cli(
         from training.launch import process_group, single_process
         from training.rendezvous import settings_of
 
-        group = (args.device,) if alone else (args.device, args.dist_url, args.world_size, settings_of(args))
+        group = (args.device,) if alone else (args.device, args.dist_url, args.world_size, partial(settings_of, args))
         with (single_process if alone else process_group)(*group) as device:
             args.device = args.device or device.type
             status = run(args, device)

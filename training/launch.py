@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -98,14 +98,14 @@ def process_group(
     device_type: str | None,
     dist_url: str = "env://",
     world_size: int | None = None,
-    settings: dict[str, str] | None = None,
+    settings: Callable[[], dict[str, str]] = dict,
 ) -> Iterator[torch.device]:
     """Join the process group that the environment describes, and yield the device of this process.
 
     device_type: cuda, cuda:N or cpu; None selects CUDA if it is available.
     dist_url, world_size: a tcp://host:port URL and the number of processes, for processes that are started manually
     with RANK set. torchrun, torch.distributed.launch and srun need neither.
-    settings: values that must be the same in all processes, by name
+    settings: returns values that must be the same in all processes, by name; called if there are several
     A single process joins no group. Raises UserError if the processes cannot connect, or do not belong together.
     """
     launch = resolve_launch_environment(world_size)  # before the device, whose index is the local rank
@@ -116,7 +116,7 @@ def process_group(
         yield device
         return
     with _warning_while_waiting(launch, dist_url):
-        _init_group(launch, dist_url, device, {"the device": device.type, **(settings or {})})
+        _init_group(launch, dist_url, device, {"the device": device.type, **settings()})
     yield device
     dist.destroy_process_group()  # not after an error: it could block on processes that wait for this one
 
