@@ -113,6 +113,19 @@ def test_lack_of_memory_names_the_flags_of_the_command():
     assert "--batch-size" not in memory_line(["c.pth", "o.onnx"], export_onnx.make_parser().parse_args)
 
 
+def test_single_process_reads_no_settings(monkeypatch):
+    """The checksum of a checkpoint takes seconds, and there is nothing to compare it with."""
+
+    def fail(args):
+        raise AssertionError
+
+    monkeypatch.setattr("training.rendezvous.settings_of", fail)
+    devices = []
+    args = argparse.Namespace(device="cpu", dist_url="env://", world_size=None)
+    run_cli(Parser(prog="x.py"), args, lambda args, device: devices.append(device.type))
+    assert devices == ["cpu"]
+
+
 @pytest.fixture
 def own_handlers():
     """Install the default handlers: a shell starts background jobs with SIGINT ignored."""

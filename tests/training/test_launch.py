@@ -177,11 +177,3 @@ def test_variables_of_torchrun_in_a_slurm_step(monkeypatch, environment, flag, p
     others = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     monkeypatch.setattr(os, "environ", others | slurm | environment)
     assert resolve_launch_environment(flag) == position
-
-
-def test_single_process_reads_no_settings():
-    def settings():
-        raise AssertionError("the checksum of a checkpoint takes seconds")
-
-    with process_group("cpu", settings=settings) as device:
-        assert device.type == "cpu"
