@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import arguments, flag_effects
+from training.parser import add_model_flags
 
 if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
     from models_act import AdaptiveTokens
@@ -58,18 +59,7 @@ def make_parser() -> arguments.Parser:
     add("--fp16-weights", action="store_true", help="store weights in half precision; computation stays in float32")
     arguments.add_budget_flag(add)
     add("--use-ema", action="store_true", help="export the averaged weights (model_ema) of the checkpoint")
-    add(
-        "--model",
-        metavar="NAME",
-        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's model)",
-    )
-    add(
-        "--input-size",
-        type=arguments.at_least_one,
-        nargs="+",
-        metavar="PIXELS",
-        help="image size in pixels, or height and width (default: the checkpoint's size)",
-    )
+    add_model_flags(add)
     # earlier spellings
     add("--form", dest="batch_mode", choices=modes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--half", dest="fp16_weights", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

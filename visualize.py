@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import arguments, flag_effects
+from training.parser import add_model_flags
 
 if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and flag errors need not wait for it
     import torch
@@ -55,18 +56,7 @@ def make_parser() -> arguments.Parser:
     )
     add = parser.add_argument_group("checkpoint").add_argument
     add("--finetune", metavar="FILE", help="path or https URL of a checkpoint")
-    add(
-        "--model",
-        metavar="NAME",
-        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's model)",
-    )
-    add(
-        "--input-size",
-        type=arguments.at_least_one,
-        nargs="+",
-        metavar="PIXELS",
-        help="image size in pixels, or height and width (default: the checkpoint's size)",
-    )
+    add_model_flags(add)
     add = parser.add_argument_group("images").add_argument
     add("--output-dir", default=arguments.DEMO_FOLDER, metavar="DIR", help="directory for the output")
     add("--cmap", default="viridis", metavar="NAME", help="matplotlib colormap of the depths; the paper uses hot")

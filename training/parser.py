@@ -205,5 +205,21 @@ def add_budget_flag(add: Callable) -> None:
     )
 
 
+def add_model_flags(add: Callable) -> None:
+    """Add --model and --input-size, which override those of a checkpoint. add: see `add_budget_flag`."""
+    add(
+        "--model",
+        metavar="NAME",
+        help="model name: a registered avit_* model or any plain timm ViT (default: the checkpoint's model)",
+    )
+    add(
+        "--input-size",
+        type=at_least_one,
+        nargs="+",
+        metavar="PIXELS",
+        help="image size in pixels, or height and width (default: the checkpoint's size)",
+    )
+
+
 def augment_policy(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
