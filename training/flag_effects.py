@@ -60,6 +60,12 @@ def _has_folder(args: argparse.Namespace) -> bool:
     return args.data_set not in NEEDS_NO_FOLDER
 
 
+def _runs_on_cuda(args: argparse.Namespace) -> bool:
+    import torch
+
+    return args.device.startswith("cuda") if args.device else torch.cuda.is_available()
+
+
 def _has_several_processes(args: argparse.Namespace) -> bool:
     import utils
 
@@ -99,7 +105,7 @@ FOLDER = Condition("a dataset with files", _has_folder)
 INATURALIST = Condition("--data-set INAT or INAT19", lambda args: args.data_set.startswith("INAT"))
 READ_BY_TIMM = Condition("a dataset with prefix wds/, tfds/ or torch/", lambda args: "/" in args.data_set)
 POSITIONS = Condition("a dataset that is not streamed", lambda args: not args.data_set.startswith(("wds/", "tfds/")))
-CUDA = Condition("a CUDA device", lambda args: not (args.device or "").startswith("cpu"))
+CUDA = Condition("a CUDA device", _runs_on_cuda)
 PROCESSES = Condition("several processes", _has_several_processes)
 OUTPUT = Condition("--output-dir", lambda args: args.output_dir)
 HALTING = Condition("a model that halts", lambda args: args.halting)

@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +112,13 @@ INEFFECTIVE = [
 @pytest.mark.parametrize(("command", "flags", "needs"), INEFFECTIVE, ids=lambda value: str(value)[:60])
 def test_given_flag_without_effect_is_named_with_what_it_needs(command, flags, needs):
     assert unmet(command, flags) == needs
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_flag_for_cuda_is_named_on_a_machine_without_cuda(has_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert unmet("main_act.py", "--pin-mem") == ({} if has_cuda else {"--pin-mem": "a CUDA device"})
+    assert unmet("main_act.py", "--pin-mem --device cuda") == {}, "a device that does not exist is an error of its own"
 
 
 EFFECTIVE = [
