@@ -122,6 +122,8 @@ HALTING_DEFAULTS = {
     "halting": True,
     "zip_tokens": True,
     "early_exit": True,
+    "cuda_graphs": False,
+    "compile_blocks": False,
 }
 
 
@@ -136,7 +138,9 @@ class AdaptiveTokens:
     zip_tokens: drop halted tokens (zipped mode). If False, halted tokens are masked, at full cost.
     zipping/blocks.py lists the cases in which they are masked anyway;
     early_exit: in zipped mode and evaluation, if only logits are requested, drop an image once its
-    prefix tokens have halted.
+    prefix tokens have halted;
+    cuda_graphs: in zipped mode on CUDA, replay passes from CUDA graphs (planned mode, see zipping/planned);
+    compile_blocks: with cuda_graphs in half precision, compile the blocks with torch.compile.
     Other options are timm's. Raises ValueError for options that halting does not support.
     """
 

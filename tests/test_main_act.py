@@ -171,6 +171,19 @@ def test_flags_are_accepted_in_training(image_folder, flags):
     run("--data-path", image_folder, "--epochs", 2, "--warmup-epochs", 1, *flags.split())
 
 
+def test_cuda_graphs_on_a_cpu_warn_and_change_nothing(image_folder, tmp_path, capsys):
+    flags = ("--data-path", image_folder, "--epochs", 1, "--warmup-epochs", 0, "--device", "cpu", "--output_dir")
+    run(*flags, tmp_path / "without")
+    warnings = capsys.readouterr().err
+    run(*flags, tmp_path / "with", "--cuda-graphs", "--compile")
+    line = "warning: no effect here: --cuda-graphs (needs a CUDA device), --compile (needs a CUDA device)\n"
+    assert capsys.readouterr().err == line + warnings
+    logs = [log_of(tmp_path / name)[0].keys() for name in ("without", "with")]
+    assert logs[0] == logs[1]
+    weights = [load_checkpoint(str(tmp_path / name / "checkpoint.pth"))["model"] for name in ("without", "with")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_without_output_dir_nothing_is_written(image_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -393,7 +406,7 @@ finetune=None tensorboard=False world_size=None dist_url=env:// amp=None pretrai
 halting=True ponder_token_scale=0.001 gate_scale=None gate_center=None distr_prior_alpha=0.01 demo=False
 zip_tokens=True early_exit=True act_mode=None warmup_epoch=None train_split=None val_split=None num_classes=None
 device=None checkpoint_steps=0 keep=0 max_bad_images=100 demo_images=1 demo_by=std demo_dir=None html=False
-class_index=None target_macs=None budget=None gate=None gate_jitter=0.0
+class_index=None target_macs=None budget=None gate=None gate_jitter=0.0 cuda_graphs=False compile=False
 """
 
 

@@ -59,8 +59,8 @@ def _group(title: str) -> tuple[Parser, Callable]:
     return parser, parser.add_argument_group(title).add_argument
 
 
-def _switch(add: Callable, name: str, help: str) -> None:
-    add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=help)
+def _switch(add: Callable, name: str, help: str, default: bool = True) -> None:
+    add(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
 def _model() -> Parser:
@@ -387,6 +387,8 @@ def _avit() -> Parser:
     )
     _switch(add, "zip-tokens", "removal of halted tokens; otherwise they are masked and save no compute")
     _switch(add, "early-exit", "removal of whole images at inference once their prefix tokens have halted")
+    _switch(add, "cuda-graphs", "CUDA graphs that replay forward and backward passes (planned mode)", default=False)
+    add("--compile", action="store_true", help="torch.compile of the blocks in CUDA graphs, in half precision")
     return parser
 
 

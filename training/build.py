@@ -85,8 +85,7 @@ def _model_from_checkpoint(
         head,
         use_ema=_uses_ema(args, start),
         replace_head=_may_replace_head(args, start),
-        zip_tokens=args.zip_tokens,
-        early_exit=args.early_exit,
+        **_mode_options(args),
         **_dropout_rates(args),
     )
 
@@ -102,9 +101,8 @@ def _model_from_hub(args: argparse.Namespace, settings: NetworkSettings, head: H
         pretrained=args.pretrained,
         num_classes=len(head.names),
         halting=settings.halting,
-        zip_tokens=args.zip_tokens,
-        early_exit=args.early_exit,
         **settings.gate,
+        **_mode_options(args),
         **_dropout_rates(args),
     )
     if args.pretrained:
@@ -126,6 +124,16 @@ def _uses_ema(args: argparse.Namespace, start: Checkpoint | None) -> bool:
 
 def _may_replace_head(args: argparse.Namespace, start: Checkpoint | None) -> bool:
     return _purpose(args, start) is Purpose.NEW_TASK and not teaches_itself(args)
+
+
+def _mode_options(args: argparse.Namespace) -> dict[str, bool]:
+    """Return the options of `AdaptiveTokens` that select how halting is computed."""
+    return {
+        "zip_tokens": args.zip_tokens,
+        "early_exit": args.early_exit,
+        "cuda_graphs": args.cuda_graphs,
+        "compile_blocks": args.compile,
+    }
 
 
 def _dropout_rates(args: argparse.Namespace) -> dict[str, float]:

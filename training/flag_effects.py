@@ -110,6 +110,10 @@ PROCESSES = Condition("several processes", _has_several_processes)
 OUTPUT = Condition("--output-dir", lambda args: args.output_dir)
 HALTING = Condition("a model that halts", lambda args: args.halting)
 ZIPPING = Condition("--zip-tokens", lambda args: args.zip_tokens)
+NO_CHECKPOINTING = Condition("no --grad-checkpointing", lambda args: not args.grad_checkpointing)
+CUDA_GRAPHS = Condition("--cuda-graphs", lambda args: args.cuda_graphs)
+HALF_PRECISION = Condition("--amp fp16 or bf16", lambda args: args.amp != "none")
+PLANNED_MODE = (HALTING, ZIPPING, CUDA, NO_CHECKPOINTING)
 NO_TARGET = Condition("no --target-macs", lambda args: args.target_macs is None)
 
 MAIN_ACT = _by_flag(
@@ -165,6 +169,8 @@ MAIN_ACT = _by_flag(
         "pretrained_path": (START,),
         "gate_scale gate_center zip_tokens": (HALTING,),
         "early_exit": (HALTING, ZIPPING, EVALUATION),
+        "cuda_graphs": PLANNED_MODE,
+        "compile": (CUDA_GRAPHS, *PLANNED_MODE, HALF_PRECISION),
         "ponder_token_scale": (TRAINING, HALTING, NO_TARGET),
         "distr_prior_alpha target_macs gate gate_jitter": (TRAINING, HALTING),
         # demo

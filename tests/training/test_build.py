@@ -8,6 +8,7 @@ from training.arguments import parse_args
 from training.build import (
     build_model,
     build_optimizer,
+    build_trainer,
     choose_head,
     resolve_settings,
     training_and_validation_set,
@@ -35,6 +36,17 @@ def test_no_aug_preprocesses_training_images_as_in_evaluation(image_folder):
 def test_learning_rate_scales_with_the_global_batch():
     args = parse_args(["--batch-size", "128", "--accum-steps", "2", "--lr", "0.001"])
     assert build_optimizer(args, torch.nn.Linear(2, 2)).param_groups[0]["lr"] == pytest.approx(0.001 * 128 * 2 / 512)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("from_file", [True, False])
+def test_flags_set_the_mode_of_the_model_and_of_its_average(is_on, from_file, checkpoint):
+    flags = ["--cuda-graphs", "--compile"] if is_on else ["--no-zip-tokens", "--no-early-exit"]
+    args, _, model = built(*flags, *(["--finetune", checkpoint] if from_file else []))
+    trainer = build_trainer(args, model, CLASSES, torch.device("cpu"), teacher=None)
+    for network in (model, trainer.ema.module):
+        assert (network.cuda_graphs, network.compile_blocks) == (is_on, is_on)
+        assert (network.zip_tokens, network.early_exit) == (is_on, is_on)
 
 
 # Printed gate ------------------------------------------------------------------------------------

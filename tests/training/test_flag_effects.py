@@ -79,6 +79,20 @@ INEFFECTIVE = [
     ("main_act.py", "--keep 3", {"--keep": "--output-dir"}),
     ("main_act.py", "--use-ema", {"--use-ema": "weights from --finetune or --pretrained-path"}),
     ("main_act.py", "--device cpu --pin-mem", {"--pin-mem": "a CUDA device"}),
+    ("main_act.py", "--device cpu --cuda-graphs", {"--cuda-graphs": "a CUDA device"}),
+    (
+        "main_act.py",
+        "--device cuda --cuda_graphs --no-halting --compile",
+        dict.fromkeys(("--cuda-graphs", "--compile"), "a model that halts"),
+    ),
+    ("main_act.py", "--device cuda --cuda-graphs --no-zip-tokens", {"--cuda-graphs": "--zip-tokens"}),
+    (
+        "main_act.py",
+        "--device cuda --cuda-graphs --grad-checkpointing",
+        {"--cuda-graphs": "no --grad-checkpointing"},
+    ),
+    ("main_act.py", "--device cuda --compile", {"--compile": "--cuda-graphs"}),
+    ("main_act.py", "--device cuda --cuda-graphs --compile --amp none", {"--compile": "--amp fp16 or bf16"}),
     ("main_act.py", "--eval --finetune a --lr 0.1 --pretrained", dict.fromkeys(("--lr", "--pretrained"), TRAINING)),
     ("main_act.py", "--demo --finetune a --pretrained-path b", {"--pretrained-path": TRAINING}),
     ("main_act.py", "--demo --finetune a --early-exit", {"--early-exit": "--eval"}),
@@ -127,6 +141,8 @@ EFFECTIVE = [
     "--no-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --color-jitter 0 --drop 0 --finetune a --drop-path 0",
     "--no-halting --no-early-exit --no-zip-tokens --distr-prior-alpha 0",  # off in any case
     "--distillation-type self --teacher-path a --distillation-type none",
+    "--device cuda --cuda-graphs --compile",  # half precision is the default on CUDA
+    "--device cpu --no-cuda-graphs",
     "--eval --pretrained --use-ema --resume a",
     "--eval --pretrained-path a --early-exit",
     "--opt sgd --momentum 0.9 --sched step --decay-epochs 3 --decay-rate 0.5 --cutmix-minmax 0.2 0.4 --mixup 0",
