@@ -135,6 +135,7 @@ def measure_costs(
     batches: tuples that start with images [B, 3, H, W]. Every process must call it.
     """
     model = copy.deepcopy(model).to(device).eval()
+    model.cuda_graphs = False  # a plan fits the counts of one center
     sums, count = torch.zeros(len(centers), dtype=torch.float64, device=device), 0
     for images, *_ in batches:
         images = images.to(device, non_blocking=True)

@@ -154,6 +154,20 @@ def test_gate_search_with_diverged_weights_raises():
         choose_gate(model, images(4), CPU, "none", 0.6)
 
 
+def test_gates_are_measured_without_cuda_graphs(monkeypatch):
+    """A plan of one gate does not fit another: batches would run again, and captures would fill the memory."""
+    model, called, forward = halting_model().eval(), [], type(halting_model()).forward
+    model.cuda_graphs = True
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, *args, **kw: called.append(self.cuda_graphs) or forward(self, *args, **kw)
+    )
+    measure_costs(model, [(images(2),)], CPU, "none", [5.0, 20.0])
+    assert called == [False, False]
+    choose_gate(model, images(2), CPU, "none", 0.6, report=lambda line: None)
+    assert not any(called)
+    assert model.cuda_graphs, "the option of the model itself is unchanged"
+
+
 # Command line ------------------------------------------------------------------------------------
 
 MODEL = "--model avit_micro_patch4_32 --input-size 32 --num_workers 0"
