@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import emulated_attention  # noqa: F401 - registers CUDA's operators for the fixture token_store
+import graph_standin as standin
 import numpy as np
 import pytest
 import timm
@@ -41,6 +42,14 @@ def token_store(request, monkeypatch) -> str:
     """Run the test with the CPU store and with the CUDA store, whose operators are emulated."""
     monkeypatch.setattr(zipping, "uses_device_form", lambda x: request.param == "CUDA")
     return request.param
+
+
+@pytest.fixture
+def graph_standin(monkeypatch) -> None:
+    """Capture passes on the CPU, by tapes in place of CUDA graphs."""
+    for name in ("capture.capture", "capture.warm_up", "capture.new_pool", "runner.new_pool"):
+        monkeypatch.setattr(f"zipping.planned.{name}", getattr(standin, name.partition(".")[2]))
+    monkeypatch.setattr("zipping.planned.runner.supports_graphs", lambda images: True)
 
 
 class ParityCase:
