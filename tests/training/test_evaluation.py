@@ -8,9 +8,11 @@ from conftest import halting_model, images
 from torch.utils.data import TensorDataset
 
 from datasets import placeholder_names
+from models_act import AdaptiveTokens
 from training.evaluation import COLUMNS, evaluate_dataset, report, save, zipping_speeds
 from training.loaders import evaluation_loader
 from utils import UserError
+from zipping.planned.plans import Planner
 
 CPU = torch.device("cpu")
 
@@ -81,6 +83,14 @@ def test_zipping_speeds_measures_both_modes_and_keeps_the_model():
     assert min(speeds.values()) > 0
     assert model.training
     assert not model.zip_tokens
+
+
+@pytest.mark.parametrize(("cuda_graphs", "warm_up"), [(False, 0), (True, Planner.start)])
+def test_zipping_speeds_are_measured_after_the_first_plan(cuda_graphs, warm_up, monkeypatch):
+    calls, forward = [], AdaptiveTokens.forward
+    monkeypatch.setattr(AdaptiveTokens, "forward", lambda model, x: calls.append(model.zip_tokens) or forward(model, x))
+    zipping_speeds(halting_model(cuda_graphs=cuda_graphs), images(), CPU, "none", rounds=1)
+    assert calls == [True] * warm_up + [True, False] * 2
 
 
 def test_save_writes_two_files(tmp_path):
