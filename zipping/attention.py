@@ -73,9 +73,12 @@ def varlen_attention(
     return out[..., :width].to(dtype).transpose(1, 2)
 
 
-@cache
+_capability = cache(torch.cuda.get_device_capability)
+
+
+@torch.compiler.assume_constant_result
 def _supports_flash_attention(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cuda" or _capability(device) >= (8, 0)
 
 
 def ragged_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], dropout_p: float = 0.0) -> Tensor:
