@@ -31,13 +31,22 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from macs import macs_per_image
 from zipping import Gate, PackedTokensCUDA, drop_halted, uses_kernels
 from zipping.blocks import prepare_blocks, unsupported_part
 from zipping.channels import swap_channels, why_not_swappable, why_swap_changes_logits
-from zipping.outputs import HaltingHistory, Intermediates, MeanField, split_states, timm_result
+from zipping.outputs import (
+    Halting,
+    HaltingHistory,
+    Intermediates,
+    MeanField,
+    split_states,
+    summarize_halting,
+    timm_result,
+)
+from zipping.planned.runner import Call, run_by_graphs
 from zipping.recording import TRACING_UNSUPPORTED, refuse_symbols
 
 __all__ = [
@@ -51,19 +60,6 @@ __all__ = [
     "halting_step",
     "macs_per_image",
 ]
-
-
-class Halting(NamedTuple):
-    """Halting results of a batch.
-
-    depth: [B, N] float, 1..L, the number of blocks that processed the token (N_k in the paper);
-    ponder_cost: [B, N] float, depth + remainder, differentiable (rho, Eq. 9);
-    layer_scores: [L] float, differentiable, mean halting score of the patch tokens after each block (halted: 0).
-    """
-
-    depth: Tensor
-    ponder_cost: Tensor
-    layer_scores: Tensor
 
 
 class HaltingStep(NamedTuple):
@@ -96,21 +92,6 @@ def halting_step(x: Tensor, cumulative_before: Tensor, gate: Gate, is_last_block
 def _halting_probability(score: Tensor, cumulative_before: Tensor, halts: Tensor) -> Tensor:
     """Return p_l (Eq. 8): the score, or the remainder if the token halts."""
     return torch.where(halts, 1 - cumulative_before, score)
-
-
-def _summarize_halting(score: Tensor, halts: Tensor, num_prefix_tokens: int, num_blocks: int) -> Halting:
-    """Compute depth, ponder cost and layer scores.
-
-    score, halts: [R, B, N], zero for halted tokens, of the R <= num_blocks blocks that were run.
-    """
-    block = torch.arange(1, len(halts) + 1, device=halts.device)[:, None, None]
-    depth = (block * halts).sum(dim=0)
-    remainder = 1 - (score * ~halts).sum(dim=0)
-    layer_scores = score[:, :, num_prefix_tokens:].mean(dim=(1, 2))
-    if len(halts) < num_blocks:  # no live token was left, or blocks were pruned and some tokens never halted
-        depth = depth.where(depth > 0, len(halts))
-        layer_scores = nn.functional.pad(layer_scores, (0, num_blocks - len(halts)))
-    return Halting(depth.float(), depth + remainder, layer_scores)
 
 
 # Adaptive models ---------------------------------------------------------------------------------
@@ -169,15 +150,23 @@ class AdaptiveTokens:
         In distilled training, a distilled model returns a pair of logits.
         """
         refuse_symbols(x)
-        features, halting = self._features(
-            x,
-            prefix_only=self.reads_prefix,
-            return_halting=return_halting,
-            early_exit=self.early_exit and self.reads_prefix and not self.training and not return_halting,
-            gate_offset=gate_offset,
-        )
-        logits = self.forward_head(features)
+        early_exit = self.early_exit and self.reads_prefix and not self.training and not return_halting
+        call = Call(x, return_halting, early_exit, gate_offset)
+        by_graphs = self.cuda_graphs and type(self) in ADAPTIVE.values() and not torch.compiler.is_compiling()
+        logits, halting = run_by_graphs(self, call) if by_graphs else self._forward(call)
         return (logits, halting) if return_halting else logits
+
+    def _forward(self, call: Call, history: HaltingHistory | None = None) -> tuple[Tensor, Halting | None]:
+        """Return the logits, and `Halting` if requested. history: collects the halting of the blocks."""
+        features, halting = self._features(
+            call.images,
+            prefix_only=self.reads_prefix,
+            return_halting=call.return_halting,
+            early_exit=call.early_exit,
+            gate_offset=call.gate_offset,
+            history=history,
+        )
+        return self.forward_head(features), halting
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the final norm of every token's mean-field output. x: [B, in_chans, H, W] -> [B, N, C]."""
@@ -293,18 +282,19 @@ class AdaptiveTokens:
         gate_offset: Tensor | None = None,
         intermediates: Intermediates | None = None,
         num_blocks: int | None = None,
+        history: HaltingHistory | None = None,
     ) -> tuple[Tensor, Halting | None]:
         """Return the mean-field output, sum_l p_l x_l (Eq. 5), and `Halting` if requested.
 
         x: [B, N, C] -> [B, N, C], or [B, P, C] with `prefix_only`;
-        intermediates: collects the states after its blocks; num_blocks: how many to run, by default all.
+        intermediates, history: collect the states and the halting of the blocks; num_blocks: how many to run, or all.
         """
         tokens, rows, block_forwards = prepare_blocks(self, x, self.zip_tokens)
         gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
         cumulative = torch.zeros(rows.shape[:-1], dtype=torch.float32, device=x.device)
         is_logits_only = prefix_only and intermediates is None and gate_offset is None
         use_triton = is_logits_only and isinstance(tokens, PackedTokensCUDA) and uses_kernels(x)
-        history, mean_field = HaltingHistory(), (None if prefix_only else MeanField(rows, x.shape))
+        history, mean_field = history or HaltingHistory(), (None if prefix_only else MeanField(rows, x.shape))
         for number, (block, block_forward) in enumerate(zip(self.blocks[:num_blocks], block_forwards), start=1):
             rows = block_forward(block, rows, tokens)
             is_last_block = number == self.num_blocks
@@ -338,7 +328,7 @@ class AdaptiveTokens:
         probability = _halting_probability(score, cumulative_before, halts)
         if return_halting:
             probability, score, halts = history.to_dense(probability, score, halts)  # [L, B, N]
-            halting = _summarize_halting(score, halts, self.num_prefix_tokens, self.num_blocks)
+            halting = summarize_halting(score, halts, self.num_prefix_tokens, self.num_blocks)
         elif mean_field is None:
             (probability,) = history.to_dense(probability)
         output = history.prefix_mean_field(probability) if mean_field is None else mean_field.output()

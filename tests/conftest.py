@@ -47,7 +47,7 @@ def token_store(request, monkeypatch) -> str:
 @pytest.fixture
 def graph_standin(monkeypatch) -> None:
     """Capture passes on the CPU, by tapes in place of CUDA graphs."""
-    for name in ("capture.capture", "capture.warm_up", "capture.new_pool", "runner.new_pool"):
+    for name in ("capture.capture", "capture.warm_up", "capture.new_pool"):
         monkeypatch.setattr(f"zipping.planned.{name}", getattr(standin, name.partition(".")[2]))
     monkeypatch.setattr("zipping.planned.runner.supports_graphs", lambda images: True)
 

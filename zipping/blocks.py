@@ -59,12 +59,12 @@ def _select_block_forwards(blocks: nn.Sequential, x: Tensor, zip_tokens: bool) -
     if not zip_tokens or not can_pack(x):
         return [masked_block] * len(blocks)
     plain = [_is_plain(block) for block in blocks._modules.values()]
-    reason = _replaced_function() or (None if all(plain) else _why_not_zippable(blocks))
+    reason = replaced_function() or (None if all(plain) else _why_not_zippable(blocks))
     if reason:
         warnings.warn(
             f"zipping is disabled because {reason}. Halted tokens are masked instead, so they save no compute. "
             "Undo the change, or set zip_tokens=False to silence this warning.",
-            stacklevel=9,  # the line that calls the model
+            stacklevel=10,  # the line that calls the model
         )
         return [masked_block] * len(blocks)
     needs_modules = torch.is_grad_enabled() or _has_any_global_hook()
@@ -130,14 +130,14 @@ def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
 # Modified blocks ---------------------------------------------------------------------------------
 
 
-def _layers(block: Block) -> tuple[nn.Module, ...]:
+def layers_of(block: Block) -> tuple[nn.Module, ...]:
     """Return the layers of a block, its attention and its MLP, from `_modules`: attribute access is slower."""
     parts = block._modules
     return (*parts.values(), *parts["attn"]._modules.values(), *parts["mlp"]._modules.values())
 
 
 PLAIN_LAYER_TYPES = {  # in a DeiT block, without and with stochastic depth
-    tuple(map(type, _layers(Block(8, 1, drop_path=rate, norm_layer=LayerNorm, device="meta")))) for rate in (0.0, 0.1)
+    tuple(map(type, layers_of(Block(8, 1, drop_path=rate, norm_layer=LayerNorm, device="meta")))) for rate in (0.0, 0.1)
 }
 SUPPORTED_MLPS = (Mlp, GluMlp, SwiGLU)
 SUPPORTED_PARTS = {  # the class of each part of a block must be one of these; "" is the block itself
@@ -169,7 +169,7 @@ def _is_plain(block: nn.Module) -> bool:
     """Return whether a block is an unmodified DeiT block, so that `plain_block` computes the same in evaluation."""
     if type(block) is not Block or _is_modified(block):
         return False
-    layers = _layers(block)
+    layers = layers_of(block)
     for layer in layers:
         if _is_modified(layer) or (layer.training and not block.training):
             return False
@@ -215,7 +215,7 @@ def _why_module_not_zippable(name: str, part: str, module: nn.Module) -> str | N
     return f"{name} does not use fused attention" if part == "attn" and not module.fused_attn else None
 
 
-def _replaced_function() -> str | None:
+def replaced_function() -> str | None:
     """Return which function of timm or torch was replaced for all modules; None if there is none."""
     if F.scaled_dot_product_attention is not ATTENTION:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"

@@ -1,13 +1,42 @@
-"""Outputs that a forward pass collects over all blocks: halting history, mean field, intermediate states."""
+"""Outputs that a forward pass collects over all blocks: halting results, mean field, intermediate states."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zipping.stores import BlockOutput, MaskedTokens, PackedTokens
+
+
+class Halting(NamedTuple):
+    """Halting results of a batch.
+
+    depth: [B, N] float, 1..L, the number of blocks that processed the token (N_k in the paper);
+    ponder_cost: [B, N] float, depth + remainder, differentiable (rho, Eq. 9);
+    layer_scores: [L] float, differentiable, mean halting score of the patch tokens after each block (halted: 0).
+    """
+
+    depth: Tensor
+    ponder_cost: Tensor
+    layer_scores: Tensor
+
+
+def summarize_halting(score: Tensor, halts: Tensor, num_prefix_tokens: int, num_blocks: int) -> Halting:
+    """Compute depth, ponder cost and layer scores.
+
+    score, halts: [R, B, N], zero for halted tokens, of the R <= num_blocks blocks that were run.
+    """
+    block = torch.arange(1, len(halts) + 1, device=halts.device)[:, None, None]
+    depth = (block * halts).sum(dim=0)
+    remainder = 1 - (score * ~halts).sum(dim=0)
+    layer_scores = score[:, :, num_prefix_tokens:].mean(dim=(1, 2))
+    if len(halts) < num_blocks:  # no live token was left, or blocks were pruned and some tokens never halted
+        depth = depth.where(depth > 0, len(halts))
+        layer_scores = nn.functional.pad(layer_scores, (0, num_blocks - len(halts)))
+    return Halting(depth.float(), depth + remainder, layer_scores)
 
 
 class HaltingHistory:
@@ -27,6 +56,11 @@ class HaltingHistory:
         self.cumulative_before.append(cumulative_before)
         self.halts.append(output.halts)
         self.prefix_states.append(output.prefix)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """The number of packed rows before each block that ran; empty in masked mode."""
+        return [len(score) for score in self.scores if score.ndim == 1]
 
     def concatenated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return score, cumulative score before the block, and decision of all blocks, concatenated."""

@@ -1,0 +1,325 @@
+"""Passes captured as CUDA graphs, which replay them for other images.
+
+`capture`, `warm_up` and `new_pool` are the only functions here that need CUDA.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zipping.outputs import Halting
+from zipping.planned.passes import PassState, PlannedPass, begin, finish, run_blocks
+from zipping.planned.tokens import PlannedGate, PlannedTokens
+from zipping.planned.weights import CastWeights
+
+WARM_UPS = 3  # passes before a capture: kernels are compiled, libraries create their handles
+
+
+def new_pool() -> object:
+    """Return a pool of device memory that captures share. Its passes must not run at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def warm_up(function: Callable[[], object]) -> None:
+    """Call the function before its capture, on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(function: Callable[[], object], pool: object) -> tuple[object, Callable[[], None]]:
+    """Capture what the function does on the device.
+
+    Returns its results, which hold numbers after a replay only, and the function that replays it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Data loaders pin memory in a thread of this process. Calls to CUDA of other threads must not end the capture.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        results = function()
+    return results, graph.replay
+
+
+class HostCounts:
+    """Numbers of the device on the host. `copy` starts a copy, also in a capture; `mark` follows it; `read` waits."""
+
+    def __init__(self, length: int, device: torch.device):
+        is_cuda = device.type == "cuda"
+        self._numbers = torch.zeros(length, dtype=torch.int32, pin_memory=is_cuda)
+        self._event = torch.cuda.Event() if is_cuda else None
+
+    def copy(self, counts: Tensor) -> None:
+        """Copy the first counts. counts: int32, on the device."""
+        self._numbers[: len(counts)].copy_(counts, non_blocking=True)
+
+    def mark(self) -> None:
+        """Mark the place in the stream that `read` waits for. Not allowed in a capture."""
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[int]:
+        """Wait for the mark and return the numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
+
+
+class GateNumbers(NamedTuple):
+    """The gate of a call. offset: [B] or None, added to the center of each image."""
+
+    scale: float
+    center: float
+    limit: float
+    offset: Tensor | None = None
+
+
+class StaticInputs:
+    """The inputs that a captured pass reads, at fixed addresses: images, the tokens of the first block and the gate.
+
+    A smaller batch fills the first places. The other images have no tokens: nothing of them enters the counts.
+    """
+
+    def __init__(self, images: Tensor, size: tuple[int, int], num_prefix_tokens: int):
+        self.images = images.clone(memory_format=torch.contiguous_format)
+        self.tokens = PlannedTokens.all_live(size, num_prefix_tokens, images.device)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=images.device)
+        self.gate = PlannedGate(zeros(2), zeros(size[0]))
+        self._all_tokens = self.tokens.token.clone()
+        self._num_images, self._gate = size[0], None
+
+    def write(self, images: Tensor, gate: GateNumbers) -> None:
+        """Write a batch and its gate. images: as many as in the capture or fewer."""
+        count, (batch, length) = len(images), self.tokens.size
+        self.images[:count].copy_(images)
+        if count != self._num_images:
+            self.tokens.token.copy_(self._all_tokens)
+            self.tokens.token[count * length :] = batch * length
+            self._num_images = count
+        if gate.offset is not None:
+            torch.sub(-gate.center, gate.offset, out=self.gate.minus_center[:count])
+        elif self._gate is None or self._gate != gate:
+            self.gate.minus_center.fill_(-gate.center)
+        if self._gate is None or self._gate[:3] != gate[:3]:
+            self.gate.scale_and_limit[0].fill_(gate.scale)
+            self.gate.scale_and_limit[1].fill_(gate.limit)
+        self._gate = gate
+
+
+# Inference ---------------------------------------------------------------------------------------
+
+
+class InferenceGraph:
+    """The forward pass of one plan, captured in a few graphs.
+
+    The host reads what one graph has counted while the device runs the next, so it almost does not wait. With early
+    exit on a few images, a batch that has no live token left needs no further graph.
+    """
+
+    def __init__(
+        self, inputs: StaticInputs, planned: PlannedPass, weights: CastWeights, pool: object, stage: int | None
+    ):
+        """Capture the pass. stage: blocks of each graph, None for as many as make decisions."""
+        self.inputs, self._size = inputs, planned.plan.size
+        parts = _parts(planned, stage)
+
+        def run(state: PassState | None, numbers: range, counts: HostCounts | None = None) -> PassState:
+            if state is None:
+                weights.cast()
+                state = begin(planned, inputs.images)
+            state = run_blocks(planned, state, numbers)
+            if counts is not None:
+                counts.copy(state.counts)
+            return state
+
+        def run_all() -> None:
+            state = None
+            for numbers in parts:
+                state = run(state, numbers)
+            finish(planned, state)
+
+        with weights.in_place(planned.model):
+            warm_up(run_all)
+            self._graphs: list[tuple[Callable[[], None], HostCounts | None]] = []
+            state = None
+            for numbers in parts:
+                decides = numbers[0] + 1 < planned.model.num_blocks
+                counts = HostCounts(len(numbers) + numbers[0], inputs.images.device) if decides else None
+                state, replay = capture(partial(run, state, numbers, counts), pool)
+                self._graphs.append((replay, counts))
+            self._results, self._replay_end = capture(partial(finish, planned, state), pool)
+        self._kept = state, weights  # memory between the graphs, which other captures must not use
+
+    def launch(self, images: Tensor, gate: GateNumbers) -> None:
+        """Replay the pass for a batch. Its results stay until the pool's next pass."""
+        self.inputs.write(images, gate)
+        self._last: HostCounts | None = None
+        previous: HostCounts | None = None
+        for replay, counts in self._graphs:
+            replay()
+            if counts is not None:
+                counts.mark()
+            if len(self._graphs) > 2 and previous is not None and previous.read()[-1] == 0:
+                break
+            self._last = previous = counts or previous
+        self._replay_end()
+
+    def counts(self) -> list[int]:
+        """Wait for the last decision. Returns the live rows before each block so far."""
+        return [self._size[0] * self._size[1], *(self._last.read() if self._last is not None else [])]
+
+    def results(self, num_images: int) -> tuple[Tensor, Halting | None]:
+        """Return copies of the logits, and of `Halting` if the pass has it, of the first images."""
+        logits, halting = self._results
+        if halting is not None:
+            depth, ponder_cost, layer_scores = halting
+            share = self._size[0] / num_images  # layer scores are means over the images of the plan
+            layer_scores = layer_scores.clone() if share == 1 else layer_scores * share
+            halting = Halting(depth[:num_images].clone(), ponder_cost[:num_images].clone(), layer_scores)
+        return logits[:num_images].clone(), halting
+
+
+def _parts(planned: PlannedPass, stage: int | None) -> list[range]:
+    """Split the blocks of a plan for capture: those whose decision may overflow, in stages, then the last block."""
+    blocks = range(len(planned.plan.capacities))
+    deciding = blocks[: planned.model.num_blocks - 1]
+    step = stage or max(len(deciding), 1)
+    parts = [deciding[start : start + step] for start in range(0, len(deciding), step)]
+    return parts + [blocks[len(deciding) :]] * (len(deciding) < len(blocks))
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+class TrainingGraph:
+    """Forward and backward pass as three graphs. Loss, gradient scaling and optimizer stay outside.
+
+    The first graph ends at the last decision, so that the host can read its counts while the device runs the second
+    one, the rest of the forward pass. Gradients are copied out of the third. `torch.cuda.make_graphed_callables`
+    returns its own memory instead, so that accumulated gradients are wrong (pytorch/pytorch#181723).
+    """
+
+    def __init__(
+        self,
+        inputs: StaticInputs,
+        first: Callable[[], object],
+        second: Callable[[object], list[Tensor]],
+        weights: CastWeights,
+        pool: object,
+        num_counts: int = 0,
+    ):
+        """Capture the passes. Call it inside `weights.in_place`.
+
+        first: makes a state, whose `counts` are read if there are any; second: turns the state into the outputs.
+        """
+        self.inputs, self._weights = inputs, weights
+        self._counts = HostCounts(num_counts, inputs.images.device)
+        self._user: Callable[[], object] = lambda: None
+
+        def start() -> object:
+            weights.cast()
+            state = first()
+            if num_counts:
+                self._counts.copy(state.counts)
+            return state
+
+        def run_all() -> None:
+            outputs = [x for x in second(start()) if x.requires_grad]
+            weights.gradients(outputs, [torch.zeros_like(x) for x in outputs])
+
+        warm_up(run_all)
+        state, self._replay_first = capture(start, pool)
+        outputs, self._replay_second = capture(partial(second, state), pool)
+        self.needs_grad = [x.requires_grad for x in outputs]
+        wanted = [x for x in outputs if x.requires_grad]
+        self._output_grads = [torch.zeros_like(x) for x in wanted]
+        gradients = partial(weights.gradients, wanted, self._output_grads)
+        self._gradients, self._replay_backward = capture(gradients, pool)
+        self._outputs = [x.detach() for x in outputs]
+
+    @classmethod
+    def of_plan(cls, inputs: StaticInputs, planned: PlannedPass, weights: CastWeights, pool: object) -> TrainingGraph:
+        """Capture a plan that has all blocks. Outputs: logits (one or two), depth, ponder cost, layer scores."""
+        last = planned.model.num_blocks - 1
+
+        def first() -> PassState:
+            return run_blocks(planned, begin(planned, inputs.images), range(last))
+
+        def second(state: PassState) -> list[Tensor]:
+            logits, halting = finish(planned, run_blocks(planned, state, range(last, last + 1)))
+            return [*(logits if isinstance(logits, tuple) else (logits,)), *halting]
+
+        with weights.in_place(planned.model):
+            return cls(inputs, first, second, weights, pool, last)
+
+    @property
+    def is_in_use(self) -> bool:
+        """True while gradients of the last pass may still be requested, whose memory another pass would overwrite."""
+        return self._user() is not None
+
+    def launch(self, images: Tensor, gate: GateNumbers) -> None:
+        """Replay the forward pass for a batch of the size of the capture."""
+        self.inputs.write(images, gate)
+        self._replay_first()
+        self._counts.mark()
+        self._replay_second()
+
+    def counts(self) -> list[int]:
+        """Wait for the last decision. Returns the live rows before each block."""
+        batch, length = self.inputs.tokens.size
+        return [batch * length, *self._counts.read()]
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return the outputs of the last launch, differentiable in the parameters. Call it once after each launch."""
+        user = _User()
+        self._user = weakref.ref(user)
+        return _Replay.apply(self, user, *(self._weights.parameters[number] for number in self._weights.trained))
+
+    def backward(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Replay the backward pass. grads: of the outputs that need one. Returns those of the trained parameters."""
+        for static, grad in zip(self._output_grads, grads):
+            static.zero_() if grad is None else static.copy_(grad)
+        self._replay_backward()
+        found: dict[int, Tensor] = {}
+        for flat, numbers in self._gradients:
+            parameters = [self._weights.parameters[number] for number in numbers]
+            parts = flat.clone().split([parameter.numel() for parameter in parameters])
+            found |= {n: part.view_as(p) for n, p, part in zip(numbers, parameters, parts)}
+        return [found.get(number) for number in self._weights.trained]
+
+
+class _User:
+    """Lives as long as gradients of a pass can be requested."""
+
+
+class _Replay(torch.autograd.Function):
+    """Outputs of a replayed forward pass, whose backward pass is a replay too."""
+
+    @staticmethod
+    def forward(ctx, graph: TrainingGraph, user: _User, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph, ctx.user = graph, user
+        ctx.set_materialize_grads(False)
+        outputs = tuple(x.clone() for x in graph._outputs)
+        ctx.mark_non_differentiable(*(x for x, needed in zip(outputs, graph.needs_grad) if not needed))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        graph, user = ctx.graph, ctx.user
+        if user is None or graph._user() is not user:
+            raise RuntimeError(
+                "the backward pass needs memory that was overwritten by an earlier backward pass or another forward "
+                "pass. CUDA graphs support one backward pass for each forward pass. Set model.cuda_graphs = False."
+            )
+        found = graph.backward([grad for grad, needed in zip(grads, graph.needs_grad) if needed])
+        ctx.user = None
+        return None, None, *found

@@ -1,0 +1,247 @@
+"""Choose plans, graphs and fall-backs for the calls of a model whose `cuda_graphs` is on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from zipping.outputs import Halting, HaltingHistory
+from zipping.planned import capture
+from zipping.planned.capture import GateNumbers, InferenceGraph, StaticInputs, TrainingGraph
+from zipping.planned.passes import PlannedPass, choose_step, fused_step
+from zipping.planned.plans import Plan, Planner
+from zipping.planned.runner import Call, GraphReport, Result
+from zipping.planned.watch import ModelWatch
+from zipping.planned.weights import CastWeights
+
+MAX_CAPTURES = 6  # passes of a model that stay captured
+MAX_STAGED_IMAGES = 8  # with early exit, batches of up to this size are captured in stages
+STAGE = 3  # blocks in a stage
+
+
+class Kind(NamedTuple):
+    """Conditions of a captured pass, in addition to its plan and to what `ModelWatch` compares."""
+
+    image_shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    training: bool
+    return_halting: bool
+    early_exit: bool
+    amp: torch.dtype | None
+    modes: tuple
+
+    @classmethod
+    def of(cls, model: VisionTransformer, call: Call) -> Kind:
+        """Return the kind of a call, in the current state of autocast and of torch's global settings."""
+        images, device_type = call.images, call.images.device.type
+        amp = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        modes = (
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        flags = (model.training, call.return_halting, call.early_exit)
+        return cls(tuple(images.shape[1:]), images.device, images.dtype, *flags, amp, modes)
+
+
+class GraphRunner:
+    """Runs the calls of one model. Every result is that of the model in its current state, up to rounding.
+
+    The first batches of a kind run in the dynamic mode, and the planner observes their counts. Then the pass of a plan
+    is captured at its first use. Whether the model has changed since is compared while the device works.
+    """
+
+    def __init__(self, model: VisionTransformer):
+        self._model = weakref.ref(model)  # a strong reference would keep the model in `RUNNERS`
+        self.report = GraphReport()
+        self._watches: dict[bool, ModelWatch] = {}  # by whether the model trains
+        self._planners: dict[tuple[Kind, int], Planner] = {}
+        self._graphs: OrderedDict[tuple[Kind, Plan], InferenceGraph | TrainingGraph] = OrderedDict()
+        self._pools: dict[tuple[torch.device, bool], object] = {}  # of memory, by whether the passes train
+        self._weights: dict[tuple[torch.dtype | None, bool], CastWeights] = {}
+        self._has_failed = False
+
+    def __call__(self, call: Call) -> Result:
+        """Run a call."""
+        model = self._model()
+        if self._has_failed:
+            return Result(*model._forward(call))
+        kind = Kind.of(model, call)
+        self.report.batches += 1
+        planner = self._planner(kind, len(call.images))
+        if planner.plan is None:
+            return self._run_dynamic(call, planner)
+        with _autocast_without_cache(call.images.device):
+            return (self._train if kind.training else self._infer)(call, kind, planner)
+
+    def _run_dynamic(self, call: Call, planner: Planner, overflowed: bool = False) -> Result:
+        history = HaltingHistory()
+        result = self._model()._forward(call, history)
+        self._observe(call, planner, history.row_counts, overflowed)
+        return Result(*result)
+
+    def _infer(self, call: Call, kind: Kind, planner: Planner) -> Result:
+        """Replay the pass of the plan, and after an overflow that of the full plan."""
+        for plan in (planner.plan, Plan.full(planner.size, planner.num_blocks)):
+            graph = self._captured(call, kind, plan)
+            if graph is None:
+                return self._run_dynamic(call, planner)
+            graph.launch(call.images, self._gate(call))
+            if not self._is_valid(kind):
+                return self._run_dynamic(call, planner)
+            counts = graph.counts()
+            if not plan.overflows(counts):
+                break
+        self._observe(call, planner, counts, overflowed=plan is not planner.plan)
+        self.report.replayed += 1
+        return Result(*graph.results(len(call.images)))
+
+    def _train(self, call: Call, kind: Kind, planner: Planner) -> Result:
+        """Replay the forward pass of the plan. After an overflow, run the dynamic mode with the same random numbers."""
+        if any(isinstance(graph, TrainingGraph) and graph.is_in_use for graph in self._graphs.values()):
+            return self._run_dynamic(call, planner)  # all of them share memory
+        device = call.images.device
+        plan, random_state = planner.plan, _random_state(device)
+        graph = self._captured(call, kind, plan)
+        _set_random_state(device, random_state)  # the passes before a capture draw numbers
+        if graph is None:
+            return self._run_dynamic(call, planner)
+        graph.launch(call.images, self._gate(call))
+        is_valid, counts = self._is_valid(kind), graph.counts()
+        overflowed = is_valid and plan.overflows(counts)
+        if not is_valid or overflowed:
+            _set_random_state(device, random_state)
+            return self._run_dynamic(call, planner, overflowed)
+        self._observe(call, planner, counts)
+        self.report.replayed += 1
+        *logits, depth, ponder_cost, layer_scores = graph.outputs()
+        return Result(tuple(logits) if len(logits) > 1 else logits[0], Halting(depth, ponder_cost, layer_scores))
+
+    def _observe(self, call: Call, planner: Planner, counts: list[int], overflowed: bool = False) -> None:
+        """Pass the true counts of a batch to the planner, unless the batch is smaller than its plans or has none."""
+        self.report.overflows += overflowed
+        if counts and len(call.images) == planner.size[0]:
+            before = planner.num_plans
+            planner.observe(counts, overflowed)
+            self.report.plans += planner.num_plans - before
+
+    def _planner(self, kind: Kind, batch: int) -> Planner:
+        """Return the planner of a batch size. In inference, a smaller batch runs by the plans of a larger one."""
+        if (kind, batch) not in self._planners and not kind.training:
+            larger = (size for known, size in self._planners if known == kind and batch < size <= 2 * batch)
+            planned = [size for size in larger if self._planners[kind, size].plan is not None]
+            batch = min(planned, default=batch)
+        if (kind, batch) not in self._planners:
+            model = self._model()
+            num_patches = math.prod(model.patch_embed.dynamic_feat_size(kind.image_shape[1:]))
+            size = (batch, num_patches + model.num_prefix_tokens)
+            self._planners[kind, batch] = Planner(size, model.num_blocks, keep_all=kind.training)
+        return self._planners[kind, batch]
+
+    def _captured(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph | None:
+        """Return the captured pass of a plan, capturing it first if needed. None if that is not possible."""
+        if (kind, plan) not in self._graphs:
+            if not self._may_capture(kind):
+                return None
+            while len(self._graphs) >= MAX_CAPTURES:
+                self._graphs.popitem(last=False)
+            try:
+                self._graphs[kind, plan] = self._capture(call, kind, plan)
+            except Exception as error:  # drivers, kernels and compilers raise many types
+                self._give_up(error)
+                return None
+            self.report.captures += 1
+        self._graphs.move_to_end((kind, plan))
+        return self._graphs[kind, plan]
+
+    def _capture(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph:
+        model = self._model()
+        with torch.inference_mode(False), torch.set_grad_enabled(kind.training):
+            pool, weights = self._shared(model, kind)
+            images = call.images[:1].clone().expand(plan.size[0], -1, -1, -1)
+            inputs = StaticInputs(images, plan.size, model.num_prefix_tokens)
+            inputs.write(call.images, self._gate(call))
+            step = choose_step(model, model.compile_blocks)
+            outputs = (kind.return_halting, kind.early_exit)
+            planned = PlannedPass(model, plan, inputs.tokens, inputs.gate, step, *outputs)
+            if kind.training:
+                return TrainingGraph.of_plan(inputs, planned, weights, pool)
+            is_staged = kind.early_exit and plan.size[0] <= MAX_STAGED_IMAGES and step is fused_step
+            return InferenceGraph(inputs, planned, weights, pool, STAGE if is_staged else None)
+
+    def _shared(self, model: VisionTransformer, kind: Kind) -> tuple[object, CastWeights]:
+        """Return the memory pool and the cast weights that all passes of the model have in common."""
+        pool_key, weights_key = (kind.device, kind.training), (kind.amp, kind.training)
+        if pool_key not in self._pools:
+            self._pools[pool_key] = capture.new_pool()
+        if weights_key not in self._weights:
+            self._weights[weights_key] = CastWeights(model, *weights_key)
+        return self._pools[pool_key], self._weights[weights_key]
+
+    def _give_up(self, error: Exception) -> None:
+        """Use no graphs from here on, and free the captured ones."""
+        self._has_failed = True
+        self._drop_graphs()
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"CUDA graphs are disabled because a capture failed ({reason}). The model runs in the dynamic mode, "
+            "which is slower for small batches. Set cuda_graphs=False to silence this warning.",
+            stacklevel=2,
+        )
+
+    def _gate(self, call: Call) -> GateNumbers:
+        model = self._model()
+        return GateNumbers(model.gate_scale, model.gate_center, 1 - model.halt_eps, call.gate_offset)
+
+    def _may_capture(self, kind: Kind) -> bool:
+        """Return whether the model can be captured: no hooks or replaced functions, only layers of timm and torch.
+
+        Drops the captured passes if the model is not what they were captured from.
+        """
+        watch = self._watches.get(kind.training)
+        if watch is None or not watch.is_same():
+            self._drop_graphs()
+            self._watches[kind.training] = watch = ModelWatch(self._model())
+        return watch.is_plain and watch.is_untouched() and not (kind.training and watch.has_running_stats)
+
+    def _is_valid(self, kind: Kind) -> bool:
+        """Return whether a pass that was just launched is that of the model. Drops the captured passes if not."""
+        watch = self._watches.get(kind.training)
+        if watch is not None and watch.is_same() and watch.is_untouched():
+            return True
+        self._drop_graphs()
+        self._watches.pop(kind.training, None)
+        return False
+
+    def _drop_graphs(self) -> None:
+        for shared in (self._graphs, self._pools, self._weights):
+            shared.clear()
+
+
+@contextlib.contextmanager
+def _autocast_without_cache(device: torch.device) -> Iterator[None]:
+    """Disable autocast's cache inside the context: a cast made in a capture is memory of its pool."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
+        yield
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)

@@ -1,0 +1,252 @@
+"""A forward pass by plan: static shapes, and nothing read from the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from zipping.attention import varlen_attention
+from zipping.blocks import PLAIN_LAYER_TYPES, layers_of, zipped_block
+from zipping.outputs import Halting, summarize_halting
+from zipping.planned.kernels import Halted, add_norm, decide_and_move, halt
+from zipping.planned.plans import Plan
+from zipping.planned.tokens import PlannedGate, PlannedTokens
+
+MAX_FUSED_WIDTH = 2048  # channels that a program of the fused kernels holds at a time
+
+
+class PlannedPass(NamedTuple):
+    """Inputs of a forward pass besides images. All but the contents of tensors is the same for all batches of a plan.
+
+    tokens: of the first block; step: runs one block and its halting, see `choose_step`.
+    """
+
+    model: VisionTransformer
+    plan: Plan
+    tokens: PlannedTokens
+    gate: PlannedGate
+    step: Callable[[PlannedPass, PassState, int], PassState]
+    return_halting: bool = False
+    early_exit: bool = False
+
+    def capacity_after(self, number: int) -> int | None:
+        """Return the rows of the block after this one: 0 if the plan ends, None after the network's last block."""
+        if number + 1 < len(self.plan.capacities):
+            return self.plan.capacities[number + 1]
+        return None if number + 1 == self.model.num_blocks else 0
+
+
+@dataclass(frozen=True)
+class PassState:
+    """The state of a pass before a block, and what the blocks before it have left to be collected.
+
+    tokens, rows, cumulative: of the block to come, None after the plan's last;
+    dtype: of the mean-field output;
+    token, halted: of each block so far;
+    normed: the first norm of `rows` in the block to come, if it is known already;
+    features: [B, P, C] float32, the mean field so far, if blocks add to it in place.
+    """
+
+    tokens: PlannedTokens | None
+    rows: Tensor | None
+    cumulative: Tensor | None
+    dtype: torch.dtype
+    token: tuple[Tensor, ...] = ()
+    halted: tuple[Halted, ...] = ()
+    normed: Tensor | None = None
+    features: Tensor | None = None
+
+    def after(self, halted: Halted) -> PassState:
+        """Return the state after a block with this halting."""
+        collected = halted._replace(tokens=None, rows=None, cumulative=None, normed=None)
+        return replace(
+            self,
+            tokens=halted.tokens,
+            rows=halted.rows,
+            cumulative=halted.cumulative,
+            normed=halted.normed,
+            token=(*self.token, self.tokens.token),
+            halted=(*self.halted, collected),
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """[decisions] int32, the live rows after each decision so far, also where they exceed the capacity."""
+        return torch.stack([halted.count.to(torch.int32) for halted in self.halted if halted.count is not None])
+
+
+def begin(planned: PlannedPass, images: Tensor) -> PassState:
+    """Embed the images. images: [B, in_chans, H, W]."""
+    x = planned.model._embed(images)
+    cumulative = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
+    return PassState(planned.tokens, x.flatten(0, 1), cumulative, x.dtype)
+
+
+def run_blocks(planned: PlannedPass, state: PassState, numbers: range) -> PassState:
+    """Run these blocks of the plan."""
+    for number in numbers:
+        state = planned.step(planned, state, number)
+    return state
+
+
+def finish(planned: PlannedPass, state: PassState) -> tuple[Tensor | tuple[Tensor, Tensor], Halting | None]:
+    """Return the logits, and `Halting` if requested."""
+    model, features = planned.model, state.features
+    if features is None:
+        features = torch.stack([halted.weighted for halted in state.halted]).sum(dim=0)
+    logits = model.forward_head(model.norm(features.to(state.dtype)))
+    halting = None
+    if planned.return_halting:
+        score, halts = (
+            _to_dense(planned.plan.size, state.token, [getattr(halted, name) for halted in state.halted])
+            for name in ("score", "halts")
+        )
+        halting = summarize_halting(score, halts, model.num_prefix_tokens, model.num_blocks)
+    return logits, halting
+
+
+def _to_dense(size: tuple[int, int], tokens: tuple[Tensor, ...], values: list[Tensor]) -> Tensor:
+    """Return the values of all blocks as [L, B, N], zero for halted tokens.
+
+    tokens, values: [c] of each block. An extra column takes the values of surplus rows and is cut off.
+    """
+    shape = (len(values), math.prod(size) + 1)
+    index = torch.cat(torch._foreach_add(list(tokens), [number * shape[1] for number in range(shape[0])]))
+    value = torch.cat(values)
+    dense = value.new_zeros(math.prod(shape)).index_copy(0, index, value).view(shape)
+    return dense[:, :-1].unflatten(1, size)
+
+
+# One block ---------------------------------------------------------------------------------------
+
+
+def choose_step(model: VisionTransformer, compile_blocks: bool) -> Callable:
+    """Return how a block is run: fused in inference if all blocks are a DeiT's, compiled if asked for, else by timm."""
+    if compile_blocks and all(map(can_compile, model.blocks)):
+        return compiled_step
+    needs_gradients = model.training or torch.is_grad_enabled()
+    return fused_step if not needs_gradients and all(map(can_fuse, model.blocks)) else timm_step
+
+
+def timm_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
+    """Run timm's own block on the rows, then its halting. Differentiable."""
+    rows = zipped_block(planned.model.blocks[number], state.rows, state.tokens)
+    return _halt(planned, state, number, rows)
+
+
+def _halt(planned: PlannedPass, state: PassState, number: int, rows: Tensor) -> PassState:
+    capacity = planned.capacity_after(number)
+    return state.after(halt(state.tokens, rows, state.cumulative, planned.gate, capacity, planned.early_exit))
+
+
+FUSED_LAYER_TYPES = PLAIN_LAYER_TYPES | {  # and those with layer scale
+    tuple(map(type, layers_of(Block(8, 1, init_values=1.0, drop_path=rate, norm_layer=LayerNorm, device="meta"))))
+    for rate in (0.0, 0.1)
+}
+
+
+def can_fuse(block: Block) -> bool:
+    """Return whether `fused_step` computes what this block does in inference: a DeiT's, with or without layer scale."""
+    norms = (block.norm1, block.norm2)
+    return (
+        tuple(map(type, layers_of(block))) in FUSED_LAYER_TYPES
+        and getattr(block.attn, "gate", None) is None
+        and all(norm.weight is not None and norm.bias is not None for norm in norms)
+        and math.prod(block.norm1.normalized_shape) <= MAX_FUSED_WIDTH
+    )
+
+
+def fused_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
+    """Run a block and its halting in 9 kernel launches. Not differentiable.
+
+    The residual stream and the branch that is added to it stay apart until a kernel needs their sum.
+    """
+    model, tokens = planned.model, state.tokens
+    block, attn, mlp = model.blocks[number], model.blocks[number].attn, model.blocks[number].mlp
+    rows, dtype = state.rows.contiguous(), _matmul_dtype(attn.qkv.weight)
+    normed, features = state.normed, state.features
+    if normed is None:  # before the first block
+        _, normed = add_norm(rows, None, None, block.norm1, dtype)
+        shape = (tokens.size[0], tokens.num_prefix_tokens, rows.shape[1])
+        features = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+    attended = _attend(tokens, attn, F.linear(normed, attn.qkv.weight, attn.qkv.bias))
+    branch = F.linear(attended, attn.proj.weight, attn.proj.bias)
+    rows, normed = add_norm(rows, branch, getattr(block.ls1, "gamma", None), block.norm2, dtype)
+    hidden = F.gelu(F.linear(normed, mlp.fc1.weight, mlp.fc1.bias), approximate=mlp.act.approximate)
+    branch = F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+    capacity = planned.capacity_after(number)
+    next_norm = model.blocks[number + 1].norm1 if capacity else None
+    halted = decide_and_move(
+        tokens, rows, branch, getattr(block.ls2, "gamma", None), state.cumulative, planned.gate, capacity,
+        planned.early_exit, features, next_norm, dtype,
+    )  # fmt: skip
+    return replace(state, features=features).after(halted)
+
+
+def _matmul_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _attend(tokens: PlannedTokens, attn: nn.Module, qkv: Tensor) -> Tensor:
+    """Compute attention within each image. qkv: [c, 3 * H * D] -> [c, H * D]."""
+    q, k, v = qkv.view(1, len(qkv), 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return tokens.attend(q, k, v).transpose(1, 2).flatten(2).squeeze(0)
+
+
+# Compiled blocks ---------------------------------------------------------------------------------
+
+
+def can_compile(block: Block) -> bool:
+    """Return whether `compiled_step` computes what this block does."""
+    return getattr(block.attn, "gate", None) is None and _matmul_dtype(block.attn.qkv.weight).itemsize == 2
+
+
+def compiled_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
+    """Run a block through torch.compile, then its halting. Differentiable.
+
+    Stochastic depth is drawn outside: each rate would be another compiled graph.
+    """
+    block, tokens = planned.model.blocks[number], state.tokens
+    scales = (_drop_path_scale(layer, state) for layer in (block.drop_path1, block.drop_path2))
+    rows = _compiled_block()(block, state.rows, tokens.cu_seqlens, tokens.size[1], *scales)
+    return _halt(planned, state, number, rows)
+
+
+@cache
+def _compiled_block() -> Callable:
+    """Return the one compiled function of all blocks, plans and batch sizes."""
+    return torch.compile(_block, dynamic=True)
+
+
+def _block(
+    block: Block, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale1: Tensor | None, scale2: Tensor | None
+) -> Tensor:
+    """Compute timm's block in a form that torch.compile traces. rows: [c, C]; scales: [c, 1] or None."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(rows)).view(1, len(rows), 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [1, H, c, D]
+    dropout = attn.attn_drop.p if block.training else 0.0
+    out = varlen_attention(attn.q_norm(q), attn.k_norm(k), v, cu_seqlens, max_seqlen, dropout)
+    branch = block.ls1(attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2).squeeze(0)))))
+    rows = rows + (branch if scale1 is None else branch * scale1)
+    branch = block.ls2(block.mlp(block.norm2(rows)))
+    return rows + (branch if scale2 is None else branch * scale2)
+
+
+def _drop_path_scale(drop_path: nn.Module, state: PassState) -> Tensor | None:
+    """Draw stochastic depth for all images, as on a dense batch. Returns the factor of each row, [c, 1]."""
+    if not (isinstance(drop_path, DropPath) and drop_path.training):
+        return None
+    scale = drop_path(state.rows.new_ones(state.tokens.size[0], 1))
+    return state.tokens.expand_to_tokens(scale)
