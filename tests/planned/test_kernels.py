@@ -288,3 +288,15 @@ def test_two_batches_need_the_same_launches(monkeypatch):
     assert counts[0] != counts[1]
     assert launches[0] == launches[1]
     assert len(launches[0]) == 6
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_images_that_a_smaller_batch_lacks_keep_no_rows(early_exit):
+    tokens, x = PlannedTokens.all_live((3, 5), 1, torch.device("cpu")), torch.full((15, 4), -9.0)
+    tokens.token[10:] = 15
+    gate = PlannedGate(torch.tensor([SCALE, LIMIT]), torch.zeros(3))
+    halted = kernels.halt(tokens, x, torch.zeros(15), gate, 15, early_exit)
+    assert halted.count == 10
+    assert halted.tokens.token.tolist() == [*range(10), *[15] * 5]
+    assert halted.tokens.cu_seqlens.tolist() == [0, 5, 10, 10, 15, 15, 15]
+    assert not halted.weighted[2].any()

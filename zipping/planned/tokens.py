@@ -28,7 +28,8 @@ class PlannedTokens:
 
     size: B, N;
     num_prefix_tokens: P, the number of tokens before the patches of an image;
-    token: [c] int64, b * N + n for the token in each row, ascending. B * N in surplus rows;
+    token: [c] int64, b * N + n for the token in each row, ascending. B * N in surplus rows, and in the
+    first block in the rows of images that a smaller batch lacks;
     cu_seqlens: [B + D + 1] int32, the first row of each image, then the ends of D dummy sequences. The last is c.
     Dummy sequences cover the surplus rows with at most N rows each, so that attention writes every row.
     D is ceil(c / N), and 0 in the first block, which has no surplus rows.

@@ -97,7 +97,7 @@ def decide_kernel(
             row, is_slot, probability, image * PREFIX + slot, width, CHANNELS,
         )  # fmt: skip
     if not LAST:
-        stays = in_image & (row_halts == 0)
+        stays = in_image & (row_halts == 0) & (position < length)  # a missing image has rows without tokens
         if EARLY_EXIT:
             stays = stays & (tl.sum((stays & (position < PREFIX)).to(tl.int32), 0) > 0)
         ones = stays.to(tl.int32)
