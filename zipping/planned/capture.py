@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -27,9 +27,14 @@ def new_pool() -> object:
     return torch.cuda.graph_pool_handle()
 
 
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def warm_up(function: Callable[[], object]) -> None:
-    """Call the function before its capture, on another stream."""
-    stream = torch.cuda.Stream()
+    """Call the function before its capture, on the stream of captures."""
+    stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
@@ -42,9 +47,9 @@ def capture(function: Callable[[], object], pool: object) -> tuple[object, Calla
 
     Returns its results, which hold numbers after a replay only, and the function that replays it.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
     # Data loaders pin memory in a thread of this process. Calls to CUDA of other threads must not end the capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         results = function()
     return results, graph.replay
 

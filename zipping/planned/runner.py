@@ -75,8 +75,8 @@ def graph_report(model: VisionTransformer) -> GraphReport:
 
 
 def supports_graphs(images: Tensor) -> bool:
-    """Return whether the device of the images has CUDA graphs, and Triton kernels that run."""
-    return images.is_cuda and uses_kernels(images)
+    """Return whether the images are on the current CUDA device, and whether Triton kernels run there."""
+    return images.is_cuda and images.device.index == torch.cuda.current_device() and uses_kernels(images)
 
 
 def _is_supported(model: VisionTransformer, call: Call) -> bool:
