@@ -47,8 +47,8 @@ def token_store(request, monkeypatch) -> str:
 @pytest.fixture
 def graph_standin(monkeypatch) -> None:
     """Capture passes on the CPU, by tapes in place of CUDA graphs."""
-    for name in ("capture.capture", "capture.warm_up", "capture.new_pool"):
-        monkeypatch.setattr(f"zipping.planned.{name}", getattr(standin, name.partition(".")[2]))
+    for name in ("capture", "warm_up", "new_pool"):
+        monkeypatch.setattr(f"zipping.planned.capture.{name}", getattr(standin, name))
     monkeypatch.setattr("zipping.planned.runner.supports_graphs", lambda images: True)
 
 
