@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from losses import AdaptiveLoss, BudgetController
-from metrics import halting_metrics
+from metrics import count_graph_hits, halting_metrics
 from models_act import Halting
 from utils import MetricAverages, autocast
 
@@ -31,13 +31,14 @@ class MicroBatchResult(NamedTuple):
     """Loss and metrics of one forward and backward pass.
 
     images: number of images; loss: the total; loss_parts: its parts by name;
-    halting: see `halting_metrics`, empty for a static model.
+    halting: see `halting_metrics`, empty for a static model; graph_hits: see `count_graph_hits`.
     """
 
     images: int
     loss: Tensor
     loss_parts: dict[str, Tensor]
     halting: dict[str, Tensor]
+    graph_hits: dict[str, Tensor]
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -101,11 +102,11 @@ class Trainer:
         """
         results = []
         for number, (images, targets, *_) in enumerate(batches, start=1):
-            with self._gradient_sync(number == len(batches)):
+            with self._gradient_sync(number == len(batches)), count_graph_hits(self.model_without_ddp) as graph_hits:
                 loss, parts, halting = self.micro_batch(images, targets)
                 self.scaler.scale(loss / len(batches)).backward()
             metrics = halting_metrics(self.model_without_ddp, halting)
-            results.append(MicroBatchResult(len(images), loss, parts, metrics))
+            results.append(MicroBatchResult(len(images), loss, parts, metrics, graph_hits))
         return results
 
     def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
@@ -355,7 +356,8 @@ def train_one_epoch(
         status = trainer.update(step, results, stop=should_stop is not None and should_stop())
         if not status.loss_is_nonfinite:
             for result in results:
-                epoch.averages.add(result.images, loss=result.loss, **result.loss_parts, **result.halting)
+                metrics = result.halting | result.graph_hits
+                epoch.averages.add(result.images, loss=result.loss, **result.loss_parts, **metrics)
         epoch.advance(len(group))
         epoch.seconds = seconds_before + time.perf_counter() - start
         epoch.waiting_seconds = waiting_before + loader.seconds
@@ -425,22 +427,23 @@ def evaluate(
     loader: yields tuples that start with images [B, 3, H, W] and targets [B];
     should_stop: called after each batch; this process stops if it returns true;
     on_batch: called with each batch, its logits [B, K] and halting.
-    Returns means by name: loss, acc1 and acc5 (percent), and `halting_metrics`. In addition `images`, the number of
-    images, and `images_per_s`, the speed of the forward pass in this process.
+    Returns means by name: loss, acc1 and acc5 (percent), `halting_metrics` and `count_graph_hits`. In addition
+    `images`, the number of images, and `images_per_s`, the speed of the forward pass in this process.
     """
     model.eval()
     averages, seconds = MetricAverages(), 0.0
     for batch in utils.with_progress(loader, title, lambda: _evaluation_progress(averages, model.halting)):
         images, targets = (t.to(device, non_blocking=True) for t in batch[:2])
         start = utils.synchronized_time(device)
-        with autocast(device, amp):
+        with autocast(device, amp), count_graph_hits(model) as graph_hits:
             logits, halting = model(images, return_halting=True)
         seconds += utils.synchronized_time(device) - start
         logits = logits.float()
         utils.check_finite(logits)
         loss = nn.functional.cross_entropy(logits, targets)
         acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
-        averages.add(len(images), loss=loss, acc1=acc1, acc5=acc5, **halting_metrics(model, halting))
+        metrics = halting_metrics(model, halting) | graph_hits
+        averages.add(len(images), loss=loss, acc1=acc1, acc5=acc5, **metrics)
         if on_batch is not None:
             on_batch(batch, logits, halting)
         if should_stop is not None and should_stop():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from macs import macs_counter
 from models_act import Halting
+from zipping.planned.runner import graph_report
 
 
 def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tensor]:
@@ -34,3 +38,16 @@ def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tens
         "gmacs_static": gmacs_static,
         "macs_saved": 1 - gmacs / gmacs_static,
     }
+
+
+@contextlib.contextmanager
+def count_graph_hits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that receives `graph_hits`, the fraction of the model's calls in this context replayed by graphs.
+
+    It stays empty if none of these calls can use CUDA graphs, as on a CPU.
+    """
+    hits, before = {}, graph_report(model)
+    yield hits
+    after = graph_report(model)
+    if batches := after.batches - before.batches:
+        hits["graph_hits"] = torch.tensor((after.replayed - before.replayed) / batches)

@@ -9,6 +9,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import emulated_attention  # noqa: F401 - registers CUDA's operators for the fixture token_store
 import graph_standin as standin
@@ -23,6 +24,7 @@ import models_act
 import zipping
 from benchmarks.synthetic import set_synthetic_depths
 from visualization.image_record import ImageRecord
+from zipping.planned.runner import GraphReport
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +81,23 @@ class ParityCase:
 @pytest.fixture(params=PARITY, ids=lambda path: path.stem)
 def parity(request) -> ParityCase:
     return ParityCase(request.param)
+
+
+@pytest.fixture
+def every_second_call_replays(monkeypatch) -> None:
+    """Report every second call of a model with `cuda_graphs` as replayed from a CUDA graph."""
+    calls, forward = WeakKeyDictionary(), models_act.AdaptiveTokens.forward
+
+    def counted_forward(model, *args, **kwargs):
+        calls[model] = calls.get(model, 0) + model.cuda_graphs
+        return forward(model, *args, **kwargs)
+
+    def graph_report(model):
+        batches = calls.get(model, 0)
+        return GraphReport(batches, replayed=batches // 2)
+
+    monkeypatch.setattr(models_act.AdaptiveTokens, "forward", counted_forward)
+    monkeypatch.setattr("metrics.graph_report", graph_report)
 
 
 def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = False, **kwargs) -> torch.nn.Module:

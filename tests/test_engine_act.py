@@ -16,6 +16,7 @@ import macs
 import utils
 from engine_act import EpochState, MicroBatchResult, Trainer, evaluate, train_one_epoch
 from macs import macs_per_image
+from metrics import count_graph_hits
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -88,6 +89,41 @@ def test_training_lowers_the_loss_and_reports_its_parts():
     assert first["gmacs"] < first["gmacs_static"]
     assert first["macs_saved"] == pytest.approx(1 - first["gmacs"] / first["gmacs_static"])
     assert first["lr"] == 0.1
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_graph_hits_are_the_fraction_of_images_in_replayed_batches(cuda_graphs, every_second_call_replays):
+    """Of the batches of 4, 4 and 2 images, the second one is replayed. Without graphs there is no such metric."""
+    expected = pytest.approx(0.4) if cuda_graphs else None
+    evaluated = evaluate(halting_model(cuda_graphs=cuda_graphs), loader(), CPU)
+    assert evaluated.get("graph_hits") == expected
+    trained = train_one_epoch(make_trainer(halting_model(cuda_graphs=cuda_graphs)), loader(), EpochState(0))
+    assert trained.get("graph_hits") == expected
+
+
+def test_graph_hits_count_each_micro_batch_and_earlier_attempts(every_second_call_replays):
+    trainer, epoch = make_trainer(halting_model(cuda_graphs=True), accum_steps=2), EpochState(0)
+    assert train_one_epoch(trainer, loader(8), epoch)["graph_hits"] == pytest.approx(1 / 2)
+    resumed = EpochState(0)
+    resumed.averages.load_state_dict(epoch.averages.state_dict())
+    assert train_one_epoch(trainer, loader(4), resumed)["graph_hits"] == pytest.approx(1 / 3)
+
+
+def test_calls_that_cannot_use_graphs_have_no_hits(every_second_call_replays):
+    model, other = halting_model(cuda_graphs=True), halting_model(cuda_graphs=True)
+    with count_graph_hits(model) as hits, torch.no_grad():
+        other(images())
+    assert hits == {}
+
+
+def test_adaptive_teacher_with_cuda_graphs_is_not_counted(every_second_call_replays):
+    """The first call of the model is not replayed, the second one of the teacher is."""
+    teacher, mean_std = halting_model(cuda_graphs=True), ((0.5,) * 3, (0.5,) * 3)
+    teacher(images())
+    trainer = make_trainer(halting_model(cuda_graphs=True))
+    trainer.criterion.classification = losses.SelfDistillationLoss(nn.CrossEntropyLoss())
+    trainer.teacher = losses.Teacher(teacher, *mean_std, *mean_std)
+    assert train_one_epoch(trainer, loader(4), EpochState(0))["graph_hits"] == 0
 
 
 def test_seconds_of_an_epoch_include_earlier_attempts():
@@ -283,7 +319,7 @@ def test_skipped_step_changes_nothing():
     trainer = make_trainer(model, init_scale=4.0, ema=ModelEmaV3(model, decay=0.5))
     before = model.head.weight.detach().clone()
     trainer.scaler.scale(model(images()).sum()).backward()
-    status = trainer.update("a step", [MicroBatchResult(6, torch.tensor(float("inf")), {}, {})])
+    status = trainer.update("a step", [MicroBatchResult(6, torch.tensor(float("inf")), {}, {}, {})])
     assert status.loss_is_nonfinite
     assert not status.gradient_is_nonfinite
     assert torch.equal(model.head.weight, before)

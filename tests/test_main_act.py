@@ -184,6 +184,20 @@ def test_cuda_graphs_on_a_cpu_warn_and_change_nothing(image_folder, tmp_path, ca
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_graph_hits_are_logged_and_printed(image_folder, tmp_path, capsys, every_second_call_replays):
+    """Of 3 training batches of 4 images each, 1 is replayed; of the 3 test batches of 4, 4 and 1 images, too."""
+    out, flags = tmp_path / "out", ("--data-path", image_folder, "--cuda-graphs", "--output_dir", tmp_path / "out")
+    run(*flags, "--epochs", 1, "--tensorboard", "--gate_scale", 10, "--gate_center", 5)
+    (line,) = log_of(out)
+    assert line["train_graph_hits"] == pytest.approx(1 / 3)
+    tags = EventAccumulator(str(out)).Reload().Tags()["scalars"]
+    assert {"train/graph_hits", "test/graph_hits"} <= set(tags)
+    capsys.readouterr()
+    run(*flags, "--eval", "--finetune", out / "checkpoint.pth")
+    assert json.loads((out / "eval.json").read_text())["graph_hits"] == pytest.approx(4 / 9)
+    assert "replayed from CUDA graphs    44.4% of the images\n" in capsys.readouterr().out
+
+
 def test_without_output_dir_nothing_is_written(image_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

@@ -132,6 +132,8 @@ def report(result: dict, halting: bool) -> None:
     if "images_per_s_zipped" in result:
         zipped, masked = result["images_per_s_zipped"], result["images_per_s_masked"]
         rows.append(("images/s, forward pass only", f"{zipped:.1f} zipped, {masked:.1f} masked"))
+    if "graph_hits" in result:
+        rows.append(("replayed from CUDA graphs", f"{result['graph_hits']:.1%} of the images"))
     utils.log(utils.table(rows))
     utils.log(f"Accuracy of the network on the {result['images']} test images: {result['acc1']:.1f}%")
 

@@ -78,5 +78,5 @@ def _scalars(training: dict, test: dict) -> dict[str, float]:
         scalars["expected_depth_ratio"] = training["depth_mean"] / len(training["live_share"])
     scalars = {f"train/{name}": value for name, value in scalars.items()}
     scalars |= {"test/acc_top1": test["acc1"], "test/acc_top5": test["acc5"]}
-    others = ("loss", "depth_mean", "class_token_depth", "gmacs", "ema_acc1")
+    others = ("loss", "depth_mean", "class_token_depth", "gmacs", "ema_acc1", "graph_hits")
     return scalars | {f"test/{name}": test[name] for name in others if name in test}
