@@ -6,7 +6,7 @@
     python benchmark.py --count-ops --batch-size 1 6                 # count ops instead of seconds
     python benchmark.py --onnx --batch-size 1 8 32 --threads 1 2     # ONNX Runtime and PyTorch on the CPU
 
-Each row of a table is a variant (see benchmarks/cases.py). Its columns:
+Each row of a table is a variant (see benchmarks/cases.py and benchmarks/graphed.py). Its columns:
 
     images/s, range     median over the rounds, lowest and highest
     speedup             over the static model
@@ -14,6 +14,8 @@ Each row of a table is a variant (see benchmarks/cases.py). Its columns:
     of ideal            speedup / ideal
     of floor            speed relative to the floor: the static model on sequences as short as A-ViT's
     MiB                 peak memory of a call without the weights (CPU: what a training step saves for backward)
+    same form, hits     on CUDA: speed over the static model in the same form (eager, graphed, compiled and graphed),
+                        and the fraction of batches that replayed a CUDA graph
 
 Ratios are medians over the rounds as well.
 """

@@ -7,6 +7,8 @@ A case is one model with images of known token depths. Its variants share the we
     masked               A-ViT with halted tokens masked
     zipped               A-ViT with halted tokens removed
     zipped, early exit   zipped, and an image is dropped once its prefix tokens have halted (inference only)
+
+graphed.py adds the variants that run by CUDA graphs.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ STATIC, FLOOR, MASKED, ZIPPED = "static (timm)", "floor", "masked", "zipped"  # 
 EARLY_EXIT = "zipped, early exit"
 
 MIN_IMAGES = 32  # images of a case, at least: single images differ in depth
+MIN_BATCHES = 4  # batches of a case on CUDA, at least: a plan must hold for different batches
 
 
 class Case(NamedTuple):
@@ -62,8 +65,8 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     yield from _real_cases(args, device) if args.finetune else _imposed_cases(args, device)
 
 
-def _num_images(batch_size: int) -> int:
-    return batch_size * math.ceil(MIN_IMAGES / batch_size)
+def _num_images(batch_size: int, device: torch.device) -> int:
+    return batch_size * max(math.ceil(MIN_IMAGES / batch_size), MIN_BATCHES if device.type == "cuda" else 1)
 
 
 def _imposed_cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
@@ -73,7 +76,7 @@ def _imposed_cases(args: argparse.Namespace, device: torch.device) -> Iterator[C
         model = create_model(name, size)
         _impose_depths(name, model, mean_depth)
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(_num_images(batch_size), 3, *model.patch_embed.img_size, generator=generator)
+        images = torch.randn(_num_images(batch_size, device), 3, *model.patch_embed.img_size, generator=generator)
         yield make_case(batch_size, model.to(device), images.to(device), name)
 
 
@@ -100,7 +103,7 @@ def _real_cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case
         preprocessing=settings.preprocessing,
     )
     for batch_size in args.batch_size:
-        images = spread_sample(dataset, _num_images(batch_size))[0]
+        images = spread_sample(dataset, _num_images(batch_size, device))[0]
         yield make_case(batch_size, copy.deepcopy(model).to(device), images.to(device), settings.model)
 
 

@@ -15,8 +15,19 @@ from torch import Tensor, nn
 
 import utils
 from benchmarks.cases import EARLY_EXIT, FLOOR, MASKED, STATIC, ZIPPED, Case, Floor, static_twin, variant_macs
+from benchmarks.graphed import (
+    VARIANTS,
+    WHOLE_COMPILED,
+    Preparation,
+    build_graphed,
+    eager_variant,
+    hit_rate,
+    prepare,
+    same_form,
+)
 from losses import AdaptiveLoss
 from models_act import AdaptiveTokens
+from zipping.planned import runner
 
 MIN_SECONDS = 0.2  # calls are repeated until the slowest variant takes this long
 
@@ -26,31 +37,63 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
 
     Returns one row per variant. Its numbers are medians over the rounds. A speedup is the median of the ratios that
     the rounds give. `speed_up` is relative to the static model, `ideal` is the ratio of the MACs, and
-    `speed_of_floor` is relative to the floor.
+    `speed_of_floor` is relative to the floor. Where CUDA graphs run, there are more variants, see `_add_graphed`.
     """
-    variants = _build_variants(case, train)
-    make_call = training_call if train else inference_call
+    variants, make_call = _build_variants(case, train), training_call if train else inference_call
     calls = {name: make_call(model, case.batches, amp) for name, model in variants.items()}
+    has_graphs = runner.supports_graphs(case.images)
+    prepared = _add_graphed(variants, calls, case, amp, train) if has_graphs else {}
+    before = {name: runner.graph_report(variants[name]) for name in prepared}
     seconds = utils.time_interleaved(calls, device, rounds, MIN_SECONDS)
-    macs = variant_macs(case.model, case.depth)
-    rows = []
-    for name, times in seconds.items():
-        speedup, of_floor = (statistics.median(map(truediv, seconds[other], times)) for other in (STATIC, FLOOR))
-        ideal = macs[STATIC] / macs[name]
-        rows.append(
-            {
-                "form": name,
-                "images_per_s": len(case.images) / statistics.median(times),
-                "images_per_s_range": [len(case.images) / max(times), len(case.images) / min(times)],
-                "speed_up": speedup,
-                "gmacs": macs[name] / 1e9,
-                "ideal": ideal,
-                "speed_up_of_ideal": speedup / ideal,
-                "speed_of_floor": of_floor,
-                "memory_mib": _memory_mib(calls[name], variants[name], case, train),
-            }
-        )
+    rows = [_row(name, seconds, case) for name in seconds]
+    for row in rows:
+        name = row["form"]
+        row["memory_mib"] = _memory_mib(calls[name], variants[name], case, train)
+        if has_graphs:
+            row["speed_of_same_form"] = _speedup(seconds[name], seconds.get(same_form(name)))
+            row["hit_rate"] = hit_rate(variants[name], before[name]) if name in prepared else None
+        if name in prepared:
+            row["memory_mib"] = (row["memory_mib"] or 0.0) + prepared[name].pool_mib
+            row["preparation_s"] = prepared[name].seconds
     return rows
+
+
+def _add_graphed(
+    variants: dict[str, nn.Module], calls: dict[str, Callable[[], None]], case: Case, amp: str, train: bool
+) -> dict[str, Preparation]:
+    """Add the variants of graphed.py and their calls, and prepare them. One that fails is left out with a warning."""
+    make_call, prepared = training_call if train else inference_call, {}
+    for name, model in build_graphed(case.model, train, (WHOLE_COMPILED, *VARIANTS)).items():
+        try:
+            call = make_call(model, case.batches, amp)
+            prepared[name] = prepare(call, len(case.batches), case.images.device)
+        except Exception as error:  # torch.compile, for example, requires a compiler
+            utils.warn(f"{name} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            continue
+        variants[name], calls[name] = model, call
+    return prepared
+
+
+def _row(name: str, seconds: dict[str, list[float]], case: Case) -> dict:
+    """Return the speed of a variant. seconds: of each variant, one number per round."""
+    times, macs = seconds[name], variant_macs(case.model, case.depth)
+    speedup, own = _speedup(times, seconds[STATIC]), macs[eager_variant(name)]
+    ideal = macs[STATIC] / own
+    return {
+        "form": name,
+        "images_per_s": len(case.images) / statistics.median(times),
+        "images_per_s_range": [len(case.images) / max(times), len(case.images) / min(times)],
+        "speed_up": speedup,
+        "gmacs": own / 1e9,
+        "ideal": ideal,
+        "speed_up_of_ideal": speedup / ideal,
+        "speed_of_floor": _speedup(times, seconds[FLOOR]),
+    }
+
+
+def _speedup(times: list[float], baseline: list[float] | None) -> float | None:
+    """Return the median of the rounds' ratios. None if the baseline was left out."""
+    return None if baseline is None else statistics.median(map(truediv, baseline, times))
 
 
 def _build_variants(case: Case, train: bool) -> dict[str, nn.Module]:
@@ -82,7 +125,8 @@ def training_call(model: nn.Module, batches: Sequence[Tensor], amp: str) -> Call
     The learning rate is 0, so that the weights and the imposed depths do not change.
     """
     compute_loss = training_loss(model, batches[0], amp)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    is_cuda = batches[0].is_cuda
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=is_cuda)
     scaler = torch.amp.GradScaler(batches[0].device.type, enabled=amp == "fp16")
 
     def call() -> None:
@@ -141,13 +185,15 @@ def _saved_for_backward(call: Callable[[], None], model: nn.Module) -> int:
 
 
 def format_rows(rows: list[dict]) -> str:
-    """Format the rows of `measure` as a table."""
+    """Format the rows of `measure` as a table, with two more columns where CUDA graphs run."""
+    width = max(20, *(len(row["form"]) + 2 for row in rows))
     header = f"{'images/s':>10}{'range':>16}{'speedup':>10}{'GMACs':>9}{'ideal':>8}{'of ideal':>10}{'of floor':>10}"
-    lines = [f"{'':20}{header}{'MiB':>9}"]
+    has_graphs = any("speed_of_same_form" in row for row in rows)
+    lines = [f"{'':{width}}{header}{'MiB':>9}" + f"{'same form':>11}{'hits':>7}" * has_graphs]
     for row in rows:
         lowest, highest = row["images_per_s_range"]
         cells = (
-            f"{row['form']:20}",
+            f"{row['form']:{width}}",
             f"{row['images_per_s']:>10.1f}",
             f"{f'{lowest:.1f}-{highest:.1f}':>16}",
             f"{row['speed_up']:>10.2f}",
@@ -155,7 +201,14 @@ def format_rows(rows: list[dict]) -> str:
             f"{row['ideal']:>8.2f}",
             f"{row['speed_up_of_ideal']:>10.2f}",
             f"{row['speed_of_floor']:>10.2f}",
-            f"{'' if row['memory_mib'] is None else format(row['memory_mib'], '.0f'):>9}",
+            f"{format_optional(row['memory_mib'], '.0f'):>9}",
+            f"{format_optional(row.get('speed_of_same_form'), '.2f'):>11}" * has_graphs,
+            f"{format_optional(row.get('hit_rate'), '.0%'):>7}" * has_graphs,
         )
         lines.append("".join(cells))
     return "\n".join(lines)
+
+
+def format_optional(value: float | None, form: str) -> str:
+    """Format a number, or None as an empty cell."""
+    return "" if value is None else format(value, form)
