@@ -27,8 +27,9 @@ PARTS = {
     "ddp": "DistributedDataParallel in one process, with NCCL on CUDA",
     "command": "main_act.py from start to end and resumed, in fp16 on CUDA",
     "seqlens": "latency of new sequence lengths",
+    "graphs": "CUDA graphs against masked, overflows, a training run; seconds and memory of captures",
     "launches": "kernel launches, host-device syncs and copies of a pass",
-    "speed": "speed and memory against the static model, eager and compiled; limited by --seconds",
+    "speed": "speed and memory against static: eager, by CUDA graphs and compiled; limited by --seconds",
 }
 RENAMED = {"lengths": "seqlens"}  # earlier names of parts
 
@@ -78,10 +79,10 @@ def run(args: argparse.Namespace, device: torch.device) -> list[str]:
     """Run the parts, print and save their results, and return the names of the failed checks."""
     import torch
 
-    from benchmarks import gpu_checks, gpu_speed
+    from benchmarks import gpu_checks, gpu_graphs, gpu_speed
 
     flag_effects.report(args, flag_effects.CUDA_CHECK)
-    functions = gpu_checks.PARTS | gpu_speed.PARTS
+    functions = gpu_checks.PARTS | gpu_graphs.PARTS | gpu_speed.PARTS
     check, about = gpu_checks.Check(device, args.small, args.seconds), gpu_checks.environment(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     gpu_checks.save(args.output, about, check)

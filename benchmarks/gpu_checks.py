@@ -36,6 +36,7 @@ from losses import AdaptiveLoss
 
 MODELS = {"micro": "avit_micro_patch4_32"}
 MODELS |= {size: f"avit_{size}_patch16_224" for size in ("tiny", "tiny_distilled", "small", "base")}
+MODELS["avit3_small"] = "avit3_small_patch16_224"
 MEAN_DEPTH, SPREAD = 7.3, 2.0  # imposed token depths, mean and standard deviation in blocks
 
 
@@ -358,11 +359,11 @@ def output_errors(model: nn.Module, masked: nn.Module, images: Tensor, amp: str)
     }
 
 
-def gradients(model: nn.Module, images: Tensor, amp: str) -> Tensor:
+def gradients(model: nn.Module, images: Tensor, amp: str, gate_offset: Tensor | None = None) -> Tensor:
     """Return the gradient of a loss that depends on every output of the model, [number of weights]."""
     torch.manual_seed(3)  # stochastic depth draws the same blocks each time
     with utils.autocast(images.device, amp):
-        logits, halting = model(images, return_halting=True)
+        logits, halting = model(images, return_halting=True, gate_offset=gate_offset)
     loss = F.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
     loss = loss + 0.01 * halting.ponder_cost.mean() + halting.layer_scores.square().sum()
     scaled = torch.autograd.grad(1024 * loss, list(model.parameters()))  # without the factor, fp16 gradients underflow

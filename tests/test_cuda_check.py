@@ -90,7 +90,7 @@ def test_failed_training_is_a_failed_check(monkeypatch, capsys):
     assert "  FAIL  to epoch 1: status 2" in capsys.readouterr().out
 
 
-CASES = [gpu_speed.Case("micro", 8, compiled=True), gpu_speed.Case("micro", 8, train=True)]
+CASES = [gpu_speed.Case("micro", 8, whole=True), gpu_speed.Case("micro", 8, train=True)]
 
 
 def test_compiled_model_is_an_additional_variant(monkeypatch, capsys):
@@ -106,7 +106,7 @@ def test_measurement_that_exceeds_the_time_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES)
     run("--only", "speed", "--seconds", "10")
     out = capsys.readouterr().out
-    assert "micro float32 inference 8, with the compiled model: skipped, needs up to 62 s of the 10 s left" in out
+    assert "micro float32 inference 8, with compiled models: skipped, needs up to 43 s of the 10 s left" in out
     assert "micro float32 training 8, zipped  " in out
 
 
