@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from losses import AdaptiveLoss, BudgetController
-from metrics import count_graph_hits, halting_metrics
+from macs import macs_counter
 from models_act import Halting
 from utils import MetricAverages, autocast
+from zipping.planned.runner import count_graph_hits
 
 MAX_START_SHARE = 0.5  # of the averaged weights; if more of the average is the starting weights, it moved too little
 MAX_SKIPPED = 30  # steps in a row; the gradient scale has then fallen from 2^16 to 2^-14
@@ -410,6 +411,33 @@ def _progress(trainer: Trainer, epoch: EpochState) -> Callable[[], dict[str, str
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """Return the learning rate of the first parameter group."""
     return optimizer.param_groups[0]["lr"]
+
+
+def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tensor]:
+    """Return the halting metrics of a batch as means over its images, or {} for a static model.
+
+    live_share: [L], the share of tokens that each block processes; macs_saved: a share of the static model's MACs.
+    """
+    if halting is None:
+        return {}
+    depth, blocks, prefix = halting.depth, model.num_blocks, model.num_prefix_tokens
+    per_block = torch.arange(blocks, device=depth.device)[:, None]
+    count_macs = macs_counter(model, depth.shape[1])
+    gmacs = count_macs(depth).mean() / 1e9
+    gmacs_static = count_macs(torch.full_like(depth[:1], blocks)).mean() / 1e9
+    class_token = {"class_token_depth": depth[:, 0].mean()} if model.has_class_token else {}
+    return {
+        "depth_mean": depth.mean(),
+        "depth_max": depth.amax(dim=1).mean(),
+        "depth_min": depth.amin(dim=1).mean(),
+        "patch_depth_mean": depth[:, prefix:].mean(),
+        **class_token,
+        "live_share": (depth.flatten() > per_block).double().mean(dim=1),
+        "layer_scores": halting.layer_scores,
+        "gmacs": gmacs,
+        "gmacs_static": gmacs_static,
+        "macs_saved": 1 - gmacs / gmacs_static,
+    }
 
 
 @torch.no_grad()

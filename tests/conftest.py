@@ -97,7 +97,7 @@ def every_second_call_replays(monkeypatch) -> None:
         return GraphReport(batches, replayed=batches // 2)
 
     monkeypatch.setattr(models_act.AdaptiveTokens, "forward", counted_forward)
-    monkeypatch.setattr("metrics.graph_report", graph_report)
+    monkeypatch.setattr("zipping.planned.runner.graph_report", graph_report)
 
 
 def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = False, **kwargs) -> torch.nn.Module:

@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-CORE = {"models_act", "macs", "losses", "datasets", "samplers", "utils", "engine_act", "metrics"}
+CORE = {"models_act", "macs", "losses", "datasets", "samplers", "utils", "engine_act"}
 CORE_PACKAGES = {"zipping", "readers"}
 COMMANDS = {"main_act", "visualize", "benchmark", "compare", "cuda_check", "export_onnx"}
 MAY_IMPORT = {  # the other parts, experiments and tests, may import anything, and nothing imports them

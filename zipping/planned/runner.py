@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -72,6 +74,19 @@ def run_by_graphs(model: VisionTransformer, call: Call) -> Result:
 def graph_report(model: VisionTransformer) -> GraphReport:
     """Return what happened to the calls of a model, as a copy."""
     return replace(RUNNERS[model].report) if model in RUNNERS else GraphReport()
+
+
+@contextlib.contextmanager
+def count_graph_hits(model: VisionTransformer) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that receives `graph_hits`, the fraction of the model's calls in this context replayed by graphs.
+
+    It stays empty if none of these calls can use CUDA graphs, as on a CPU.
+    """
+    hits, before = {}, graph_report(model)
+    yield hits
+    after = graph_report(model)
+    if batches := after.batches - before.batches:
+        hits["graph_hits"] = torch.tensor((after.replayed - before.replayed) / batches)
 
 
 def supports_graphs(images: Tensor) -> bool:
