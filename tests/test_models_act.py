@@ -204,6 +204,17 @@ def test_zipped_equals_masked_if_class_token_halts_first_or_last(shift):
     assert (class_token < patches.amin(1) if shift > 0 else class_token > patches.amax(1)).any()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_zipped_equals_masked_with_padded_attention(monkeypatch, training):
+    """A small network with several threads pads images of different length into one call. CPU store only."""
+    monkeypatch.setattr(zipping, "uses_device_form", lambda x: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = halting_model(img_size=28, drop_path_rate=0.1).train(training)
+    with patch.object(zipping.attention, "padded_attention", wraps=zipping.padded_attention) as padded:
+        assert_same(*masked_and_zipped(model), images(16, 28))
+    assert padded.called
+
+
 @pytest.mark.parametrize(
     ("zip_tokens", "checkpointed_zip_tokens"),
     [(False, False), (True, True), (False, True)],

@@ -16,6 +16,7 @@ from zipping import (
     PackedTokensCPU,
     PackedTokensCUDA,
     attention,
+    padded_attention,
     ragged_attention,
     stores,
     varlen_attention,
@@ -163,7 +164,7 @@ def varlen(q, k, v, seqlens):
 SEQLENS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted)
 
 
-@pytest.mark.parametrize("attention", [ragged_attention, varlen])
+@pytest.mark.parametrize("attention", [ragged_attention, padded_attention, varlen])
 @given(SEQLENS, st.sampled_from([1, 4]), st.sampled_from([5, 12, 16]))  # CUDA kernels need multiples of 8
 def test_attention_stays_within_images(attention, seqlens, heads, width):
     qkv = torch.randn(1, sum(seqlens), 3, heads, width, requires_grad=True)
@@ -173,8 +174,32 @@ def test_attention_stays_within_images(attention, seqlens, heads, width):
     grad, expected_grad = (torch.autograd.grad((o * weights).sum(), qkv, retain_graph=True)[0] for o in (out, expected))
     assert_close(out, expected)
     assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-    if attention is ragged_attention or width % 8 == 0:
+    if attention is not varlen or width % 8 == 0:
         assert out.transpose(1, 2).is_contiguous(), "the next layer would have to copy it"
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "num_padded"), [(range(9, 19), 1), (range(9, 59), 2), (range(40, 66), 0), ([17] * 9, 0)]
+)
+def test_many_calls_for_short_sequences_are_padded_into_few(monkeypatch, seqlens, num_padded):
+    """Not sequences of more than 64 rows, and not images of equal length, which one call attends to."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    groups, attend = [], attention._attend_in_group
+    monkeypatch.setattr(attention, "_attend_in_group", lambda *args: groups.append(args) or attend(*args))
+    q, k, v = torch.randn(3, 1, 3, sum(seqlens), 16)
+    assert_close(ragged_attention(q, k, v, list(seqlens)), attend_each_image(q, k, v, list(seqlens)))
+    assert len(groups) == num_padded
+
+
+@pytest.mark.parametrize("poisoned", [slice(0, 1), slice(1, 3), slice(3, 9)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_padding_keeps_extreme_values_within_their_image(value, poisoned):
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    k[:, :, poisoned] = v[:, :, poisoned] = value
+    out, expected = padded_attention(q, k, v, [1, 2, 6]), attend_each_image(q, k, v, [1, 2, 6])
+    others = torch.ones(9, dtype=torch.bool)
+    others[poisoned] = False
+    assert_close(out[:, :, others], expected[:, :, others])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -30,7 +30,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from zipping.attention import ATTENTION, PerImageAttentionMask, ragged_attention, varlen_attention
+from zipping.attention import ATTENTION, PerImageAttentionMask, padded_attention, ragged_attention, varlen_attention
 from zipping.recording import is_recorded
 from zipping.stores import (
     BlockOutput,
@@ -56,6 +56,7 @@ __all__ = [
     "can_pack",
     "drop_halted",
     "pack",
+    "padded_attention",
     "ragged_attention",
     "uses_device_form",
     "uses_kernels",

@@ -6,6 +6,7 @@ from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,15 +87,65 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], dropou
 
     q, k, v: [1, H, T, D]; seqlens: the number of consecutive rows of each image, ascending.
     Returns [1, H, T, D]. Each call gets a view of its rows: no padding and no mask. Only the
-    results are copied.
+    results are copied. If such calls would be too small, `padded_attention` runs instead.
     """
     if len(seqlens) == 1:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     runs = [(seqlen, len(list(images))) for seqlen, images in groupby(seqlens)]
+    if dropout_p == 0 and _padding_pays(q, runs):
+        return padded_attention(q, k, v, seqlens)
     sizes = [seqlen * images for seqlen, images in runs]
     parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
     results = [_dense_attention(*part, *run, dropout_p) for part, run in zip(parts, runs)]
     return (torch.cat(results, dim=1) if len(results) > 1 else results[0]).transpose(1, 2)
+
+
+def _padding_pays(q: Tensor, runs: list[tuple[int, int]]) -> bool:
+    """Return whether `padded_attention` is faster than one call per run.
+
+    q: [1, H, T, D]; runs: the sequence length and the number of images of each call, ascending.
+    The conditions are measured: many calls, short sequences and few channels. There torch's
+    attention gains little from a second thread, and matrix products gain more. With one thread
+    both take about as long.
+    """
+    num_heads, head_dim, longest = q.shape[1], q.shape[3], runs[-1][0]
+    is_small = 16 < longest <= 64 and num_heads * head_dim <= 64
+    return is_small and len(runs) >= 8 and q.dtype == torch.float32 and torch.get_num_threads() > 1
+
+
+PADDED_IMAGES = 48  # of a group at most: more differ in length, and their scores leave the cache
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int]) -> Tensor:
+    """Compute attention within each image by matrix products, for groups of images padded to one length.
+
+    Arguments and result: see `ragged_attention`.
+    """
+    groups = np.array_split(seqlens, -(-len(seqlens) // PADDED_IMAGES))
+    parts = zip(*(x.split([int(group.sum()) for group in groups], dim=2) for x in (q, k, v)))
+    results = [_attend_in_group(*part, group) for part, group in zip(parts, groups)]
+    return (torch.cat(results, dim=1) if len(results) > 1 else results[0]).transpose(1, 2)
+
+
+def _attend_in_group(q: Tensor, k: Tensor, v: Tensor, seqlens: np.ndarray) -> Tensor:
+    """Compute `padded_attention` for one group. q, k, v: [1, H, T, D] -> [1, T, H, D].
+
+    An image is padded with copies of its last row, so that no NaN gets into another image.
+    """
+    num_heads, head_dim, longest = q.shape[1], q.shape[3], int(seqlens[-1])
+    position, seqlens = np.arange(longest), seqlens[:, None]
+    row = np.cumsum(seqlens)[:, None] - seqlens + np.minimum(position, seqlens - 1)
+    is_row = position < seqlens  # [images, longest], False for padding
+    bias = np.where(is_row, 0, -np.inf).astype(np.float32).repeat(num_heads, axis=0)
+
+    def pad(x: Tensor) -> Tensor:  # [1, H, T, D] -> [images * H, longest, D]
+        padded = x[0].transpose(0, 1).index_select(0, torch.from_numpy(row.ravel()))
+        return padded.unflatten(0, row.shape).transpose(1, 2).reshape(-1, longest, head_dim)
+
+    scores = torch.baddbmm(torch.from_numpy(bias)[:, None], pad(q), pad(k).transpose(1, 2), alpha=head_dim**-0.5)
+    out = torch.bmm(scores.softmax(dim=-1), pad(v)).unflatten(0, (-1, num_heads))  # [images, H, longest, D]
+    kept = torch.from_numpy(is_row.ravel().nonzero()[0])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, kept).unsqueeze(0)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, seqlen: int, images: int, dropout_p: float) -> Tensor:
