@@ -28,10 +28,11 @@ TYPES |= dict.fromkeys(INTEGERS, "i32")
 CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": kernels.ROWS, "IMAGES": 512, "DUMMIES": 1024}
 DTYPES = [("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # of rows, and of matrix products
 LAST, NOT_LAST = {"LAST": True, "EARLY_EXIT": False}, {"LAST": False, "EARLY_EXIT": True}
+PLANNED_LAST = LAST | dict.fromkeys(("cumulative", "dest_offset", "counts"))
 HALT, FUSED = dict.fromkeys(("branch", "gamma", "features")), dict.fromkeys(("prefix", "weighted"))  # absent arguments
 NO_NORM = dict.fromkeys(("normed", "weight", "bias"))
 PLANNED = {  # constants of each variant of a kernel; None is an absent argument
-    triton_kernels.decide_kernel: [last | absent for last in (LAST, NOT_LAST) for absent in (HALT, FUSED)],
+    triton_kernels.decide_kernel: [last | absent for last in (PLANNED_LAST, NOT_LAST) for absent in (HALT, FUSED)],
     triton_kernels.move_kernel: [HALT | NO_NORM, {}],
     triton_kernels.add_norm_kernel: [{}, {"branch": None, "gamma": None}],
     triton_kernels.halt_backward_kernel: [
