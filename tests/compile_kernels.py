@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a GPU that may be absent, and print their registers, spills and shared memory.
 
-PYTHONPATH=. python tests/compile_kernels.py [CAPABILITY]
+PYTHONPATH=. python tests/compile_kernels.py [CAPABILITY] [dynamic | planned]
 """
 
 import re
@@ -93,7 +93,9 @@ def compile_planned(capability: int) -> None:
                     compile_kernel(kernel, capability, dtypes, {"ROWS": rows, "CHANNELS": channels} | variant)
 
 
+MODES = {"dynamic": compile_dynamic, "planned": compile_planned}
+
 if __name__ == "__main__":
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
-    compile_dynamic(capability)
-    compile_planned(capability)
+    for mode in sys.argv[2:] or MODES:
+        MODES[mode](capability)

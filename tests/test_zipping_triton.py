@@ -232,9 +232,11 @@ def test_out_of_memory_in_trial_run_raises():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [75, 80, 90, 100])
-def test_kernels_compile_for_other_gpus(capability):
+@pytest.mark.parametrize(
+    ("capability", "mode"), [*((c, "dynamic") for c in (75, 80, 90, 100)), (80, "planned"), (90, "planned")]
+)
+def test_kernels_compile_for_other_gpus(capability, mode):
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": "/tmp"}  # without TRITON_INTERPRET
-    command = [sys.executable, ROOT / "tests" / "compile_kernels.py", str(capability)]
+    command = [sys.executable, ROOT / "tests" / "compile_kernels.py", str(capability), mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
