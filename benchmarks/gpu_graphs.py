@@ -7,6 +7,7 @@ there is a plan, so each check runs more batches than that.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -44,11 +45,11 @@ def graphs(check: Check) -> None:
         check.report("not run: CUDA graphs require CUDA and Triton kernels")
         return
     with without_tf32():
-        for name in ("micro",) if check.small else ("tiny", "tiny_distilled", "avit3_small"):
-            for amp in check.amps:
-                for part in (inference, training):
-                    with check.measuring(f"{name}, {part.__name__}, {PRECISION[amp]}"):
-                        part(check, name, amp)
+        cases = [(check.size, amp) for amp in check.amps]
+        cases += [] if check.small else [(name, check.amp) for name in ("tiny_distilled", "avit3_small")]
+        for (name, amp), part in itertools.product(cases, (inference, training)):
+            with check.measuring(f"{name}, {part.__name__}, {PRECISION[amp]}"):
+                part(check, name, amp)
         with check.measuring("single images"):
             single_images(check)
     for amp in check.amps:

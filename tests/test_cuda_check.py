@@ -106,7 +106,7 @@ def test_measurement_that_exceeds_the_time_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES)
     run("--only", "speed", "--seconds", "10")
     out = capsys.readouterr().out
-    assert "micro float32 inference 8, with compiled models: skipped, needs up to 43 s of the 10 s left" in out
+    assert "micro float32 inference 8, with compiled models: skipped, needs up to 33 s of the 10 s left" in out
     assert "micro float32 training 8, zipped  " in out
 
 
