@@ -2,6 +2,7 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 from conftest import halting_model, images, save_halting_micro
 
@@ -93,11 +94,28 @@ def test_halting_adds_few_ops(tmp_path, capsys):
     rows = json.loads((tmp_path / "counts.json").read_text())
     assert [row["form"] for row in rows[:2]] == ["CPU store, logits", "CPU store, with halting"]
     for row in rows:
+        if row["form"].startswith("planned"):
+            continue
         limit = 26 if row["form"].startswith("CUDA") else 8 if row["batch_size"] == 1 else 20
         assert 0 < row["operations"] < limit, row
         if row["form"].startswith("CUDA"):
             assert row["waits"] <= 1
             assert row["copies"] == 0
+
+
+@pytest.mark.parametrize(("amp", "limits"), [("none", (-0.5, 1.0)), ("bf16", (-10.5, -9.0))])
+def test_planned_mode_has_few_ops_and_no_syncs(amp, limits):
+    """The sums and norms of a block are fused. In half precision all weights are cast in one op."""
+    model = timm.create_model("avit_tiny_patch16_224", img_size=64)
+    case = cases.make_case(2, model, torch.randn(2, 3, 64, 64))
+    before = [parameter.clone() for parameter in model.parameters()]
+    rows = [row for row in operations.count_ops(case, torch.device("cpu"), amp) if row["form"].startswith("planned")]
+    assert [row["form"] for row in rows] == ["planned mode, logits", "planned mode, with halting"]
+    for row, limit in zip(rows, limits):
+        assert row["operations"] < limit
+        assert row["waits"] == row["copies"] == 0
+        assert row["by_name"]["move_kernel"] == 11 / 12
+    torch.testing.assert_close(list(model.parameters()), before)
 
 
 def test_syncs_and_copies_are_counted():
