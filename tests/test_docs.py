@@ -281,6 +281,16 @@ def test_python_of_the_pages_runs(code, monkeypatch):
     exec(code, {})
 
 
+def test_estimate_for_imagenet_is_what_its_code_prints(monkeypatch, capsys):
+    page = ROOT / "docs" / "performance.md"
+    (code,) = (code for code in python_blocks().values() if "1_281_167" in code)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 8
+    assert printed in page.read_text()
+
+
 @pytest.mark.parametrize("command", ["make quickstart", "make test"])
 def test_readme_names_the_main_commands(command):
     assert command in README.read_text()
