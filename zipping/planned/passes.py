@@ -9,7 +9,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
@@ -26,9 +25,9 @@ MAX_FUSED_WIDTH = 2048  # channels that a program of the fused kernels holds at 
 
 
 class PlannedPass(NamedTuple):
-    """Inputs of a forward pass besides images. All but the contents of tensors is the same for all batches of a plan.
+    """Inputs of a forward pass except the images. For all batches of a plan, only the contents of its tensors differ.
 
-    tokens: of the first block; step: runs one block and its halting, see `choose_step`.
+    tokens: the store of the first block; step: runs one block and its halting, see `choose_step`.
     """
 
     model: VisionTransformer
@@ -46,82 +45,93 @@ class PlannedPass(NamedTuple):
         return None if number + 1 == self.model.num_blocks else 0
 
 
+class BlockRecord(NamedTuple):
+    """What `finish` needs of one block. token: [c], of its store; for the others, see `Halted`."""
+
+    token: Tensor
+    score: Tensor
+    halts: Tensor
+    weighted: Tensor | None
+    count: Tensor | None
+
+
 @dataclass(frozen=True)
 class PassState:
-    """The state of a pass before a block, and what the blocks before it have left to be collected.
+    """State of a pass between two blocks.
 
-    tokens, rows, cumulative: of the block to come, None after the plan's last;
+    tokens, rows, cumulative: input of the next block, None after the plan's last;
     dtype: of the mean-field output;
-    token, halted: of each block so far;
-    normed: the first norm of `rows` in the block to come, if it is known already;
-    features: [B, P, C] float32, the mean field so far, if blocks add to it in place.
+    records: one for each block so far;
+    normed: the next block's first norm of `rows`, if it is already computed;
+    features: [B, P, C] float32, the mean field so far, if the blocks add to it in place.
     """
 
     tokens: PlannedTokens | None
     rows: Tensor | None
     cumulative: Tensor | None
     dtype: torch.dtype
-    token: tuple[Tensor, ...] = ()
-    halted: tuple[Halted, ...] = ()
+    records: tuple[BlockRecord, ...] = ()
     normed: Tensor | None = None
     features: Tensor | None = None
 
     def after(self, halted: Halted) -> PassState:
         """Return the state after a block with this halting."""
-        collected = halted._replace(tokens=None, rows=None, cumulative=None, normed=None)
+        record = BlockRecord(self.tokens.token, halted.score, halted.halts, halted.weighted, halted.count)
         return replace(
             self,
             tokens=halted.tokens,
             rows=halted.rows,
             cumulative=halted.cumulative,
             normed=halted.normed,
-            token=(*self.token, self.tokens.token),
-            halted=(*self.halted, collected),
+            records=(*self.records, record),
         )
 
     @property
     def counts(self) -> Tensor:
-        """[decisions] int32, the live rows after each decision so far, also where they exceed the capacity."""
-        return torch.stack([halted.count.to(torch.int32) for halted in self.halted if halted.count is not None])
+        """[decisions] int32, the live rows after each decision so far. They may exceed the capacity."""
+        return torch.stack([record.count.to(torch.int32) for record in self.records if record.count is not None])
+
+
+# A pass: begin, run_blocks as often as there are graphs, finish ----------------------------------
 
 
 def begin(planned: PlannedPass, images: Tensor) -> PassState:
-    """Embed the images. images: [B, in_chans, H, W]."""
+    """Embed the images. images: [B, in_chans, H, W]. Returns the state before the first block."""
     x = planned.model._embed(images)
     cumulative = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
     return PassState(planned.tokens, x.flatten(0, 1), cumulative, x.dtype)
 
 
 def run_blocks(planned: PlannedPass, state: PassState, numbers: range) -> PassState:
-    """Run these blocks of the plan."""
+    """Run the blocks with these numbers, counted from 0. Returns the state after them."""
     for number in numbers:
         state = planned.step(planned, state, number)
     return state
 
 
 def finish(planned: PlannedPass, state: PassState) -> tuple[Tensor | tuple[Tensor, Tensor], Halting | None]:
-    """Return the logits, and `Halting` if requested."""
+    """Run the head. Returns the logits (a pair in distilled training), and `Halting` if requested."""
     model, features = planned.model, state.features
     if features is None:
-        features = torch.stack([halted.weighted for halted in state.halted]).sum(dim=0)
+        features = torch.stack([record.weighted for record in state.records]).sum(dim=0)
     logits = model.forward_head(model.norm(features.to(state.dtype)))
     halting = None
     if planned.return_halting:
-        score, halts = (
-            _to_dense(planned.plan.size, state.token, [getattr(halted, name) for halted in state.halted])
-            for name in ("score", "halts")
-        )
+        score = _to_dense(planned.plan.size, [(record.token, record.score) for record in state.records])
+        halts = _to_dense(planned.plan.size, [(record.token, record.halts) for record in state.records])
         halting = summarize_halting(score, halts, model.num_prefix_tokens, model.num_blocks)
     return logits, halting
 
 
-def _to_dense(size: tuple[int, int], tokens: tuple[Tensor, ...], values: list[Tensor]) -> Tensor:
+def _to_dense(size: tuple[int, int], blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the values of all blocks as [L, B, N], zero for halted tokens.
 
-    tokens, values: [c] of each block. An extra column takes the values of surplus rows and is cut off.
+    blocks: token and value of each row, [c] each, for each block. The values of surplus rows, whose token
+    is B * N, are written to an extra column that is cut off.
     """
-    shape = (len(values), math.prod(size) + 1)
-    index = torch.cat(torch._foreach_add(list(tokens), [number * shape[1] for number in range(shape[0])]))
+    tokens, values = zip(*blocks)
+    shape = (len(blocks), math.prod(size) + 1)
+    index = torch.cat(torch._foreach_add(tokens, [number * shape[1] for number in range(shape[0])]))
     value = torch.cat(values)
     dense = value.new_zeros(math.prod(shape)).index_copy(0, index, value).view(shape)
     return dense[:, :-1].unflatten(1, size)
@@ -130,8 +140,12 @@ def _to_dense(size: tuple[int, int], tokens: tuple[Tensor, ...], values: list[Te
 # One block ---------------------------------------------------------------------------------------
 
 
-def choose_step(model: VisionTransformer, compile_blocks: bool) -> Callable:
-    """Return how a block is run: fused in inference if all blocks are a DeiT's, compiled if asked for, else by timm."""
+def choose_step(model: VisionTransformer, compile_blocks: bool) -> Callable[[PlannedPass, PassState, int], PassState]:
+    """Choose the function that runs a block and its halting: the same for all blocks.
+
+    Compiled if requested and possible, else fused if no gradients are needed and all blocks are those of a DeiT,
+    else timm's own block.
+    """
     if compile_blocks and all(map(can_compile, model.blocks)):
         return compiled_step
     needs_gradients = model.training or torch.is_grad_enabled()
@@ -157,11 +171,9 @@ FUSED_LAYER_TYPES = PLAIN_LAYER_TYPES | {  # and those with layer scale
 
 def can_fuse(block: Block) -> bool:
     """Return whether `fused_step` computes what this block does in inference: a DeiT's, with or without layer scale."""
-    norms = (block.norm1, block.norm2)
     return (
         tuple(map(type, layers_of(block))) in FUSED_LAYER_TYPES
-        and getattr(block.attn, "gate", None) is None
-        and all(norm.weight is not None and norm.bias is not None for norm in norms)
+        and all(norm.weight is not None and norm.bias is not None for norm in (block.norm1, block.norm2))
         and math.prod(block.norm1.normalized_shape) <= MAX_FUSED_WIDTH
     )
 
@@ -169,23 +181,19 @@ def can_fuse(block: Block) -> bool:
 def fused_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
     """Run a block and its halting in 9 kernel launches. Not differentiable.
 
-    The residual stream and the branch that is added to it stay apart until a kernel needs their sum.
+    A branch is not added to the rows before the kernel that needs their sum, which also computes its norm.
     """
-    model, tokens = planned.model, state.tokens
-    block, attn, mlp = model.blocks[number], model.blocks[number].attn, model.blocks[number].mlp
-    rows, dtype = state.rows.contiguous(), _matmul_dtype(attn.qkv.weight)
+    blocks, tokens, capacity = planned.model.blocks, state.tokens, planned.capacity_after(number)
+    block, next_norm = blocks[number], blocks[number + 1].norm1 if capacity else None
+    rows, dtype = state.rows.contiguous(), _matmul_dtype(block)
     normed, features = state.normed, state.features
     if normed is None:  # before the first block
         _, normed = add_norm(rows, None, None, block.norm1, dtype)
         shape = (tokens.size[0], tokens.num_prefix_tokens, rows.shape[1])
         features = torch.zeros(shape, dtype=torch.float32, device=rows.device)
-    attended = _attend(tokens, attn, F.linear(normed, attn.qkv.weight, attn.qkv.bias))
-    branch = F.linear(attended, attn.proj.weight, attn.proj.bias)
+    branch = block.attn(normed.unsqueeze(0), attn_mask=tokens.attention_mask).squeeze(0)
     rows, normed = add_norm(rows, branch, getattr(block.ls1, "gamma", None), block.norm2, dtype)
-    hidden = F.gelu(F.linear(normed, mlp.fc1.weight, mlp.fc1.bias), approximate=mlp.act.approximate)
-    branch = F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
-    capacity = planned.capacity_after(number)
-    next_norm = model.blocks[number + 1].norm1 if capacity else None
+    branch = block.mlp(normed)
     halted = decide_and_move(
         tokens, rows, branch, getattr(block.ls2, "gamma", None), state.cumulative, planned.gate, capacity,
         planned.early_exit, features, next_norm, dtype,
@@ -193,15 +201,11 @@ def fused_step(planned: PlannedPass, state: PassState, number: int) -> PassState
     return replace(state, features=features).after(halted)
 
 
-def _matmul_dtype(weight: Tensor) -> torch.dtype:
+def _matmul_dtype(block: Block) -> torch.dtype:
+    """Return the dtype in which the block computes matrix products."""
+    weight = block.attn.qkv.weight
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def _attend(tokens: PlannedTokens, attn: nn.Module, qkv: Tensor) -> Tensor:
-    """Compute attention within each image. qkv: [c, 3 * H * D] -> [c, H * D]."""
-    q, k, v = qkv.view(1, len(qkv), 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return tokens.attend(q, k, v).transpose(1, 2).flatten(2).squeeze(0)
 
 
 # Compiled blocks ---------------------------------------------------------------------------------
@@ -209,13 +213,13 @@ def _attend(tokens: PlannedTokens, attn: nn.Module, qkv: Tensor) -> Tensor:
 
 def can_compile(block: Block) -> bool:
     """Return whether `compiled_step` computes what this block does."""
-    return getattr(block.attn, "gate", None) is None and _matmul_dtype(block.attn.qkv.weight).itemsize == 2
+    return block.attn.gate is None and _matmul_dtype(block).itemsize == 2
 
 
 def compiled_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
     """Run a block through torch.compile, then its halting. Differentiable.
 
-    Stochastic depth is drawn outside: each rate would be another compiled graph.
+    Stochastic depth is drawn outside, because torch.compile would make another graph for each rate.
     """
     block, tokens = planned.model.blocks[number], state.tokens
     scales = (_drop_path_scale(layer, state) for layer in (block.drop_path1, block.drop_path2))
