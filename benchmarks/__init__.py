@@ -1,7 +1,8 @@
 """Measurements behind two commands: benchmark.py and cuda_check.py.
 
 cases.py         the models and images that are compared
-graphed.py       the variants that run by CUDA graphs
+graphed.py       the variants that run by plans and CUDA graphs
+planned.py       the variant by plans, without CUDA graphs
 timing.py        their speed and memory, in inference and in training
 operations.py    the ops that halting adds to a block
 onnx.py          ONNX Runtime and PyTorch on the CPU

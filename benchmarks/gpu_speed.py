@@ -26,6 +26,7 @@ from benchmarks.gpu_checks import MODELS, PRECISION, Check
 from benchmarks.graphed import (
     COMPILED_GRAPHED,
     GRAPHED,
+    PLANNED,
     VARIANTS,
     WHOLE_COMPILED,
     Preparation,
@@ -80,7 +81,7 @@ def launches(check: Check) -> None:
     models = build_variants(check, check.size)
     images = check.images(models[STATIC], 4 if check.small else 32)
     for train in (False, True):
-        graphed = _graphed(images, models[EARLY_EXIT], train, GRAPHED)
+        graphed = _graphed(images, models[EARLY_EXIT], train, PLANNED, GRAPHED)
         for name, model in (models | graphed).items():
             if not (train and name == EARLY_EXIT):
                 with check.measuring(name):
@@ -311,7 +312,7 @@ def measure(check: Check, case: Case, models: dict[str, nn.Module]) -> float | N
 
 def _variants_of_case(case: Case, models: dict[str, nn.Module], images: Tensor) -> dict[str, nn.Module]:
     """Return the models to measure: no early exit in training, and the compiled ones if asked for."""
-    forms = (GRAPHED, COMPILED_GRAPHED) if case.compiled or case.whole else (GRAPHED,)
+    forms = (PLANNED, GRAPHED, *([COMPILED_GRAPHED] if case.compiled or case.whole else []))
     variants = {name: model for name, model in models.items() if not (case.train and name == EARLY_EXIT)}
     variants |= _graphed(images, models[EARLY_EXIT], case.train, *forms)
     return variants | (build_graphed(models[EARLY_EXIT], case.train, [WHOLE_COMPILED]) if case.whole else {})

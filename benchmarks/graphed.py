@@ -2,6 +2,7 @@
 
 A form is the way in which a model runs. It does not change what the model computes:
 
+    planned              by plans, without CUDA graphs (A-ViT only)
     graphed              by CUDA graphs, in training of the backward pass too; weights are cast in one go
     compiled, graphed    the same, with blocks compiled by torch.compile
 
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 import utils
 from benchmarks.cases import EARLY_EXIT, STATIC, ZIPPED, static_twin
+from benchmarks.planned import PlannedEager
 from models_act import AdaptiveTokens
 from zipping.planned import runner
 from zipping.planned.weights import CastWeights
 
-GRAPHED, COMPILED_GRAPHED = "graphed", "compiled, graphed"
+PLANNED, GRAPHED, COMPILED_GRAPHED = "planned", "graphed", "compiled, graphed"
 WHOLE_COMPILED = "static, compiled"
 WARM_UP_BATCHES = 12  # a plan exists after 8 batches, and the next batch captures it
 
@@ -44,7 +46,11 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    v.name: v for v in (Variant(e, f) for f in (GRAPHED, COMPILED_GRAPHED) for e in (STATIC, ZIPPED, EARLY_EXIT))
+    v.name: v
+    for v in (
+        Variant(ZIPPED, PLANNED),
+        *(Variant(e, f) for f in (GRAPHED, COMPILED_GRAPHED) for e in (STATIC, ZIPPED, EARLY_EXIT)),
+    )
 }
 
 
@@ -57,7 +63,7 @@ def eager_variant(name: str) -> str:
 
 def same_form(name: str) -> str:
     """Return the static variant that runs in the form of this variant."""
-    if name in VARIANTS:
+    if name in VARIANTS and VARIANTS[name].form != PLANNED:
         return Variant(STATIC, VARIANTS[name].form).name
     return name if name == WHOLE_COMPILED else STATIC
 
@@ -74,6 +80,8 @@ def build_graphed(model: AdaptiveTokens, train: bool, names: Iterable[str]) -> d
         if eager == STATIC:
             static = static_twin(model).train(train)
             found[name] = GraphedStatic(static, form == COMPILED_GRAPHED) if form else _compile_whole(static)
+        elif form == PLANNED:
+            found[name] = PlannedEager(copy.deepcopy(model).train(train))
         elif not (train and eager == EARLY_EXIT):
             found[name] = copy.deepcopy(model)
             found[name].early_exit = eager == EARLY_EXIT

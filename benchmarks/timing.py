@@ -25,6 +25,7 @@ from benchmarks.graphed import (
     prepare,
     same_form,
 )
+from benchmarks.planned import PlannedEager
 from losses import AdaptiveLoss
 from models_act import AdaptiveTokens
 from zipping.planned import runner
@@ -144,7 +145,7 @@ def training_loss(model: nn.Module, images: Tensor, amp: str) -> Callable[[Tenso
     model.train()
     criterion = AdaptiveLoss(nn.CrossEntropyLoss(), len(model.blocks)).to(images.device)
     targets = torch.arange(len(images), device=images.device) % model.num_classes
-    is_adaptive = isinstance(model, AdaptiveTokens)
+    is_adaptive = isinstance(model, AdaptiveTokens | PlannedEager)
 
     def compute_loss(images: Tensor) -> Tensor:
         with utils.autocast(images.device, amp):

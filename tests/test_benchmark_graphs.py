@@ -55,8 +55,8 @@ def test_each_form_is_relative_to_static_in_the_same_form(small, train, tmp_path
     flags = ["--model", "avit_micro_patch4_32", "--batch-size", "2", "--mean-depth", "2", "--rounds", "1"]
     benchmark.main([*flags, "--input-size", "16", "--json", str(file), *["--train"] * train])
     rows = {row["form"]: row for row in json.loads(file.read_text())}
-    added = {"static, compiled", *GRAPHED, *(() if train else EARLY_EXIT)}
-    assert {name for name in rows if name.endswith(("compiled", "graphed"))} == added
+    added = {"static, compiled", "zipped, planned", *GRAPHED, *(() if train else EARLY_EXIT)}
+    assert {name for name in rows if name.endswith(("compiled", "graphed", "planned"))} == added
     for name, row in rows.items():
         assert row["speed_of_same_form"] == pytest.approx(ratio_to(rows, name, graphed.same_form(name)))
         is_replayed = name.startswith("zipped") and name.endswith("graphed")
@@ -118,6 +118,7 @@ def test_part_graphs_requires_cuda(capsys):
     assert "  not run: CUDA graphs require CUDA and Triton kernels\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_part_graphs_passes(small, capsys):
     cuda_check.main(["--device", "cpu", "--small", "--only", "graphs"])
     out = capsys.readouterr().out
@@ -126,6 +127,7 @@ def test_part_graphs_passes(small, capsys):
     assert "attention of 2 images, with dummy sequences" in out
 
 
+@pytest.mark.slow
 def test_speed_covers_every_form(small, monkeypatch, tmp_path):
     cases_of_test = [gpu_speed.Case("micro", 2, train, compiled=True) for train in (False, True)]
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", cases_of_test)
@@ -134,7 +136,7 @@ def test_speed_covers_every_form(small, monkeypatch, tmp_path):
     cuda_check.main(["--device", "cpu", "--small", "--only", "speed", "launches", "--output", str(file)])
     rows = json.loads(file.read_text())["measured"]
     speed = {(row["train"], row["form"]) for row in rows if row["part"] == "speed"}
-    assert {form for train, form in speed if train} == {"static (timm)", "zipped", *GRAPHED}
+    assert {form for train, form in speed if train} == {"static (timm)", "zipped", "zipped, planned", *GRAPHED}
     assert {form for train, form in speed if not train} > {"static (timm)", "zipped", "zipped, early exit", *GRAPHED}
     launches = {(row["train"], row["form"]) for row in rows if row["part"] == "launches" and "train" in row}
     assert launches >= {(train, form) for train in (False, True) for form in ("static, graphed", "zipped, graphed")}
