@@ -59,7 +59,7 @@ def _select_block_forwards(blocks: nn.Sequential, x: Tensor, zip_tokens: bool) -
     if not zip_tokens or not can_pack(x):
         return [masked_block] * len(blocks)
     plain = [_is_plain(block) for block in blocks._modules.values()]
-    reason = replaced_function() or (None if all(plain) else _why_not_zippable(blocks))
+    reason = replaced_function() or (None if all(plain) else why_not_zippable(blocks))
     if reason:
         warnings.warn(
             f"zipping is disabled because {reason}. Halted tokens are masked instead, so they save no compute. "
@@ -189,7 +189,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _why_not_zippable(blocks: nn.Sequential) -> str | None:
+def why_not_zippable(blocks: nn.Sequential) -> str | None:
     """Return why blocks cannot run on packed rows; None if they can. The table above lists the cases."""
     reasons = (
         _why_module_not_zippable(f"blocks.{name}.{part}".rstrip("."), part, module)

@@ -133,10 +133,13 @@ class InferenceGraph:
         self, inputs: StaticInputs, planned: PlannedPass, weights: CastWeights, pool: object, stage: int | None
     ):
         """Capture the pass. stage: blocks of each graph, None for as many as make decisions."""
-        self.inputs, self._size = inputs, planned.plan.size
-        parts = _parts(planned, stage)
+        self.inputs, self.pool, self._size = inputs, pool, planned.plan.size
+        last, device = planned.model.num_blocks - 1, inputs.images.device
+        parts = [
+            (part, HostCounts(part[-1] + 1, device) if part[0] < last else None) for part in _parts(planned, stage)
+        ]
 
-        def run(state: PassState | None, numbers: range, counts: HostCounts | None = None) -> PassState:
+        def run(state: PassState | None, numbers: range, counts: HostCounts | None) -> PassState:
             if state is None:
                 weights.cast()
                 state = begin(planned, inputs.images)
@@ -147,17 +150,15 @@ class InferenceGraph:
 
         def run_all() -> None:
             state = None
-            for numbers in parts:
-                state = run(state, numbers)
+            for part in parts:
+                state = run(state, *part)
             finish(planned, state)
 
         with weights.in_place(planned.model):
             warm_up(run_all)
             self._graphs: list[tuple[Callable[[], None], HostCounts | None]] = []
             state = None
-            for numbers in parts:
-                decides = numbers[0] + 1 < planned.model.num_blocks
-                counts = HostCounts(len(numbers) + numbers[0], inputs.images.device) if decides else None
+            for numbers, counts in parts:
                 state, replay = capture(partial(run, state, numbers, counts), pool)
                 self._graphs.append((replay, counts))
             self._results, self._replay_end = capture(partial(finish, planned, state), pool)
@@ -225,7 +226,7 @@ class TrainingGraph:
 
         first: makes a state, whose `counts` are read if there are any; second: turns the state into the outputs.
         """
-        self.inputs, self._weights = inputs, weights
+        self.inputs, self.pool, self._weights = inputs, pool, weights
         self._counts = HostCounts(num_counts, inputs.images.device)
         self._user: Callable[[], object] = lambda: None
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,13 @@ STAGE = 3  # blocks in a stage
 class Kind(NamedTuple):
     """Conditions of a captured pass, in addition to its plan and to what `ModelWatch` compares."""
 
-    image_shape: tuple[int, ...]
     device: torch.device
-    dtype: torch.dtype
     training: bool
+    image_shape: tuple[int, ...]
+    dtype: torch.dtype
     return_halting: bool
     early_exit: bool
+    num_tokens: int
     amp: torch.dtype | None
     modes: tuple
 
@@ -45,13 +47,10 @@ class Kind(NamedTuple):
         """Return the kind of a call, in the current state of autocast and of torch's global settings."""
         images, device_type = call.images, call.images.device.type
         amp = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        modes = (
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32,
-            torch.are_deterministic_algorithms_enabled(),
-        )
-        flags = (model.training, call.return_halting, call.early_exit)
-        return cls(tuple(images.shape[1:]), images.device, images.dtype, *flags, amp, modes)
+        modes = (*_tf32_modes(), torch.are_deterministic_algorithms_enabled())
+        num_tokens = math.prod(model.patch_embed.dynamic_feat_size(images.shape[2:])) + model.num_prefix_tokens
+        outputs = (call.return_halting, call.early_exit)
+        return cls(images.device, model.training, images.shape[1:], images.dtype, *outputs, num_tokens, amp, modes)
 
 
 class GraphRunner:
@@ -67,12 +66,17 @@ class GraphRunner:
         self._watches: dict[bool, ModelWatch] = {}  # by whether the model trains
         self._planners: dict[tuple[Kind, int], Planner] = {}
         self._graphs: OrderedDict[tuple[Kind, Plan], InferenceGraph | TrainingGraph] = OrderedDict()
-        self._pools: dict[tuple[torch.device, bool], object] = {}  # of memory, by whether the passes train
         self._weights: dict[tuple[torch.dtype | None, bool], CastWeights] = {}
+        self._last_trained: Callable[[], TrainingGraph | None] = lambda: None  # a weak reference
         self._has_failed = False
+        self._lock = threading.RLock()  # the calls of several threads would write over each other's images
 
     def __call__(self, call: Call) -> Result:
         """Run a call."""
+        with self._lock:
+            return self._run(call)
+
+    def _run(self, call: Call) -> Result:
         model = self._model()
         if self._has_failed:
             return Result(*model._forward(call))
@@ -97,9 +101,9 @@ class GraphRunner:
             if graph is None:
                 return self._run_dynamic(call, planner)
             graph.launch(call.images, self._gate(call))
-            if not self._is_valid(kind):
+            is_valid, counts = self._is_valid(kind), graph.counts()
+            if not is_valid:
                 return self._run_dynamic(call, planner)
-            counts = graph.counts()
             if not plan.overflows(counts):
                 break
         self._observe(call, planner, counts, overflowed=plan is not planner.plan)
@@ -108,8 +112,9 @@ class GraphRunner:
 
     def _train(self, call: Call, kind: Kind, planner: Planner) -> Result:
         """Replay the forward pass of the plan. After an overflow, run the dynamic mode with the same random numbers."""
-        if any(isinstance(graph, TrainingGraph) and graph.is_in_use for graph in self._graphs.values()):
-            return self._run_dynamic(call, planner)  # all of them share memory
+        last = self._last_trained()
+        if last is not None and last.is_in_use:
+            return self._run_dynamic(call, planner)  # passes that train share memory
         device = call.images.device
         plan, random_state = planner.plan, _random_state(device)
         graph = self._captured(call, kind, plan)
@@ -124,6 +129,7 @@ class GraphRunner:
             return self._run_dynamic(call, planner, overflowed)
         self._observe(call, planner, counts)
         self.report.replayed += 1
+        self._last_trained = weakref.ref(graph)
         *logits, depth, ponder_cost, layer_scores = graph.outputs()
         return Result(tuple(logits) if len(logits) > 1 else logits[0], Halting(depth, ponder_cost, layer_scores))
 
@@ -142,10 +148,8 @@ class GraphRunner:
             planned = [size for size in larger if self._planners[kind, size].plan is not None]
             batch = min(planned, default=batch)
         if (kind, batch) not in self._planners:
-            model = self._model()
-            num_patches = math.prod(model.patch_embed.dynamic_feat_size(kind.image_shape[1:]))
-            size = (batch, num_patches + model.num_prefix_tokens)
-            self._planners[kind, batch] = Planner(size, model.num_blocks, keep_all=kind.training)
+            size = (batch, kind.num_tokens)
+            self._planners[kind, batch] = Planner(size, self._model().num_blocks, keep_all=kind.training)
         return self._planners[kind, batch]
 
     def _captured(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph | None:
@@ -181,12 +185,12 @@ class GraphRunner:
 
     def _shared(self, model: VisionTransformer, kind: Kind) -> tuple[object, CastWeights]:
         """Return the memory pool and the cast weights that all passes of the model have in common."""
-        pool_key, weights_key = (kind.device, kind.training), (kind.amp, kind.training)
-        if pool_key not in self._pools:
-            self._pools[pool_key] = capture.new_pool()
-        if weights_key not in self._weights:
-            self._weights[weights_key] = CastWeights(model, *weights_key)
-        return self._pools[pool_key], self._weights[weights_key]
+        graphs = [graph for (other, _), graph in self._graphs.items() if other[:2] == kind[:2]]
+        pool = graphs[0].pool if graphs else capture.new_pool()  # the memory of a pool goes with its last graph
+        key = (kind.amp, kind.training)
+        if key not in self._weights:
+            self._weights[key] = CastWeights(model, *key)
+        return pool, self._weights[key]
 
     def _give_up(self, error: Exception) -> None:
         """Use no graphs from here on, and free the captured ones."""
@@ -209,10 +213,12 @@ class GraphRunner:
         Drops the captured passes if the model is not what they were captured from.
         """
         watch = self._watches.get(kind.training)
-        if watch is None or not watch.is_same():
+        if watch is not None and not watch.is_same():
             self._drop_graphs()
+            watch = None
+        if watch is None:
             self._watches[kind.training] = watch = ModelWatch(self._model())
-        return watch.is_plain and watch.is_untouched() and not (kind.training and watch.has_running_stats)
+        return watch.can_capture(kind.training)
 
     def _is_valid(self, kind: Kind) -> bool:
         """Return whether a pass that was just launched is that of the model. Drops the captured passes if not."""
@@ -224,8 +230,16 @@ class GraphRunner:
         return False
 
     def _drop_graphs(self) -> None:
-        for shared in (self._graphs, self._pools, self._weights):
-            shared.clear()
+        self._graphs.clear()
+        self._weights.clear()
+
+
+def _tf32_modes() -> tuple:
+    """Return the precision of matrix products and convolutions. If one API has set it, the other one may raise."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision, cudnn.conv.fp32_precision
+    return matmul.allow_tf32, cudnn.allow_tf32  # up to torch 2.8
 
 
 @contextlib.contextmanager

@@ -240,7 +240,7 @@ def _block(
     attn = block.attn
     qkv = attn.qkv(block.norm1(rows)).view(1, len(rows), 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [1, H, c, D]
-    dropout = attn.attn_drop.p if block.training else 0.0
+    dropout = attn.attn_drop.p if attn.training else 0.0
     out = varlen_attention(attn.q_norm(q), attn.k_norm(k), v, cu_seqlens, max_seqlen, dropout)
     branch = block.ls1(attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2).squeeze(0)))))
     rows = rows + (branch if scale1 is None else branch * scale1)

@@ -98,11 +98,14 @@ def _is_supported(model: VisionTransformer, call: Call) -> bool:
     """Return whether a call has a planned mode. docs/design.md lists what has none."""
     images, has_grad = call.images, torch.is_grad_enabled()
     is_supported = model.halting and model.zip_tokens and model.reads_prefix and not model.grad_checkpointing
-    if not is_supported or len(model.blocks) != model.num_blocks:
+    if not is_supported or len(model.blocks) != model.num_blocks or not hasattr(model.patch_embed, "dynamic_feat_size"):
         return False
     if len(images) == 0 or images.requires_grad or images.dtype == torch.float64:
         return False
+    if call.gate_offset is not None and call.gate_offset.requires_grad:
+        return False
     if not (call.return_halting and has_grad if model.training else not has_grad):
         return False
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(images)
-    return not is_wrapped and not is_recorded(images) and supports_graphs(images)
+    has_observer = torch._C._len_torch_dispatch_stack() > 0  # such as FlopCounterMode, which sees no op of a replay
+    in_transform = torch._C._functorch.maybe_current_level() is not None
+    return not (has_observer or in_transform or is_recorded(images)) and supports_graphs(images)
