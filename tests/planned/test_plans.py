@@ -129,3 +129,14 @@ def test_blocks_that_did_not_run_have_no_rows():
     planner = Planner(SIZE, 5, keep_all=True, start=1)
     planner.observe([400, 30])
     assert planner.plan == Plan(SIZE, (400, 32, 16, 16, 16))
+
+
+def test_counts_that_keep_growing_need_few_plans():
+    planner = Planner((64, 200), 2, start=8)
+    for number in range(1000):
+        counts = [12800, 2000 + 10 * number]
+        planner.observe(counts, overflowed=planner.plan is not None and planner.plan.overflows(counts))
+    assert planner.num_plans <= 12
+    for _ in range(1024):
+        planner.observe([12800, 2000])
+    assert planner.plan.capacities[1] == 2048, "the margin is the usual one again"

@@ -58,7 +58,9 @@ class Planner:
     grid: capacities are multiples of this number. It is halved down to 16 while B * N has fewer than 32 steps;
     start: batches before the first plan;
     window: number of recent batches;
-    spreads: margin above the largest recent count, in standard deviations of the block's recent counts;
+    spreads: margin above the largest recent count, in standard deviations of the block's recent counts. It doubles with
+    each plan that replaces one with too few rows, until a plan lasts for `patience` batches: counts that keep
+    growing would need a new capture every few batches;
     misses: overflows allowed among the recent batches of a plan. One more leads to a new plan;
     patience: batches between two checks whether the plan is too large;
     slack: fraction of rows by which a plan may exceed the one that recent batches need;
@@ -80,6 +82,7 @@ class Planner:
     _recent: list[tuple[int, ...]] = field(default_factory=list, init=False)
     _overflowed: list[bool] = field(default_factory=list, init=False)  # of recent batches under the current plan
     _age: int = field(default=0, init=False)  # batches under the current plan
+    _margin: float = field(default=1.0, init=False)  # times `spreads`
 
     def observe(self, counts: Sequence[int], overflowed: bool = False) -> None:
         """Record one batch, and replace the plan if it does not fit.
@@ -99,9 +102,11 @@ class Planner:
         if self.plan is None:
             return self._age >= self.start
         if sum(self._overflowed) > self.misses:
+            self._margin *= 2
             return True
         if self._age % self.patience:
             return False
+        self._margin = 1.0
         return sum(self.plan.capacities) > (1 + self.slack) * sum(self._needed_plan().capacities)
 
     def _needed_plan(self) -> Plan:
@@ -109,5 +114,5 @@ class Planner:
         grid = self.grid
         while grid > 16 and math.prod(self.size) < 32 * grid:
             grid //= 2
-        counts = [max(block) + self.spreads * statistics.pstdev(block) for block in zip(*self._recent)]
+        counts = [max(block) + self._margin * self.spreads * statistics.pstdev(block) for block in zip(*self._recent)]
         return Plan.for_counts(self.size, counts, grid, self.keep_all)
