@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipping.planned import capture
+from zipping.planned import capture, graphs
 from zipping.planned.runner import RUNNERS, graph_report
 
 pytestmark = pytest.mark.filterwarnings("error:CUDA graphs are disabled")
@@ -142,6 +142,17 @@ def test_first_capture_in_evaluation_keeps_those_of_training():
     with torch.no_grad():
         warm(model.eval())
     assert len(RUNNERS[model]._graphs) == 2
+
+
+@torch.no_grad()
+def test_more_kinds_of_calls_than_captures_do_not_capture_in_turn(monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_CAPTURES", 2)
+    model = graphed().eval()
+    for number in range(18):
+        x = images((1, 3, 8)[number % 3], seed=number)
+        assert_close(model(x), masked(model)(x), **CLOSE)
+    assert graph_report(model).captures == 3
+    assert graph_report(model).replayed == 9
 
 
 def test_pool_goes_with_its_last_graph(monkeypatch):

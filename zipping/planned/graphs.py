@@ -25,6 +25,7 @@ from zipping.planned.watch import ModelWatch
 from zipping.planned.weights import CastWeights
 
 MAX_CAPTURES = 6  # passes of a model that stay captured
+EVICTION_GAP = 64  # batches between two evictions at least: a capture takes as long as many passes
 MAX_STAGED_IMAGES = 8  # with early exit, batches of up to this size are captured in stages
 STAGE = 3  # blocks in a stage
 
@@ -69,6 +70,7 @@ class GraphRunner:
         self._weights: dict[tuple[torch.dtype | None, bool], CastWeights] = {}
         self._last_trained: Callable[[], TrainingGraph | None] = lambda: None  # a weak reference
         self._has_failed = False
+        self._next_eviction = 0  # the number of batches at which a captured pass may make room for another
         self._lock = threading.RLock()  # the calls of several threads would write over each other's images
 
     def __call__(self, call: Call) -> Result:
@@ -157,8 +159,11 @@ class GraphRunner:
         if (kind, plan) not in self._graphs:
             if not self._may_capture(kind):
                 return None
-            while len(self._graphs) >= MAX_CAPTURES:
+            if len(self._graphs) >= MAX_CAPTURES:
+                if self.report.batches < self._next_eviction:
+                    return None
                 self._graphs.popitem(last=False)
+                self._next_eviction = self.report.batches + EVICTION_GAP
             try:
                 self._graphs[kind, plan] = self._capture(call, kind, plan)
             except Exception as error:  # drivers, kernels and compilers raise many types
