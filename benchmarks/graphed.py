@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -145,23 +144,23 @@ def _capture_inference(static: nn.Module, weights: CastWeights, images: Tensor) 
 
 
 def _capture_training(static: nn.Module, weights: CastWeights, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Capture the forward and the backward pass and return a function that replays them, the second by autograd."""
+    """Capture both passes. Returns a function that replays the forward pass; autograd replays the backward pass."""
     from zipping.planned import capture  # imported here because Triton may be missing
 
-    size = (len(images), static.patch_embed.num_patches + static.num_prefix_tokens)
-    inputs = capture.StaticInputs(images, size, static.num_prefix_tokens)
-    graph = capture.TrainingGraph(
-        inputs,
-        partial(static.forward_features, inputs.images),
-        lambda features: [static.forward_head(features)],
-        weights,
-        capture.new_pool(),
-    )
-    no_gate = capture.GateNumbers(0.0, 0.0, 0.0)
+    static_images, pool = images.clone(), capture.new_pool()
+
+    def run() -> list[Tensor]:
+        weights.cast()
+        return [static(static_images)]
+
+    capture.warm_up_training(run, weights)
+    outputs, replay = capture.capture(run, pool)
+    backward = capture.BackwardGraph(outputs, weights, pool)
 
     def replay_for(images: Tensor) -> Tensor:
-        graph.launch(images, no_gate)
-        (logits,) = graph.outputs()
+        static_images.copy_(images)
+        replay()
+        (logits,) = backward.outputs()
         return logits
 
     return replay_for

@@ -19,7 +19,7 @@ from zipping.planned.passes import PassState, PlannedPass, begin, finish, run_bl
 from zipping.planned.tokens import PlannedGate, PlannedTokens
 from zipping.planned.weights import CastWeights
 
-WARM_UPS = 3  # passes before a capture: kernels are compiled, libraries create their handles
+WARM_UPS = 3  # calls before a capture: they compile kernels, and libraries create their handles
 
 
 def new_pool() -> object:
@@ -33,7 +33,7 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
 
 
 def warm_up(function: Callable[[], object]) -> None:
-    """Call the function before its capture, on the stream of captures."""
+    """Call the function a few times before its capture, on the stream of captures."""
     stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,17 +45,20 @@ def warm_up(function: Callable[[], object]) -> None:
 def capture(function: Callable[[], object], pool: object) -> tuple[object, Callable[[], None]]:
     """Capture what the function does on the device.
 
-    Returns its results, which hold numbers after a replay only, and the function that replays it.
+    Returns its results, whose memory is undefined before the first replay, and the function that replays it.
     """
     graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
-    # Data loaders pin memory in a thread of this process. Calls to CUDA of other threads must not end the capture.
+    # The default mode fails if another thread calls CUDA, as the threads of data loaders do to pin memory.
     with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         results = function()
     return results, graph.replay
 
 
 class HostCounts:
-    """Numbers of the device on the host. `copy` starts a copy, also in a capture; `mark` follows it; `read` waits."""
+    """Counts of live rows, copied from the device to the host.
+
+    `copy` starts the copy, which a capture may contain. `mark` is called after it, and `read` waits for it.
+    """
 
     def __init__(self, length: int, device: torch.device):
         is_cuda = device.type == "cuda"
@@ -63,23 +66,23 @@ class HostCounts:
         self._event = torch.cuda.Event() if is_cuda else None
 
     def copy(self, counts: Tensor) -> None:
-        """Copy the first counts. counts: int32, on the device."""
+        """Start to copy the counts of the first decisions. counts: int32, on the device."""
         self._numbers[: len(counts)].copy_(counts, non_blocking=True)
 
     def mark(self) -> None:
-        """Mark the place in the stream that `read` waits for. Not allowed in a capture."""
+        """Mark the point in the stream that `read` waits for. Not allowed in a capture."""
         if self._event is not None:
             self._event.record()
 
     def read(self) -> list[int]:
-        """Wait for the mark and return the numbers."""
+        """Wait for the mark. Returns the counts of all decisions, zero where none was copied."""
         if self._event is not None:
             self._event.synchronize()
         return self._numbers.tolist()
 
 
 class GateNumbers(NamedTuple):
-    """The gate of a call. offset: [B] or None, added to the center of each image."""
+    """The gate of a call. limit: 1 - halt_eps; offset: [B], added to the center of each image, or None."""
 
     scale: float
     center: float
@@ -88,9 +91,9 @@ class GateNumbers(NamedTuple):
 
 
 class StaticInputs:
-    """The inputs that a captured pass reads, at fixed addresses: images, the tokens of the first block and the gate.
+    """Inputs of a captured pass, at fixed addresses: the images, the store of the first block and the gate.
 
-    A smaller batch fills the first places. The other images have no tokens: nothing of them enters the counts.
+    A smaller batch fills the first places. The other images have no tokens, so they add nothing to the counts.
     """
 
     def __init__(self, images: Tensor, size: tuple[int, int], num_prefix_tokens: int):
@@ -99,24 +102,33 @@ class StaticInputs:
         zeros = partial(torch.zeros, dtype=torch.float32, device=images.device)
         self.gate = PlannedGate(zeros(2), zeros(size[0]))
         self._all_tokens = self.tokens.token.clone()
-        self._num_images, self._gate = size[0], None
+        self._num_images = size[0]
+        self._gate: GateNumbers | None = None  # as written last
 
     def write(self, images: Tensor, gate: GateNumbers) -> None:
         """Write a batch and its gate. images: as many as in the capture or fewer."""
-        count, (batch, length) = len(images), self.tokens.size
-        self.images[:count].copy_(images)
-        if count != self._num_images:
-            self.tokens.token.copy_(self._all_tokens)
-            self.tokens.token[count * length :] = batch * length
-            self._num_images = count
+        self.images[: len(images)].copy_(images)
+        if len(images) != self._num_images:
+            self._num_images = len(images)
+            self._write_tokens()
+        self._write_gate(gate)
+
+    def _write_tokens(self) -> None:
+        """Let the first images have all of their tokens, and the others none."""
+        batch, length = self.tokens.size
+        self.tokens.token.copy_(self._all_tokens)
+        self.tokens.token[self._num_images * length :] = batch * length
+
+    def _write_gate(self, gate: GateNumbers) -> None:
+        """Write the numbers that have changed since the last call."""
+        last, self._gate = self._gate, gate
         if gate.offset is not None:
-            torch.sub(-gate.center, gate.offset, out=self.gate.minus_center[:count])
-        elif self._gate is None or self._gate != gate:
+            torch.sub(-gate.center, gate.offset, out=self.gate.minus_center[: self._num_images])
+        elif last is None or last.offset is not None or last.center != gate.center:
             self.gate.minus_center.fill_(-gate.center)
-        if self._gate is None or self._gate[:3] != gate[:3]:
+        if last is None or (last.scale, last.limit) != (gate.scale, gate.limit):
             self.gate.scale_and_limit[0].fill_(gate.scale)
             self.gate.scale_and_limit[1].fill_(gate.limit)
-        self._gate = gate
 
 
 # Inference ---------------------------------------------------------------------------------------
@@ -205,86 +217,30 @@ def _parts(planned: PlannedPass, stage: int | None) -> list[range]:
 # Training ----------------------------------------------------------------------------------------
 
 
-class TrainingGraph:
-    """Forward and backward pass as three graphs. Loss, gradient scaling and optimizer stay outside.
+class BackwardGraph:
+    """Backward pass of captured outputs, which autograd replays. One is possible after each forward pass.
 
-    The first graph ends at the last decision, so that the host can read its counts while the device runs the second
-    one, the rest of the forward pass. Gradients are copied out of the third. `torch.cuda.make_graphed_callables`
-    returns its own memory instead, so that accumulated gradients are wrong (pytorch/pytorch#181723).
+    Gradients are copied out of the graph. `torch.cuda.make_graphed_callables` returns its own memory instead, so that
+    accumulated gradients are wrong (pytorch/pytorch#181723).
     """
 
-    def __init__(
-        self,
-        inputs: StaticInputs,
-        first: Callable[[], object],
-        second: Callable[[object], list[Tensor]],
-        weights: CastWeights,
-        pool: object,
-        num_counts: int = 0,
-    ):
-        """Capture the passes. Call it inside `weights.in_place`.
-
-        first: makes a state, whose `counts` are read if there are any; second: turns the state into the outputs.
-        """
-        self.inputs, self.pool, self._weights = inputs, pool, weights
-        self._counts = HostCounts(num_counts, inputs.images.device)
-        self._user: Callable[[], object] = lambda: None
-
-        def start() -> object:
-            weights.cast()
-            state = first()
-            if num_counts:
-                self._counts.copy(state.counts)
-            return state
-
-        def run_all() -> None:
-            outputs = [x for x in second(start()) if x.requires_grad]
-            weights.gradients(outputs, [torch.zeros_like(x) for x in outputs])
-
-        warm_up(run_all)
-        state, self._replay_first = capture(start, pool)
-        outputs, self._replay_second = capture(partial(second, state), pool)
+    def __init__(self, outputs: list[Tensor], weights: CastWeights, pool: object):
+        """Capture the backward pass. outputs: captured in the same pool, with the graph of autograd."""
+        self._weights, self._outputs = weights, [x.detach() for x in outputs]
         self.needs_grad = [x.requires_grad for x in outputs]
         wanted = [x for x in outputs if x.requires_grad]
         self._output_grads = [torch.zeros_like(x) for x in wanted]
         gradients = partial(weights.gradients, wanted, self._output_grads)
         self._gradients, self._replay_backward = capture(gradients, pool)
-        self._outputs = [x.detach() for x in outputs]
-
-    @classmethod
-    def of_plan(cls, inputs: StaticInputs, planned: PlannedPass, weights: CastWeights, pool: object) -> TrainingGraph:
-        """Capture a plan that has all blocks. Outputs: logits (one or two), depth, ponder cost, layer scores."""
-        last = planned.model.num_blocks - 1
-
-        def first() -> PassState:
-            return run_blocks(planned, begin(planned, inputs.images), range(last))
-
-        def second(state: PassState) -> list[Tensor]:
-            logits, halting = finish(planned, run_blocks(planned, state, range(last, last + 1)))
-            return [*(logits if isinstance(logits, tuple) else (logits,)), *halting]
-
-        with weights.in_place(planned.model):
-            return cls(inputs, first, second, weights, pool, last)
+        self._user: Callable[[], object] = lambda: None
 
     @property
     def is_in_use(self) -> bool:
         """True while gradients of the last pass may still be requested, whose memory another pass would overwrite."""
         return self._user() is not None
 
-    def launch(self, images: Tensor, gate: GateNumbers) -> None:
-        """Replay the forward pass for a batch of the size of the capture."""
-        self.inputs.write(images, gate)
-        self._replay_first()
-        self._counts.mark()
-        self._replay_second()
-
-    def counts(self) -> list[int]:
-        """Wait for the last decision. Returns the live rows before each block."""
-        batch, length = self.inputs.tokens.size
-        return [batch * length, *self._counts.read()]
-
     def outputs(self) -> tuple[Tensor, ...]:
-        """Return the outputs of the last launch, differentiable in the parameters. Call it once after each launch."""
+        """Return copies of the outputs, differentiable in the parameters. Call it once after each forward pass."""
         user = _User()
         self._user = weakref.ref(user)
         return _Replay.apply(self, user, *(self._weights.parameters[number] for number in self._weights.trained))
@@ -302,6 +258,59 @@ class TrainingGraph:
         return [found.get(number) for number in self._weights.trained]
 
 
+def warm_up_training(forward: Callable[[], list[Tensor]], weights: CastWeights) -> None:
+    """Call the forward pass and compute gradients of its outputs before their capture."""
+
+    def run() -> None:
+        outputs = [x for x in forward() if x.requires_grad]
+        weights.gradients(outputs, [torch.zeros_like(x) for x in outputs])
+
+    warm_up(run)
+
+
+class TrainingGraph(BackwardGraph):
+    """The forward and the backward pass of one plan, which has all blocks, in three graphs.
+
+    The first graph ends at the last decision. The host reads its counts while the device runs the second one, the rest
+    of the forward pass. Loss, gradient scaling and optimizer stay outside.
+    Outputs: logits (two of them in distilled training), depth, ponder cost, layer scores.
+    """
+
+    def __init__(self, inputs: StaticInputs, planned: PlannedPass, weights: CastWeights, pool: object):
+        """Capture the passes."""
+        self.inputs, self.pool, last = inputs, pool, planned.model.num_blocks - 1
+        self._counts = HostCounts(last, inputs.images.device)
+
+        def decide() -> PassState:
+            weights.cast()
+            state = run_blocks(planned, begin(planned, inputs.images), range(last))
+            if last > 0:
+                self._counts.copy(state.counts)
+            return state
+
+        def end(state: PassState) -> list[Tensor]:
+            logits, halting = finish(planned, run_blocks(planned, state, range(last, last + 1)))
+            return [*(logits if isinstance(logits, tuple) else (logits,)), *halting]
+
+        with weights.in_place(planned.model):
+            warm_up_training(lambda: end(decide()), weights)
+            state, self._replay_decisions = capture(decide, pool)
+            outputs, self._replay_end = capture(partial(end, state), pool)
+            super().__init__(outputs, weights, pool)
+
+    def launch(self, images: Tensor, gate: GateNumbers) -> None:
+        """Replay the forward pass for a batch of the size of the capture."""
+        self.inputs.write(images, gate)
+        self._replay_decisions()
+        self._counts.mark()
+        self._replay_end()
+
+    def counts(self) -> list[int]:
+        """Wait for the last decision. Returns the live rows before each block."""
+        batch, length = self.inputs.tokens.size
+        return [batch * length, *self._counts.read()]
+
+
 class _User:
     """Lives as long as gradients of a pass can be requested."""
 
@@ -310,7 +319,7 @@ class _Replay(torch.autograd.Function):
     """Outputs of a replayed forward pass, whose backward pass is a replay too."""
 
     @staticmethod
-    def forward(ctx, graph: TrainingGraph, user: _User, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, graph: BackwardGraph, user: _User, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.graph, ctx.user = graph, user
         ctx.set_materialize_grads(False)
         outputs = tuple(x.clone() for x in graph._outputs)

@@ -184,7 +184,7 @@ class GraphRunner:
             outputs = (kind.return_halting, kind.early_exit)
             planned = PlannedPass(model, plan, inputs.tokens, inputs.gate, step, *outputs)
             if kind.training:
-                return TrainingGraph.of_plan(inputs, planned, weights, pool)
+                return TrainingGraph(inputs, planned, weights, pool)
             is_staged = kind.early_exit and plan.size[0] <= MAX_STAGED_IMAGES and step is fused_step
             return InferenceGraph(inputs, planned, weights, pool, STAGE if is_staged else None)
 
