@@ -135,20 +135,21 @@ class StaticInputs:
 
 
 class InferenceGraph:
-    """The forward pass of one plan, captured in a few graphs.
+    """The forward pass of one plan, in several graphs: one or more stages of blocks, the last block, the head.
 
-    The host reads what one graph has counted while the device runs the next, so it almost does not wait. With early
-    exit on a few images, a batch that has no live token left needs no further graph.
+    The host reads the counts of a graph while the device runs the next one, so it waits little. With several stages,
+    a batch without live tokens needs none of the later ones.
     """
 
     def __init__(
         self, inputs: StaticInputs, planned: PlannedPass, weights: CastWeights, pool: object, stage: int | None
     ):
-        """Capture the pass. stage: blocks of each graph, None for as many as make decisions."""
+        """Capture the pass. stage: number of blocks of each stage, None for one stage."""
         self.inputs, self.pool, self._size = inputs, pool, planned.plan.size
         last, device = planned.model.num_blocks - 1, inputs.images.device
         parts = [
-            (part, HostCounts(part[-1] + 1, device) if part[0] < last else None) for part in _parts(planned, stage)
+            (numbers, HostCounts(numbers[-1] + 1, device) if numbers[0] < last else None)
+            for numbers in _parts(planned, stage)
         ]
 
         def run(state: PassState | None, numbers: range, counts: HostCounts | None) -> PassState:
@@ -162,8 +163,8 @@ class InferenceGraph:
 
         def run_all() -> None:
             state = None
-            for part in parts:
-                state = run(state, *part)
+            for numbers, counts in parts:
+                state = run(state, numbers, counts)
             finish(planned, state)
 
         with weights.in_place(planned.model):
@@ -174,28 +175,28 @@ class InferenceGraph:
                 state, replay = capture(partial(run, state, numbers, counts), pool)
                 self._graphs.append((replay, counts))
             self._results, self._replay_end = capture(partial(finish, planned, state), pool)
-        self._kept = state, weights  # memory between the graphs, which other captures must not use
+        self._kept = state, weights  # memory that the graphs read, which other captures must not use
 
     def launch(self, images: Tensor, gate: GateNumbers) -> None:
         """Replay the pass for a batch. Its results stay until the pool's next pass."""
         self.inputs.write(images, gate)
+        has_stages = len(self._graphs) > 2
         self._last: HostCounts | None = None
-        previous: HostCounts | None = None
         for replay, counts in self._graphs:
             replay()
             if counts is not None:
                 counts.mark()
-            if len(self._graphs) > 2 and previous is not None and previous.read()[-1] == 0:
-                break
-            self._last = previous = counts or previous
+            if has_stages and self._last is not None and self._last.read()[-1] == 0:
+                break  # no token was live before this stage
+            self._last = counts or self._last
         self._replay_end()
 
     def counts(self) -> list[int]:
-        """Wait for the last decision. Returns the live rows before each block so far."""
+        """Wait for the last decision. Returns the live rows before each block that ran, and after a plan that ends."""
         return [self._size[0] * self._size[1], *(self._last.read() if self._last is not None else [])]
 
     def results(self, num_images: int) -> tuple[Tensor, Halting | None]:
-        """Return copies of the logits, and of `Halting` if the pass has it, of the first images."""
+        """Return copies of the logits of the first images, and of their `Halting` if the pass computes it."""
         logits, halting = self._results
         if halting is not None:
             depth, ponder_cost, layer_scores = halting
@@ -206,12 +207,12 @@ class InferenceGraph:
 
 
 def _parts(planned: PlannedPass, stage: int | None) -> list[range]:
-    """Split the blocks of a plan for capture: those whose decision may overflow, in stages, then the last block."""
-    blocks = range(len(planned.plan.capacities))
-    deciding = blocks[: planned.model.num_blocks - 1]
-    step = stage or max(len(deciding), 1)
-    parts = [deciding[start : start + step] for start in range(0, len(deciding), step)]
-    return parts + [blocks[len(deciding) :]] * (len(deciding) < len(blocks))
+    """Return the blocks of each graph. The network's last block, which decides nothing, has one of its own."""
+    num_blocks = len(planned.plan.capacities)
+    num_deciding = min(num_blocks, planned.model.num_blocks - 1)
+    step = stage or max(num_deciding, 1)
+    parts = [range(start, min(start + step, num_deciding)) for start in range(0, num_deciding, step)]
+    return parts if num_deciding == num_blocks else [*parts, range(num_deciding, num_blocks)]
 
 
 # Training ----------------------------------------------------------------------------------------
