@@ -1,8 +1,8 @@
 """Halting and norms of the planned mode, computed by Triton kernels.
 
 `halt` follows a block in training and inference: two launches forward, one backward. It calls the operator
-`avit::halt`, which torch.compile can trace. `add_norm` and `decide_and_move` also take over the
-residual sums and norms, for inference. No shape, branch or launch depends on which tokens halt.
+`avit::halt`, which torch.compile can trace. In inference, `add_norm` and `decide_and_move` also compute the
+residual sums and the norms. No shape, branch or launch depends on which tokens halt.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from zipping.planned.tokens import PlannedGate, PlannedTokens
 from zipping.planned.triton_kernels import add_norm_kernel, decide_kernel, halt_backward_kernel, move_kernel
 
 CHANNELS = 128  # upper bound for the channels that a program loads at a time
-ROWS = 16  # rows per program, if it does not need whole rows
-NUMBERS = 4096  # numbers per program that needs whole rows
+ROWS = 16  # rows of a program that may load their channels in parts
+ELEMENTS = 4096  # elements of a program that needs all channels of its rows
 
 
 class Halted(NamedTuple):
@@ -56,20 +56,21 @@ def launch(kernel, programs: int, *args, **options) -> None:
 def _decide(
     tokens: PlannedTokens,
     rows: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
     cumulative_before: Tensor,
     gate: PlannedGate,
     is_last_block: bool,
     early_exit: bool,
-    features: Tensor | None,
-    prefix: Tensor | None,
-    weighted: Tensor | None,
+    *,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    features: Tensor | None = None,
+    prefix: Tensor | None = None,
+    weighted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Launch `decide_kernel`.
+    """Launch `decide_kernel` for the rows + gamma * branch.
 
     features, prefix, weighted: [B, P, C] each, written by the kernel if present.
-    Returns score, halts, and, unless this is the last block, cumulative scores, dest_offset and counts.
+    Returns score, halts, cumulative scores, dest_offset and counts. The last three are None in the last block.
     """
     (count, width), (batch, length) = rows.shape, tokens.size
     block = triton.next_power_of_2(length)
@@ -93,16 +94,17 @@ def _decide(
 def _move(
     tokens: PlannedTokens,
     rows: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
     cumulative: Tensor,
     dest_offset: Tensor,
     counts: Tensor,
     capacity: int,
+    *,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
     norm: nn.LayerNorm | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Launch `move_kernel`.
+    """Launch `move_kernel` for the rows + gamma * branch.
 
     norm: the next block's first norm, computed in float32 and returned in `dtype`, or None.
     Returns count, rows, cumulative scores, token, cu_seqlens and normed.
@@ -129,7 +131,7 @@ def _move(
 def _whole_rows(width: int) -> tuple[int, int]:
     """Return how many rows a program handles that needs whole rows, and its channels."""
     channels = triton.next_power_of_2(width)
-    return max(NUMBERS // channels, 1), channels
+    return max(ELEMENTS // channels, 1), channels
 
 
 # Halting in training and inference ---------------------------------------------------------------
@@ -152,7 +154,7 @@ def _halt_op(
     weighted = rows.new_empty(len(minus_center), num_prefix_tokens, rows.shape[1], dtype=torch.float32)
     prefix = torch.empty_like(weighted, dtype=rows.dtype) if save_prefix else None
     score, halts, cumulative, dest_offset, counts = _decide(
-        tokens, rows, None, None, cumulative_before, gate, is_last_block, early_exit, None, prefix, weighted
+        tokens, rows, cumulative_before, gate, is_last_block, early_exit, prefix=prefix, weighted=weighted
     )
     results = [score, halts, weighted]
     results += [token.new_empty(0, dtype=torch.int32) if dest_offset is None else dest_offset]
@@ -161,7 +163,8 @@ def _halt_op(
         return results
     if capacity == 0:
         return [*results, counts.sum()]
-    return [*results, *_move(tokens, rows, None, None, cumulative, dest_offset, counts, capacity)[:-1]]
+    *kept, _ = _move(tokens, rows, cumulative, dest_offset, counts, capacity)
+    return [*results, *kept]
 
 
 @_halt_op.register_fake
@@ -312,11 +315,13 @@ def decide_and_move(
     next_norm: a layer norm with weight and bias, None if no rows are kept.
     """
     score, halts, cumulative, dest_offset, counts = _decide(
-        tokens, rows, branch, gamma, cumulative, gate, capacity is None, early_exit, features, None, None
+        tokens, rows, cumulative, gate, capacity is None, early_exit, branch=branch, gamma=gamma, features=features
     )
     if capacity is None:
         return Halted(score, halts, None)
     if capacity == 0:
         return Halted(score, halts, None, count=counts.sum())
-    kept = _move(tokens, rows, branch, gamma, cumulative, dest_offset, counts, capacity, next_norm, dtype)
+    kept = _move(
+        tokens, rows, cumulative, dest_offset, counts, capacity, branch=branch, gamma=gamma, norm=next_norm, dtype=dtype
+    )
     return _halted(tokens, score, halts, None, *kept)
