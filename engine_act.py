@@ -22,7 +22,7 @@ from losses import AdaptiveLoss, BudgetController
 from macs import macs_counter
 from models_act import Halting
 from utils import MetricAverages, autocast
-from zipping.planned.runner import count_graph_hits
+from zipping.planned.dispatch import count_graph_hits
 
 MAX_START_SHARE = 0.5  # of the averaged weights; if more of the average is the starting weights, it moved too little
 MAX_SKIPPED = 30  # steps in a row; the gradient scale has then fallen from 2^16 to 2^-14

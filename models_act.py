@@ -46,7 +46,7 @@ from zipping.outputs import (
     summarize_halting,
     timm_result,
 )
-from zipping.planned.runner import Call, run_by_graphs
+from zipping.planned.dispatch import Call, run_by_graphs
 from zipping.recording import TRACING_UNSUPPORTED, refuse_symbols
 
 __all__ = [

@@ -33,7 +33,7 @@ from benchmarks.gpu_checks import (
 from benchmarks.graphed import pool_mib
 from benchmarks.synthetic import LOGIT_SLOPE
 from benchmarks.timing import inference_call, training_call
-from zipping.planned import runner
+from zipping.planned import dispatch
 
 NUM_BATCHES = 11  # batches of a check: 8 until a plan exists, then replays
 MAX_LOSS_ERROR = {"none": 1e-2, "bf16": 5e-2, "fp16": 5e-2}  # relative, over the steps of a training run
@@ -41,7 +41,7 @@ MAX_LOSS_ERROR = {"none": 1e-2, "bf16": 5e-2, "fp16": 5e-2}  # relative, over th
 
 def graphs(check: Check) -> None:
     """Compare replayed passes with masked ones, and report what captures cost and how often plans hold."""
-    if not runner.supports_graphs(torch.zeros(1, device=check.device)):
+    if not dispatch.supports_graphs(torch.zeros(1, device=check.device)):
         check.report("not run: CUDA graphs require CUDA and Triton kernels")
         return
     with without_tf32():
@@ -84,9 +84,9 @@ def inference(check: Check, name: str, amp: str) -> None:
             model.blocks[1].mlp.fc1.weight.mul_(1.5)
     compare(", other weights", batches[:2])
     _halt_later(graphed, masked)
-    before = runner.graph_report(graphed).overflows
+    before = dispatch.graph_report(graphed).overflows
     compare(", tokens halt later", batches[:2])
-    overflows = runner.graph_report(graphed).overflows - before
+    overflows = dispatch.graph_report(graphed).overflows - before
     check.check(f"{what}, batches overflow their plan", overflows > 0, f"{overflows}")
 
 
@@ -105,9 +105,9 @@ def training(check: Check, name: str, amp: str) -> None:
     _check_replays(check, what, graphed)
     compare(", gate offsets", batches[:2], [offset, -offset])
     _halt_later(graphed, masked)
-    before = runner.graph_report(graphed).overflows
+    before = dispatch.graph_report(graphed).overflows
     compare(", tokens halt later", batches[:2], [None] * 2)
-    overflows = runner.graph_report(graphed).overflows - before
+    overflows = dispatch.graph_report(graphed).overflows - before
     check.check(f"{what}, batches overflow their plan", overflows > 0, f"{overflows}")
 
 
@@ -150,7 +150,7 @@ def _halt_later(*models: nn.Module) -> None:
 
 
 def _check_replays(check: Check, what: str, model: nn.Module) -> None:
-    report = runner.graph_report(model)
+    report = dispatch.graph_report(model)
     check.check(f"{what}, graphs are replayed", report.replayed > 0, f"{report}")
 
 
@@ -179,7 +179,7 @@ def captures(check: Check) -> None:
                 start = utils.synchronized_time(check.device)
                 call()
                 seconds.append(utils.synchronized_time(check.device) - start)
-            reserved, report = pool_mib(check.device) - before, runner.graph_report(model)
+            reserved, report = pool_mib(check.device) - before, dispatch.graph_report(model)
             mode = "training" if train_mode else "inference"
             check.report(
                 f"{mode} {batch}: {report.captures} captures, slowest call {max(seconds[1:]):.2f} s, "
@@ -202,7 +202,7 @@ def plans(check: Check) -> None:
             images = torch.randn(batch, 3, *model.patch_embed.img_size, device=check.device)
             with utils.autocast(check.device, check.amp):
                 model(images)
-        report = runner.graph_report(model)
+        report = dispatch.graph_report(model)
         check.report(f"batch {batch}, early exit: {report}", batch=batch, **vars(report))
 
 

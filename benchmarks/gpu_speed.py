@@ -38,7 +38,7 @@ from benchmarks.graphed import (
 )
 from benchmarks.timing import format_optional, inference_call, training_call, training_loss
 from macs import macs_at_depth
-from zipping.planned import runner
+from zipping.planned import dispatch
 
 MAX_FIRST_RATIO, MAX_FIRST_EXTRA = 3.0, 5e-3  # limit of a first pass: ratio to a later pass, plus seconds
 
@@ -94,7 +94,7 @@ def launches(check: Check) -> None:
 
 def _graphed(images: Tensor, model: nn.Module, train: bool, *forms: str) -> dict[str, nn.Module]:
     """Build the variants in these forms, if the device of the images supports CUDA graphs."""
-    if not runner.supports_graphs(images):
+    if not dispatch.supports_graphs(images):
         return {}
     return build_graphed(model, train, (name for name, variant in VARIANTS.items() if variant.form in forms))
 
@@ -289,7 +289,7 @@ def measure(check: Check, case: Case, models: dict[str, nn.Module]) -> float | N
             call = (training_call if case.train else inference_call)(model, batches, amp)
             about[name] = _prepare(check, name, call, len(batches))
             calls[name] = call
-    before = {name: runner.graph_report(variants[name]) for name in calls}
+    before = {name: dispatch.graph_report(variants[name]) for name in calls}
     times = utils.time_interleaved(calls, check.device, check.rounds, MIN_SECONDS) if calls else {}
     seconds = {name: statistics.median(of_variant) for name, of_variant in times.items()}
     for name, own in seconds.items():

@@ -24,7 +24,7 @@ import utils
 from benchmarks.cases import EARLY_EXIT, STATIC, ZIPPED, static_twin
 from benchmarks.planned import PlannedEager
 from models_act import AdaptiveTokens
-from zipping.planned import runner
+from zipping.planned import dispatch
 from zipping.planned.weights import CastWeights
 
 PLANNED, GRAPHED, COMPILED_GRAPHED = "planned", "graphed", "compiled, graphed"
@@ -193,9 +193,9 @@ def pool_mib(device: torch.device) -> float:
     return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0)) / 2**20
 
 
-def hit_rate(model: nn.Module, before: runner.GraphReport) -> float | None:
+def hit_rate(model: nn.Module, before: dispatch.GraphReport) -> float | None:
     """Return the fraction of batches since `before` that replayed a graph of their plan. None for the static model."""
     if not isinstance(model, AdaptiveTokens):
         return None
-    now = runner.graph_report(model)
+    now = dispatch.graph_report(model)
     return (now.replayed - before.replayed) / max(now.batches - before.batches, 1)

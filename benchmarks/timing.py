@@ -28,7 +28,7 @@ from benchmarks.graphed import (
 from benchmarks.planned import PlannedEager
 from losses import AdaptiveLoss
 from models_act import AdaptiveTokens
-from zipping.planned import runner
+from zipping.planned import dispatch
 
 MIN_SECONDS = 0.2  # calls are repeated until the slowest variant takes this long
 
@@ -42,9 +42,9 @@ def measure(case: Case, device: torch.device, amp: str, train: bool, rounds: int
     """
     variants, make_call = _build_variants(case, train), training_call if train else inference_call
     calls = {name: make_call(model, case.batches, amp) for name, model in variants.items()}
-    has_graphs = runner.supports_graphs(case.images)
+    has_graphs = dispatch.supports_graphs(case.images)
     prepared = _add_graphed(variants, calls, case, amp, train) if has_graphs else {}
-    before = {name: runner.graph_report(variants[name]) for name in prepared}
+    before = {name: dispatch.graph_report(variants[name]) for name in prepared}
     seconds = utils.time_interleaved(calls, device, rounds, MIN_SECONDS)
     rows = [_row(name, seconds, case) for name in seconds]
     for row in rows:

@@ -24,7 +24,7 @@ import models_act
 import zipping
 from benchmarks.synthetic import set_synthetic_depths
 from visualization.image_record import ImageRecord
-from zipping.planned.runner import GraphReport
+from zipping.planned.dispatch import GraphReport
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +51,7 @@ def graph_standin(monkeypatch) -> None:
     """Capture passes on the CPU, by tapes in place of CUDA graphs."""
     for name in ("capture", "warm_up", "new_pool"):
         monkeypatch.setattr(f"zipping.planned.capture.{name}", getattr(standin, name))
-    monkeypatch.setattr("zipping.planned.runner.supports_graphs", lambda images: True)
+    monkeypatch.setattr("zipping.planned.dispatch.supports_graphs", lambda images: True)
 
 
 class ParityCase:
@@ -97,7 +97,7 @@ def every_second_call_replays(monkeypatch) -> None:
         return GraphReport(batches, replayed=batches // 2)
 
     monkeypatch.setattr(models_act.AdaptiveTokens, "forward", counted_forward)
-    monkeypatch.setattr("zipping.planned.runner.graph_report", graph_report)
+    monkeypatch.setattr("zipping.planned.dispatch.graph_report", graph_report)
 
 
 def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = False, **kwargs) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from benchmarks import aims, cases, gpu_checks, gpu_graphs, gpu_speed, graphed, 
 from benchmarks.synthetic import set_synthetic_depths
 from zipping.planned.plans import Planner
 
-graphs = pytest.importorskip("zipping.planned.graphs", reason="Triton is installed with CUDA builds of torch on Linux")
+runner = pytest.importorskip("zipping.planned.runner", reason="Triton is installed with CUDA builds of torch on Linux")
 
 GRAPHED = [f"{kind}, {form}" for form in ("graphed", "compiled, graphed") for kind in ("static", "zipped")]
 EARLY_EXIT = [f"zipped, early exit, {form}" for form in ("graphed", "compiled, graphed")]
@@ -38,7 +38,7 @@ def small(graph_standin, monkeypatch) -> list[dict]:
     scaled = lambda model, mean, spread: set_synthetic_depths(model, mean / 4, spread / 4)  # noqa: E731
     monkeypatch.setattr(gpu_checks, "set_synthetic_depths", scaled)
     monkeypatch.setattr(gpu_checks, "_supports", lambda device, amp: amp == "none")
-    monkeypatch.setattr(graphs, "Planner", partial(Planner, start=2))
+    monkeypatch.setattr(runner, "Planner", partial(Planner, start=2))
     monkeypatch.setattr(gpu_graphs, "NUM_BATCHES", 4)
     monkeypatch.setattr(graphed, "WARM_UP_BATCHES", 4)
     monkeypatch.setattr(gpu_checks.timm, "create_model", small_model)

@@ -17,7 +17,7 @@ import utils
 from engine_act import EpochState, MicroBatchResult, Trainer, evaluate, train_one_epoch
 from macs import macs_per_image
 from utils import UserError
-from zipping.planned.runner import count_graph_hits
+from zipping.planned.dispatch import count_graph_hits
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipping.planned import capture, graphs
-from zipping.planned.runner import RUNNERS, graph_report
+from zipping.planned import capture, runner
+from zipping.planned.dispatch import RUNNERS, graph_report
 
 pytestmark = pytest.mark.filterwarnings("error:CUDA graphs are disabled")
 
@@ -146,7 +146,7 @@ def test_first_capture_in_evaluation_keeps_those_of_training():
 
 @torch.no_grad()
 def test_more_kinds_of_calls_than_captures_do_not_capture_in_turn(monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_CAPTURES", 2)
+    monkeypatch.setattr(runner, "MAX_CAPTURES", 2)
     model = graphed().eval()
     for number in range(18):
         x = images((1, 3, 8)[number % 3], seed=number)

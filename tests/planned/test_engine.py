@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import losses
 import zipping
 from engine_act import EpochState, Trainer, evaluate, train_one_epoch
-from zipping.planned import graphs
+from zipping.planned import runner
 from zipping.planned.plans import Planner
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def trained_and_evaluated(**options):
 def test_graph_hits_are_reported_and_the_other_metrics_stay(graph_standin, monkeypatch):
     """The first two batches of each kind run without a plan, the other two are replayed."""
     monkeypatch.setattr(zipping, "uses_device_form", lambda x: True)
-    monkeypatch.setattr(graphs, "Planner", partial(Planner, start=2, spreads=9.0, grid=4))
+    monkeypatch.setattr(runner, "Planner", partial(Planner, start=2, spreads=9.0, grid=4))
     for dynamic, graphed in zip(trained_and_evaluated(), trained_and_evaluated(cuda_graphs=True)):
         assert graphed.pop("graph_hits") == pytest.approx(0.5)
         assert graphed.keys() == dynamic.keys()

@@ -15,9 +15,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import zipping
-from zipping.planned import capture, graphs, kernels
+from zipping.planned import capture, kernels, runner
+from zipping.planned.dispatch import RUNNERS, graph_report
 from zipping.planned.plans import Planner
-from zipping.planned.runner import RUNNERS, graph_report
 from zipping.planned.weights import CastWeights
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
@@ -34,12 +34,12 @@ def on_device(graph_standin, monkeypatch):
     """Run the dynamic mode as on CUDA too, and use loose plans. Few programs save time in the interpreter."""
     monkeypatch.setattr(kernels, "ROWS", 128)
     monkeypatch.setattr(zipping, "uses_device_form", lambda x: True)
-    monkeypatch.setattr(graphs, "Planner", partial(Planner, **LOOSE))
+    monkeypatch.setattr(runner, "Planner", partial(Planner, **LOOSE))
 
 
 @pytest.fixture
 def tight(monkeypatch):
-    monkeypatch.setattr(graphs, "Planner", partial(Planner, **TIGHT))
+    monkeypatch.setattr(runner, "Planner", partial(Planner, **TIGHT))
 
 
 def graphed(**kwargs):
@@ -87,7 +87,7 @@ def test_logits_equal_masked_mode_whatever_overflows(tight, kind, return_halting
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_few_images_end_after_the_stage_without_live_tokens(monkeypatch, batch):
-    monkeypatch.setattr(graphs, "STAGE", 1)
+    monkeypatch.setattr(runner, "STAGE", 1)
     model = graphed(depth=8, mean=3.5, spread=1.2).eval()
     twin, replayed = masked(model), []
 
@@ -332,7 +332,7 @@ def test_weights_cast_together_have_the_bits_of_autocast(monkeypatch):
     results = []
     for cast_dtype in (torch.bfloat16, None):
         monkeypatch.setattr(
-            graphs, "CastWeights", lambda model, _, train, dtype=cast_dtype: CastWeights(model, dtype, train)
+            runner, "CastWeights", lambda model, _, train, dtype=cast_dtype: CastWeights(model, dtype, train)
         )
         model = graphed()
         with torch.autocast("cpu", torch.bfloat16):
@@ -412,16 +412,16 @@ def test_captures_are_not_part_of_the_model():
     assert [graph_report(each).batches for each in copies] == [0, 0]
     assert model.state_dict().keys() == halting_model(**SIZE).state_dict().keys()
     reference = weakref.ref(model)
-    runner = weakref.ref(RUNNERS[model])
+    reference_to_runner = weakref.ref(RUNNERS[model])
     del model
     gc.collect()
     assert reference() is None
-    assert runner() is None
+    assert reference_to_runner() is None
 
 
 @torch.no_grad()
 def test_number_of_captures_is_limited(monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_CAPTURES", 2)
+    monkeypatch.setattr(runner, "MAX_CAPTURES", 2)
     model = graphed().eval()
     for batch in (1, 3, 8):
         warm(model, batch)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import zipping
-from zipping.planned import capture, graphs, runner
+from zipping.planned import capture, dispatch, runner
+from zipping.planned.dispatch import graph_report
 from zipping.planned.plans import Planner
-from zipping.planned.runner import graph_report
 
 STEPS = 4
 
@@ -32,8 +32,8 @@ def _step(model, step, rank):
 def _run_process(rank, file, queue):
     torch.set_num_threads(1)
     capture.capture, capture.warm_up, capture.new_pool = standin.capture, standin.warm_up, standin.new_pool
-    runner.supports_graphs = zipping.uses_device_form = lambda images: True
-    graphs.Planner = lambda *args, **options: Planner(*args, **options, start=2, spreads=9.0, grid=4)
+    dispatch.supports_graphs = zipping.uses_device_form = lambda images: True
+    runner.Planner = lambda *args, **options: Planner(*args, **options, start=2, spreads=9.0, grid=4)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = halting_model(**SIZE, cuda_graphs=True).train()
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -7,14 +7,14 @@ shapes.
 
 * *Surplus rows* fill a block up to its capacity. They hold no token, are zero and stand at the end. *Dummy sequences*
   cover them in attention, so that its kernels write every row.
-* A batch with more live rows than a block's capacity *overflows* the plan. Its result is wrong. The host notices it
-  once, after the last decision, and runs the batch again: in inference by the full plan, which nothing overflows, in
-  training in the dynamic mode.
+* A batch with more live rows than a block's capacity *overflows* the plan, and the result of the pass is wrong. The
+  host reads the counts after the last decision and runs such a batch again: in inference by the full plan, which
+  nothing overflows, and in training in the dynamic mode.
 * Passes are captured as CUDA graphs and *replayed*. Loss, optimizer and communication stay outside.
 
 Files: `plans.py` (capacities, and their choice from recent batches), `tokens.py` (the store), `kernels.py` (halting
 and norms on rows), `triton_kernels.py` (the Triton kernels behind them), `passes.py` (a pass by plan), `weights.py`
 (weights cast together), `capture.py` (CUDA graphs of inference and training), `watch.py` (whether a model has changed
-since a capture), `graphs.py` (plans, graphs and fall-backs for the calls of a model), `runner.py` (how calls reach
-the graphs).
+since a capture), `runner.py` (plans, graphs and fallbacks for the calls of a model), `dispatch.py` (which calls run by
+graphs).
 """

@@ -46,7 +46,7 @@ class PlannedPass(NamedTuple):
 
 
 class BlockRecord(NamedTuple):
-    """What `finish` needs of one block. token: [c], of its store; for the others, see `Halted`."""
+    """Record of one block for `finish`. token: [c], of its store; for the others, see `Halted`."""
 
     token: Tensor
     score: Tensor

@@ -1,111 +1,266 @@
-"""How the calls of a model reach CUDA graphs. Importing this module does not require Triton."""
+"""Choose plans, graphs and fallbacks for the calls of a model whose `cuda_graphs` is on."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from zipping import uses_kernels
-from zipping.outputs import Halting
-from zipping.recording import is_recorded
+from zipping.outputs import Halting, HaltingHistory
+from zipping.planned import capture
+from zipping.planned.capture import GateNumbers, InferenceGraph, StaticInputs, TrainingGraph
+from zipping.planned.dispatch import Call, GraphReport, Result
+from zipping.planned.passes import PlannedPass, choose_step, fused_step
+from zipping.planned.plans import Plan, Planner
+from zipping.planned.watch import ModelWatch
+from zipping.planned.weights import CastWeights
 
-if TYPE_CHECKING:
-    from zipping.planned.graphs import GraphRunner
-
-
-class Call(NamedTuple):
-    """A call of a model. images: [B, in_chans, H, W]; for the others, see `AdaptiveTokens.forward`."""
-
-    images: Tensor
-    return_halting: bool = False
-    early_exit: bool = False
-    gate_offset: Tensor | None = None
+MAX_CAPTURES = 6  # passes of a model that stay captured
+EVICTION_GAP = 64  # batches between two evictions at least: a capture takes as long as many passes
+MAX_STAGED_IMAGES = 8  # with early exit, batches of up to this size are captured in stages
+STAGE = 3  # blocks in a stage
 
 
-class Result(NamedTuple):
-    """The result of a call: logits (a pair in distilled training), and `Halting` if requested."""
+class Kind(NamedTuple):
+    """Conditions of a captured pass, in addition to its plan and to what `ModelWatch` compares."""
 
-    logits: Tensor | tuple[Tensor, Tensor]
-    halting: Halting | None
+    device: torch.device
+    training: bool
+    image_shape: tuple[int, ...]
+    dtype: torch.dtype
+    return_halting: bool
+    early_exit: bool
+    num_tokens: int
+    amp: torch.dtype | None
+    modes: tuple
+
+    @classmethod
+    def of(cls, model: VisionTransformer, call: Call) -> Kind:
+        """Return the kind of a call, in the current state of autocast and of torch's global settings."""
+        images, device_type = call.images, call.images.device.type
+        amp = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        modes = (*_tf32_modes(), torch.are_deterministic_algorithms_enabled())
+        num_tokens = math.prod(model.patch_embed.dynamic_feat_size(images.shape[2:])) + model.num_prefix_tokens
+        outputs = (call.return_halting, call.early_exit)
+        return cls(images.device, model.training, images.shape[1:], images.dtype, *outputs, num_tokens, amp, modes)
 
 
-@dataclass
-class GraphReport:
-    """Counts of the calls of a model since the first one.
+class GraphRunner:
+    """Runs the calls of one model. Every result is that of the model in its current state, up to rounding.
 
-    batches: calls that graphs support; replayed: those whose result came from a graph;
-    overflows: calls whose plan had too few rows; plans, captures: how many were made.
+    The first batches of a kind run in the dynamic mode, and the planner observes their counts. Then the pass of a plan
+    is captured at its first use. Whether the model has changed since is compared while the device works.
     """
 
-    batches: int = 0
-    replayed: int = 0
-    overflows: int = 0
-    plans: int = 0
-    captures: int = 0
+    def __init__(self, model: VisionTransformer):
+        self._model = weakref.ref(model)  # a strong reference would keep the model in `RUNNERS`
+        self.report = GraphReport()
+        self._watches: dict[bool, ModelWatch] = {}  # by whether the model trains
+        self._planners: dict[tuple[Kind, int], Planner] = {}
+        self._graphs: OrderedDict[tuple[Kind, Plan], InferenceGraph | TrainingGraph] = OrderedDict()
+        self._weights: dict[tuple[torch.dtype | None, bool], CastWeights] = {}
+        self._last_trained: Callable[[], TrainingGraph | None] = lambda: None  # a weak reference
+        self._has_failed = False
+        self._next_eviction = 0  # the number of batches at which a captured pass may make room for another
+        self._lock = threading.RLock()  # the calls of several threads would write over each other's images
 
-    @property
-    def hit_rate(self) -> float:
-        """The fraction of the batches that was replayed; NaN if there was none."""
-        return self.replayed / self.batches if self.batches else math.nan
+    def __call__(self, call: Call) -> Result:
+        """Run a call."""
+        with self._lock:
+            return self._run(call)
+
+    def _run(self, call: Call) -> Result:
+        model = self._model()
+        if self._has_failed:
+            return Result(*model._forward(call))
+        kind = Kind.of(model, call)
+        self.report.batches += 1
+        planner = self._planner(kind, len(call.images))
+        if planner.plan is None:
+            return self._run_dynamic(call, planner)
+        with _autocast_without_cache(call.images.device):
+            return (self._train if kind.training else self._infer)(call, kind, planner)
+
+    def _run_dynamic(self, call: Call, planner: Planner, overflowed: bool = False) -> Result:
+        history = HaltingHistory()
+        result = self._model()._forward(call, history)
+        self._observe(call, planner, history.row_counts, overflowed)
+        return Result(*result)
+
+    def _infer(self, call: Call, kind: Kind, planner: Planner) -> Result:
+        """Replay the pass of the plan, and after an overflow that of the full plan."""
+        for plan in (planner.plan, Plan.full(planner.size, planner.num_blocks)):
+            graph = self._captured(call, kind, plan)
+            if graph is None:
+                return self._run_dynamic(call, planner)
+            graph.launch(call.images, self._gate(call))
+            is_valid, counts = self._is_valid(kind), graph.counts()
+            if not is_valid:
+                return self._run_dynamic(call, planner)
+            if not plan.overflows(counts):
+                break
+        self._observe(call, planner, counts, overflowed=plan is not planner.plan)
+        self.report.replayed += 1
+        return Result(*graph.results(len(call.images)))
+
+    def _train(self, call: Call, kind: Kind, planner: Planner) -> Result:
+        """Replay the forward pass of the plan. After an overflow, run the dynamic mode with the same random numbers."""
+        last = self._last_trained()
+        if last is not None and last.is_in_use:
+            return self._run_dynamic(call, planner)  # passes that train share memory
+        device = call.images.device
+        plan, random_state = planner.plan, _random_state(device)
+        graph = self._captured(call, kind, plan)
+        _set_random_state(device, random_state)  # the passes before a capture draw numbers
+        if graph is None:
+            return self._run_dynamic(call, planner)
+        graph.launch(call.images, self._gate(call))
+        is_valid, counts = self._is_valid(kind), graph.counts()
+        overflowed = is_valid and plan.overflows(counts)
+        if not is_valid or overflowed:
+            _set_random_state(device, random_state)
+            return self._run_dynamic(call, planner, overflowed)
+        self._observe(call, planner, counts)
+        self.report.replayed += 1
+        self._last_trained = weakref.ref(graph)
+        *logits, depth, ponder_cost, layer_scores = graph.outputs()
+        return Result(tuple(logits) if len(logits) > 1 else logits[0], Halting(depth, ponder_cost, layer_scores))
+
+    def _observe(self, call: Call, planner: Planner, counts: list[int], overflowed: bool = False) -> None:
+        """Pass the true counts of a batch to the planner, unless the batch is smaller than its plans or has none."""
+        self.report.overflows += overflowed
+        if counts and len(call.images) == planner.size[0]:
+            before = planner.num_plans
+            planner.observe(counts, overflowed)
+            self.report.plans += planner.num_plans - before
+
+    def _planner(self, kind: Kind, batch: int) -> Planner:
+        """Return the planner of a batch size. In inference, a smaller batch runs by the plans of a larger one."""
+        if (kind, batch) not in self._planners and not kind.training:
+            larger = (size for known, size in self._planners if known == kind and batch < size <= 2 * batch)
+            planned = [size for size in larger if self._planners[kind, size].plan is not None]
+            batch = min(planned, default=batch)
+        if (kind, batch) not in self._planners:
+            size = (batch, kind.num_tokens)
+            self._planners[kind, batch] = Planner(size, self._model().num_blocks, keep_all=kind.training)
+        return self._planners[kind, batch]
+
+    def _captured(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph | None:
+        """Return the captured pass of a plan, capturing it first if needed. None if that is not possible."""
+        if (kind, plan) not in self._graphs:
+            if not self._may_capture(kind):
+                return None
+            if len(self._graphs) >= MAX_CAPTURES:
+                if self.report.batches < self._next_eviction:
+                    return None
+                self._graphs.popitem(last=False)
+                self._next_eviction = self.report.batches + EVICTION_GAP
+            try:
+                self._graphs[kind, plan] = self._capture(call, kind, plan)
+            except Exception as error:  # drivers, kernels and compilers raise many types
+                self._give_up(error)
+                return None
+            self.report.captures += 1
+        self._graphs.move_to_end((kind, plan))
+        return self._graphs[kind, plan]
+
+    def _capture(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph:
+        model = self._model()
+        with torch.inference_mode(False), torch.set_grad_enabled(kind.training):
+            pool, weights = self._shared(model, kind)
+            images = call.images[:1].clone().expand(plan.size[0], -1, -1, -1)
+            inputs = StaticInputs(images, plan.size, model.num_prefix_tokens)
+            inputs.write(call.images, self._gate(call))
+            step = choose_step(model, model.compile_blocks)
+            outputs = (kind.return_halting, kind.early_exit)
+            planned = PlannedPass(model, plan, inputs.tokens, inputs.gate, step, *outputs)
+            if kind.training:
+                return TrainingGraph(inputs, planned, weights, pool)
+            is_staged = kind.early_exit and plan.size[0] <= MAX_STAGED_IMAGES and step is fused_step
+            return InferenceGraph(inputs, planned, weights, pool, STAGE if is_staged else None)
+
+    def _shared(self, model: VisionTransformer, kind: Kind) -> tuple[object, CastWeights]:
+        """Return the memory pool and the cast weights that all passes of the model have in common."""
+        graphs = [graph for (other, _), graph in self._graphs.items() if other[:2] == kind[:2]]
+        pool = graphs[0].pool if graphs else capture.new_pool()  # the memory of a pool goes with its last graph
+        key = (kind.amp, kind.training)
+        if key not in self._weights:
+            self._weights[key] = CastWeights(model, *key)
+        return pool, self._weights[key]
+
+    def _give_up(self, error: Exception) -> None:
+        """Use no graphs from here on, and free the captured ones."""
+        self._has_failed = True
+        self._drop_graphs()
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"CUDA graphs are disabled because a capture failed ({reason}). The model runs in the dynamic mode, "
+            "which is slower for small batches. Set cuda_graphs=False to silence this warning.",
+            stacklevel=2,
+        )
+
+    def _gate(self, call: Call) -> GateNumbers:
+        model = self._model()
+        return GateNumbers(model.gate_scale, model.gate_center, 1 - model.halt_eps, call.gate_offset)
+
+    def _may_capture(self, kind: Kind) -> bool:
+        """Return whether the model can be captured: no hooks or replaced functions, only layers of timm and torch.
+
+        Drops the captured passes if the model is not what they were captured from.
+        """
+        watch = self._watches.get(kind.training)
+        if watch is not None and not watch.is_same():
+            self._drop_graphs()
+            watch = None
+        if watch is None:
+            self._watches[kind.training] = watch = ModelWatch(self._model())
+        return watch.can_capture(kind.training)
+
+    def _is_valid(self, kind: Kind) -> bool:
+        """Return whether a pass that was just launched is that of the model. Drops the captured passes if not."""
+        watch = self._watches.get(kind.training)
+        if watch is not None and watch.is_same() and watch.is_untouched():
+            return True
+        self._drop_graphs()
+        self._watches.pop(kind.training, None)
+        return False
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._weights.clear()
 
 
-RUNNERS: WeakKeyDictionary[VisionTransformer, GraphRunner] = WeakKeyDictionary()  # outside the models: copies get none
-
-
-def run_by_graphs(model: VisionTransformer, call: Call) -> Result:
-    """Run a call of a model by CUDA graphs if possible, else in the dynamic mode."""
-    if not _is_supported(model, call):
-        return Result(*model._forward(call))
-    if model not in RUNNERS:
-        from zipping.planned.graphs import GraphRunner  # imported here because Triton may be missing
-
-        RUNNERS[model] = GraphRunner(model)
-    return RUNNERS[model](call)
-
-
-def graph_report(model: VisionTransformer) -> GraphReport:
-    """Return what happened to the calls of a model, as a copy."""
-    return replace(RUNNERS[model].report) if model in RUNNERS else GraphReport()
+def _tf32_modes() -> tuple:
+    """Return the precision of matrix products and convolutions. If one API has set it, the other one may raise."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision, cudnn.conv.fp32_precision
+    return matmul.allow_tf32, cudnn.allow_tf32  # up to torch 2.8
 
 
 @contextlib.contextmanager
-def count_graph_hits(model: VisionTransformer) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that receives `graph_hits`, the fraction of the model's calls in this context replayed by graphs.
-
-    It stays empty if none of these calls can use CUDA graphs, as on a CPU.
-    """
-    hits, before = {}, graph_report(model)
-    yield hits
-    after = graph_report(model)
-    if batches := after.batches - before.batches:
-        hits["graph_hits"] = torch.tensor((after.replayed - before.replayed) / batches)
+def _autocast_without_cache(device: torch.device) -> Iterator[None]:
+    """Disable autocast's cache inside the context: a cast made in a capture is memory of its pool."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
+        yield
 
 
-def supports_graphs(images: Tensor) -> bool:
-    """Return whether the images are on the current CUDA device, and whether Triton kernels run there."""
-    return images.is_cuda and images.device.index == torch.cuda.current_device() and uses_kernels(images)
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _is_supported(model: VisionTransformer, call: Call) -> bool:
-    """Return whether a call has a planned mode. docs/design.md lists what has none."""
-    images, has_grad = call.images, torch.is_grad_enabled()
-    is_supported = model.halting and model.zip_tokens and model.reads_prefix and not model.grad_checkpointing
-    if not is_supported or len(model.blocks) != model.num_blocks or not hasattr(model.patch_embed, "dynamic_feat_size"):
-        return False
-    if len(images) == 0 or images.requires_grad or images.dtype == torch.float64:
-        return False
-    if call.gate_offset is not None and call.gate_offset.requires_grad:
-        return False
-    if not (call.return_halting and has_grad if model.training else not has_grad):
-        return False
-    has_observer = torch._C._len_torch_dispatch_stack() > 0  # such as FlopCounterMode, which sees no op of a replay
-    in_transform = torch._C._functorch.maybe_current_level() is not None
-    return not (has_observer or in_transform or is_recorded(images)) and supports_graphs(images)
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
