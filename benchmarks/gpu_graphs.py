@@ -1,16 +1,17 @@
 """Checks of cuda_check.py for the planned mode with CUDA graphs, and the costs of captures.
 
-The part `graphs` is a function of a `Check`, which prints and collects the results. A planner observes 8 batches before
-there is a plan, so each check runs more batches than that.
+The part `graphs` is a function of a `Check`, which prints and collects the results. The first batches run without a
+plan, so each check runs more batches than that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -34,8 +35,9 @@ from benchmarks.graphed import pool_mib
 from benchmarks.synthetic import LOGIT_SLOPE
 from benchmarks.timing import inference_call, training_call
 from zipping.planned import dispatch
+from zipping.planned.plans import Planner
 
-NUM_BATCHES = 11  # batches of a check: 8 until a plan exists, then replays
+NUM_BATCHES = Planner.start + 3  # batches of a check: those before the first plan, then replays
 MAX_LOSS_ERROR = {"none": 1e-2, "bf16": 5e-2, "fp16": 5e-2}  # relative, over the steps of a training run
 
 
@@ -84,10 +86,8 @@ def inference(check: Check, name: str, amp: str) -> None:
             model.blocks[1].mlp.fc1.weight.mul_(1.5)
     compare(", other weights", batches[:2])
     _halt_later(graphed, masked)
-    before = dispatch.graph_report(graphed).overflows
-    compare(", tokens halt later", batches[:2])
-    overflows = dispatch.graph_report(graphed).overflows - before
-    check.check(f"{what}, batches overflow their plan", overflows > 0, f"{overflows}")
+    with _checking_overflows(check, what, graphed):
+        compare(", tokens halt later", batches[:2])
 
 
 def training(check: Check, name: str, amp: str) -> None:
@@ -105,10 +105,8 @@ def training(check: Check, name: str, amp: str) -> None:
     _check_replays(check, what, graphed)
     compare(", gate offsets", batches[:2], [offset, -offset])
     _halt_later(graphed, masked)
-    before = dispatch.graph_report(graphed).overflows
-    compare(", tokens halt later", batches[:2], [None] * 2)
-    overflows = dispatch.graph_report(graphed).overflows - before
-    check.check(f"{what}, batches overflow their plan", overflows > 0, f"{overflows}")
+    with _checking_overflows(check, what, graphed):
+        compare(", tokens halt later", batches[:2], [None] * 2)
 
 
 def single_images(check: Check) -> None:
@@ -154,6 +152,15 @@ def _check_replays(check: Check, what: str, model: nn.Module) -> None:
     check.check(f"{what}, graphs are replayed", report.replayed > 0, f"{report}")
 
 
+@contextlib.contextmanager
+def _checking_overflows(check: Check, what: str, model: nn.Module) -> Iterator[None]:
+    """Check that a batch of the model overflows its plan inside the context."""
+    before = dispatch.graph_report(model)
+    yield
+    overflows = dispatch.graph_report(model).since(before).overflows
+    check.check(f"{what}, batches overflow their plan", overflows > 0, f"{overflows}")
+
+
 def poison(device: torch.device) -> None:
     """Fill free memory with NaN, so that a kernel that leaves rows unwritten is noticed."""
     torch.cuda.empty_cache()  # does nothing without CUDA
@@ -168,28 +175,27 @@ def poison(device: torch.device) -> None:
 
 def captures(check: Check) -> None:
     """Report the seconds of a capture, and the memory that the pools of its graphs reserve."""
-    for train_mode in (False, True):
-        for batch in (2,) if check.small else (32, 128):
-            model = check.model(check.size, num_classes=10)
-            model.cuda_graphs = True
-            images = check.images(model, batch)
-            call = (training_call if train_mode else inference_call)(model, [images], check.amp)
-            before, seconds = pool_mib(check.device), []
-            for _ in range(NUM_BATCHES):
-                start = utils.synchronized_time(check.device)
-                call()
-                seconds.append(utils.synchronized_time(check.device) - start)
-            reserved, report = pool_mib(check.device) - before, dispatch.graph_report(model)
-            mode = "training" if train_mode else "inference"
-            check.report(
-                f"{mode} {batch}: {report.captures} captures, slowest call {max(seconds[1:]):.2f} s, "
-                f"last call {1e3 * seconds[-1]:.2f} ms, pools {reserved:.0f} MiB",
-                train=train_mode,
-                batch=batch,
-                slowest_s=max(seconds[1:]),  # the first call compiles kernels
-                last_s=seconds[-1],
-                pool_mib=reserved,
-            )
+    for train_mode, batch in itertools.product((False, True), (2,) if check.small else (32, 128)):
+        model = check.model(check.size, num_classes=10)
+        model.cuda_graphs = True
+        images = check.images(model, batch)
+        call = (training_call if train_mode else inference_call)(model, [images], check.amp)
+        before, seconds = pool_mib(check.device), []
+        for _ in range(NUM_BATCHES):
+            start = utils.synchronized_time(check.device)
+            call()
+            seconds.append(utils.synchronized_time(check.device) - start)
+        reserved, report = pool_mib(check.device) - before, dispatch.graph_report(model)
+        mode = "training" if train_mode else "inference"
+        check.report(
+            f"{mode} {batch}: {report.captures} captures, slowest call {max(seconds[1:]):.2f} s, "
+            f"last call {1e3 * seconds[-1]:.2f} ms, pools {reserved:.0f} MiB",
+            train=train_mode,
+            batch=batch,
+            slowest_s=max(seconds[1:]),  # the first call compiles kernels
+            last_s=seconds[-1],
+            pool_mib=reserved,
+        )
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ from benchmarks.graphed import (
     prepare,
     same_form,
 )
-from benchmarks.timing import format_optional, inference_call, training_call, training_loss
+from benchmarks.timing import format_optional, inference_call, peak_mib, training_call, training_loss
 from macs import macs_at_depth
 from zipping.planned import dispatch
 
@@ -274,7 +274,7 @@ def static_macs(size: str) -> float:
 def measure(check: Check, case: Case, models: dict[str, nn.Module]) -> float | None:
     """Report speed and memory of each variant.
 
-    models: variants by name
+    models: variants by name.
     Returns the seconds of the static model, or None if it did not run.
     """
     amp = case.amp or check.amp
@@ -321,10 +321,10 @@ def _variants_of_case(case: Case, models: dict[str, nn.Module], images: Tensor) 
 def _prepare(check: Check, name: str, call: Callable[[], None], num_batches: int) -> dict[str, float | None]:
     """Run a call until it is ready to be timed. Returns its memory, time of preparation and time on the device."""
     prepared = prepare(call, num_batches, check.device) if name != eager_variant(name) else Preparation(0.0, 0.0)
-    peak = peak_mib(call, check.device)
+    call()  # a first call may allocate more
     is_cuda = check.device.type == "cuda"
     return {
-        "memory_mib": None if peak is None else peak + prepared.pool_mib,
+        "memory_mib": peak_mib(call, check.device) + prepared.pool_mib if is_cuda else None,
         "preparation_s": prepared.seconds,
         "device_ms": profiled(call, check.device)["device_ms"] / num_batches if is_cuda else None,
     }
@@ -351,17 +351,6 @@ def format_row(label: str, row: dict) -> str:
     """Format a row of `measure` with the widths and digits of COLUMNS."""
     cells = [f"{format_optional(row[name], form):>{width}}" for name, (width, form) in COLUMNS.items()]
     return f"{label + ', ' + row['form']:56}{''.join(cells)}".rstrip()
-
-
-def peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
-    """Return the peak memory of a second call in MiB, minus the memory in use before it. None on a CPU."""
-    call()
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 PARTS = {"seqlens": seqlens, "launches": launches, "speed": speed}

@@ -25,11 +25,12 @@ from benchmarks.cases import EARLY_EXIT, STATIC, ZIPPED, static_twin
 from benchmarks.planned import PlannedEager
 from models_act import AdaptiveTokens
 from zipping.planned import dispatch
+from zipping.planned.plans import Planner
 from zipping.planned.weights import CastWeights
 
 PLANNED, GRAPHED, COMPILED_GRAPHED = "planned", "graphed", "compiled, graphed"
 WHOLE_COMPILED = "static, compiled"
-WARM_UP_BATCHES = 12  # a plan exists after 8 batches, and the next batch captures it
+WARM_UP_BATCHES = Planner.start + 4  # the batches before the first plan, its capture, and a few replays
 
 
 class Variant(NamedTuple):
@@ -45,10 +46,10 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    v.name: v
-    for v in (
+    variant.name: variant
+    for variant in (
         Variant(ZIPPED, PLANNED),
-        *(Variant(e, f) for f in (GRAPHED, COMPILED_GRAPHED) for e in (STATIC, ZIPPED, EARLY_EXIT)),
+        *(Variant(eager, form) for form in (GRAPHED, COMPILED_GRAPHED) for eager in (STATIC, ZIPPED, EARLY_EXIT)),
     )
 }
 
@@ -194,8 +195,6 @@ def pool_mib(device: torch.device) -> float:
 
 
 def hit_rate(model: nn.Module, before: dispatch.GraphReport) -> float | None:
-    """Return the fraction of batches since `before` that replayed a graph of their plan. None for the static model."""
-    if not isinstance(model, AdaptiveTokens):
-        return None
-    now = dispatch.graph_report(model)
-    return (now.replayed - before.replayed) / max(now.batches - before.batches, 1)
+    """Return the fraction of A-ViT's batches since `before` that was replayed from graphs. None if there is none."""
+    report = dispatch.graph_report(model).since(before)
+    return report.hit_rate if report.batches else None

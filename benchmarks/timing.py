@@ -160,13 +160,17 @@ def _memory_mib(call: Callable[[], None], model: nn.Module, case: Case, train: b
 
     CUDA: the peak of the allocator. CPU: what autograd saves per training step, and None in inference.
     """
-    device = case.images.device
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)  # the weights of all variants
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if case.images.is_cuda:
+        return peak_mib(call, case.images.device)
     return _saved_for_backward(call, model) / len(case.batches) / 2**20 if train else None
+
+
+def peak_mib(call: Callable[[], None], device: torch.device) -> float:
+    """Return the peak memory of a call on a CUDA device in MiB, minus the memory in use before it, such as weights."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _saved_for_backward(call: Callable[[], None], model: nn.Module) -> int:

@@ -113,13 +113,13 @@ def test_measurement_that_exceeds_the_time_is_skipped(monkeypatch, capsys):
 def test_out_of_memory_is_reported(monkeypatch, capsys):
     fits = iter([False, False, False, True])  # static and zipped, in two cases
 
-    def peak_mib(call, device):
+    def training_call(*args, original=gpu_speed.training_call):
         if not next(fits):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call()
+        return original(*args)
 
     monkeypatch.setattr(gpu_speed, "SMALL_CASES", CASES[1:] * 2)
-    monkeypatch.setattr(gpu_speed, "peak_mib", peak_mib)
+    monkeypatch.setattr(gpu_speed, "training_call", training_call)
     run("--only", "speed")
     out = capsys.readouterr().out
     assert out.count("micro float32 training 8, static (timm): out of memory\n") == 2

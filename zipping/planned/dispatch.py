@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -39,7 +40,7 @@ class Result(NamedTuple):
 
 @dataclass
 class GraphReport:
-    """Counts of the calls of a model since the first one.
+    """Counts of the calls of a model, from the first one on.
 
     batches: calls that graphs support; replayed: those whose result came from a graph;
     overflows: calls whose plan had too few rows; plans, captures: how many were made.
@@ -56,8 +57,12 @@ class GraphReport:
         """The fraction of the batches that was replayed; NaN if there was none."""
         return self.replayed / self.batches if self.batches else math.nan
 
+    def since(self, before: GraphReport) -> GraphReport:
+        """Return the counts of the calls after an earlier report."""
+        return GraphReport(*map(operator.sub, astuple(self), astuple(before)))
 
-RUNNERS: WeakKeyDictionary[VisionTransformer, GraphRunner] = WeakKeyDictionary()  # outside the models: copies get none
+
+RUNNERS: WeakKeyDictionary[VisionTransformer, GraphRunner] = WeakKeyDictionary()  # not copied or saved with a model
 
 
 def run_by_graphs(model: VisionTransformer, call: Call) -> Result:
@@ -72,7 +77,7 @@ def run_by_graphs(model: VisionTransformer, call: Call) -> Result:
 
 
 def graph_report(model: VisionTransformer) -> GraphReport:
-    """Return what happened to the calls of a model, as a copy."""
+    """Return a copy of the counts of the calls of a model, all 0 if none could use graphs."""
     return replace(RUNNERS[model].report) if model in RUNNERS else GraphReport()
 
 
@@ -84,9 +89,9 @@ def count_graph_hits(model: VisionTransformer) -> Iterator[dict[str, Tensor]]:
     """
     hits, before = {}, graph_report(model)
     yield hits
-    after = graph_report(model)
-    if batches := after.batches - before.batches:
-        hits["graph_hits"] = torch.tensor((after.replayed - before.replayed) / batches)
+    report = graph_report(model).since(before)
+    if report.batches:
+        hits["graph_hits"] = torch.tensor(report.hit_rate)
 
 
 def supports_graphs(images: Tensor) -> bool:
@@ -95,7 +100,7 @@ def supports_graphs(images: Tensor) -> bool:
 
 
 def _is_supported(model: VisionTransformer, call: Call) -> bool:
-    """Return whether a call has a planned mode. docs/design.md lists what has none."""
+    """Return whether the planned mode supports a call. docs/design.md lists what it does not support."""
     images, has_grad = call.images, torch.is_grad_enabled()
     is_supported = model.halting and model.zip_tokens and model.reads_prefix and not model.grad_checkpointing
     if not is_supported or len(model.blocks) != model.num_blocks or not hasattr(model.patch_embed, "dynamic_feat_size"):
