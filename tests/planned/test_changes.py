@@ -87,6 +87,7 @@ def test_training_without_trained_parameters_leaves_graphs_to_evaluation():
     assert graph_report(model).replayed == 1
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.8 has one API of TF32")
 @torch.no_grad()
 def test_new_and_old_api_of_tf32():
     model = graphed().eval()

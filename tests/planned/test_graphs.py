@@ -280,7 +280,7 @@ def test_failed_capture_warns_once_and_runs_the_dynamic_mode(monkeypatch, error)
     with pytest.warns(UserWarning, match="CUDA graphs are disabled because a capture failed") as warned:
         found = [model(images(4, seed=seed)) for seed in range(5)]
     assert_close(found, expected, **CLOSE)
-    assert len(warned) == 1
+    assert sum("CUDA graphs" in str(warning.message) for warning in warned) == 1
     assert graph_report(model).replayed == 0
 
 

@@ -71,6 +71,7 @@ class GraphRunner:
         self._last_trained: Callable[[], TrainingGraph | None] = lambda: None  # a weak reference
         self._has_failed = False
         self._next_eviction = 0  # the number of batches at which a captured pass may make room for another
+        self._stream: torch.cuda.Stream | None = None  # of the last call
         self._lock = threading.RLock()  # the calls of several threads would write over each other's images
 
     def __call__(self, call: Call) -> Result:
@@ -87,8 +88,18 @@ class GraphRunner:
         planner = self._planner(kind, len(call.images))
         if planner.plan is None:
             return self._run_dynamic(call, planner)
+        self._wait_for_last_stream(call.images.device)
         with _autocast_without_cache(call.images.device):
             return (self._train if kind.training else self._infer)(call, kind, planner)
+
+    def _wait_for_last_stream(self, device: torch.device) -> None:
+        """Order calls on different streams: a replay overwrites what the last one still reads."""
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _run_dynamic(self, call: Call, planner: Planner, overflowed: bool = False) -> Result:
         history = HaltingHistory()
