@@ -74,6 +74,8 @@ def build_model(args: argparse.Namespace, settings: NetworkSettings, head: Head,
     build = _model_from_hub if start is None else partial(_model_from_checkpoint, start=start)
     model = build(args, settings, head)
     model.set_grad_checkpointing(args.grad_checkpointing)
+    if model.cuda_graphs and not model.reads_prefix:
+        warn(f"--cuda-graphs has no effect: the head of {settings.model} reads the patches, not the class token")
     return model
 
 

@@ -49,6 +49,16 @@ def test_flags_set_the_mode_of_the_model_and_of_its_average(is_on, from_file, ch
         assert (network.zip_tokens, network.early_exit) == (is_on, is_on)
 
 
+def test_cuda_graphs_of_a_model_that_pools_patches_warn(capfd):
+    built("--cuda-graphs", "--model", "vit_wee_patch16_reg1_gap_256", "--input-size", "32")
+    assert (
+        "--cuda-graphs has no effect: the head of vit_wee_patch16_reg1_gap_256 reads the patches"
+        in capfd.readouterr().err
+    )
+    built("--cuda-graphs")
+    assert "--cuda-graphs" not in capfd.readouterr().err
+
+
 # Printed gate ------------------------------------------------------------------------------------
 
 CLASSES = ["a", "b", "c"]
