@@ -4,10 +4,12 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # run kernels on the CPU; set before torch may import Triton
 
+import functools
 import gzip
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ import zipping
 from benchmarks.synthetic import set_synthetic_depths
 from visualization.image_record import ImageRecord
 from zipping.planned.dispatch import GraphReport
+from zipping.planned.plans import Planner
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +55,25 @@ def graph_standin(monkeypatch) -> None:
     for name in ("capture", "warm_up", "new_pool"):
         monkeypatch.setattr(f"zipping.planned.capture.{name}", getattr(standin, name))
     monkeypatch.setattr("zipping.planned.dispatch.supports_graphs", lambda images: True)
+
+
+@pytest.fixture
+def graphs_on_cpu(graph_standin, monkeypatch) -> None:
+    """Run models with `cuda_graphs` as on CUDA, by plans that hold. Few programs save time in the interpreter."""
+    from graphed_models import LOOSE  # it imports this module
+
+    monkeypatch.setattr("zipping.planned.kernels.ROWS", 128)
+    monkeypatch.setattr("zipping.uses_device_form", lambda x: True)
+    monkeypatch.setattr("zipping.planned.runner.Planner", functools.partial(Planner, **LOOSE))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill memory that is allocated and not written with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class ParityCase:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import images
-from test_graphs import CLOSE, graphed, masked, on_device, warm, warm_training  # noqa: F401 - on_device is a fixture
+from graphed_models import CLOSE, graphed, masked, warm, warm_training
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from zipping.planned import capture, runner
 from zipping.planned.dispatch import RUNNERS, graph_report
 
-pytestmark = pytest.mark.filterwarnings("error:CUDA graphs are disabled")
+pytestmark = [
+    pytest.mark.usefixtures("graphs_on_cpu"),
+    pytest.mark.filterwarnings("error:CUDA graphs are disabled"),
+]
 
 
 def _replace_method(model):

@@ -1,18 +1,13 @@
 """Training and evaluation of a model with `cuda_graphs`, on the stand-in for CUDA graphs."""
 
-from functools import partial
-
 import pytest
 import torch
 from conftest import halting_model, images
-from test_passes import SIZE
+from graphed_models import SIZE
 from torch.utils.data import DataLoader, TensorDataset
 
 import losses
-import zipping
 from engine_act import EpochState, Trainer, evaluate, train_one_epoch
-from zipping.planned import runner
-from zipping.planned.plans import Planner
 
 CPU = torch.device("cpu")
 
@@ -26,10 +21,8 @@ def trained_and_evaluated(**options):
     return train_one_epoch(trainer, batches, EpochState(0)), evaluate(model, batches, CPU)
 
 
-def test_graph_hits_are_reported_and_the_other_metrics_stay(graph_standin, monkeypatch):
+def test_graph_hits_are_reported_and_the_other_metrics_stay(graphs_on_cpu):
     """The first two batches of each kind run without a plan, the other two are replayed."""
-    monkeypatch.setattr(zipping, "uses_device_form", lambda x: True)
-    monkeypatch.setattr(runner, "Planner", partial(Planner, start=2, spreads=9.0, grid=4))
     for dynamic, graphed in zip(trained_and_evaluated(), trained_and_evaluated(cuda_graphs=True)):
         assert graphed.pop("graph_hits") == pytest.approx(0.5)
         assert graphed.keys() == dynamic.keys()

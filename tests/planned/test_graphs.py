@@ -10,54 +10,25 @@ import pytest
 import torch
 from conftest import halting_model, images
 from equivalence import assert_same
-from test_passes import KINDS, SIZE
+from graphed_models import CLOSE, KINDS, SIZE, TIGHT, graphed, masked, warm, warm_training
 from torch import nn
 from torch.testing import assert_close
 
-import zipping
-from zipping.planned import capture, kernels, runner
+from zipping.planned import capture, runner
 from zipping.planned.dispatch import RUNNERS, graph_report
 from zipping.planned.plans import Planner
 from zipping.planned.weights import CastWeights
 
-CLOSE = {"rtol": 1e-4, "atol": 5e-5}
-TIGHT = {"start": 2, "spreads": 0.0, "grid": 1}  # overflows often
-LOOSE = {"start": 2, "spreads": 9.0, "grid": 4}  # holds
+pytestmark = pytest.mark.usefixtures("graphs_on_cpu")
 ALL_KINDS = [  # the interpreter needs seconds for each
     "class token",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("distilled", "DeiT III", "stochastic depth")),
 ]
 
 
-@pytest.fixture(autouse=True)
-def on_device(graph_standin, monkeypatch):
-    """Run the dynamic mode as on CUDA too, and use loose plans. Few programs save time in the interpreter."""
-    monkeypatch.setattr(kernels, "ROWS", 128)
-    monkeypatch.setattr(zipping, "uses_device_form", lambda x: True)
-    monkeypatch.setattr(runner, "Planner", partial(Planner, **LOOSE))
-
-
 @pytest.fixture
 def tight(monkeypatch):
     monkeypatch.setattr(runner, "Planner", partial(Planner, **TIGHT))
-
-
-def graphed(**kwargs):
-    return halting_model(**{**SIZE, **kwargs}, cuda_graphs=True)
-
-
-def masked(model):
-    twin = copy.deepcopy(model)
-    twin.zip_tokens = False
-    return twin
-
-
-def warm(model, batch=4, **kwargs):
-    """Call the model until its pass is captured."""
-    for seed in range(3):
-        model(images(batch, seed=seed), **kwargs)
-    assert graph_report(model).captures > 0
-    return model
 
 
 # Inference ---------------------------------------------------------------------------------------
@@ -297,11 +268,6 @@ def test_failed_capture_in_training_draws_no_random_numbers(monkeypatch):
 
 def masked_and(model):
     return masked(model), model
-
-
-def warm_training(model):
-    """Train until the pass is captured."""
-    return warm(model.train(), return_halting=True)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import halting_model, images
-from test_passes import SIZE
+from graphed_models import LOOSE, SIZE
 from torch import nn
 from torch.testing import assert_close
 
@@ -33,7 +33,7 @@ def _run_process(rank, file, queue):
     torch.set_num_threads(1)
     capture.capture, capture.warm_up, capture.new_pool = standin.capture, standin.warm_up, standin.new_pool
     dispatch.supports_graphs = zipping.uses_device_form = lambda images: True
-    runner.Planner = lambda *args, **options: Planner(*args, **options, start=2, spreads=9.0, grid=4)
+    runner.Planner = lambda *args, **options: Planner(*args, **options, **LOOSE)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = halting_model(**SIZE, cuda_graphs=True).train()
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -16,20 +16,12 @@ kernels = pytest.importorskip(
     "zipping.planned.kernels", reason="Triton is installed with CUDA builds of torch on Linux"
 )
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE_STEP = {"rtol": 2**-7, "atol": 1e-4}  # a number may round to its neighbor
 TOLERANCES = dict.fromkeys(DTYPES, ONE_STEP) | {torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
 HALF = {"rtol": 0.02, "atol": 0.02}  # rounding to half precision, and sums of gradients in another order
 SCALE, LIMIT = 1.5, 0.99
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill memory that was not written with NaN, and with the largest number of an integer dtype."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Case:

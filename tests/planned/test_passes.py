@@ -1,11 +1,10 @@
 """A pass by plan computes the same as the masked mode, whatever its surplus rows hold."""
 
-import copy
-
 import pytest
 import torch
 from conftest import halting_model, images
 from graph_standin import Tape
+from graphed_models import KINDS, SIZE, masked
 from torch.testing import assert_close
 
 from zipping.planned import passes
@@ -13,26 +12,7 @@ from zipping.planned.passes import PlannedPass, begin, can_fuse, choose_step, fi
 from zipping.planned.plans import Plan
 from zipping.planned.tokens import PlannedGate, PlannedTokens
 
-SIZE = {"depth": 4, "mean": 2.3, "spread": 0.9}
-KINDS = {
-    "class token": {},
-    "distilled": {"distilled": True},
-    "DeiT III": {"no_embed_class": True, "init_values": 0.5},
-    "registers": {"reg_tokens": 2},
-    "stochastic depth": {"drop_path_rate": 0.2},
-    "normed queries and keys": {"qk_norm": True},
-    "every token halts in block 1": {"mean": -5.0},
-    "no token halts": {"mean": 30.0, "spread": 0.5},
-}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill memory that is allocated and not written with NaN, or with the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def planned_pass(model, plan, offset=0.0, **options):
@@ -63,12 +43,6 @@ def gradients(model, logits, halting):
     loss = sum((x * weights).sum() for x in logits) + halting.ponder_cost.square().mean()
     loss = loss + halting.layer_scores.square().sum()
     return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-
-
-def masked(model):
-    twin = copy.deepcopy(model)
-    twin.zip_tokens = False
-    return twin
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
