@@ -121,7 +121,7 @@ class AdaptiveTokens:
     early_exit: in zipped mode and evaluation, if only logits are requested, drop an image once its
     prefix tokens have halted;
     cuda_graphs: in zipped mode on CUDA, replay passes from CUDA graphs (planned mode, see zipping/planned);
-    compile_blocks: with cuda_graphs in half precision, compile the blocks with torch.compile.
+    compile_blocks: with `cuda_graphs` and in half precision, compile the blocks with torch.compile.
     Other options are timm's. Raises ValueError for options that halting does not support.
     """
 

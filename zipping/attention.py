@@ -104,16 +104,15 @@ def _padding_pays(q: Tensor, runs: list[tuple[int, int]]) -> bool:
     """Return whether `padded_attention` is faster than one call per run.
 
     q: [1, H, T, D]; runs: the sequence length and the number of images of each call, ascending.
-    The conditions are measured: many calls, short sequences and few channels. There torch's
-    attention gains little from a second thread, and matrix products gain more. With one thread
-    both take about as long.
+    The limits were measured. With many calls, short sequences and few channels, torch's attention
+    gains less from a second thread than matrix products do. With one thread both take about as long.
     """
     num_heads, head_dim, longest = q.shape[1], q.shape[3], runs[-1][0]
     is_small = 16 < longest <= 64 and num_heads * head_dim <= 64
     return is_small and len(runs) >= 8 and q.dtype == torch.float32 and torch.get_num_threads() > 1
 
 
-PADDED_IMAGES = 48  # of a group at most: more differ in length, and their scores leave the cache
+PADDED_IMAGES = 48  # images of a group, at most: with more, lengths differ more, and the scores exceed the cache
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int]) -> Tensor:
@@ -130,7 +129,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int]) -> Ten
 def _attend_in_group(q: Tensor, k: Tensor, v: Tensor, seqlens: np.ndarray) -> Tensor:
     """Compute `padded_attention` for one group. q, k, v: [1, H, T, D] -> [1, T, H, D].
 
-    An image is padded with copies of its last row, so that no NaN gets into another image.
+    Each image is padded with copies of its own last row, so that a NaN does not reach other images.
     """
     num_heads, head_dim, longest = q.shape[1], q.shape[3], int(seqlens[-1])
     position, seqlens = np.arange(longest), seqlens[:, None]

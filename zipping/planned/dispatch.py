@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """A call of a model. images: [B, in_chans, H, W]; for the others, see `AdaptiveTokens.forward`."""
+    """Arguments of a call of a model. images: [B, in_chans, H, W]; for the others, see `AdaptiveTokens.forward`."""
 
     images: Tensor
     return_halting: bool = False

@@ -1,4 +1,4 @@
-"""A forward pass by plan: static shapes, and nothing read from the device."""
+"""A forward pass by plan: its shapes are static, and the host reads nothing from the device."""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ STAGE = 3  # blocks in a stage
 
 
 class Kind(NamedTuple):
-    """Conditions of a captured pass, in addition to its plan and to what `ModelWatch` compares."""
+    """Conditions of a call that a captured pass depends on, in addition to its plan and to the model itself.
+
+    num_tokens: of an image; amp: dtype of autocast, None if it is off; modes: global settings of torch.
+    """
 
     device: torch.device
     training: bool
@@ -57,8 +60,9 @@ class Kind(NamedTuple):
 class GraphRunner:
     """Runs the calls of one model. Every result is that of the model in its current state, up to rounding.
 
-    The first batches of a kind run in the dynamic mode, and the planner observes their counts. Then the pass of a plan
-    is captured at its first use. Whether the model has changed since is compared while the device works.
+    The first batches of a kind run in the dynamic mode, and the planner observes their counts. Later, the pass of a
+    plan is captured at its first use. While the device runs a replay, the host checks whether the model has changed
+    since the capture. If so, the batch runs in the dynamic mode and the captured passes are dropped.
     """
 
     def __init__(self, model: VisionTransformer):
@@ -102,6 +106,7 @@ class GraphRunner:
         self._stream = stream
 
     def _run_dynamic(self, call: Call, planner: Planner, overflowed: bool = False) -> Result:
+        """Run a call in the dynamic mode. Its counts are true, so the planner observes them."""
         history = HaltingHistory()
         result = self._model()._forward(call, history)
         self._observe(call, planner, history.row_counts, overflowed)
@@ -168,13 +173,8 @@ class GraphRunner:
     def _captured(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph | None:
         """Return the captured pass of a plan, capturing it first if needed. None if that is not possible."""
         if (kind, plan) not in self._graphs:
-            if not self._may_capture(kind):
+            if not (self._may_capture(kind) and self._make_room()):
                 return None
-            if len(self._graphs) >= MAX_CAPTURES:
-                if self.report.batches < self._next_eviction:
-                    return None
-                self._graphs.popitem(last=False)
-                self._next_eviction = self.report.batches + EVICTION_GAP
             try:
                 self._graphs[kind, plan] = self._capture(call, kind, plan)
             except Exception as error:  # drivers, kernels and compilers raise many types
@@ -184,7 +184,17 @@ class GraphRunner:
         self._graphs.move_to_end((kind, plan))
         return self._graphs[kind, plan]
 
+    def _make_room(self) -> bool:
+        """Evict the captured pass that was used least recently if there are too many. False if it is too early."""
+        if len(self._graphs) >= MAX_CAPTURES:
+            if self.report.batches < self._next_eviction:
+                return False
+            self._graphs.popitem(last=False)
+            self._next_eviction = self.report.batches + EVICTION_GAP
+        return True
+
     def _capture(self, call: Call, kind: Kind, plan: Plan) -> InferenceGraph | TrainingGraph:
+        """Capture the pass of a plan, with this batch as its first input."""
         model = self._model()
         with torch.inference_mode(False), torch.set_grad_enabled(kind.training):
             pool, weights = self._shared(model, kind)
@@ -192,8 +202,7 @@ class GraphRunner:
             inputs = StaticInputs(images, plan.size, model.num_prefix_tokens)
             inputs.write(call.images, self._gate(call))
             step = choose_step(model, model.compile_blocks)
-            outputs = (kind.return_halting, kind.early_exit)
-            planned = PlannedPass(model, plan, inputs.tokens, inputs.gate, step, *outputs)
+            planned = PlannedPass(model, plan, inputs.tokens, inputs.gate, step, kind.return_halting, kind.early_exit)
             if kind.training:
                 return TrainingGraph(inputs, planned, weights, pool)
             is_staged = kind.early_exit and plan.size[0] <= MAX_STAGED_IMAGES and step is fused_step
@@ -224,9 +233,9 @@ class GraphRunner:
         return GateNumbers(model.gate_scale, model.gate_center, 1 - model.halt_eps, call.gate_offset)
 
     def _may_capture(self, kind: Kind) -> bool:
-        """Return whether the model can be captured: no hooks or replaced functions, only layers of timm and torch.
+        """Return whether the passes of the model can be captured, see `ModelWatch.can_capture`.
 
-        Drops the captured passes if the model is not what they were captured from.
+        Drops the captured passes if the model has changed.
         """
         watch = self._watches.get(kind.training)
         if watch is not None and not watch.is_same():
@@ -237,7 +246,7 @@ class GraphRunner:
         return watch.can_capture(kind.training)
 
     def _is_valid(self, kind: Kind) -> bool:
-        """Return whether a pass that was just launched is that of the model. Drops the captured passes if not."""
+        """Return whether the model is still the captured one. Drops the captured passes if not."""
         watch = self._watches.get(kind.training)
         if watch is not None and watch.is_same() and watch.is_untouched():
             return True

@@ -1,4 +1,4 @@
-"""Whether a model is still what its passes were captured from: a captured pass calls no module and no hook."""
+"""Detection of changes of a model after the capture of its passes, which call no module and no hook."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PLAIN_TYPES = (bool, int, float, str, type(None))
 
 
 class ModelWatch:
-    """A record of a model's modules, parameters and attributes, and a quick comparison with what they are now.
+    """Record of a model's modules, tensors and attributes, which it compares with the current ones.
 
-    The dictionaries of the modules are gathered once, because a walk through the modules takes longer than a batch of
-    one image. Values of weights are not compared: captured passes read them.
+    The dictionaries of the modules are collected once, because a walk through the modules takes longer than the pass of
+    one image. Values of weights are not compared: captured passes read the current ones.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,4 +1,4 @@
-"""Weights as a captured pass reads them: cast together, where autocast would cast each of them in every layer."""
+"""Weights of captured passes: cast together once per pass, where autocast casts each of them in its layer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor, nn
 
 
 class CastWeights:
-    """The parameters of a model as leaves of their own, for passes that are captured.
+    """Leaf tensors that replace the parameters of a model in captured passes.
 
-    Under autocast, weights of linear layers and convolutions are cast in one go, and so are their gradients. The
-    numbers are those of autocast. Other parameters keep their memory, under another name: autograd may already hold a
-    node for a parameter on another stream (DistributedDataParallel keeps them), which a capture must not meet.
+    Under autocast, the leaves of linear layers and convolutions are copies in the dtype of autocast. All of them are
+    cast together, and so are their gradients. The results have the bits of autocast. The other leaves share the memory
+    of their parameters. A capture must not use the parameters themselves: autograd may hold a node of a parameter that
+    belongs to another stream (DistributedDataParallel keeps such nodes).
 
-    A captured pass casts the weights itself, each time. So it follows every write to them, also writes that do not
-    change a parameter's `_version`, as those of torch's fused optimizers and those through `.data`.
+    Every captured pass casts the weights first. So it follows every write to them, even if the write does not change
+    the parameter's `_version`: torch's fused optimizers and writes through `.data` do not.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, train: bool):
-        """Make the leaves.
+        """Allocate the leaves.
 
-        dtype: of the matrix products under autocast, None without it; train: whether gradients will be computed.
+        dtype: of autocast, None if it is off; train: whether gradients will be computed.
         """
         is_cast = {
             id(parameter)
@@ -44,13 +45,13 @@ class CastWeights:
             self._leaves[number].requires_grad_()
 
     def cast(self) -> None:
-        """Cast the weights. Part of each captured pass."""
+        """Cast the weights. Every captured pass begins with it."""
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
 
     @contextlib.contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Let the modules of the model hold the leaves inside the context."""
+        """Replace the parameters in the modules of the model by the leaves inside the context."""
         leaf_of = {id(p): leaf for p, leaf in zip(self.parameters, self._leaves)}
         places = [
             (module._parameters, name, parameter)
@@ -67,10 +68,11 @@ class CastWeights:
                 held[name] = parameter
 
     def gradients(self, outputs: list[Tensor], grads: list[Tensor]) -> list[tuple[Tensor, list[int]]]:
-        """Compute the gradients of all parameters that are trained.
+        """Compute the gradients of all parameters that are trained. grads: the gradients of the outputs.
 
-        Returns, for each pair of dtypes, the gradients in one flat tensor of the parameters' dtype, and the places of
-        their parameters in `parameters`. Parameters that the outputs do not depend on are missing.
+        Returns one pair for each combination of the dtypes of leaf and parameter: the gradients, concatenated in one
+        flat tensor of the parameters' dtype, and the indices of these parameters in `parameters`. Parameters that the
+        outputs do not depend on are missing.
         """
         leaves = [self._leaves[number] for number in self.trained]
         found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
