@@ -117,24 +117,25 @@ def finish(planned: PlannedPass, state: PassState) -> tuple[Tensor | tuple[Tenso
     logits = model.forward_head(model.norm(features.to(state.dtype)))
     halting = None
     if planned.return_halting:
-        score = _to_dense(planned.plan.size, [(record.token, record.score) for record in state.records])
-        halts = _to_dense(planned.plan.size, [(record.token, record.halts) for record in state.records])
+        score, halts = _to_dense(planned.plan.size, state.records)
         halting = summarize_halting(score, halts, model.num_prefix_tokens, model.num_blocks)
     return logits, halting
 
 
-def _to_dense(size: tuple[int, int], blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the values of all blocks as [L, B, N], zero for halted tokens.
+def _to_dense(size: tuple[int, int], records: tuple[BlockRecord, ...]) -> tuple[Tensor, Tensor]:
+    """Return the scores and decisions of all blocks, [L, B, N] each, zero for halted tokens.
 
-    blocks: token and value of each row, [c] each, for each block. The values of surplus rows, whose token
-    is B * N, are written to an extra column that is cut off.
+    Those of surplus rows, whose token is B * N, are written to an extra column that is cut off.
     """
-    tokens, values = zip(*blocks)
-    shape = (len(blocks), math.prod(size) + 1)
-    index = torch.cat(torch._foreach_add(tokens, [number * shape[1] for number in range(shape[0])]))
-    value = torch.cat(values)
-    dense = value.new_zeros(math.prod(shape)).index_copy(0, index, value).view(shape)
-    return dense[:, :-1].unflatten(1, size)
+    shape = (len(records), math.prod(size) + 1)
+    starts = [number * shape[1] for number in range(shape[0])]
+    index = torch.cat(torch._foreach_add([record.token for record in records], starts))
+
+    def dense(values: Tensor) -> Tensor:
+        scattered = values.new_zeros(math.prod(shape)).index_copy(0, index, values)
+        return scattered.view(shape)[:, :-1].unflatten(1, size)
+
+    return tuple(dense(torch.cat(values)) for values in zip(*((r.score, r.halts) for r in records)))
 
 
 # One block ---------------------------------------------------------------------------------------
