@@ -393,3 +393,27 @@ def test_number_of_captures_is_limited(monkeypatch):
         warm(model, batch)
     assert graph_report(model).captures == 3
     assert len(RUNNERS[model]._graphs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_blocks_with_generated_code_equal_masked_mode(training):
+    model = graphed(drop_path_rate=0.1).train(training)
+    model.compile_blocks = True
+    outputs, gradients = [], []
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        warm(model, return_halting=True)
+        for each in (model, masked(model)):
+            torch.manual_seed(0)  # for stochastic depth
+            logits, halting = each(images(4), return_halting=True)
+            outputs.append((logits, *halting))
+            if training:
+                loss = logits.float().square().sum() + halting.ponder_cost.mean()
+                found = torch.autograd.grad(loss, list(each.parameters()), allow_unused=True, materialize_grads=True)
+                gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    assert graph_report(model).replayed == 2
+    same = (outputs[0][1] == outputs[1][1]).all(dim=1)  # rounding may change a depth
+    assert same.sum() >= 3
+    assert_close(*(logits[same] for logits, *_ in outputs), rtol=0.05, atol=0.05)
+    if training:
+        assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
