@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -89,6 +90,11 @@ class GateNumbers(NamedTuple):
     limit: float
     offset: Tensor | None = None
 
+    @classmethod
+    def of(cls, model: VisionTransformer, offset: Tensor | None = None) -> GateNumbers:
+        """Return the current gate of a model."""
+        return cls(model.gate_scale, model.gate_center, 1 - model.halt_eps, offset)
+
 
 class StaticInputs:
     """Inputs of a captured pass, at fixed addresses: the images, the store of the first block and the gate.
@@ -97,7 +103,8 @@ class StaticInputs:
     """
 
     def __init__(self, images: Tensor, size: tuple[int, int], num_prefix_tokens: int):
-        self.images = images.clone(memory_format=torch.contiguous_format)
+        """Allocate the inputs. images: any of their shape, dtype and device; size: B, N."""
+        self.images = images.new_zeros(size[0], *images.shape[1:])
         self.tokens = PlannedTokens.all_live(size, num_prefix_tokens, images.device)
         zeros = partial(torch.zeros, dtype=torch.float32, device=images.device)
         self.gate = PlannedGate(zeros(2), zeros(size[0]))

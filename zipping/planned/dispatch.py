@@ -31,11 +31,8 @@ class Call(NamedTuple):
     gate_offset: Tensor | None = None
 
 
-class Result(NamedTuple):
-    """The result of a call: logits (a pair in distilled training), and `Halting` if requested."""
-
-    logits: Tensor | tuple[Tensor, Tensor]
-    halting: Halting | None
+# Logits (a pair in distilled training), and `Halting` if requested
+Result = tuple[Tensor | tuple[Tensor, Tensor], Halting | None]
 
 
 @dataclass
@@ -68,7 +65,7 @@ RUNNERS: WeakKeyDictionary[VisionTransformer, GraphRunner] = WeakKeyDictionary()
 def run_by_graphs(model: VisionTransformer, call: Call) -> Result:
     """Run a call of a model by CUDA graphs if possible, else in the dynamic mode."""
     if not _is_supported(model, call):
-        return Result(*model._forward(call))
+        return model._forward(call)
     if model not in RUNNERS:
         from zipping.planned.runner import GraphRunner  # imported here because Triton may be missing
 

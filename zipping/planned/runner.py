@@ -86,7 +86,7 @@ class GraphRunner:
     def _run(self, call: Call) -> Result:
         model = self._model()
         if self._has_failed:
-            return Result(*model._forward(call))
+            return model._forward(call)
         kind = Kind.of(model, call)
         self.report.batches += 1
         planner = self._planner(kind, len(call.images))
@@ -110,7 +110,7 @@ class GraphRunner:
         history = HaltingHistory()
         result = self._model()._forward(call, history)
         self._observe(call, planner, history.row_counts, overflowed)
-        return Result(*result)
+        return result
 
     def _infer(self, call: Call, kind: Kind, planner: Planner) -> Result:
         """Replay the pass of the plan, and after an overflow that of the full plan."""
@@ -118,7 +118,7 @@ class GraphRunner:
             graph = self._captured(call, kind, plan)
             if graph is None:
                 return self._run_dynamic(call, planner)
-            graph.launch(call.images, self._gate(call))
+            graph.launch(call.images, GateNumbers.of(self._model(), call.gate_offset))
             is_valid, counts = self._is_valid(kind), graph.counts()
             if not is_valid:
                 return self._run_dynamic(call, planner)
@@ -126,7 +126,7 @@ class GraphRunner:
                 break
         self._observe(call, planner, counts, overflowed=plan is not planner.plan)
         self.report.replayed += 1
-        return Result(*graph.results(len(call.images)))
+        return graph.results(len(call.images))
 
     def _train(self, call: Call, kind: Kind, planner: Planner) -> Result:
         """Replay the forward pass of the plan. After an overflow, run the dynamic mode with the same random numbers."""
@@ -139,7 +139,7 @@ class GraphRunner:
         _set_random_state(device, random_state)  # the passes before a capture draw numbers
         if graph is None:
             return self._run_dynamic(call, planner)
-        graph.launch(call.images, self._gate(call))
+        graph.launch(call.images, GateNumbers.of(self._model(), call.gate_offset))
         is_valid, counts = self._is_valid(kind), graph.counts()
         overflowed = is_valid and plan.overflows(counts)
         if not is_valid or overflowed:
@@ -149,7 +149,7 @@ class GraphRunner:
         self.report.replayed += 1
         self._last_trained = weakref.ref(graph)
         *logits, depth, ponder_cost, layer_scores = graph.outputs()
-        return Result(tuple(logits) if len(logits) > 1 else logits[0], Halting(depth, ponder_cost, layer_scores))
+        return tuple(logits) if len(logits) > 1 else logits[0], Halting(depth, ponder_cost, layer_scores)
 
     def _observe(self, call: Call, planner: Planner, counts: list[int], overflowed: bool = False) -> None:
         """Pass the true counts of a batch to the planner, unless the batch is smaller than its plans or has none."""
@@ -198,9 +198,8 @@ class GraphRunner:
         model = self._model()
         with torch.inference_mode(False), torch.set_grad_enabled(kind.training):
             pool, weights = self._shared(model, kind)
-            images = call.images[:1].clone().expand(plan.size[0], -1, -1, -1)
-            inputs = StaticInputs(images, plan.size, model.num_prefix_tokens)
-            inputs.write(call.images, self._gate(call))
+            inputs = StaticInputs(call.images, plan.size, model.num_prefix_tokens)
+            inputs.write(call.images, GateNumbers.of(model, call.gate_offset))
             step = choose_step(model, model.compile_blocks)
             planned = PlannedPass(model, plan, inputs.tokens, inputs.gate, step, kind.return_halting, kind.early_exit)
             if kind.training:
@@ -227,10 +226,6 @@ class GraphRunner:
             "which is slower for small batches. Set cuda_graphs=False to silence this warning.",
             stacklevel=2,
         )
-
-    def _gate(self, call: Call) -> GateNumbers:
-        model = self._model()
-        return GateNumbers(model.gate_scale, model.gate_center, 1 - model.halt_eps, call.gate_offset)
 
     def _may_capture(self, kind: Kind) -> bool:
         """Return whether the passes of the model can be captured, see `ModelWatch.can_capture`.
