@@ -30,7 +30,7 @@ from readers.folders import (
 )
 from readers.images import UnreadableImage, load_image, to_rgb
 from readers.streams import Stream, check_reader, read_by_timm
-from readers.synthetic import ClutteredFashionMNIST, Digits
+from readers.synthetic import ClutteredFashionMNIST, Digits, VariedClutteredFashionMNIST
 from utils import UserError
 
 __all__ = [
@@ -135,7 +135,7 @@ def _are_numbers(values: object, low: float, high: float, count: int = 3) -> boo
 
 
 IMAGENET = Preprocessing()
-PLACED = {"DIGITS", "CLUTTERED"}  # these datasets place their objects themselves
+PLACED = {"DIGITS", "CLUTTERED", "CLUTTERED_VARIED"}  # these datasets place their objects themselves
 
 
 # Transforms --------------------------------------------------------------------------------------
@@ -178,6 +178,7 @@ DATA_SETS = {
     "INAT19": partial(INaturalist, 2019),
     "FMNIST": fashion_mnist,
     "CLUTTERED": ClutteredFashionMNIST,
+    "CLUTTERED_VARIED": VariedClutteredFashionMNIST,
     "DIGITS": Digits,
 }
 NEEDS_NO_FOLDER = {"DIGITS"}

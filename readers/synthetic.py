@@ -1,7 +1,8 @@
-"""Datasets that place small images on larger canvases: DIGITS and CLUTTERED."""
+"""Datasets that place small images on larger canvases: DIGITS, CLUTTERED and CLUTTERED_VARIED."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -65,21 +66,70 @@ class ClutteredFashionMNIST(Dataset):
         return len(self.pixels)
 
     def __getitem__(self, index: int):
+        image, _ = self.compose(index)
+        return self.transform(Image.fromarray(image)), int(self.targets[index])
+
+    def compose(self, index: int) -> tuple[np.ndarray, dict[str, int]]:
+        """Return an image, [56, 56] uint8, and its content by name: the article's side in pixels, number of crops."""
         random = np.random if self.train else np.random.RandomState(index)
+        return self._compose(self.pixels[index], random)
+
+    def _compose(self, article: np.ndarray, random) -> tuple[np.ndarray, dict[str, int]]:
         canvas = np.zeros((self.CANVAS, self.CANVAS), np.uint8)
         for _ in range(self.CROPS):
-            source = self.pixels[random.randint(len(self))]
-            top, left = random.randint(source.shape[0] - self.CROP_SIZE + 1, size=2)
-            self._paste(canvas, source[top : top + self.CROP_SIZE, left : left + self.CROP_SIZE], random)
-        self._paste(canvas, self.pixels[index], random)
-        return self.transform(Image.fromarray(canvas)), int(self.targets[index])
+            self._paste(canvas, self._crop(self.CROP_SIZE, random), random)
+        self._paste(canvas, article, random)
+        return canvas, {"side": len(article), "crops": self.CROPS}
 
-    def _paste(self, canvas: np.ndarray, piece: np.ndarray, random) -> None:
+    def _crop(self, size: int, random) -> np.ndarray:
+        """Return a random crop of a random article, [size, size] uint8."""
+        source = self.pixels[random.randint(len(self))]
+        top, left = random.randint(source.shape[0] - size + 1, size=2)
+        return source[top : top + size, left : left + size]
+
+    def _paste(self, canvas: np.ndarray, piece: np.ndarray, random) -> tuple[int, int]:
         """Paste a piece at a random place that lies fully on the canvas.
 
-        canvas, piece: [H, W] uint8
+        canvas, piece: [H, W] uint8. Returns the place: top, left.
         """
         side = len(piece)
         top, left = random.randint(self.CANVAS - side + 1, size=2)
-        target = canvas[top : top + side, left : left + side]
-        np.maximum(target, piece, out=target)
+        _keep_brighter(canvas, piece, top, left)
+        return top, left
+
+
+class VariedClutteredFashionMNIST(ClutteredFashionMNIST):
+    """`ClutteredFashionMNIST` with content that varies between images.
+
+    The number of crops is from 0 to 16. The article is scaled by a factor from 0.5 to 1.75, uniform in its logarithm,
+    so that its side is from 14 to 49 pixels. In three images of ten, two crops of 16 x 16 overlap the article's square.
+    """
+
+    MAX_CROPS, MIN_SCALE, MAX_SCALE = 16, 0.5, 1.75
+    OVERLAID_SHARE, OVERLAYS, OVERLAY_SIZE, MIN_OVERLAP = 0.3, 2, 16, 8
+
+    def _compose(self, article: np.ndarray, random) -> tuple[np.ndarray, dict[str, int]]:
+        canvas = np.zeros((self.CANVAS, self.CANVAS), np.uint8)
+        crops = random.randint(self.MAX_CROPS + 1)
+        for _ in range(crops):
+            self._paste(canvas, self._crop(self.CROP_SIZE, random), random)
+        side = round(len(article) * math.exp(random.uniform(math.log(self.MIN_SCALE), math.log(self.MAX_SCALE))))
+        scaled = np.asarray(Image.fromarray(article).resize((side, side), Image.Resampling.BILINEAR))
+        top, left = self._paste(canvas, scaled, random)
+        overlays = self.OVERLAYS if random.uniform() < self.OVERLAID_SHARE else 0
+        for _ in range(overlays):
+            self._overlay(canvas, top, left, side, random)
+        return canvas, {"side": side, "crops": crops, "overlays": overlays}
+
+    def _overlay(self, canvas: np.ndarray, top: int, left: int, side: int, random) -> None:
+        """Paste a crop so that it overlaps the article's square by `MIN_OVERLAP` pixels or more, as far as it fits."""
+        size, overlap = self.OVERLAY_SIZE, self.MIN_OVERLAP
+        offsets = random.randint(overlap - size, side - overlap + 1, size=2)
+        y, x = np.clip([top, left] + offsets, 0, self.CANVAS - size)
+        _keep_brighter(canvas, self._crop(size, random), y, x)
+
+
+def _keep_brighter(canvas: np.ndarray, piece: np.ndarray, top: int, left: int) -> None:
+    """Paste a piece into the canvas, both [H, W] uint8. Where they overlap, the brighter pixel is kept."""
+    target = canvas[top : top + len(piece), left : left + len(piece)]
+    np.maximum(target, piece, out=target)

@@ -103,9 +103,10 @@ def test_fashion_mnist_validation_needs_no_training_files(tmp_path):
     assert len(build_dataset("FMNIST", str(tmp_path), False, (28, 28))) == 4
 
 
-def test_cluttered_images_are_random_in_training_and_fixed_in_validation(tmp_path):
+@pytest.mark.parametrize("name", ["CLUTTERED", "CLUTTERED_VARIED"])
+def test_cluttered_images_are_random_in_training_and_fixed_in_validation(tmp_path, name):
     make_fashion(tmp_path, train=6, test=40)
-    train, val = (build_dataset("CLUTTERED", str(tmp_path), part, (56, 56)) for part in (True, False))
+    train, val = (build_dataset(name, str(tmp_path), part, (56, 56)) for part in (True, False))
     assert (len(train), len(val), len(val.classes)) == (6, 40, 10)
     for image, target in (train[1], val[1]):
         assert image.shape == (3, 56, 56)
@@ -132,6 +133,26 @@ def test_cluttered_image_shows_the_full_article_and_eight_crops(tmp_path):
         canvas[top : top + 28, left : left + 28] = 0
         assert 0 < (canvas > 0).sum() <= 8 * 8 * 8
     assert len(places) > 5
+
+
+def test_varied_images_follow_their_recorded_content(tmp_path):
+    """An image is not black in at most the article's square and its crops, and contents span their ranges."""
+    make_fashion(tmp_path, train=6, test=40)
+    val = build_dataset("CLUTTERED_VARIED", str(tmp_path), False, (56, 56))
+    contents = []
+    for index in range(40):
+        image, content = val.compose(index)
+        area = content["side"] ** 2 + content["crops"] * 8 * 8 + content["overlays"] * 16 * 16
+        assert image.shape == (56, 56)
+        assert 0 < (image > 0).sum() <= area
+        contents.append(content)
+    sides, crops, overlays = ([content[name] for content in contents] for name in ("side", "crops", "overlays"))
+    assert min(sides) >= 14
+    assert max(sides) <= 49
+    assert max(sides) > 2 * min(sides)
+    assert {0, 16} >= set(crops) - set(range(1, 16))
+    assert max(crops) > min(crops) + 8
+    assert set(overlays) == {0, 2}
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def data_flags() -> Parser:
         default="IMNET",
         metavar="NAME",
         help="dataset name: IMNET, INAT (iNaturalist 2018), INAT19, CIFAR (100 classes), CIFAR10, FMNIST, CLUTTERED, "
-        "DIGITS, or a timm dataset with prefix wds/, tfds/ or torch/",
+        "CLUTTERED_VARIED, DIGITS, or a timm dataset with prefix wds/, tfds/ or torch/",
     )
     add("--val-split", metavar="NAME", help="evaluation split of a timm dataset (default: validation)")
     add(
