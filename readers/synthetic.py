@@ -125,7 +125,7 @@ class VariedClutteredFashionMNIST(ClutteredFashionMNIST):
         """Paste a crop so that it overlaps the article's square by `MIN_OVERLAP` pixels or more, as far as it fits."""
         size, overlap = self.OVERLAY_SIZE, self.MIN_OVERLAP
         offsets = random.randint(overlap - size, side - overlap + 1, size=2)
-        y, x = np.clip([top, left] + offsets, 0, self.CANVAS - size)
+        y, x = np.clip(np.array([top, left]) + offsets, 0, self.CANVAS - size)
         _keep_brighter(canvas, self._crop(size, random), y, x)
 
 
