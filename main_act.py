@@ -67,9 +67,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     head = build.choose_head(args, classes, start)
     model = build.build_model(args, settings, head, start).to(device)
     teacher = build_teacher(args, settings, model, head)
-    calibration = build.calibration_batches(args, settings, train_images, device)
     if build.should_search_gate(args, start):
-        build.set_gate(args, model, calibration, device)
+        build.set_gate(args, model, build.gate_batches(args, settings, train_images, device), device)
+    static_start = build.static_start(args, model, head, start)
 
     # losses, optimizer, schedule
     trainer = build.build_trainer(args, model, classes, device, teacher)
@@ -81,8 +81,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 
     # loop
     output_dir = Path(args.output_dir) if args.output_dir else None
+    calibration = build.calibration_batches(args, test_images, device)
     options = loop.RunOptions(args.epochs, output_dir, args.tensorboard, args.checkpoint_steps, args.keep, vars(args))
-    training_run = loop.TrainingRun(trainer, schedule, train_loader, test_loader, options, calibration)
+    training_run = loop.TrainingRun(trainer, schedule, train_loader, test_loader, options, calibration, static_start)
     if start is not None and start.flag == "resume":
         training_run.load_state_dict(start)
     if args.start_epoch is not None:

@@ -30,7 +30,13 @@ class UnpaddedDistributedSampler(Sampler):
     """All indices, each in one process, without padding, so lengths may differ by one."""
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int):
-        self.indices = range(rank, len(dataset), num_replicas)
+        self.dataset, self.num_replicas, self.rank = dataset, num_replicas, rank
+        self.start_at(0)
+
+    def start_at(self, epoch: int, images: int = 0) -> None:
+        """Make the next iteration start after the first `images` images over all processes. All epochs are equal."""
+        first = images + (self.rank - images) % self.num_replicas
+        self.indices = range(first, len(self.dataset), self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)

@@ -81,18 +81,22 @@ def budget_curve(
 
 
 def measure_curve(
-    costs_of: Callable[[list[float]], list[float]], center: float, min_cost: float, max_cost: float
+    costs_of: Callable[[list[float]], list[float]],
+    center: float,
+    min_cost: float,
+    max_cost: float,
+    gaps: tuple[float, float] = (GAP, FAR_GAP),
 ) -> BudgetCurve:
-    """Measure costs at more and more centers, until neighbors differ by at most `GAP`, or `FAR_GAP` if far apart.
+    """Measure costs at more and more centers, until neighbors differ by at most `gaps`: if near, and otherwise.
 
     costs_of: returns the cost at each of some centers, see `measure_costs`. center: where the search starts.
-    min_cost: lowest possible cost. max_cost: cost up to which the curve is measured.
+    min_cost, max_cost: costs between which the curve is measured.
     """
     points: dict[float, float] = {}
     missing = [center + step for step in (-4, -2, -1, 0, 1, 2, 4)]
     for _ in range(MAX_ROUNDS):
         points |= zip(missing, costs_of(missing))
-        missing = _missing_centers(sorted(points.items()), min_cost, max_cost)
+        missing = _missing_centers(sorted(points.items()), (min_cost, max_cost), gaps)
         if not missing:
             break
     centers = sorted(points)
@@ -100,12 +104,15 @@ def measure_curve(
     return BudgetCurve(tuple(zip(centers, costs.tolist())))
 
 
-def _missing_centers(points: list[tuple[float, float]], min_cost: float, max_cost: float) -> list[float]:
+def _missing_centers(
+    points: list[tuple[float, float]], costs: tuple[float, float], gaps: tuple[float, float]
+) -> list[float]:
     """Return centers to measure next; points: (center, cost), ascending in the center."""
+    (min_cost, max_cost), (near_gap, far_gap) = costs, gaps
     missing = [
         (low + high) / 2
         for (low, cost), (high, next_cost) in itertools.pairwise(points)
-        if cost < max_cost and next_cost - cost > (GAP if high - low <= NEAR else FAR_GAP)
+        if cost < max_cost and next_cost > min_cost and next_cost - cost > (near_gap if high - low <= NEAR else far_gap)
     ]
     (first, low_cost), (last, high_cost) = points[0], points[-1]
     missing += [first - (last - first)] if low_cost > min_cost + GAP else []
@@ -114,7 +121,7 @@ def _missing_centers(points: list[tuple[float, float]], min_cost: float, max_cos
 
 
 class CalibrationBatches:
-    """The first batches of a training loader's first epoch, the same in every iteration."""
+    """The first batches of a loader's first epoch, the same in every iteration."""
 
     def __init__(self, loader: ImageLoader, num_images: int):
         """num_images: over all processes, rounded up to whole batches."""

@@ -15,13 +15,15 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import losses
 import utils
-from datasets import build_dataset, evaluation_transform
+from datasets import Stream, build_dataset, evaluation_transform
 from engine_act import Trainer
+from training.arguments import GATE_DEFAULTS
 from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, resolve_budget
+from training.budget_table import half_precision
 from training.checkpoints import Checkpoint
 from training.classes import Head, hub_head
 from training.gate import choose_gate
@@ -183,6 +185,26 @@ def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBat
     utils.all_gather_objects(choice)[0].apply(model)
 
 
+def static_start(
+    args: argparse.Namespace, model: nn.Module, head: Head, start: Checkpoint | None
+) -> dict[str, torch.Tensor] | None:
+    """Return the weights from which a model is about to be trained to a budget, in half precision.
+
+    head: see `choose_head`. None without a budget, for a resumed run, which has recorded them, and for weights that
+    are not those of a trained static model.
+    """
+    if args.target_macs is None or _purpose(args, start) is not Purpose.NEW_TASK or head.is_new:
+        return None
+    if start is None:
+        is_static = args.pretrained and model.pretrained_cfg["num_classes"] == model.num_classes
+    else:
+        uses_ema = _uses_ema(args, start)
+        has_gate = any(values.keys() & GATE_DEFAULTS for _, values in start.gate_sources(uses_ema))
+        rows = head.select(start.state_dict(uses_ema)).get("head.weight")
+        is_static = not has_gate and rows is not None and len(rows) == model.num_classes
+    return half_precision(model.state_dict()) if is_static else None
+
+
 def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:
     """Build the controller of the ponder loss's weight, or return None without --target-macs."""
     if args.target_macs is None:
@@ -241,10 +263,10 @@ def _dataset(
     return require_same_images(images)
 
 
-def calibration_batches(
+def gate_batches(
     args: argparse.Namespace, settings: NetworkSettings, images: Dataset, device: torch.device
 ) -> CalibrationBatches:
-    """Return training images, preprocessed as in evaluation, on which gates are measured."""
+    """Return training images, preprocessed as in evaluation, on which gates are searched."""
     images = copy.copy(images)
     images.transform = evaluation_transform(settings.img_size, settings.preprocessing)
     loader = training_loader(
@@ -255,6 +277,18 @@ def calibration_batches(
         max_bad_images=args.max_bad_images,
         **loader_options(args, device),
     )
+    return CalibrationBatches(loader, GATE_IMAGES)
+
+
+def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:
+    """Return validation images on which budgets are measured, spread over the dataset: a stream's first ones.
+
+    Training images would not do: a model that knows them well halts them at other depths. Labels are not used.
+    """
+    if not isinstance(images, Stream):
+        step = max(1, math.ceil(len(images) / CALIBRATION_IMAGES))
+        images = Subset(images, range(0, len(images), step))
+    loader = evaluation_loader(images, args.batch_size, **loader_options(args, device))
     return CalibrationBatches(loader, CALIBRATION_IMAGES)
 
 

@@ -20,6 +20,7 @@ import utils
 from datasets import MAX_UNCROPPED_SIDE, Preprocessing, normal_name
 from engine_act import MAX_START_SHARE
 from training.budget import BudgetCurve
+from training.budget_table import BudgetTable, fits_weights, half_precision, mixed_weights
 from training.classes import Head, default_names, is_of_head, match_head
 from training.models import avit_names, create_model, run_preprocessing, unsupported_reason
 from training.network import (
@@ -50,7 +51,8 @@ class Checkpoint:
     model, model_ema: the weights, and their moving average or None;
     gate: gate_scale, gate_center and halt_eps, or None for a static model;
     ema_start_share: share of the starting weights in model_ema, or None without it;
-    budget_curves: `BudgetCurve` records by name of the weights, if measured;
+    budget_curves, budget_tables: `BudgetCurve` and `BudgetTable` records by name of the weights, if measured;
+    start: the weights of the static model that training to a budget started from, in half precision;
     gate_ema: like `gate`, for the averaged weights, if it differs;
     classes: class names; args: the flags of the run, by name;
     preprocessing: `Preprocessing.record` of the images in evaluation.
@@ -261,25 +263,20 @@ class Checkpoint:
 
     def budget_curve(self, use_ema: bool = False) -> BudgetCurve | None:
         """Return the budget curve of the weights, or None if there is none."""
-        curves = self.content.get("budget_curves")
-        name = "model_ema" if use_ema else "model"
-        return BudgetCurve.from_record(curves.get(name)) if isinstance(curves, dict) else None
+        return BudgetCurve.from_record(self._measured("budget_curves", use_ema))
 
-    def center_of_budget(self, budget: float, use_ema: bool = False) -> float:
-        """Return the gate center at which the weights use this fraction of the static model's MACs.
+    def budget_table(self, use_ema: bool = False) -> BudgetTable | None:
+        """Return the budget table of the weights, or None if there is none, or no starting weights to mix with."""
+        table = BudgetTable.from_record(self._measured("budget_tables", use_ema))
+        return table if table and fits_weights(self.content.get("start"), self.state_dict(use_ema)) else None
 
-        Raises UserError if there is no budget curve or the budget is outside its range.
-        """
-        curve = self.budget_curve(use_ema)
-        if curve is None:
-            raise UserError(
-                f"{self.location} has no budget curve, so --budget cannot be used; "
-                "train with --target-macs to record one"
-            )
-        if not curve.min_cost <= budget <= curve.max_cost:
-            available = f"from {curve.min_cost:.2f} to {curve.max_cost:.2f}"
-            raise UserError(f"--budget {budget:g} is out of range: {self.location} supports budgets {available}")
-        return curve.center(budget)
+    def _measured(self, entry: str, use_ema: bool) -> object:
+        records = self.content.get(entry)
+        return records.get("model_ema" if use_ema else "model") if isinstance(records, dict) else None
+
+    def mixed_state_dict(self, mixing: float, use_ema: bool = False) -> dict[str, Tensor]:
+        """Return weights between the starting weights (mixing 0) and the trained ones (1), see `BudgetTable`."""
+        return mixed_weights(self.content.get("start"), self.state_dict(use_ema), mixing)
 
     def gate_sources(self, use_ema: bool = False) -> list[tuple[str, dict[str, float]]]:
         """Return (source, gate values), most trusted first: its record, its file name, a foreign checkpoint's flags.
@@ -314,7 +311,7 @@ class Checkpoint:
 
         None stands for the checkpoint's own model, classes, gate and image size, see `resolve_network`.
         classes: names of the dataset's classes, or a `Head` from `head_for`; replace_head: see `load_weights`.
-        budget: fraction of the static model's MACs that sets the gate center, see `center_of_budget`.
+        budget: fraction of the static model's MACs that sets gate center and weights, see `budget_settings`.
         as_trained: disable halting, with a warning, if the weights were not trained to halt and no gate is given.
         options: of timm.create_model.
         """
@@ -337,7 +334,7 @@ class Checkpoint:
             head = Head([*self.names_by_class()])
         else:
             head = classes if isinstance(classes, Head) else self.head_for(classes, use_ema, replace_head)
-        weights = head.select(self.state_dict(use_ema))
+        weights = head.select(self.mixed_state_dict(settings.mixing, use_ema))
         model = create_model(
             settings.model,
             settings.img_size,
@@ -356,10 +353,12 @@ class Checkpoint:
         private_flags: names of flags to omit.
         """
         args = {name: value for name, value in self.content["args"].items() if name not in private_flags}
-        weights = {name: value.half() for name, value in self.state_dict().items()}
+        weights = half_precision(self.state_dict())
         kept = {name: self.content[name] for name in ("gate", "classes")}
         if (curve := self.budget_curve()) is not None:
             kept["budget_curves"] = {"model": curve.record()}
+        if (table := self.budget_table()) is not None:
+            kept |= {"budget_tables": {"model": table.record()}, "start": self.content["start"]}
         if (preprocessing := self.recorded_preprocessing()) is not None:
             kept["preprocessing"] = preprocessing.record()
         return {"model": weights, **kept, "args": args}

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 import utils
 from datasets import Preprocessing
 from engine_act import EpochState, Trainer, evaluate, train_one_epoch
-from training.budget import CalibrationBatches, budget_curve, measure_costs
+from training.budget import BudgetCurve, CalibrationBatches, budget_curve, measure_costs
+from training.budget_table import fits_weights, measure_table
 from training.build import Schedule
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
@@ -64,11 +65,16 @@ class TrainingRun:
         test_loader: ImageLoader,
         options: RunOptions,
         calibration: CalibrationBatches | None = None,
+        static_start: dict[str, Tensor] | None = None,
     ):
-        """calibration: training images preprocessed as in evaluation, on which a budget curve is measured."""
+        """Build a run.
+
+        calibration: images that training does not see, on which a budget curve is measured, without their labels;
+        static_start: weights of the static model that training to a budget starts from, in half precision.
+        """
         self.trainer, self.schedule = trainer, schedule
         self.train_loader, self.test_loader = train_loader, test_loader
-        self.options, self.calibration = options, calibration
+        self.options, self.calibration, self.static_start = options, calibration, static_start
         self.classes = getattr(train_loader.images, "classes", None)
         self.stop = StopRequest()
         self.tensorboard = None
@@ -80,6 +86,7 @@ class TrainingRun:
         self.previous_test: dict | None = None
         self.saving_seconds = 0.0
         self.budget_curves: dict[str, list] = {}  # records by name of the weights, after the last epoch
+        self.budget_tables: dict[str, list] = {}
 
     def train(self) -> None:
         """Train all remaining epochs.
@@ -227,7 +234,7 @@ class TrainingRun:
             log(
                 f"calibration of {name}: gate_center {before:g} -> {model.gate_center:g} changes the MACs from "
                 f"{curve.cost(before):.3f} to {cost:.3f} of the static model's; "
-                f"--budget accepts {curve.min_cost:.2f} to {curve.max_cost:.2f}"
+                f"without mixed weights, --budget accepts {curve.min_cost:.2f} to {curve.max_cost:.2f}"
             )
             if abs(cost - budget) > trainer.budget.band:
                 warn(
@@ -235,6 +242,21 @@ class TrainingRun:
                     "center comes closer. Train longer, or with another gate (--gate, --gate-scale)"
                 )
             self.budget_curves[name] = curve.record()
+            if self.static_start is not None:
+                self._measure_table(name, model, curve)
+
+    def _measure_table(self, name: str, model: nn.Module, curve: BudgetCurve) -> None:
+        """Measure the budget table of a calibrated model, and print it."""
+        trainer = self.trainer
+        table = measure_table(model, self.static_start, curve, self.calibration, trainer.device, trainer.amp)
+        if table is None:
+            warn(
+                f"{name} predicts other classes than the weights that training started from, so --budget will change "
+                "the gate only. Start from a static model of this dataset to mix its weights in"
+            )
+            return
+        log(f"budgets of {name}, measured on validation images without their labels:\n{table}")
+        self.budget_tables[name] = table.record()
 
     def _test(self) -> dict:
         """Evaluate the weights, and the accuracy of the EMA weights if there are any."""
@@ -334,6 +356,8 @@ class TrainingRun:
         """Return a checkpoint of tensors and plain types, see `Checkpoint`. Every process must call it."""
         model, ema = self.trainer.model_without_ddp, self.trainer.ema
         calibrated = {"budget_curves": self.budget_curves} if self.budget_curves else {}
+        calibrated |= {"budget_tables": self.budget_tables} if self.budget_tables else {}
+        calibrated |= {"start": self.static_start} if self.static_start is not None else {}
         if "model_ema" in self.budget_curves:
             calibrated["gate_ema"] = _gate(ema.module)
         return {name: value for part in self._parts() for name, value in part.state_dict().items()} | {
@@ -360,6 +384,8 @@ class TrainingRun:
             for part in self._parts():
                 part.load_state_dict(content)
             self._check_averages(content)
+            if fits_weights(content.get("start"), self.trainer.model_without_ddp.state_dict()):
+                self.static_start = content["start"]
             self.best_acc1 = float(content["best_acc1"])
             if math.isnan(self.best_acc1):
                 raise ValueError("best_acc1 must be a number, got nan")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from datasets import Preprocessing
 from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
+from training.budget_table import BudgetPoint
 from training.models import (
     build_on_meta,
     check_model_name,
@@ -30,6 +31,7 @@ from training.weights import embedded_size, fits, has_grid_of
 from utils import UserError, log, warn
 
 if TYPE_CHECKING:
+    from training.budget import BudgetCurve
     from training.checkpoints import Checkpoint
 
 COMMAND_LINE, RECORD, FILE_NAME, FOREIGN_RECORD = (  # sources of a value, in their order
@@ -41,6 +43,7 @@ COMMAND_LINE, RECORD, FILE_NAME, FOREIGN_RECORD = (  # sources of a value, in th
 DEFAULT_MODEL, DEFAULT_SIZE = "avit_tiny_patch16_224", (224, 224)  # without a checkpoint, as in the original
 GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
+MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
 PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
@@ -93,13 +96,17 @@ class NetworkFlags(NamedTuple):
 
 
 class NetworkSettings(NamedTuple):
-    """The settings of a network. img_size: height, width; gate: gate_scale, gate_center and halt_eps."""
+    """The settings of a network.
+
+    img_size: height, width; gate: gate_scale, gate_center and halt_eps; mixing: of the weights, see `BudgetTable`.
+    """
 
     model: str
     img_size: tuple[int, int]
     preprocessing: Preprocessing
     halting: bool
     gate: dict[str, float]
+    mixing: float = 1.0
 
 
 def resolve_network(
@@ -132,8 +139,12 @@ def resolve_network(
         checkpoint.warn_about_class_names(flags.use_ema)
         images = checkpoint.preprocessing_for(model, img_size, flags.data_set, purpose is Purpose.NEW_TASK)
     halting = flags.halting and not (evaluates and _must_be_static(checkpoint, flags, pretrained))
-    gate = _gate_of(checkpoint, flags, GATE_NAMES if halting and log_gate else ())
-    return NetworkSettings(model, img_size, images, halting, gate)
+    logged = GATE_NAMES if halting and log_gate else ()
+    if checkpoint is None or flags.budget is None:
+        return NetworkSettings(model, img_size, images, halting, _gate_of(checkpoint, flags, logged))
+    point = budget_settings(checkpoint, flags.budget, flags.use_ema)
+    gate = _gate_of(checkpoint, flags, logged, point)
+    return NetworkSettings(model, img_size, images, halting and point.cost < 1, gate, point.mixing)
 
 
 # Image size --------------------------------------------------------------------------------------
@@ -289,21 +300,72 @@ def _must_be_static(checkpoint: Checkpoint | None, flags: NetworkFlags, pretrain
     return True
 
 
-def _gate_of(checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collection[str]) -> dict[str, float]:
-    """Resolve the gate; a budget replaces its center. See `resolve_gate`."""
+def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False) -> BudgetPoint:
+    """Return the settings at which the weights use this fraction of the static model's MACs.
+
+    Without a budget table, the gate center alone changes, with a warning if the budget is far above the one that the
+    weights were trained for. Raises UserError if there is no budget curve or the budget is outside its range.
+    """
+    table, curve = checkpoint.budget_table(use_ema), checkpoint.budget_curve(use_ema)
+    known = table or curve
+    if known is None:
+        raise UserError(
+            f"{checkpoint.location} has no budget curve, so --budget cannot be used; "
+            "train with --target-macs to record one"
+        )
+    if not known.min_cost <= budget <= known.max_cost:
+        available = f"from {known.min_cost:.2f} to {known.max_cost:.2f}"
+        raise UserError(f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets {available}")
+    if table is not None:
+        return table.at(budget)
+    _warn_above_trained_budget(checkpoint, curve, budget)
+    return BudgetPoint(budget, 1.0, curve.center(budget))
+
+
+def _warn_above_trained_budget(checkpoint: Checkpoint, curve: BudgetCurve, budget: float) -> None:
+    """Warn if more compute may give worse predictions: the blocks have never seen the tokens that now stay."""
+    center = gate_numbers(checkpoint.content.get("gate")).get("gate_center")
+    if center is None or checkpoint.recorded_flag("gate_jitter"):
+        return
+    trained = curve.cost(center)
+    if budget > trained + MAX_SAFE_STEP:
+        warn(
+            f"--budget {budget:g}: {checkpoint.location} was trained for a budget of {trained:.2f} and has no starting "
+            "weights to mix with, so accuracy may be far lower at this budget than at the one trained for. Train from "
+            "the weights of a static model, which are then recorded, or with --gate-jitter"
+        )
+
+
+def _gate_of(
+    checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collection[str], point: BudgetPoint | None = None
+) -> dict[str, float]:
+    """Resolve the gate, whose center is that of `point`, if given. See `resolve_gate`."""
     if checkpoint is None:
         return resolve_gate(flags.gate, logged=logged)
     sources = checkpoint.gate_sources(flags.use_ema)
     if logged:
         _warn_if_partial(checkpoint, flags, sources)
         _warn_if_only_named(checkpoint, flags, sources)
-    if flags.budget is None:
+    if point is None:
         return resolve_gate(flags.gate, sources, logged)
     gate = resolve_gate(flags.gate, sources, [name for name in logged if name != "gate_center"])
-    gate["gate_center"] = checkpoint.center_of_budget(flags.budget, flags.use_ema)
+    gate["gate_center"] = point.center
     if "gate_center" in logged:
-        log(f"gate_center {gate['gate_center']:g}, for a budget of {flags.budget:g}")
+        log(_describe(point, flags.budget))
     return gate
+
+
+def _describe(point: BudgetPoint, budget: float) -> str:
+    """Return a line about the settings of a budget."""
+    if point.cost == 1:
+        return "budget 1: the static model that training started from, without halting"
+    line = f"gate_center {point.center:g}, for a budget of {budget:g}"
+    if point.agreement is None:
+        return line
+    weights = f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static"
+    return (
+        f"{line}{weights}; on the calibration images, {point.agreement:.1%} of the predictions are the static model's"
+    )
 
 
 def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:

@@ -1,0 +1,211 @@
+"""Budget tables: weights between the static start and the trained ones, measured and from the command line."""
+
+import json
+
+import pytest
+import torch
+from conftest import halting_model, images, make_image_folder, save_halting_micro
+from hypothesis import given
+from hypothesis import strategies as st
+
+import main_act
+import visualize
+from export_onnx import main as export
+from macs import macs_per_image, static_macs
+from training import budget_table
+from training.budget import budget_curve
+from training.budget_table import BudgetPoint, BudgetTable, fits_weights, half_precision, measure_table, mixed_weights
+from training.checkpoints import Checkpoint, load_checkpoint
+
+CPU = torch.device("cpu")
+ROW = [0.3, 1.0, 2.5, 0.9]
+TABLE = BudgetTable(
+    (BudgetPoint(0.3, 1.0, 2.0, 0.8), BudgetPoint(0.5, 0.5, 4.0, 0.9), BudgetPoint(1.0, 0.0, 14.0, 1.0))
+)
+
+
+# Tables and weights ------------------------------------------------------------------------------
+
+
+def test_table_interpolates_between_rows():
+    assert TABLE.at(0.4) == pytest.approx((0.4, 0.75, 3.0, 0.85))
+    assert TABLE.at(1.0) == TABLE.points[-1]
+    assert (TABLE.min_cost, TABLE.max_cost) == (0.3, 1.0)
+
+
+def test_table_record_round_trip_is_equal():
+    assert BudgetTable.from_record(TABLE.record()) == TABLE
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(None, 3, [], [ROW], [ROW, ROW], [[0.5, *ROW[1:]], ROW], [ROW, [0.4, 0.5, 1.0]], [ROW, "abcd"]),
+        *([ROW, [cost, 0.5, 3.0, 0.9]] for cost in (float("nan"), 1.1, "0.4")),
+        *([ROW, [0.4, mixing, 3.0, 0.9]] for mixing in (-0.1, 3.0, 1)),
+        *([ROW, [0.4, 0.5, center, 0.9]] for center in (float("inf"), None)),
+        *([ROW, [0.4, 0.5, 3.0, agreement]] for agreement in (-0.1, 1.1, None)),
+        [[i / 3000, *ROW[1:]] for i in range(2000)],
+    ],
+)
+def test_invalid_table_record_returns_none(record):
+    assert BudgetTable.from_record(record) is None
+
+
+@given(st.floats(0, 1.5), st.integers(0, 9))
+def test_mixed_weights_lie_on_the_line_through_start_and_trained(mixing, seed):
+    generator = torch.Generator().manual_seed(seed)
+    start, trained = (
+        {"a": torch.randn(3, generator=generator), "n": torch.tensor(number)} for number in (seed, seed + 1)
+    )
+    mixed = mixed_weights(half_precision(start), trained, mixing)
+    expected = (1 - mixing) * start["a"] + mixing * trained["a"]
+    torch.testing.assert_close(mixed["a"], expected, atol=0.01, rtol=0.01)
+    assert mixed["n"] == seed + 1
+    assert mixed_weights(start, trained, 1.0) is trained
+
+
+def test_start_must_have_the_names_and_shapes_of_the_weights():
+    weights = {"a": torch.ones(3), "n": torch.tensor(2)}
+    assert fits_weights(half_precision(weights), weights)
+    for broken in (None, [], {}, {"a": torch.ones(3)}, weights | {"a": torch.ones(2)}, weights | {"a": [1, 2, 3]}):
+        assert not fits_weights(broken, weights)
+    assert not fits_weights(weights | {"a": torch.tensor([1, torch.nan, 1])}, weights)
+
+
+# Measurement -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agreeing(monkeypatch):
+    """The networks of these tests are random, so that they may agree about few images."""
+    monkeypatch.setattr(budget_table, "MIN_AGREEMENT", 0.0)
+
+
+def test_measured_table_describes_the_mixed_models(agreeing):
+    torch.manual_seed(0)
+    model, batches = halting_model().eval(), [(images(16),), (images(5, seed=2),)]
+    start = half_precision({name: value + 0.02 * torch.randn_like(value) for name, value in model.state_dict().items()})
+    curve = budget_curve(model, batches, CPU, "none")
+    model.gate_center = curve.center(0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table = measure_table(model, start, curve, batches, CPU, "none")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is unchanged"
+    mixings = [point.mixing for point in table.points]
+    assert mixings == sorted(mixings, reverse=True)
+    assert table.points[-1] == BudgetPoint(1.0, 0.0, table.points[-1].center, 1.0)
+    assert BudgetTable.from_record(table.record()) == table
+    trained = min(table.points, key=lambda point: abs(point.cost - 0.5))
+    assert (trained.mixing, trained.center) == (1.0, model.gate_center)
+    static = halting_model(halting=False).eval()
+    static.load_state_dict(start)
+    for point in table.points[:-1]:
+        model.load_state_dict(mixed_weights(start, before, point.mixing))
+        model.gate_center = point.center
+        x = torch.cat([x for (x,) in batches])
+        with torch.no_grad():
+            logits, halting = model(x, return_halting=True)
+            agreement = (logits.argmax(1) == static(x).argmax(1)).float().mean().item()
+        cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)
+        assert (point.cost, point.agreement) == pytest.approx((cost, agreement), abs=1e-3)
+
+
+def test_start_of_another_task_gives_no_table():
+    model, batches = halting_model().eval(), [(images(16),)]
+    start = half_precision(model.state_dict())
+    start["head.bias"][0] += 100
+    with torch.no_grad():
+        model.head.bias[1] += 100
+    curve = budget_curve(model, batches, CPU, "none")
+    assert measure_table(model, start, curve, batches, CPU, "none") is None
+
+
+def test_mixings_never_rise_with_the_budget():
+    curve = budget_table.BudgetCurve(((0.0, 0.1), (1.0, 1.0)))
+    curves = {1.0: (curve, [1.0, 1.0]), 1.5: (curve, [0.0, 2.0]), 1.25: (curve, [2.0, 0.0])}
+    curves |= {0.75: (curve, [3.0, 3.0]), 0.5: (curve, [0.0, 0.9]), 0.25: (curve, [5.0, 0.0]), 0.0: (curve, [9.0, 0.1])}
+    chosen = budget_table._choose_mixings(curves, [0.1, 0.2, 0.3, 0.4, 0.6, 0.95], 0.3)
+    assert chosen == [1.5, 1.5, 1.0, 0.5, 0.5, 0.25]
+
+
+# Command line ------------------------------------------------------------------------------------
+
+MODEL = ["--model", "avit_micro_patch4_32", "--input-size", "32", "--num_workers", "0", "--batch-size", "3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint that was trained to half of the MACs from weights without a gate, next to its dataset."""
+    folder = tmp_path_factory.mktemp("trained")
+    data, start = make_image_folder(folder / "data"), save_halting_micro(folder / "start.pth", num_classes=3)
+    torch.save(load_checkpoint(str(start))["model"], start)
+    flags = f"--data-path {data} --pretrained-path {start} --output_dir {folder} --epochs 1 --target-macs 0.5 --lr 0.01"
+    flags += " --warmup-epochs 0 --mixup 0 --cutmix 0 --model-ema-decay 0.5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget_table, "MIN_AGREEMENT", 0.0)
+        main_act.main([*MODEL, *flags.split()])
+    return folder / "checkpoint.pth"
+
+
+def evaluate(data, checkpoint, out, *flags):
+    command = ["--data-path", data, "--eval", "--finetune", checkpoint, "--output_dir", out, *flags]
+    main_act.main([*MODEL, *map(str, command)])
+    return json.loads((out / "eval.json").read_text()), (out / "predictions.csv").read_text()
+
+
+def test_training_from_static_weights_allows_every_budget(tmp_path, trained, capsys):
+    data, checkpoint = trained.parent / "data", Checkpoint.load(str(trained))
+    assert {"model", "model_ema"} == checkpoint.content["budget_tables"].keys()
+    table = checkpoint.budget_table()
+    assert table.max_cost == 1
+    for budget in (0.4, 0.8):
+        result, _ = evaluate(data, trained, tmp_path / str(budget), "--budget", budget)
+        assert result["gmacs"] / result["gmacs_static"] == pytest.approx(budget, abs=0.1)
+    expected = checkpoint.build_model(classes=["a", "b", "c"], budget=0.8).state_dict()
+    mixed = mixed_weights(checkpoint.content["start"], checkpoint.state_dict(), table.at(0.8).mixing)
+    assert all(torch.equal(expected[name], value) for name, value in mixed.items())
+    assert str(table).splitlines()[-1].split() == ["1.000", "0.00", f"{table.points[-1].center:.4g}", "100.0%"]
+    capsys.readouterr()
+    full, predictions = evaluate(data, trained, tmp_path / "full", "--budget", 1)
+    assert "budget 1: the static model that training started from" in capsys.readouterr().out
+    start = tmp_path / "static.pth"
+    torch.save({name: value.float() for name, value in checkpoint.content["start"].items()}, start)
+    _, expected = evaluate(data, start, tmp_path / "static", "--no-halting")
+    assert predictions == expected
+    assert full["gmacs"] == full["gmacs_static"]
+
+
+def test_other_commands_mix_weights_too(tmp_path, trained, capsys):
+    image = str(next((trained.parent / "data" / "val").rglob("*.png")))
+    for name, budget in (("some", "0.8"), ("full", "1")):
+        flags = ["--finetune", str(trained), "--budget", budget, "--output-dir", str(tmp_path / name)]
+        visualize.main([image, *flags])
+        export([str(trained), str(tmp_path / f"{name}.onnx"), "--budget", budget])
+    output = capsys.readouterr().out
+    assert output.count("for a budget of 0.8; weights: ") == 2
+    assert output.count("budget 1: the static model that training started from") == 2
+
+
+def test_exported_checkpoint_keeps_start_and_table(trained):
+    checkpoint = Checkpoint.load(str(trained))
+    content = checkpoint.without_training_state()
+    kept = Checkpoint(content, "kept.pth")
+    assert kept.budget_table() == checkpoint.budget_table()
+    assert all(value.dtype == torch.float16 for value in content["start"].values())
+    del content["start"]
+    assert kept.budget_table() is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "args", "warns"),
+    [(0.55, {}, False), (0.8, {}, True), (0.8, {"gate_jitter": 4.0}, False), (0.3, {}, False)],
+)
+def test_budget_far_above_the_trained_one_warns_without_a_start(tmp_path, capsys, budget, args, warns):
+    curve = {"model": [[20.0, 0.1], [30.0, 0.5], [60.0, 1.0]]}  # the gate's center is 30
+    path = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
+    content = load_checkpoint(str(path))
+    checkpoint = Checkpoint(content | {"args": {**dict(content.get("args") or {}), **args}}, str(path))
+    checkpoint.build_model("avit_micro_patch4_32", budget=budget)
+    errors = capsys.readouterr().err
+    assert ("was trained for a budget of 0.50 and has no starting weights" in errors) == warns
+    assert errors.count("warning: --budget") == warns
