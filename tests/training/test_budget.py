@@ -25,7 +25,7 @@ from training.budget import (
     min_cost,
     resolve_budget,
 )
-from training.build import calibration_batches, resolve_settings, training_and_validation_set
+from training.build import calibration_batches, gate_batches, resolve_settings, training_and_validation_set
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.gate import choose_gate
 from utils import UserError
@@ -325,11 +325,24 @@ def test_every_pass_of_the_calibration_reads_the_same_images(tmp_path, workers):
     flags = f"--data-set wds/ --num-classes 16 --num_workers {workers} --batch-size 3 --input-size 32 --data-path"
     args = parse_args([*flags.split(), str(make_shards(tmp_path / "wds"))])
     settings = resolve_settings(args, None)
-    train_images, _ = training_and_validation_set(args, settings)
-    batches = calibration_batches(args, settings, train_images, CPU)
-    first, second = ([batch.images for batch in batches] for _ in range(2))
-    assert len(first) == 6
-    assert all(torch.equal(images, again) for images, again in zip(first, second, strict=True))
+    training, validation = training_and_validation_set(args, settings)
+    searched = gate_batches(args, settings, training, CPU)
+    calibrated = calibration_batches(args, validation, CPU)
+    for batches, count in ((searched, 6), (calibrated, 5)):
+        first, second = ([batch.images for batch in batches] for _ in range(2))
+        assert len(first) == count
+        assert all(torch.equal(images, again) for images, again in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("length", "count"), [(5, 5), (1000, 1000), (1001, 501), (50_000, 1000)])
+def test_calibration_images_are_spread_over_the_validation_set(length, count):
+    """Validation sets are sorted by class, so the first images would all be of a few classes."""
+    args = parse_args(["--num_workers", "0", "--batch-size", "16"])
+    dataset = list(zip(torch.arange(length)[:, None].float(), torch.zeros(length, dtype=torch.long)))
+    found = torch.cat([images for images, *_ in calibration_batches(args, dataset, CPU)]).flatten()
+    assert len(found) == count
+    assert set(found.diff().tolist()) == {float(-(-length // 1000))}
+    assert found[-1] >= length - length / count - 1
 
 
 @pytest.mark.slow
