@@ -87,7 +87,7 @@ def export(args: argparse.Namespace) -> None:
         proto = write_graph(model, args.batch_mode, args.fp16_weights)
     except ValueError as error:
         raise utils.UserError(f"{args.checkpoint}: {error}") from error
-    onnx.helper.set_model_props(proto, metadata(checkpoint, model, args.use_ema))
+    onnx.helper.set_model_props(proto, metadata(checkpoint, model, args.budget, args.use_ema))
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     utils.write_bytes(args.out, content, durable=True)
@@ -98,7 +98,7 @@ def export(args: argparse.Namespace) -> None:
     utils.log(f"wrote {args.out}: {images} of {height} x {width}, {model.num_classes} classes, {gate}, {size}")
 
 
-def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, use_ema: bool) -> dict[str, str]:
+def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, budget: float | None, use_ema: bool) -> dict[str, str]:
     """Return the metadata that a program needs to run the graph, each value as JSON.
 
     The preprocessing has timm's names and values.
@@ -109,7 +109,8 @@ def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, use_ema: bool) -> di
     preprocessing = Preprocessing.from_model(model).record()
     values = {"classes": classes, "image_size": size, "depth": len(model.blocks), **preprocessing}
     curve = checkpoint.budget_curve(use_ema)
-    if curve is not None and model.halting:
+    is_mixed = budget is not None and checkpoint.budget_table(use_ema) is not None  # the curve is of other weights
+    if curve is not None and model.halting and not is_mixed:
         values["budget_curve"] = curve.record()
     return {name: json.dumps(value) for name, value in values.items()}
 

@@ -2,12 +2,14 @@
 
 import json
 
+import onnx
 import pytest
 import torch
 from conftest import halting_model, images, make_image_folder, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
 
+import benchmark
 import main_act
 import visualize
 from export_onnx import main as export
@@ -181,8 +183,12 @@ def test_other_commands_mix_weights_too(tmp_path, trained, capsys):
         flags = ["--finetune", str(trained), "--budget", budget, "--output-dir", str(tmp_path / name)]
         visualize.main([image, *flags])
         export([str(trained), str(tmp_path / f"{name}.onnx"), "--budget", budget])
+        keys = {entry.key for entry in onnx.load(tmp_path / f"{name}.onnx").metadata_props}
+        assert "budget_curve" not in keys, "it is of the unmixed weights"
+    data = ["--data-path", str(trained.parent / "data"), "--finetune", str(trained), "--rounds", "1"]
+    benchmark.main([*data, "--batch-size", "2", "--budget", "0.8"])
     output = capsys.readouterr().out
-    assert output.count("for a budget of 0.8; weights: ") == 2
+    assert output.count("for a budget of 0.8; weights: ") == 3
     assert output.count("budget 1: the static model that training started from") == 2
 
 
