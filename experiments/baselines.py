@@ -1,16 +1,24 @@
-"""Static baselines to compare A-ViT with.
+"""Baselines to compare A-ViT with.
 
 Usage: python -m experiments.baselines KIND FLAGS
 
-full                # the full model, avit_micro_patch4_32
-shallow:N           # the first N blocks
-narrow:C            # embedding width C, with the same three heads
-random:K:N          # N patches, drawn at random, are kept after block K
-evit:K:N            # the N patches with the highest class-token attention are kept after block K
+full                   # the full model, avit_micro_patch4_32
+shallow:N              # the first N blocks
+narrow:C               # embedding width C, with the same three heads
+random:K:N             # N patches, drawn at random, are kept after block K
+evit:K:N               # the N patches with the highest class-token attention are kept after block K
+evit:K:N:K2:N2:K3:N3   # the same in several steps; random and fused take steps too
+fused:K:N              # as evit, but one of the N is the average of the patches that leave and the last of the best
+tome:R                 # R pairs of similar patches merge in every block
+tome:R:M               # the same, and one more pair in each of the first M blocks
+counts:N1,N2,...,N11   # A-ViT, but in every image the same number of patches goes on after each block
 
 FLAGS are those of main_act.py. KIND replaces --model avit_micro_patch4_32, and --amp none is the default, so that all
-kinds run in float32 on every device. The flags decide whether tokens halt; in `random` and `evit` they never do. `evit`
-selects patches as EViT does (Liang et al., ICLR 2022), but without its fused token.
+kinds run in float32 on every device. The flags decide whether tokens halt; in `random`, `evit`, `fused` and `tome` they
+never do. `evit` and `fused` select patches as EViT does (Liang et al., ICLR 2022), after a whole block instead of
+before its MLP; `fused` keeps a token for the rest of the patches as EViT does. `tome` merges as ToMe does (Bolya et
+al., ICLR 2023). experiments/settings.py prints the KIND for a budget; `experiments.stages counts` prints that of a
+trained A-ViT. The MACs of `counts` are fixed: train it with --gate auto --ponder_token_scale 0.
 """
 
 from __future__ import annotations
@@ -18,54 +26,13 @@ from __future__ import annotations
 import sys
 
 import timm
-import torch
-from torch import Tensor
 
 import main_act
 import models_act
-from models_act import AdaptiveVisionTransformer, Halting
+from experiments.merging import MergingVisionTransformer
+from experiments.pruning import PatchPruningVisionTransformer, SameCountsVisionTransformer
 
-
-class PatchPruningVisionTransformer(AdaptiveVisionTransformer):
-    """A static model that keeps a fixed number of patches after a fixed block, and always the class token.
-
-    after: K, the 1-based number of that block; kept: N, the number of patches to keep. by_attention: select patches by
-    the class token's attention in block K, averaged over heads. Otherwise select at random, with a fixed seed in
-    evaluation.
-    """
-
-    def __init__(self, *args, after: int, kept: int, by_attention: bool, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.after, self.kept, self.by_attention = after, kept, by_attention
-
-    def _features(self, x: Tensor, return_halting: bool = False, **_) -> tuple[Tensor, Halting | None]:
-        x = self.blocks[: self.after - 1](self._embed(x))
-        score = self._attention(x) if self.by_attention else self._random_score(x)
-        x = self.blocks[self.after - 1](x)
-        kept = 1 + score.topk(self.kept, dim=1).indices
-        kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], dim=1)  # [B, 1 + N]
-        features = self.norm(self.blocks[self.after :](x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))))
-        if not return_halting:
-            return features, None
-        depth = torch.full(x.shape[:2], float(self.after), device=x.device)
-        depth = depth.scatter(1, kept, float(self.num_blocks))
-        return features, Halting(depth, depth + 1, depth.new_zeros(self.num_blocks))
-
-    def _attention(self, x: Tensor) -> Tensor:
-        """Return the class token's attention to each patch, averaged over heads.
-
-        x: [B, 1 + patches, C], the input of block K
-        returns: [B, patches]
-        """
-        block = self.blocks[self.after - 1]
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, attn.head_dim))
-        query, key = qkv[:, :1, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # [B, H, 1 or N, D]
-        return ((query * attn.scale) @ key.transpose(2, 3)).softmax(dim=3).mean(dim=1)[:, 0, 1:]
-
-    def _random_score(self, x: Tensor) -> Tensor:
-        generator = None if self.training else torch.Generator(x.device).manual_seed(0)
-        return torch.rand(x.shape[0], x.shape[1] - 1, device=x.device, generator=generator)
+PRUNING_RULES = ("random", "evit", "fused")
 
 
 def register(kind: str) -> str:
@@ -73,26 +40,41 @@ def register(kind: str) -> str:
 
     Exits with the usage text if the kind does not exist. Raises ValueError if it has too many or too few numbers.
     """
-    method, *numbers = kind.split(":")
-    numbers = [int(number) for number in numbers]
+    method, _, rest = kind.partition(":")
     if kind == "full":
         return "avit_micro_patch4_32"
-    if method == "shallow":
-        sizes = dict(zip(("depth",), numbers, strict=True))
-    elif method == "narrow":
-        sizes = dict(zip(("embed_dim",), numbers, strict=True))
-    elif method in ("random", "evit"):
-        sizes = dict(zip(("after", "kept"), numbers, strict=True))
-        sizes |= {"model_cls": PatchPruningVisionTransformer, "by_attention": method == "evit"}
-    else:
+    if method not in ("shallow", "narrow", "tome", "counts", *PRUNING_RULES):
         raise SystemExit(__doc__)
+    numbers = tuple(int(number) for number in rest.split("," if method == "counts" else ":"))
     name = "_".join(["avit_micro", method, *map(str, numbers), "patch4_32"])
     if timm.is_model(name):
         return name
     models_act.default_cfgs[name] = models_act.default_cfgs["avit_micro_patch4_32"]
-    models_act._register(name, {**models_act.MICRO, **sizes})
+    models_act._register(name, {**models_act.MICRO, **_options(method, numbers)})
     return name
 
 
+def _options(method: str, numbers: tuple[int, ...]) -> dict:
+    """Return the options of the model of this method, in addition to or instead of those of the full model."""
+    if method in PRUNING_RULES:
+        if len(numbers) < 2 or len(numbers) % 2:
+            raise ValueError(f"{method} takes pairs of a block and a number of patches, got {numbers}")
+        return {"model_cls": PatchPruningVisionTransformer, "rule": method, "steps": numbers}
+    if method == "counts":
+        return {"model_cls": SameCountsVisionTransformer, "counts": numbers}
+    if method == "tome":
+        rate, *extra = numbers
+        return {"model_cls": MergingVisionTransformer, "rate": rate} | dict(zip(("extra",), extra or [0], strict=True))
+    return dict(zip(({"shallow": "depth", "narrow": "embed_dim"}[method],), numbers, strict=True))
+
+
+def main(argv: list[str]) -> None:
+    """Run main_act.py with the model of this kind. Exits with an error for a budget if the kind has fixed MACs."""
+    kind, *flags = argv
+    if kind.startswith("counts:") and any(flag.replace("_", "-").startswith("--target-macs") for flag in flags):
+        raise SystemExit("--target-macs cannot be combined with counts, whose MACs are fixed; use --gate auto")
+    main_act.main(["--model", register(kind), "--amp", "none", *flags])
+
+
 if __name__ == "__main__":
-    main_act.main(["--model", register(sys.argv[1]), "--amp", "none", *sys.argv[2:]])
+    main(sys.argv[1:] or [""])

@@ -7,6 +7,7 @@ record RUN FILE ...        # record the result of a stage as JSON
 logs RESULTS RUNS          # restore missing training logs from the recorded JSON files
 export CHECKPOINT FILE     # keep weights, gate and class names only, in half precision
 truncate CHECKPOINT N FILE # keep the weights of the first N blocks
+counts STAGE.json PATCHES  # print the KIND, see baselines.py, that keeps a trained A-ViT's mean number of patches
 """
 
 from __future__ import annotations
@@ -137,6 +138,17 @@ def truncate(checkpoint: Path, blocks: int, file: Path) -> None:
     save_checkpoint(content, file)
 
 
+def counts(file: Path, patches: int) -> None:
+    """Print the KIND of the same mean number of live patches per block as in a recorded stage, in every image.
+
+    patches: the number of patches of an image. One token of each image counts as the class token in every block.
+    """
+    stage = json.loads(file.read_text())
+    live_share = stage["eval"]["live_share"] if "eval" in stage else stage["epochs"][-1]["test_live_share"]
+    numbers = (max(0, round(share * (1 + patches)) - 1) for share in live_share[1:])
+    print("counts:" + ",".join(map(str, numbers)))
+
+
 # For tables -------------------------------------------------------------------------------------
 
 
@@ -186,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         logs: {"results": Path, "runs": Path},
         export: {"checkpoint": Path, "file": Path},
         truncate: {"checkpoint": Path, "blocks": int, "file": Path},
+        counts: {"file": Path, "patches": int},
     }
     for function, types in arguments.items():
         command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
