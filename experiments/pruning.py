@@ -17,26 +17,26 @@ class PatchPruningVisionTransformer(AdaptiveVisionTransformer):
     heads. "fused": the same, but the last of them is replaced by the average of it and the patches that leave, weighted
     by this attention. "random": at random, with a fixed seed in evaluation.
     steps: K1, N1, K2, N2, ...: after block K, counted from 1, N patches are kept.
-    Raises ValueError unless blocks ascend, and numbers of patches descend.
+    Raises ValueError unless blocks ascend and numbers of patches descend.
     """
 
     def __init__(self, *args, rule: str, steps: tuple[int, ...], **kwargs):
         super().__init__(*args, **kwargs)
-        self.rule, self.kept_after = rule, dict(zip(steps[::2], steps[1::2], strict=True))
-        after, kept = [0, *steps[::2], self.num_blocks], [self.patch_embed.num_patches + 1, *steps[1::2], 0]
+        self.rule, self.steps = rule, steps
+        after, kept = [0, *steps[::2], self.num_blocks], [*steps[1::2], 0]
         if sorted(set(after)) != after or sorted(set(kept), reverse=True) != kept:
             raise ValueError(
-                f"expected blocks from 1 to {self.num_blocks - 1}, ascending, and numbers of patches up to "
-                f"{kept[0] - 1}, descending; got {self.kept_after}"
+                f"expected blocks from 1 to {self.num_blocks - 1}, ascending, and numbers of patches above 0, "
+                f"descending; got {steps}"
             )
 
     def _features(self, x: Tensor, return_halting: bool = False, **_) -> tuple[Tensor, Halting | None]:
-        x = self._embed(x)
+        x, num_kept = self._embed(x), dict(zip(self.steps[::2], self.steps[1::2], strict=True))
         generator = None if self.training else torch.Generator(x.device).manual_seed(0)
         token = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])  # [B, n]
         depth = torch.full(x.shape[:2], float(self.num_blocks), device=x.device)
         for number, block in enumerate(self.blocks, start=1):
-            if number not in self.kept_after:
+            if number not in num_kept:
                 x = block(x)
                 continue
             x, query, key = attend(block, x)
@@ -45,7 +45,7 @@ class PatchPruningVisionTransformer(AdaptiveVisionTransformer):
                 score = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device, generator=generator)
             else:
                 score = class_attention(block, query, key)
-            best = score.topk(self.kept_after[number], dim=1).indices
+            best = score.topk(num_kept[number], dim=1).indices
             kept = with_class_token(best)
             depth = depth.scatter(1, token, float(number))
             token = token.gather(1, kept)
@@ -79,11 +79,9 @@ class SameCountsVisionTransformer(AdaptiveVisionTransformer):
     def __init__(self, *args, counts: tuple[int, ...], **kwargs):
         super().__init__(*args, **kwargs)
         self.counts = counts
-        numbers = [self.patch_embed.num_patches, *counts, 0]
-        if len(counts) != self.num_blocks - 1 or sorted(numbers, reverse=True) != numbers:
+        if len(counts) != self.num_blocks - 1 or sorted((*counts, 0), reverse=True) != [*counts, 0]:
             raise ValueError(
-                f"expected {self.num_blocks - 1} numbers of patches up to {numbers[0]}, none larger than the one "
-                f"before; got {counts}"
+                f"expected {self.num_blocks - 1} numbers of patches, none larger than the one before; got {counts}"
             )
 
     def _features(

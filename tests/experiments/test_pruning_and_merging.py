@@ -18,6 +18,7 @@ from experiments import baselines, merging, stages
 from experiments.baselines import register
 from experiments.settings import setting
 from macs import macs_per_image, static_macs
+from training.network import differences
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -221,6 +222,19 @@ def test_gradients_reach_every_parameter(kind):
     assert all(block.attn.qkv.weight.grad.abs().max() > 0 for block in model.blocks)
 
 
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("evit:3:20", "evit:3:9"),
+        ("evit:3:20", "fused:3:20"),
+        ("tome:3", "tome:3:2"),
+        ("counts:9,9,9,9,9,9,9,9,9,9,9", "counts:9,9,9,9,9,9,9,9,9,9,8"),
+    ],
+)
+def test_checkpoint_of_other_kind_is_recognized(kind, other):
+    assert len(differences(register(kind), register(other), (32, 32))) == 1
+
+
 @pytest.mark.parametrize("budget", [0.45, 0.3, 0.2])
 @pytest.mark.parametrize("method", ["evit", "tome"])
 def test_setting_has_the_macs_of_the_budget(method, budget):
@@ -234,10 +248,10 @@ def test_setting_has_the_macs_of_the_budget(method, budget):
 
 INVALID_NUMBERS = {
     "takes pairs of a block and a number": "evit:3 evit:3:20:5",
-    "ascending": "random:3:20:2:10 evit:3:20:4:20 evit:0:20 evit:12:20 evit:3:65 evit:3:0",
+    "ascending": "random:3:20:2:10 evit:3:20:4:20 evit:0:20 evit:12:20 evit:3:0",
     "invalid literal": "tome tome:x evit:a:3",
     "longer": "tome:1:2:3 narrow:1:2",
-    "none larger": "counts:3,2,1 counts:9,9,9,9,9,9,9,9,9,9,10 counts:65,9,9,9,9,9,9,9,9,9,9",
+    "none larger": "counts:3,2,1 counts:9,9,9,9,9,9,9,9,9,9,10 counts:9,9,9,9,9,9,9,9,9,9,-1",
 }
 
 
