@@ -16,6 +16,7 @@ import benchmark
 import main_act
 import visualize
 from macs import macs_per_image, static_macs
+from training import budget_table
 from training.arguments import parse_args
 from training.budget import (
     BudgetCurve,
@@ -216,6 +217,8 @@ def test_training_to_a_budget_allows_other_budgets(image_folder, tmp_path, start
 
 @pytest.mark.slow
 def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, monkeypatch):
+    torch.save(load_checkpoint(str(start))["model"], start)  # weights alone, so that a budget table is measured
+    monkeypatch.setattr(budget_table, "MIN_AGREEMENT", 0.0)
     expected = run(image_folder, tmp_path / "whole", start, "--epochs", 1)
     calls = iter(range(1, 1000))
 
@@ -229,7 +232,17 @@ def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, m
     assert interrupted["budget_controller"][1] is not None
     assert "budget_curves" not in interrupted
     actual = run(image_folder, tmp_path / "again", start, "--epochs", 1, "--resume", "auto")
-    for part in ("model", "model_ema", "optimizer", "budget_controller", "budget_curves", "gate", "gate_ema"):
+    for part in (
+        "model",
+        "model_ema",
+        "optimizer",
+        "budget_controller",
+        "budget_curves",
+        "budget_tables",
+        "start",
+        "gate",
+        "gate_ema",
+    ):
         assert same(actual[part], expected[part]), part
 
 
