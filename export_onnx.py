@@ -87,7 +87,7 @@ def export(args: argparse.Namespace) -> None:
         proto = write_graph(model, args.batch_mode, args.fp16_weights)
     except ValueError as error:
         raise utils.UserError(f"{args.checkpoint}: {error}") from error
-    onnx.helper.set_model_props(proto, metadata(checkpoint, model, args.budget, args.use_ema))
+    onnx.helper.set_model_props(proto, metadata(checkpoint, model, args.use_ema, args.budget))
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     utils.write_bytes(args.out, content, durable=True)
