@@ -98,10 +98,12 @@ def export(args: argparse.Namespace) -> None:
     utils.log(f"wrote {args.out}: {images} of {height} x {width}, {model.num_classes} classes, {gate}, {size}")
 
 
-def metadata(checkpoint: Checkpoint, model: AdaptiveTokens, budget: float | None, use_ema: bool) -> dict[str, str]:
+def metadata(
+    checkpoint: Checkpoint, model: AdaptiveTokens, use_ema: bool, budget: float | None = None
+) -> dict[str, str]:
     """Return the metadata that a program needs to run the graph, each value as JSON.
 
-    The preprocessing has timm's names and values.
+    The preprocessing has timm's names and values. budget: for which the model was built.
     """
     from datasets import Preprocessing
 
