@@ -15,8 +15,8 @@ Left out are:
 
 Near-copies form a group: the pictures of a series, pictures whose names differ in numbers and colors only, and pictures
 that look alike except for color. At most 20 pictures of a group and 900 of a category are kept. A group goes to one
-part as a whole, one of more than 4 pictures to `train`. Hashes of the names decide, so the result is the same each
-time.
+part as a whole, one of more than 4 pictures to `train`. Training pictures that still resemble a picture of another part
+are left out. Hashes of the names decide, so the result is the same each time.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ SERIES = [  # folders of near-identical pictures, the largest with 1,378 stars
 WHITE = 250  # gray levels from here on are background
 COLORS = "black|blue|brown|gray|green|grey|orange|pink|purple|red|white|yellow"
 GRID, MAX_DIFFERENCE = 16, 24  # two pictures are near-copies if at most 24 of 2 * 16 * 16 bits differ
+MIN_DISTANCE = 64  # bits between training and other pictures; as a limit for groups it would chain all flags together
 
 
 class Picture(NamedTuple):
@@ -180,6 +181,13 @@ def stem(path: str) -> str:
     return series or re.sub("[^a-z]+", "_", name).strip("_")
 
 
+def num_differing(first: list[Picture], second: list[Picture]) -> np.ndarray:
+    """Return the number of bits in which the outlines of pictures differ: [M, N] float32."""
+    signs = [np.array([picture.bits for picture in pictures], np.float32) * 2 - 1 for pictures in (first, second)]
+    signs = [each.reshape(-1, 2 * GRID**2) for each in signs]  # also if there are no pictures
+    return (2 * GRID**2 - signs[0] @ signs[1].T) / 2
+
+
 def group(pictures: list[Picture]) -> list[list[Picture]]:
     """Return the groups of near-copies, each in the order of the pictures.
 
@@ -192,11 +200,9 @@ def group(pictures: list[Picture]) -> list[list[Picture]]:
             parent[number] = number = parent[parent[number]]
         return number
 
-    first_of_stem = {}
-    signs = np.array([picture.bits for picture in pictures], dtype=np.float32) * 2 - 1  # [N, 512], 1 or -1
+    first_of_stem, differing = {}, num_differing(pictures, pictures)
     for number, picture in enumerate(pictures):
-        differences = (signs.shape[1] - signs[: number + 1] @ signs[number]) / 2  # to all pictures up to this one
-        similar = np.flatnonzero(differences <= MAX_DIFFERENCE).tolist()
+        similar = np.flatnonzero(differing[number, : number + 1] <= MAX_DIFFERENCE).tolist()
         if name := stem(picture.path):
             similar.append(first_of_stem.setdefault(name, number))
         for other in similar:
@@ -211,7 +217,9 @@ def group(pictures: list[Picture]) -> list[list[Picture]]:
 
 
 def choose(groups: list[list[Picture]]) -> dict[str, list[Picture]]:
-    """Return the pictures of `train`, `val` and `test`, without those beyond the largest group or category.
+    """Return the pictures of `train`, `val` and `test`.
+
+    Pictures beyond the size of a group or category are left out, and training pictures that resemble another part.
 
     Raises UserError if no category has enough pictures, or if one has none in a part.
     """
@@ -224,6 +232,8 @@ def choose(groups: list[list[Picture]]) -> dict[str, list[Picture]]:
         raise UserError(f"no category has {MIN_PICTURES} pictures that are not near-copies")
     kept = {picture.path for own in classes.values() for picture in own}
     parts = _split([[picture for picture in members if picture.path in kept] for members in groups])
+    nearest = num_differing(parts["train"], parts["val"] + parts["test"]).min(axis=1, initial=np.inf)
+    parts["train"] = [picture for picture, distance in zip(parts["train"], nearest) if distance >= MIN_DISTANCE]
     for part, pictures in parts.items():
         if lacking := classes.keys() - {picture.category for picture in pictures}:
             raise UserError(f"no picture of {', '.join(sorted(lacking))} for {part}: too many are near-copies")
@@ -287,7 +297,7 @@ def prepare(source: Path, out: Path) -> None:
     pictures, left_out = read(source)
     groups = group(pictures)
     parts = choose(groups)
-    left_out["in a full group or category, or in a small category"] = len(pictures) - sum(map(len, parts.values()))
+    left_out["near-copies or beyond the size of a category"] = len(pictures) - sum(map(len, parts.values()))
     write(parts, out)
     print(report(parts, left_out))
 

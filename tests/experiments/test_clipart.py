@@ -221,6 +221,17 @@ def test_groups_stay_together_and_large_ones_are_for_training():
     assert sizes == pytest.approx({"train": 5 / 8, "val": 1 / 8, "test": 1 / 4}, abs=0.02)
 
 
+def test_training_pictures_that_resemble_held_out_ones_are_left_out():
+    pairs = [(f"a/{name(n)}.png", disks(n)) for n in range(40)]
+    pairs += [(f"a/{name(n)}_again.png", disks(n, tint=90)) for n in range(40)]
+    singles = [[picture] for picture in pictures(*pairs)]  # as if no group had been found
+    parts = prepare.choose(singles)
+    held_out = parts["val"] + parts["test"]
+    assert len(held_out) == 30
+    assert 0 < len(parts["train"]) < 50
+    assert prepare.num_differing(parts["train"], held_out).min() >= prepare.MIN_DISTANCE
+
+
 def test_parts_do_not_depend_on_the_order_of_groups():
     groups = [pictures((f"a/{name(n)}.png", drawing(n))) for n in range(60)]
     assert prepare.choose(groups) == prepare.choose(groups[::-1])
@@ -250,6 +261,14 @@ def test_category_of_near_copies_only_raises(source, tmp_path, capsys):
     for number in range(50):
         save(drawing((3, number)), source / "tools" / f"{'abc'[number % 3] * 9}_{number}.png")
     assert "no picture of tools for" in error_of(capsys, source, tmp_path / "out")
+
+
+def test_near_copies_in_all_categories_raise(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "SIDE", 64)
+    fill(tmp_path / "png", "animals")
+    for number, file in enumerate(sorted((tmp_path / "png" / "animals" / "inner").iterdir())):
+        file.rename(file.with_name(f"{'abc'[number % 3]}_{number}.png"))
+    assert "no picture of animals for val" in error_of(capsys, tmp_path / "png", tmp_path / "out")
 
 
 def test_interrupted_writing_leaves_no_folder_and_can_be_repeated(source, tmp_path, monkeypatch):
