@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import math
 from functools import partial
 
@@ -179,8 +178,7 @@ def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBat
         budget = max(START_BUDGET, (1 + min_cost(model)) / 2)
     else:
         budget = resolve_budget(model, args.target_macs)
-    some = itertools.islice(batches, math.ceil(GATE_IMAGES / args.batch_size))
-    images = torch.cat([batch[0] for batch in some])[:GATE_IMAGES]
+    images = torch.cat([batch[0] for batch in batches])[:GATE_IMAGES]
     choice = choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
     utils.all_gather_objects(choice)[0].apply(model)
 
@@ -266,7 +264,7 @@ def _dataset(
 def gate_batches(
     args: argparse.Namespace, settings: NetworkSettings, images: Dataset, device: torch.device
 ) -> CalibrationBatches:
-    """Return training images, preprocessed as in evaluation, on which gates are searched."""
+    """Return training images, preprocessed as in evaluation, on which each process can search a gate."""
     images = copy.copy(images)
     images.transform = evaluation_transform(settings.img_size, settings.preprocessing)
     loader = training_loader(
@@ -277,7 +275,7 @@ def gate_batches(
         max_bad_images=args.max_bad_images,
         **loader_options(args, device),
     )
-    return CalibrationBatches(loader, GATE_IMAGES)
+    return CalibrationBatches(loader, GATE_IMAGES * utils.world_size())
 
 
 def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:

@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 
 import benchmark
 import main_act
+import utils
 import visualize
 from macs import macs_per_image, static_macs
 from training import budget_table
@@ -345,6 +346,15 @@ def test_every_pass_of_the_calibration_reads_the_same_images(tmp_path, workers):
         first, second = ([batch.images for batch in batches] for _ in range(2))
         assert len(first) == count
         assert all(torch.equal(images, again) for images, again in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_each_process_searches_a_gate_on_all_images(monkeypatch, processes):
+    monkeypatch.setattr(utils, "world_size", lambda: processes)
+    args = parse_args(["--data-set", "DIGITS", "--input-size", "32", "--num_workers", "0", "--batch-size", "60"])
+    settings = resolve_settings(args, None)
+    training, _ = training_and_validation_set(args, settings)
+    assert sum(len(images) for images, *_ in gate_batches(args, settings, training, CPU)) == 5 * 60
 
 
 @pytest.mark.parametrize(("length", "count"), [(5, 5), (1000, 1000), (1001, 501), (50_000, 1000)])
