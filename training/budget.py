@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import utils
 from macs import macs_at_depth, macs_per_image, static_macs
@@ -141,22 +142,42 @@ def measure_costs(
 
     batches: tuples that start with images [B, 3, H, W]. Every process must call it.
     """
-    model = copy.deepcopy(model).to(device).eval()
-    model.cuda_graphs = False  # a plan fits the counts of one center
-    sums, count = torch.zeros(len(centers), dtype=torch.float64, device=device), 0
-    for images, *_ in batches:
-        images = images.to(device, non_blocking=True)
-        count += len(images)
+    model = measured_copy(model, device)
+
+    def costs_of(images: Tensor) -> Tensor:
         depths = []
         for center in centers:
             model.gate_center = center
             with utils.autocast(device, amp):
                 depths.append(model(images, return_halting=True)[1].depth)
-        sums += macs_per_image(model, torch.cat(depths)).view(len(centers), -1).sum(dim=1)
-    total = torch.cat([sums, sums.new_tensor([count])])
+        return macs_per_image(model, torch.cat(depths)).view(len(centers), -1).sum(dim=1)
+
+    return (mean_over_images(batches, device, costs_of, len(centers)) / static_macs(model)).tolist()
+
+
+def measured_copy(model: AdaptiveTokens, device: torch.device) -> AdaptiveTokens:
+    """Return a copy of a model on a device, in evaluation mode, whose gate and weights a measurement may change."""
+    model = copy.deepcopy(model).to(device).eval()
+    model.cuda_graphs = False  # a plan fits the counts of one center
+    return model
+
+
+def mean_over_images(
+    batches: Iterable, device: torch.device, sums_of: Callable[[Tensor], Tensor], num_values: int
+) -> Tensor:
+    """Return the means of some values over the images of all processes, [num_values] float64 on the device.
+
+    batches: tuples that start with images [B, 3, H, W]; sums_of: returns the sums of the values over these images.
+    Every process must call it.
+    """
+    total = torch.zeros(num_values + 1, dtype=torch.float64, device=device)  # the last one counts the images
+    for images, *_ in batches:
+        images = images.to(device, non_blocking=True)
+        total[:-1] += sums_of(images)
+        total[-1] += len(images)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return (total[:-1] / total[-1] / static_macs(model)).tolist()
+    return total[:-1] / total[-1]
 
 
 def min_cost(model: AdaptiveTokens) -> float:

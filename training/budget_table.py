@@ -12,24 +12,22 @@ model's. It is measured on images, without labels.
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import utils
 from macs import macs_per_image, static_macs
-from models_act import AdaptiveTokens
-from training.budget import MAX_POINTS, BudgetCurve, measure_curve, min_cost
+from models_act import AdaptiveTokens, Halting
+from training.budget import MAX_POINTS, BudgetCurve, mean_over_images, measure_curve, measured_copy, min_cost
 
-MIXINGS_BELOW = (1.5, 1.25)  # candidates below the budget that the network was trained for
+MIXINGS_BELOW = (1.25, 1.5)  # candidates, next to 1, below the budget that the network was trained for
 MIXINGS_ABOVE = (0.75, 0.5, 0.25, 0.0)
 MAX_MIXING = 2.0  # a recorded table with a larger one is ignored
 FEW_IMAGES = 256  # images on which mixings are compared
@@ -52,6 +50,11 @@ class BudgetPoint(NamedTuple):
     center: float
     agreement: float | None = None
 
+    @property
+    def is_static(self) -> bool:
+        """Return whether this is the static model that training started from."""
+        return self.cost == 1 and self.mixing == 0
+
 
 class BudgetTable(NamedTuple):
     """Settings of a network by budget. points: strictly ascending in the cost."""
@@ -66,7 +69,7 @@ class BudgetTable(NamedTuple):
         if not all(isinstance(row, list) and len(row) == 4 and _are_valid(*row) for row in record):
             return None
         points = tuple(BudgetPoint(*row) for row in record)
-        return cls(points) if all(low.cost < high.cost for low, high in pairwise(points)) else None
+        return cls(points) if all(low.cost < high.cost for low, high in itertools.pairwise(points)) else None
 
     def record(self) -> list[list[float]]:
         """Return the table as plain types, for a checkpoint."""
@@ -187,10 +190,11 @@ class _MixableModel:
     """A copy of a model whose weights can be mixed with those of its static start."""
 
     def __init__(self, model: AdaptiveTokens, start: dict[str, Tensor], device: torch.device, amp: str):
-        self.model = copy.deepcopy(model).to(device).eval()
-        self.model.cuda_graphs = False  # a plan fits the counts of one center
-        self.trained = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.start, self.device, self.amp = start, device, amp
+        self.model, self.static = measured_copy(model, device), measured_copy(model, device)
+        self.static.load_state_dict(start)
+        self.static.halting = False
+        self.start, self.trained = start, {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.device, self.amp, self.static_macs = device, amp, static_macs(model)
         self.expected: list[Tensor] = []  # logits of the static start for the first batches, [B, K] each
 
     @torch.inference_mode()
@@ -199,34 +203,32 @@ class _MixableModel:
 
         batches: the same in every call, or their first ones.
         """
-        sums, count = torch.zeros(len(centers), 3, dtype=torch.float64, device=self.device), 0
-        for number, (images, *_) in enumerate(batches):
-            images = images.to(self.device, non_blocking=True)
-            count += len(images)
+        self.model.load_state_dict(mixed_weights(self.start, self.trained, mixing))
+        numbers = itertools.count()
+
+        def sums_of(images: Tensor) -> Tensor:
+            expected = self._static_logits(next(numbers), images)
+            sums = []
+            for center in centers:
+                self.model.gate_center = center
+                with utils.autocast(self.device, self.amp):
+                    logits, halting = self.model(images, return_halting=True)
+                sums.append(self._compare(expected, logits, halting))
+            return torch.cat(sums)
+
+        means = mean_over_images(batches, self.device, sums_of, 3 * len(centers))
+        return [Measured(*row) for row in means.view(-1, 3).tolist()]
+
+    def _static_logits(self, number: int, images: Tensor) -> Tensor:
+        """Return the logits of the static start for the images of this batch, computed once."""
+        if number == len(self.expected):
             with utils.autocast(self.device, self.amp):
-                if number == len(self.expected):
-                    self.expected.append(self._static_logits(images))
-                expected = self.expected[number]
-                self.model.load_state_dict(mixed_weights(self.start, self.trained, mixing))
-                for row, center in zip(sums, centers):
-                    self.model.gate_center = center
-                    row += self._compare(expected, *self.model(images, return_halting=True))
-        total = torch.cat([sums.flatten(), sums.new_tensor([count])])
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return [Measured(*row) for row in (total[:-1] / total[-1]).view(-1, 3).tolist()]
+                self.expected.append(self.static(images).float())
+        return self.expected[number]
 
-    def _static_logits(self, images: Tensor) -> Tensor:
-        self.model.load_state_dict(self.start)
-        self.model.halting = False
-        try:
-            return self.model(images).float()
-        finally:
-            self.model.halting = True
-
-    def _compare(self, expected: Tensor, logits: Tensor, halting) -> Tensor:
+    def _compare(self, expected: Tensor, logits: Tensor, halting: Halting) -> Tensor:
         """Return the sums of cost, divergence and agreement over the images, [3]."""
-        cost = macs_per_image(self.model, halting.depth) / static_macs(self.model)
+        cost = macs_per_image(self.model, halting.depth) / self.static_macs
         log_expected, log_found = (F.log_softmax(x.float(), dim=1) for x in (expected, logits))
         divergence = F.kl_div(log_found, log_expected, reduction="sum", log_target=True)
         agreement = (logits.argmax(1) == expected.argmax(1)).sum()
@@ -267,16 +269,24 @@ def _budgets(lowest: float, trained: float) -> list[float]:
 def _choose_mixings(
     curves: dict[float, tuple[BudgetCurve, list[float]]], budgets: Sequence[float], trained: float
 ) -> list[float]:
-    """Return the mixing of least divergence for each budget: never rising, 1 at the budget trained for."""
+    """Return the mixing of least divergence for each budget: never rising, 1 at the budget trained for.
+
+    budgets: ascending, with `trained` among them. Each choice bounds those of the budgets further away from it.
+    """
 
     def divergence(mixing: float, budget: float) -> float:
         curve, divergences = curves[mixing]
         costs = [cost for _, cost in curve.points]
         return float(np.interp(budget, costs, divergences))
 
-    chosen = []
-    for budget in budgets:
-        allowed = (1.0,) if budget == trained else (1.0, *(MIXINGS_ABOVE if budget > trained else MIXINGS_BELOW))
-        allowed = [mixing for mixing in allowed if not chosen or mixing <= chosen[-1]] or [chosen[-1]]
-        chosen.append(min(allowed, key=lambda mixing: divergence(mixing, budget)))
-    return chosen
+    def outward(budgets: Iterable[float], mixings: tuple[float, ...]) -> list[float]:
+        """Choose for budgets ever further away; mixings: the candidates, in the direction of the budgets."""
+        chosen = []
+        for budget in budgets:
+            chosen.append(min(mixings, key=lambda mixing: divergence(mixing, budget)))
+            mixings = mixings[mixings.index(chosen[-1]) :]
+        return chosen
+
+    place = budgets.index(trained)
+    below = outward(reversed(budgets[:place]), (1.0, *MIXINGS_BELOW))
+    return [*reversed(below), 1.0, *outward(budgets[place + 1 :], (1.0, *MIXINGS_ABOVE))]

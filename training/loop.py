@@ -384,8 +384,9 @@ class TrainingRun:
             for part in self._parts():
                 part.load_state_dict(content)
             self._check_averages(content)
-            if fits_weights(content.get("start"), self.trainer.model_without_ddp.state_dict()):
-                self.static_start = content["start"]
+            self.static_start = content.get("start")
+            if self.static_start is not None:
+                self._check_start()
             self.best_acc1 = float(content["best_acc1"])
             if math.isnan(self.best_acc1):
                 raise ValueError("best_acc1 must be a number, got nan")
@@ -402,6 +403,11 @@ class TrainingRun:
                 f"--resume {checkpoint.location}: the training state is missing or does not fit this run ({error}); "
                 "pass the file with --finetune to start a new run from its weights"
             ) from error
+
+    def _check_start(self) -> None:
+        """Raise ValueError if the starting weights of a budget are not finite or do not fit the model."""
+        if not fits_weights(self.static_start, self.trainer.model_without_ddp.state_dict()):
+            raise ValueError("the starting weights (start) are not finite tensors of the model's names and shapes")
 
     def _check_averages(self, content: dict) -> None:
         """Drop the averages of an epoch that began with another halting.

@@ -43,8 +43,8 @@ COMMAND_LINE, RECORD, FILE_NAME, FOREIGN_RECORD = (  # sources of a value, in th
 DEFAULT_MODEL, DEFAULT_SIZE = "avit_tiny_patch16_224", (224, 224)  # without a checkpoint, as in the original
 GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
-MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
+MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
 PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
     "tiny-10-30": (10.0, 30.0),
@@ -144,7 +144,7 @@ def resolve_network(
         return NetworkSettings(model, img_size, images, halting, _gate_of(checkpoint, flags, logged))
     point = budget_settings(checkpoint, flags.budget, flags.use_ema)
     gate = _gate_of(checkpoint, flags, logged, point)
-    return NetworkSettings(model, img_size, images, halting and point.cost < 1, gate, point.mixing)
+    return NetworkSettings(model, img_size, images, halting and not point.is_static, gate, point.mixing)
 
 
 # Image size --------------------------------------------------------------------------------------
@@ -318,13 +318,13 @@ def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False
         raise UserError(f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets {available}")
     if table is not None:
         return table.at(budget)
-    _warn_above_trained_budget(checkpoint, curve, budget)
+    _warn_above_trained_budget(checkpoint, curve, budget, use_ema)
     return BudgetPoint(budget, 1.0, curve.center(budget))
 
 
-def _warn_above_trained_budget(checkpoint: Checkpoint, curve: BudgetCurve, budget: float) -> None:
+def _warn_above_trained_budget(checkpoint: Checkpoint, curve: BudgetCurve, budget: float, use_ema: bool) -> None:
     """Warn if more compute may give worse predictions: the blocks have never seen the tokens that now stay."""
-    center = gate_numbers(checkpoint.content.get("gate")).get("gate_center")
+    center = dict(checkpoint.gate_sources(use_ema))[RECORD].get("gate_center")
     if center is None or checkpoint.recorded_flag("gate_jitter"):
         return
     trained = curve.cost(center)
@@ -357,7 +357,7 @@ def _gate_of(
 
 def _describe(point: BudgetPoint, budget: float) -> str:
     """Return a line about the settings of a budget."""
-    if point.cost == 1:
+    if point.is_static:
         return "budget 1: the static model that training started from, without halting"
     line = f"gate_center {point.center:g}, for a budget of {budget:g}"
     if point.agreement is None:

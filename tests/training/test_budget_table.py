@@ -122,6 +122,19 @@ def test_start_of_another_task_gives_no_table():
     assert measure_table(model, start, curve, batches, CPU, "none") is None
 
 
+@given(st.data())
+def test_any_choice_of_mixings_falls_through_1_at_the_trained_budget(data):
+    curve = budget_table.BudgetCurve(((0.0, 0.1), (1.0, 1.0)))
+    divergences = st.tuples(st.floats(0, 9), st.floats(0, 9))
+    candidates = (1.0, *budget_table.MIXINGS_BELOW, *budget_table.MIXINGS_ABOVE)
+    curves = {mixing: (curve, list(data.draw(divergences))) for mixing in candidates}
+    budgets = sorted(data.draw(st.sets(st.floats(0.1, 1.0), min_size=1, max_size=8)))
+    trained = data.draw(st.sampled_from(budgets))
+    chosen = budget_table._choose_mixings(curves, budgets, trained)
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[budgets.index(trained)] == 1
+
+
 def test_mixings_never_rise_with_the_budget():
     curve = budget_table.BudgetCurve(((0.0, 0.1), (1.0, 1.0)))
     curves = {1.0: (curve, [1.0, 1.0]), 1.5: (curve, [0.0, 2.0]), 1.25: (curve, [2.0, 0.0])}
@@ -200,6 +213,30 @@ def test_exported_checkpoint_keeps_start_and_table(trained):
     assert all(value.dtype == torch.float16 for value in content["start"].values())
     del content["start"]
     assert kept.budget_table() is None
+
+
+def test_full_budget_without_a_start_keeps_the_trained_weights_and_warns(tmp_path, capsys):
+    """The static model is known by its weights only: the trained ones are no such model."""
+    curve = {"model": [[20.0, 0.1], [30.0, 0.5], [60.0, 1.0]]}
+    path = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
+    model = Checkpoint.load(str(path)).build_model("avit_micro_patch4_32", budget=1.0)
+    output = capsys.readouterr()
+    assert model.halting
+    assert model.gate_center == 60
+    assert "the static model that training started from" not in output.out
+    assert "has no starting weights" in output.err
+
+
+def test_warning_compares_with_the_gate_of_the_averaged_weights(tmp_path, capsys):
+    curve = [[20.0, 0.1], [30.0, 0.5], [60.0, 1.0]]
+    entries = {"budget_curves": {"model": curve, "model_ema": curve}, "gate_ema": {"gate_center": 60.0}}
+    path = save_halting_micro(tmp_path / "known.pth", num_classes=3, **entries)
+    content = load_checkpoint(str(path))
+    checkpoint = Checkpoint(content | {"model_ema": content["model"]}, str(path))
+    checkpoint.build_model("avit_micro_patch4_32", budget=0.8, use_ema=True)
+    assert "has no starting weights" not in capsys.readouterr().err
+    checkpoint.build_model("avit_micro_patch4_32", budget=0.8)
+    assert "was trained for a budget of 0.50" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
