@@ -15,6 +15,17 @@ def test_evaluation_yields_every_image_once(length, processes):
     assert sorted(found) == list(range(length))
 
 
+@given(st.integers(0, 50), st.integers(1, 7), st.integers(0, 60))
+def test_evaluation_starts_after_any_image(length, processes, images):
+    samplers = [UnpaddedDistributedSampler(range(length), processes, rank) for rank in range(processes)]
+    for sampler in samplers:
+        order = list(sampler)
+        sampler.start_at(0, images)
+        assert list(sampler) == [index for index in order if index >= images]
+        sampler.start_at(0)
+        assert list(sampler) == order
+
+
 @pytest.mark.parametrize("repeated_aug", [False, True])
 @given(st.integers(1, 600), st.integers(1, 4), st.integers(0, 5))
 def test_training_yields_equal_numbers_of_images(repeated_aug, length, processes, seed):
