@@ -9,7 +9,6 @@ the widths and the number of patches.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 
 import timm
@@ -19,6 +18,8 @@ from experiments.blocks import depth_of_counts
 from experiments.merging import equivalent_counts
 from macs import macs_counter, static_macs
 from models_act import AdaptiveVisionTransformer
+from training.arguments import Parser
+from training.models import avit_names
 
 MIN_KEEP_RATE = 0.4
 
@@ -69,6 +70,15 @@ def _cost_counter(model: AdaptiveVisionTransformer) -> Callable[[Sequence[int]],
     return lambda counts: count_macs(depth_of_counts(counts, num_tokens)[None]).item() / static
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="settings.py", description=__doc__.splitlines()[0])
+    parser.add_argument("method", choices=("tome", *PRUNING_RULES))
+    parser.add_argument("budget", type=float, help="fraction of the static model's MACs")
+    parser.add_argument("model", choices=avit_names(), metavar="model", help="name of a registered model")
+    parser.add_argument("size", type=int, help="side of an image in pixels")
+    args = parser.parse_args(argv)
+    print(setting(args.method, args.budget, timm.create_model(args.model, img_size=args.size)))
+
+
 if __name__ == "__main__":
-    method, budget, name, size = sys.argv[1:]
-    print(setting(method, float(budget), timm.create_model(name, img_size=int(size))))
+    main()

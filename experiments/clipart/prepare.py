@@ -297,7 +297,9 @@ def prepare(source: Path, out: Path) -> None:
     pictures, left_out = read(source)
     groups = group(pictures)
     parts = choose(groups)
-    left_out["near-copies or beyond the size of a category"] = len(pictures) - sum(map(len, parts.values()))
+    left_out["near-copies, in small categories or beyond a category's size"] = len(pictures) - sum(
+        map(len, parts.values())
+    )
     write(parts, out)
     print(report(parts, left_out))
 
