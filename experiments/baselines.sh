@@ -5,47 +5,13 @@
 #   first_training, static_training  how static models are trained: functions of KIND SUFFIX SEED, run in this order
 #   PRUNING                          K:N for each budget: N patches are kept after block K, see baselines.py
 #
-# Every model is fine-tuned from the same static model, narrower ones from their own, by the same recipe, with the full
-# static model as the teacher. All settings were chosen on 5,000 held-out training images, which are the test set of the
-# folders `full` and `subset`.
-SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2} ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
+# All settings were chosen on 5,000 held-out training images, which are the test set of the folders `full` and `subset`.
+ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
 read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
 BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 # Fractions of the MACs of the first seven blocks, which have 0.585 of the full model's: 0.45 and 0.3 of the full model.
 SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}
-DATA_FLAGS="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
-RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
-HALTING="--distr_prior_alpha 0"
-
-train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
-  local name=$1 part=$2 kind=$3
-  shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
-    --output_dir "$RUNS/$name" --resume auto "$@"
-}
-
-tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: fine-tune these weights with the static model of that seed as teacher
-  local name=$1 kind=$2 weights=$3 seed=$4
-  shift 4
-  train "$name" subset "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
-    --distillation-type self --teacher-path "$(static_weights "$seed")" "$@"
-}
-
-evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate on the test images
-  local name=$1 kind=$2 checkpoint=$3
-  shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS --batch-size 256 --data-path "$DATA" --eval \
-    --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
-}
-
-static_weights() {  # SEED: print the file in the repository, which is in half precision
-  echo "$HERE/static_$1.pth"
-}
-
-truncated_weights() {  # BLOCKS SEED STAGE: write them, unless STAGE, which starts from them, is recorded
-  local file=$RUNS/shallow$1_$2.pth
-  [ -e "$OUT/$3.json" ] || once "$file" stages truncate "$(static_weights "$2")" "$1" "$file"
-}
+. experiments/recipe.sh
 
 train_static() {  # KIND SUFFIX: train a static model of every seed
   local seed

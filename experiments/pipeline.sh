@@ -2,8 +2,8 @@
 #
 # A stage is one command. Its result is recorded as $OUT/STAGE.json, and a recorded stage is skipped. A pipeline can
 # therefore be stopped at any time and resumed with the same command. To measure a stage again, remove its JSON file and
-# its folder in $RUNS, which holds checkpoints and logs. Independent stages run two at a time on one core each, which is
-# faster than one after the other with two threads.
+# its folder in $RUNS, which holds checkpoints and logs. Independent stages run JOBS at a time, 2 by default, on one core
+# each. That is faster than one after the other with two threads.
 trap 'exit 130' INT TERM
 trap 'exit 1' USR1  # sent by a stage that failed
 trap 'for job in $(jobs -rp); do kill -- -"$job"; done; wait' EXIT
@@ -22,7 +22,7 @@ stage() {  # STAGE COMMAND...: run the command in the background, unless its res
     echo "$OUT/$name.json was recorded by a different command. Remove the file to run: $command" >&2
     exit 1
   fi
-  until_fewer_than 2
+  until_fewer_than "${JOBS:-2}"
   echo "== $name: $command"
   run "$name" "$command" "$@" &
 }
