@@ -442,12 +442,13 @@ MEDIUM = {"embed_dim": 512, "num_heads": 8}
 BASE = {"embed_dim": 768, "num_heads": 12}
 DISTILLED = {"model_cls": AdaptiveVisionTransformerDistilled}
 DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
-# For images of about 32 x 32 pixels. With timm's default initialization, training is poor at this width.
-MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "weight_init": "reset"}
+MINI = {"embed_dim": 96, "num_heads": 3, "weight_init": "reset"}  # timm's default initialization trains poorly here
+MICRO = MINI | {"img_size": 32, "patch_size": 4, "embed_dim": 48}  # for images of about 32 x 32 pixels
 
 # The source of the pretrained weights and the sizes of each model. Each becomes a function of this module.
 MODELS = {
     "avit_micro_patch4_32": (None, MICRO),
+    "avit_mini_patch16_224": (None, MINI),
     "avit_tiny_patch16_224": ("deit_tiny_patch16_224.fb_in1k", TINY),
     "avit_small_patch16_224": ("deit_small_patch16_224.fb_in1k", SMALL),
     "avit_base_patch16_224": ("deit_base_patch16_224.fb_in1k", BASE),
@@ -465,6 +466,7 @@ MODELS = {
 SOURCES = {name: source for name, (source, _) in MODELS.items() if source}
 default_cfgs = generate_default_cfgs(
     {"avit_micro_patch4_32": _cfg(num_classes=10, input_size=(3, 32, 32), fixed_input_size=True)}
+    | {"avit_mini_patch16_224": _cfg(fixed_input_size=True)}
     | {f"{name}.{source.replace('.', '_')}": _cfg(source) for name, source in SOURCES.items()}
 )
 

@@ -5,7 +5,8 @@ Usage: python -m experiments.clipart.prepare SOURCE OUT
 SOURCE is the folder of category folders in Debian's package openclipart-png, /usr/share/openclipart/png. OUT/search has
 the folders `train` and `val`, whose held-out pictures are for choosing settings. OUT/final has the same `train`, as a
 link, and the test pictures as `val`; they are used once. Classes are the top-level categories. Every picture becomes a
-PNG of 224 x 224 in RGB: its longer side fits, the rest is white, and transparent parts are white.
+PNG of 256 x 256 in RGB, whose inner 224 x 224 pixels the longer side fills. All the rest and transparent parts are
+white. Evaluation at 224 x 224 keeps these inner pixels, so that it cuts nothing off.
 
 Left out are:
 
@@ -39,7 +40,7 @@ from training.arguments import Parser
 from training.command import one_line_errors
 from utils import UserError
 
-SIDE = 224  # pixels
+SIDE, MARGIN = 256, 16  # pixels
 MIN_PICTURES, MAX_PICTURES = 50, 900  # of a category
 MAX_GROUP, MAX_HELD_OUT_GROUP = 20, 4  # pictures of a group, in `train` and in the other parts
 SHARES = {"val": 1 / 8, "test": 1 / 4}  # of a category; the rest is for training
@@ -135,10 +136,10 @@ def load(file: Path) -> Image.Image:
 
 
 def square(image: Image.Image) -> Image.Image:
-    """Scale an RGBA image to a white square of 224 x 224 in RGB, whose longer side it fills."""
+    """Scale an RGBA image to a white square in RGB, which its longer side fills except for the margins."""
     opaque = Image.new("RGBA", image.size, "white")
     opaque.alpha_composite(image)
-    width, height = (max(1, round(side * SIDE / max(image.size))) for side in image.size)
+    width, height = (max(1, round(side * (SIDE - 2 * MARGIN) / max(image.size))) for side in image.size)
     scaled = opaque.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
     canvas.paste(scaled, ((SIDE - width) // 2, (SIDE - height) // 2))

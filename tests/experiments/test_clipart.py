@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from datasets import build_dataset
+from datasets import Preprocessing, build_dataset, evaluation_transform
 from experiments.clipart import prepare
 
 
@@ -35,7 +36,8 @@ def fill(source, category, count=50, seed=0):
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """Return a folder with two categories of 50 pictures, which are prepared in a small size to be quick."""
-    monkeypatch.setattr(prepare, "SIDE", 64)
+    monkeypatch.setattr(prepare, "SIDE", 72)
+    monkeypatch.setattr(prepare, "MARGIN", 4)
     fill(tmp_path / "png", "animals")
     fill(tmp_path / "png", "food", seed=1)
     return tmp_path / "png"
@@ -47,7 +49,22 @@ def run(source, out):
 
 
 def prepared(image, tmp_path, **options):
-    return np.asarray(prepare.load(save(image, tmp_path / "picture.png", **options)))
+    """Return the picture without its white margin."""
+    pixels = np.asarray(prepare.load(save(image, tmp_path / "picture.png", **options)))
+    inner = pixels[16:-16, 16:-16]
+    assert inner.sum(dtype=int) + 255 * (pixels.size - inner.size) == pixels.sum(dtype=int)
+    return inner
+
+
+def test_evaluation_cuts_nothing_off(tmp_path):
+    """Evaluation at 224 x 224 pixels keeps the pixels inside the margin, and does not scale them."""
+    file = save(drawing(0, (300, 300)), tmp_path / "picture.png")
+    expected = np.asarray(prepare.load(file))[16:-16, 16:-16]
+    tensor = evaluation_transform((224, 224), Preprocessing())(prepare.load(file))
+    pixels = (
+        tensor * torch.tensor(Preprocessing().std)[:, None, None] + torch.tensor(Preprocessing().mean)[:, None, None]
+    )
+    np.testing.assert_allclose(pixels.permute(1, 2, 0) * 255, expected, atol=1e-3)
 
 
 def test_folders_are_read_as_data_set(source, tmp_path, capsys):
@@ -264,7 +281,8 @@ def test_category_of_near_copies_only_raises(source, tmp_path, capsys):
 
 
 def test_near_copies_in_all_categories_raise(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "SIDE", 64)
+    monkeypatch.setattr(prepare, "SIDE", 72)
+    monkeypatch.setattr(prepare, "MARGIN", 4)
     fill(tmp_path / "png", "animals")
     for number, file in enumerate(sorted((tmp_path / "png" / "animals" / "inner").iterdir())):
         file.rename(file.with_name(f"{'abc'[number % 3]}_{number}.png"))
