@@ -37,6 +37,7 @@ from macs import macs_per_image
 from zipping import Gate, PackedTokensCUDA, drop_halted, uses_kernels
 from zipping.blocks import prepare_blocks, unsupported_part
 from zipping.channels import swap_channels, why_not_swappable, why_swap_changes_logits
+from zipping.gate import checked_directions
 from zipping.outputs import (
     Halting,
     HaltingHistory,
@@ -83,7 +84,7 @@ def halting_step(x: Tensor, cumulative_before: Tensor, gate: Gate, is_last_block
     c_l reaches 1 - halt_eps, and everywhere after the last block. A NaN score halts no token before
     the last block: the token stays live, and the logits become NaN.
     """
-    score = torch.sigmoid(torch.add(gate.minus_center, x.select(-1, 0).float(), alpha=gate.scale))
+    score = torch.sigmoid(gate.logit(x))
     cumulative = cumulative_before + score
     halts = cumulative >= gate.limit
     return HaltingStep(score, cumulative_before, cumulative, torch.ones_like(halts) if is_last_block else halts)
@@ -99,6 +100,7 @@ def _halting_probability(score: Tensor, cumulative_before: Tensor, halts: Tensor
 HALTING_DEFAULTS = {
     "gate_scale": 10.0,
     "gate_center": 30.0,
+    "gate_directions": None,
     "halt_eps": 0.01,
     "halting": True,
     "zip_tokens": True,
@@ -114,6 +116,7 @@ class AdaptiveTokens:
         class AdaptiveX(AdaptiveTokens, X): ...
 
     gate_scale, gate_center: h = sigmoid(gate_scale * x[..., 0] - gate_center);
+    gate_directions: None, or [L, C + 1], see `set_gate_directions`;
     halt_eps: a token halts once its scores sum to 1 - halt_eps or more;
     halting: if False, the model is the static ViT: every token runs through every block;
     zip_tokens: drop halted tokens (zipped mode). If False, halted tokens are masked, at full cost.
@@ -133,9 +136,21 @@ class AdaptiveTokens:
 
     def _set_halting(self, options: dict) -> None:
         """Set the halting options. Call it after the ViT is built."""
-        for name, value in (HALTING_DEFAULTS | options).items():
+        options = HALTING_DEFAULTS | options
+        directions = options.pop("gate_directions")
+        for name, value in options.items():
             setattr(self, name, value)
         self.num_blocks = len(self.blocks)  # if blocks are pruned later, the last block stays this one
+        self.set_gate_directions(directions)
+
+    def set_gate_directions(self, directions: Tensor | None) -> None:
+        """Let the gate read a direction of the patch tokens, h = sigmoid(gate_scale * (w_l . x + b_l) - gate_center).
+
+        directions: [L, C + 1], w_l and b_l for each block l; None lets it read channel 0 of all tokens.
+        With directions, prefix tokens live to the last block, and no gradient flows through the scores. The directions
+        are a buffer that is not in the state dict. Raises ValueError for another shape or numbers that are not finite.
+        """
+        self.register_buffer("gate_directions", checked_directions(directions, self), persistent=False)
 
     @property
     def reads_prefix(self) -> bool:
@@ -224,7 +239,7 @@ class AdaptiveTokens:
         return self._why_not_swappable() is None
 
     def set_halting_channel(self, channel: int) -> None:
-        """Swap a channel of the tokens with channel 0, which the gate reads, in all weights.
+        """Swap a channel of the tokens with channel 0, which the gate reads, in all weights and gate directions.
 
         The static model computes the same logits as before. Without a head, its features have the channels swapped.
         Raises ValueError if `can_swap_channels` is False.
@@ -290,19 +305,18 @@ class AdaptiveTokens:
         intermediates, history: collect the states and the halting of the blocks; num_blocks: how many to run, or all.
         """
         tokens, rows, block_forwards = prepare_blocks(self, x, self.zip_tokens)
-        gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
         cumulative = torch.zeros(rows.shape[:-1], dtype=torch.float32, device=x.device)
         is_logits_only = prefix_only and intermediates is None and gate_offset is None
         use_triton = is_logits_only and isinstance(tokens, PackedTokensCUDA) and uses_kernels(x)
         history, mean_field = history or HaltingHistory(), (None if prefix_only else MeanField(rows, x.shape))
-        for number, (block, block_forward) in enumerate(zip(self.blocks[:num_blocks], block_forwards), start=1):
+        blocks = zip(self.blocks[:num_blocks], block_forwards, Gate.of_blocks(self, x.device))
+        for number, (block, block_forward, gate) in enumerate(blocks, start=1):
             rows = block_forward(block, rows, tokens)
             is_last_block = number == self.num_blocks
             if use_triton and len(rows) > 0:
                 output = tokens.halt(rows, cumulative, gate, is_last_block, early_exit=early_exit)
             else:
-                block_gate = gate if gate_offset is None else gate.shifted(tokens.expand_to_tokens(gate_offset))
-                step = halting_step(rows, cumulative, block_gate, is_last_block)
+                step = halting_step(rows, cumulative, gate.for_rows(tokens, gate_offset), is_last_block)
                 output = drop_halted(
                     tokens, rows, step.score, step.cumulative, step.halts, is_last_block, early_exit, prefix_only
                 )

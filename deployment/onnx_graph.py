@@ -213,11 +213,12 @@ def _first_state(graph: GraphBuilder, model: AdaptiveTokens, tokens: str, is_bat
     """Return the input of the first block: all tokens [B, N, C], with cumulative scores of zero."""
     weights = _pooling_weights(model)
     num_tokens = weights.shape[1]
-    is_anchor = np.arange(num_tokens) < (model.num_prefix_tokens if model.reads_prefix else num_tokens)
+    is_prefix = np.arange(num_tokens) < model.num_prefix_tokens
     state = State(
         scores=graph.constant(np.zeros(num_tokens)),
         weights=graph.constant(weights),
-        anchors=graph.constant(is_anchor),
+        anchors=graph.constant(is_prefix if model.reads_prefix else np.ones_like(is_prefix)),
+        prefix=None if model.gate_directions is None else graph.constant(is_prefix),
     )
     if is_batch:
         batch = graph.add("Shape", tokens, end=1)  # [1]
@@ -256,8 +257,7 @@ def _halting_block(
     """
     layout = make_layout(graph, state)
     rows = _block(graph, model.blocks[number], state.rows, layout)
-    channel = graph.add("Gather", rows, graph.constant(0), axis=1)
-    score = graph.add("Sigmoid", graph.add("Sub", graph.add("Mul", channel, "gate_scale"), "gate_center"))
+    score = _score(graph, model, number, rows, state.prefix)
     probability = graph.add("Sub", graph.constant(1.0), state.scores)  # the remainder, used where a token halts
     scores = graph.add("Add", state.scores, score)
     keep = graph.add("Not", graph.add("GreaterOrEqual", scores, graph.constant(1 - model.halt_eps)))
@@ -279,6 +279,18 @@ def _halting_block(
         head_inputs=head_inputs,
         live=layout.live,
     )
+
+
+def _score(graph: GraphBuilder, model: AdaptiveTokens, number: int, rows: str, is_prefix: str | None) -> str:
+    """Compute the halting scores of block `number` from its output: [T, C] -> [T]. See `zipping.gate.Gate`."""
+    if model.gate_directions is None:
+        value = graph.add("Gather", rows, graph.constant(0), axis=1)
+    else:
+        direction = model.gate_directions[number].float()
+        value = graph.add("MatMul", rows, graph.constant(direction[:-1]))
+        value = graph.add("Add", value, graph.constant(direction[-1]))
+    score = graph.add("Sigmoid", graph.add("Sub", graph.add("Mul", value, "gate_scale"), "gate_center"))
+    return score if is_prefix is None else graph.add("Where", is_prefix, graph.constant(0.0), score)
 
 
 # Layers ------------------------------------------------------------------------------------------

@@ -19,20 +19,27 @@ from zipping.planned import triton_kernels
 
 FLOATS = {"cumulative_before", "minus_center", "limit", "score", "cumulative", "new_cumulative"}
 FLOATS |= {"grad_new_cumulative", "grad_score", "grad_cumulative_before"}
-FLOATS |= {"scale_and_limit", "features", "weighted", "grad_weighted"}  # of the planned mode
+FLOATS |= {"direction", "scale_and_limit", "features", "weighted", "grad_weighted"}  # of the planned mode
 TYPES = dict.fromkeys(FLOATS, "*fp32") | {"token": "*i64", "new_token": "*i64", "halts": "*u8"}
 TYPES |= dict.fromkeys(("scale", "eps"), "fp32")
 TYPES |= dict.fromkeys(("cu_seqlens", "new_cu_seqlens", "dest_offset", "counts", "kept_count"), "*i32")
 INTEGERS = ("width", "length", "count", "images", "parts", "capacity", "dummies")
 TYPES |= dict.fromkeys(INTEGERS, "i32")
 CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": kernels.ROWS, "IMAGES": 512, "DUMMIES": 1024}
+CONSTANTS |= {"TILE": kernels.tile_of(256, 768)}
 DTYPES = [("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # of rows, and of matrix products
+CHANNEL_0 = {"direction": None}  # the gate reads channel 0
 LAST, NOT_LAST = {"LAST": True, "EARLY_EXIT": False}, {"LAST": False, "EARLY_EXIT": True}
 PLANNED_LAST = LAST | dict.fromkeys(("cumulative", "dest_offset", "counts"))
 HALT, FUSED = dict.fromkeys(("branch", "gamma", "features")), dict.fromkeys(("prefix", "weighted"))  # absent arguments
 NO_NORM = dict.fromkeys(("normed", "weight", "bias"))
 PLANNED = {  # constants of each variant of a kernel; None is an absent argument
-    triton_kernels.decide_kernel: [last | absent for last in (PLANNED_LAST, NOT_LAST) for absent in (HALT, FUSED)],
+    triton_kernels.decide_kernel: [
+        last | absent | gate
+        for last in (PLANNED_LAST, NOT_LAST)
+        for absent in (HALT, FUSED)
+        for gate in (CHANNEL_0, {})
+    ],
     triton_kernels.move_kernel: [HALT | NO_NORM, {}],
     triton_kernels.add_norm_kernel: [{}, {"branch": None, "gamma": None}],
     triton_kernels.halt_backward_kernel: [
@@ -52,7 +59,7 @@ def compile_kernel(kernel, capability: int, dtypes: tuple[str, str], variant: di
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, (name, kind) in enumerate(signature.items())
-        if kind[0] == "*" or name == "width"
+        if (kind[0] == "*" and name != "direction") or name == "width"  # a direction begins at any multiple of 4 bytes
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -77,7 +84,7 @@ def resources(compiled, capability: int) -> str:
 def compile_dynamic(capability: int) -> None:
     for kernel in (kernels._halting_kernel, kernels._compact_kernel, kernels._halting_backward_kernel):
         for dtype in ("fp32", "fp16", "bf16"):
-            for variant in (LAST, NOT_LAST):
+            for variant in (LAST | CHANNEL_0, NOT_LAST | CHANNEL_0, NOT_LAST):
                 compile_kernel(kernel, capability, (dtype, dtype), variant)
 
 

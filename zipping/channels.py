@@ -32,12 +32,12 @@ def _name_in_block(name: str) -> str:
 
 @torch.no_grad()
 def swap_channels(model: VisionTransformer, channel: int) -> None:
-    """Swap a channel of the tokens with channel 0, in all weights."""
-    for name, parameter in model.named_parameters():
-        axis = channel_axis(name)
-        if axis is not None:
-            pair = torch.tensor([channel, 0], device=parameter.device)
-            parameter.index_copy_(axis, pair.flip(0), parameter.index_select(axis, pair))
+    """Swap a channel of the tokens with channel 0, in all weights and in the directions of the gate."""
+    weights = [(parameter, channel_axis(name)) for name, parameter in model.named_parameters()]
+    for weight, axis in [*weights, (model.gate_directions, 1)]:
+        if weight is not None and axis is not None:
+            pair = torch.tensor([channel, 0], device=weight.device)
+            weight.index_copy_(axis, pair.flip(0), weight.index_select(axis, pair))
 
 
 def why_not_swappable(model: VisionTransformer) -> str | None:

@@ -16,14 +16,56 @@ from torch.autograd.function import once_differentiable
 
 CHANNELS = 128  # upper bound for the channels that a program loads at a time
 ROWS = 16  # rows per program of the compaction and backward kernels
+TILE_ELEMENTS = 8192  # numbers that a program multiplies with a direction at a time
+
+
+@triton.jit
+def load_sum(rows, branch, gamma, index, channel, mask, width):
+    """Return rows + gamma * branch, rounded to the dtype of the rows. gamma, or branch too, may be None."""
+    x = tl.load(rows + index, mask=mask, other=0.0)
+    if branch is not None:
+        y = tl.load(branch + index, mask=mask, other=0.0).to(tl.float32)
+        if gamma is not None:
+            y *= tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + y).to(rows.dtype.element_ty)
+    return x
+
+
+@triton.jit
+def load_score(
+    rows, branch, gamma, direction, scale, minus_center,
+    row, in_image, position, width,
+    PREFIX: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Return the halting score of each row + gamma * branch, see `zipping.gate.Gate`. row: [BLOCK] int64.
+
+    direction: [C + 1], or None for a gate that reads channel 0; position: of the token in its image;
+    TILE: channels that are multiplied with a direction at a time.
+    """
+    if direction is None:
+        value = load_sum(rows, branch, gamma, row * width, 0, in_image, width).to(tl.float32)
+    else:
+        value = tl.zeros([BLOCK], tl.float32) + tl.load(direction + width).to(tl.float32)
+        for begin in range(0, width, TILE):
+            channel = begin + tl.arange(0, TILE)[None, :]
+            exists = channel < width
+            weight = tl.load(direction + channel, mask=exists, other=0.0).to(tl.float32)
+            mask = in_image[:, None] & exists
+            x = load_sum(rows, branch, gamma, row[:, None] * width + channel, channel, mask, width)
+            value += tl.sum(x.to(tl.float32) * weight, 1)
+    score = 1.0 / (1.0 + tl.exp(-(minus_center + scale * value)))
+    if direction is not None:
+        score = tl.where(position < PREFIX, 0.0, score)
+    return score
 
 
 @triton.jit
 def _halting_kernel(
-    rows, cumulative_before, token, cu_seqlens, minus_center, limit,  # inputs, see `HaltAndDrop`
+    rows, cumulative_before, token, cu_seqlens, minus_center, limit, direction,  # inputs, see `HaltAndDrop`
     score, cumulative, halts, dest_offset, counts, prefix,  # outputs
     scale, width, length,
     LAST: tl.constexpr, EARLY_EXIT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute scores, decisions and prefix-token states; program b handles image b.
 
@@ -37,8 +79,10 @@ def _halting_kernel(
     in_image = offset < tl.load(cu_seqlens + image + 1) - start
     row = (start + offset).to(tl.int64)
     position = tl.load(token + row, mask=in_image, other=0) - image * length  # of the token in its image
-    channel_0 = tl.load(rows + row * width, mask=in_image, other=0.0).to(tl.float32)
-    row_score = 1.0 / (1.0 + tl.exp(-(tl.load(minus_center) + scale * channel_0)))
+    row_score = load_score(
+        rows, None, None, direction, scale, tl.load(minus_center), row, in_image, position, width,
+        PREFIX, BLOCK, TILE,
+    )  # fmt: skip
     row_cumulative = tl.load(cumulative_before + row, mask=in_image, other=0.0) + row_score
     row_halts = row_cumulative >= tl.load(limit)  # False for NaN
     if LAST:
@@ -124,15 +168,21 @@ def _halting_backward_kernel(
         tl.store(grad_rows + row[:, None] * width + channel, gradient, mask=inside[:, None] & exists)
 
 
+def tile_of(block: int, width: int) -> int:
+    """Return the channels that `load_score` handles at a time. block: rows of a program, a power of 2."""
+    return min(max(TILE_ELEMENTS // block, 1), triton.next_power_of_2(width))
+
+
 class HaltAndDrop(torch.autograd.Function):
     """Halting step of one block; differentiable once, in the rows and the cumulative scores.
 
     rows: [T, C] of any floating dtype, T above 0; cumulative_before: [T] float32; token: [T] int64;
-    cu_seqlens: [B + 1] int32; minus_center, limit: 0-d float32; scale: a number; size: B, N;
+    cu_seqlens: [B + 1] int32; minus_center, limit, direction, scale: of `Gate`; size: B, N;
     num_prefix_tokens: P.
     Returns score [T]; halts [T] bool; prefix-token states [B, P, C], zero for halted tokens; then,
     of the rows that stay: rows, cumulative scores, token, cu_seqlens. These four are None after
-    the last block. One host-device sync reads the number of rows that stay.
+    the last block. With a direction, the scores are not differentiable.
+    One host-device sync reads the number of rows that stay.
     """
 
     @staticmethod
@@ -144,6 +194,7 @@ class HaltAndDrop(torch.autograd.Function):
         cu_seqlens: Tensor,
         minus_center: Tensor,
         limit: Tensor,
+        direction: Tensor | None,
         scale: float,
         size: tuple[int, int],
         num_prefix_tokens: int,
@@ -164,17 +215,18 @@ class HaltAndDrop(torch.autograd.Function):
             counts = torch.empty_like(cu_seqlens)
         prefix = rows.new_empty(batch, num_prefix_tokens, width)
         _halting_kernel[(batch,)](
-            rows, cumulative_before, token, cu_seqlens, minus_center, limit,
+            rows, cumulative_before, token, cu_seqlens, minus_center, limit, direction,
             score, cumulative, halts, dest_offset, counts, prefix,
             scale, width, length, LAST=is_last_block, EARLY_EXIT=early_exit, PREFIX=num_prefix_tokens,
-            BLOCK=block, CHANNELS=channels, num_warps=min(max(block // 128, 4), 16),
+            BLOCK=block, CHANNELS=channels, TILE=tile_of(block, width), num_warps=min(max(block // 128, 4), 16),
         )  # fmt: skip
         kept = (None, None, None, None)
         if not is_last_block:
             kept = _compact(rows, cumulative, token, dest_offset, counts, length, channels)
         new_rows, new_cumulative, new_token, new_cu_seqlens = kept
         halts = halts.view(torch.bool)
-        ctx.mark_non_differentiable(*(x for x in (halts, new_token, new_cu_seqlens) if x is not None))
+        constants = [halts, new_token, new_cu_seqlens, *([] if direction is None else [score, new_cumulative])]
+        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
         ctx.set_materialize_grads(False)  # do not allocate zero gradients for unused outputs
         ctx.save_for_backward(score, token, dest_offset, cu_seqlens if is_last_block else new_cu_seqlens)
         ctx.scale, ctx.length, ctx.is_last_block, ctx.channels = scale, length, is_last_block, channels
@@ -206,7 +258,7 @@ class HaltAndDrop(torch.autograd.Function):
             grad_rows, grad_cumulative_before, ctx.scale, count, width, ctx.length,
             LAST=ctx.is_last_block, PREFIX=num_prefix_tokens, ROWS=ROWS, CHANNELS=ctx.channels,
         )  # fmt: skip
-        return grad_rows, None if ctx.is_last_block else grad_cumulative_before, *[None] * 9
+        return grad_rows, None if ctx.is_last_block else grad_cumulative_before, *[None] * 10
 
 
 def _compact(

@@ -12,24 +12,7 @@ import torch
 from torch import Tensor
 
 from zipping.attention import PerImageAttentionMask, ragged_attention, varlen_attention
-
-
-class Gate(NamedTuple):
-    """Gate parameters. The tensors are 0-d and built once per forward pass, not per block."""
-
-    scale: float
-    minus_center: Tensor
-    limit: Tensor  # 1 - halt_eps, the cumulative score at which a token halts
-
-    @classmethod
-    def of(cls, scale: float, center: float, halt_eps: float, device: torch.device) -> Gate:
-        """Build a gate on a device."""
-        minus_center = torch.full((), -center, dtype=torch.float32, device=device)
-        return cls(scale, minus_center, torch.full((), 1 - halt_eps, dtype=torch.float32, device=device))
-
-    def shifted(self, offset: Tensor) -> Gate:
-        """Return the gate with `offset` added to its center. offset: [T], or [B, 1] for all tokens."""
-        return self._replace(minus_center=self.minus_center - offset)
+from zipping.gate import Gate
 
 
 class BlockOutput(NamedTuple):
@@ -72,6 +55,11 @@ class MaskedTokens:
         softmax over no tokens would be NaN.
         """
         return (self.live | ~self.live.any(dim=1, keepdim=True))[:, None, None, :]
+
+    @property
+    def is_prefix(self) -> Tensor:
+        """[N] bool, True for prefix tokens."""
+        return torch.arange(self.live.shape[1], device=self.live.device) < self.num_prefix_tokens
 
     def drop(self, halts: Tensor, *values: Tensor, early_exit: bool = False) -> tuple[MaskedTokens, tuple[Tensor, ...]]:
         """Return the store without the halted tokens, and `values` unchanged.
@@ -131,6 +119,15 @@ class PackedTokens:
     def attention_mask(self) -> PerImageAttentionMask:
         return PerImageAttentionMask(self)
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        return len(self.prefix_token) // self.size[0]
+
+    @property
+    def is_prefix(self) -> Tensor:
+        """[T] bool, True in the rows of prefix tokens."""
+        return self._as_tensor(self.token % self.size[1]) < self.num_prefix_tokens
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Compute scaled dot-product attention within each image. q, k, v: [1, H, T, D] -> [1, H, T, D]."""
         if q.shape[2] == 0:  # no live rows: skip the kernel, keep the autograd graph
@@ -145,7 +142,7 @@ class PackedTokens:
         """Return the prefix-token states, undefined for halted tokens. rows: [T, C] -> [B, P, C]."""
         batch = self.size[0]
         if len(rows) == 0:  # an empty sum keeps the zeros in the graph: gradients are 0, not None
-            return rows.new_zeros(batch, len(self.prefix_token) // batch, rows.shape[1]) + rows.sum(dim=0)
+            return rows.new_zeros(batch, self.num_prefix_tokens, rows.shape[1]) + rows.sum(dim=0)
         if len(self.prefix_token) == 1:  # while it is live, its row is the first
             return rows[None, :1]
         return rows.index_select(0, self._as_tensor(self.prefix_row)).unflatten(0, (batch, -1))
@@ -336,7 +333,6 @@ class PackedTokensCUDA(PackedTokens):
         """
         from zipping.kernels import HaltAndDrop  # imported here because Triton may be missing
 
-        num_prefix_tokens = len(self.prefix_token) // self.size[0]
         with torch.cuda.device_of(rows):
             score, halts, prefix, new_rows, cumulative, token, cu_seqlens = HaltAndDrop.apply(
                 rows,
@@ -345,9 +341,10 @@ class PackedTokensCUDA(PackedTokens):
                 self.cu_seqlens,
                 gate.minus_center,
                 gate.limit,
+                gate.direction,
                 gate.scale,
                 self.size,
-                num_prefix_tokens,
+                self.num_prefix_tokens,
                 is_last_block,
                 early_exit,
             )

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from zipping.kernels import tile_of
 from zipping.planned.tokens import PlannedGate, PlannedTokens
 from zipping.planned.triton_kernels import add_norm_kernel, decide_kernel, halt_backward_kernel, move_kernel
 
@@ -86,7 +87,8 @@ def _decide(
         rows, branch, gamma, cumulative_before, tokens.token, tokens.cu_seqlens, *gate, features,
         score, cumulative, halts, prefix, weighted, dest_offset, counts, width, length, batch,
         LAST=is_last_block, EARLY_EXIT=early_exit, PREFIX=tokens.num_prefix_tokens, BLOCK=block,
-        CHANNELS=min(CHANNELS, triton.next_power_of_2(width)), num_warps=min(max(block // 128, 4), 16),
+        CHANNELS=min(CHANNELS, triton.next_power_of_2(width)), TILE=tile_of(block, width),
+        num_warps=min(max(block // 128, 4), 16),
     )  # fmt: skip
     return score, halts.view(torch.bool), cumulative, dest_offset, counts
 
@@ -140,7 +142,7 @@ def _whole_rows(width: int) -> tuple[int, int]:
 @torch.library.custom_op("avit::halt", mutates_args=())
 def _halt_op(
     rows: Tensor, cumulative_before: Tensor, token: Tensor, cu_seqlens: Tensor,
-    scale_and_limit: Tensor, minus_center: Tensor, length: int, num_prefix_tokens: int,
+    scale_and_limit: Tensor, minus_center: Tensor, direction: Tensor | None, length: int, num_prefix_tokens: int,
     capacity: int, is_last_block: bool, early_exit: bool, save_prefix: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Compute `halt`; see `PlannedTokens` and `PlannedGate` for the tensors.
@@ -150,7 +152,7 @@ def _halt_op(
     of the rows that stay: rows, cumulative scores, token, cu_seqlens.
     """
     tokens = PlannedTokens((len(minus_center), length), num_prefix_tokens, token, cu_seqlens)
-    gate, rows = PlannedGate(scale_and_limit, minus_center), rows.contiguous()
+    gate, rows = PlannedGate(scale_and_limit, minus_center, direction), rows.contiguous()
     weighted = rows.new_empty(len(minus_center), num_prefix_tokens, rows.shape[1], dtype=torch.float32)
     prefix = torch.empty_like(weighted, dtype=rows.dtype) if save_prefix else None
     score, halts, cumulative, dest_offset, counts = _decide(
@@ -169,7 +171,7 @@ def _halt_op(
 
 @_halt_op.register_fake
 def _(
-    rows, cumulative_before, token, cu_seqlens, scale_and_limit, minus_center, length, num_prefix_tokens,
+    rows, cumulative_before, token, cu_seqlens, scale_and_limit, minus_center, direction, length, num_prefix_tokens,
     capacity, is_last_block, early_exit, save_prefix,
 ):  # fmt: skip
     (rows_before, width), batch = rows.shape, len(minus_center)
@@ -214,7 +216,7 @@ def _(grad_new_rows, grad_new_cumulative, grad_score, grad_weighted, score, cumu
 
 
 def _save_for_backward(ctx, inputs: tuple, output: list[Tensor]) -> None:
-    _, cumulative_before, token, _, scale_and_limit, _, length, _, capacity, *_ = inputs
+    _, cumulative_before, token, _, scale_and_limit, _, _, length, _, capacity, *_ = inputs
     score, halts, _, dest_offset, prefix, *kept = output
     ctx.set_materialize_grads(False)  # do not allocate zero gradients for unused outputs
     places = (dest_offset, kept[-1]) if capacity > 0 else (None, None)
@@ -226,7 +228,7 @@ def _halt_backward(ctx, gradients: list[Tensor | None]) -> tuple[Tensor | None, 
     grad_score, _, grad_weighted, _, _, *kept = gradients
     grad_new_rows, grad_new_cumulative = kept[1:3] if len(kept) > 1 else (None, None)
     gradients = (grad_new_rows, grad_new_cumulative, grad_score, grad_weighted)
-    return *_halt_backward_op(*gradients, *ctx.saved_tensors, *ctx.numbers), *[None] * 10
+    return *_halt_backward_op(*gradients, *ctx.saved_tensors, *ctx.numbers), *[None] * 11
 
 
 _halt_op.register_autograd(_halt_backward, setup_context=_save_for_backward)
@@ -245,14 +247,18 @@ def halt(
     rows: [c, C] of any floating dtype, the block's output; cumulative: [c] float32, scores before the block;
     capacity: rows of the next block, 0 if the plan ends here, None after the network's last block;
     early_exit: drop all rows of an image once its prefix tokens have halted.
-    Differentiable once, in the rows and the cumulative scores.
+    Differentiable once, in the rows and the cumulative scores. The scores of a direction have no gradient.
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or cumulative.requires_grad)
     score, halts, weighted, _, _, *kept = _halt_op(
         rows, cumulative, tokens.token, tokens.cu_seqlens, *gate, tokens.size[1], tokens.num_prefix_tokens,
         capacity or 0, capacity is None, early_exit, needs_grad,
     )  # fmt: skip
-    return _halted(tokens, score, halts, weighted, *kept)
+    halted = _halted(tokens, score, halts, weighted, *kept)
+    if gate.direction is None:
+        return halted
+    cumulative = None if halted.cumulative is None else halted.cumulative.detach()
+    return halted._replace(score=halted.score.detach(), cumulative=cumulative)
 
 
 def _halted(

@@ -27,7 +27,8 @@ MAX_FUSED_WIDTH = 2048  # channels that a program of the fused kernels holds at 
 class PlannedPass(NamedTuple):
     """Inputs of a forward pass except the images. For all batches of a plan, only the contents of its tensors differ.
 
-    tokens: the store of the first block; step: runs one block and its halting, see `choose_step`.
+    tokens: the store of the first block; gate: without the directions, which the model holds;
+    step: runs one block and its halting, see `choose_step`.
     """
 
     model: VisionTransformer
@@ -43,6 +44,11 @@ class PlannedPass(NamedTuple):
         if number + 1 < len(self.plan.capacities):
             return self.plan.capacities[number + 1]
         return None if number + 1 == self.model.num_blocks else 0
+
+    def gate_of(self, number: int) -> PlannedGate:
+        """Return the gate of this block."""
+        directions = self.model.gate_directions
+        return self.gate if directions is None else self.gate._replace(direction=directions[number])
 
 
 class BlockRecord(NamedTuple):
@@ -160,8 +166,8 @@ def timm_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
 
 
 def _halt(planned: PlannedPass, state: PassState, number: int, rows: Tensor) -> PassState:
-    capacity = planned.capacity_after(number)
-    return state.after(halt(state.tokens, rows, state.cumulative, planned.gate, capacity, planned.early_exit))
+    gate, capacity = planned.gate_of(number), planned.capacity_after(number)
+    return state.after(halt(state.tokens, rows, state.cumulative, gate, capacity, planned.early_exit))
 
 
 FUSED_LAYER_TYPES = PLAIN_LAYER_TYPES | {  # and those with layer scale
@@ -196,8 +202,8 @@ def fused_step(planned: PlannedPass, state: PassState, number: int) -> PassState
     rows, normed = add_norm(rows, branch, getattr(block.ls1, "gamma", None), block.norm2, dtype)
     branch = block.mlp(normed)
     halted = decide_and_move(
-        tokens, rows, branch, getattr(block.ls2, "gamma", None), state.cumulative, planned.gate, capacity,
-        planned.early_exit, features, next_norm, dtype,
+        tokens, rows, branch, getattr(block.ls2, "gamma", None), state.cumulative, planned.gate_of(number),
+        capacity, planned.early_exit, features, next_norm, dtype,
     )  # fmt: skip
     return replace(state, features=features).after(halted)
 

@@ -15,11 +15,13 @@ class PlannedGate(NamedTuple):
     """Gate parameters on the device, so that a captured pass reads their current values.
 
     scale_and_limit: [2] float32, the scale and 1 - halt_eps, the cumulative score at which a token halts;
-    minus_center: [B] float32, minus the center of each image.
+    minus_center: [B] float32, minus the center of each image;
+    direction: [C + 1] float32, of one block, or None; see `zipping.gate.Gate`.
     """
 
     scale_and_limit: Tensor
     minus_center: Tensor
+    direction: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,7 @@ results are deterministic. A pointer argument that is None stands for an input o
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_sum(rows, branch, gamma, index, channel, mask, width):
-    """Return rows + gamma * branch, rounded to the dtype of the rows. gamma, or branch too, may be None."""
-    x = tl.load(rows + index, mask=mask, other=0.0)
-    if branch is not None:
-        y = tl.load(branch + index, mask=mask, other=0.0).to(tl.float32)
-        if gamma is not None:
-            y *= tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) + y).to(rows.dtype.element_ty)
-    return x
+from zipping.kernels import load_score, load_sum
 
 
 @triton.jit
@@ -47,7 +37,7 @@ def _weigh_prefix(
     for begin in range(0, width, CHANNELS):
         channel = begin + tl.arange(0, CHANNELS)
         exists = channel < width
-        x = _load_sum(rows, branch, gamma, source * width + channel, channel, exists & is_live, width)
+        x = load_sum(rows, branch, gamma, source * width + channel, channel, exists & is_live, width)
         if prefix is not None:
             tl.store(prefix + target + channel, x, mask=exists)
         share = weight * x.to(tl.float32)
@@ -60,11 +50,12 @@ def _weigh_prefix(
 
 @triton.jit(do_not_specialize=["length", "images"])
 def decide_kernel(
-    rows, branch, gamma, cumulative_before, token, cu_seqlens, scale_and_limit, minus_center,  # inputs
+    rows, branch, gamma, cumulative_before, token, cu_seqlens, scale_and_limit, minus_center, direction,  # inputs
     features,  # input and output: see `decide_and_move`
     score, cumulative, halts, prefix, weighted, dest_offset, counts,  # outputs
     width, length, images,
     LAST: tl.constexpr, EARLY_EXIT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute scores, decisions and the mean field's shares; program s handles image s, or a dummy sequence.
 
@@ -80,9 +71,11 @@ def decide_kernel(
         tl.store(halts + row, tl.zeros([BLOCK], tl.uint8), mask=in_image)
         return
     position = tl.load(token + row, mask=in_image, other=0) - image * length  # of the token in its image
-    channel_0 = _load_sum(rows, branch, gamma, row * width, 0, in_image, width).to(tl.float32)
     scale, limit = tl.load(scale_and_limit), tl.load(scale_and_limit + 1)
-    row_score = 1.0 / (1.0 + tl.exp(-(tl.load(minus_center + image) + scale * channel_0)))
+    row_score = load_score(
+        rows, branch, gamma, direction, scale, tl.load(minus_center + image),
+        row, in_image, position, width, PREFIX, BLOCK, TILE,
+    )  # fmt: skip
     before = tl.load(cumulative_before + row, mask=in_image, other=0.0)
     row_halts = before + row_score >= limit  # False for NaN
     if LAST:
@@ -125,7 +118,7 @@ def _move_rows(
     for begin in range(0, width, CHANNELS):
         channel = begin + tl.arange(0, CHANNELS)[None, :]
         mask = stays[:, None] & (channel < width)
-        x = _load_sum(rows, branch, gamma, row[:, None] * width + channel, channel, mask, width)
+        x = load_sum(rows, branch, gamma, row[:, None] * width + channel, channel, mask, width)
         target = dest[:, None] * width + channel
         tl.store(new_rows + target, x, mask=mask)
         if normed is not None:
@@ -205,7 +198,7 @@ def add_norm_kernel(
     channel = tl.arange(0, CHANNELS)[None, :]
     index = row[:, None] * width + channel
     mask = (row < count)[:, None] & (channel < width)
-    x = _load_sum(rows, branch, gamma, index, channel, mask, width)
+    x = load_sum(rows, branch, gamma, index, channel, mask, width)
     if branch is not None:
         tl.store(new_rows + index, x, mask=mask)
     tl.store(normed + index, _layer_norm(x.to(tl.float32), weight, bias, channel, width, eps), mask=mask)
