@@ -139,6 +139,15 @@ def halting_model(mean: float = 4.5, spread: float = 1.5, distilled: bool = Fals
     return model
 
 
+def with_directions(model: torch.nn.Module) -> torch.nn.Module:
+    """Let the gate read directions near channel 0, so that patch tokens still halt at many depths; return the model."""
+    generator = torch.Generator().manual_seed(3)
+    directions = 0.03 * torch.randn(model.num_blocks, model.embed_dim + 1, generator=generator)
+    directions[:, 0] += 1
+    model.set_gate_directions(directions)
+    return model
+
+
 def save_halting_micro(path: Path, num_classes: int, **entries) -> Path:
     """Save a checkpoint of avit_micro_patch4_32 whose tokens halt around block 6; return its path."""
     torch.manual_seed(0)

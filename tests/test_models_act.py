@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import timm
 import torch
-from conftest import assert_halting, halting_model, images
+from conftest import assert_halting, halting_model, images, with_directions
 from equivalence import CLOSE, assert_same, flops, masked_and_zipped
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -42,6 +42,10 @@ def reference_forward(model, x):
             state[live] = block(state[live][None])[0]
             for n in list(live):
                 h = torch.sigmoid(model.gate_scale * state[n, 0] - model.gate_center)
+                if model.gate_directions is not None:
+                    *weights, bias = model.gate_directions[number - 1]
+                    h = torch.sigmoid(model.gate_scale * (state[n] @ torch.stack(weights) + bias) - model.gate_center)
+                    h = h * (n >= model.num_prefix_tokens)
                 h = torch.ones(()) if number == len(model.blocks) else h
                 if total[n] + h >= 1 - model.halt_eps:
                     remainder = 1 - total[n]
@@ -71,9 +75,23 @@ def test_model_equals_definition(zip_tokens, options):
 
 
 @BOTH_MODES
+@pytest.mark.parametrize("options", [{"reg_tokens": 2}, AVERAGED], ids=["class token", "mean of the patches"])
+@torch.no_grad()
+def test_model_with_directions_equals_definition(zip_tokens, options):
+    model = with_directions(halting_model(zip_tokens=zip_tokens, **options).eval())
+    logits, halting = model(images(), return_halting=True)
+    assert len(halting.depth.unique()) >= 4
+    expected_logits, expected_depth, expected_cost = reference_forward(model, images())
+    assert torch.equal(halting.depth, expected_depth)
+    assert_close(logits, expected_logits, **CLOSE)
+    assert_close(halting.ponder_cost, expected_cost, **CLOSE)
+
+
+@BOTH_MODES
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_gate_offset_shifts_center_per_image(zip_tokens, training):
-    model = halting_model(zip_tokens=zip_tokens).train(training)
+@pytest.mark.parametrize("prepare", [lambda model: model, with_directions], ids=["channel 0", "directions"])
+def test_gate_offset_shifts_center_per_image(zip_tokens, training, prepare):
+    model = prepare(halting_model(zip_tokens=zip_tokens).train(training))
     x = images()
     offset = torch.linspace(-3, 3, len(x))
     logits, halting = model(x, return_halting=True, gate_offset=offset)
@@ -105,9 +123,10 @@ def test_halting_probabilities_sum_to_one(channel):
 
 
 @settings(max_examples=25)
-@given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100))
-def test_zipped_equals_masked_for_any_depths(mean, spread, batch, seed):
-    masked, zipped = masked_and_zipped(halting_model(mean, spread).train())
+@given(st.floats(1, 8), st.floats(0.1, 4), st.integers(1, 5), st.integers(0, 100), st.booleans())
+def test_zipped_equals_masked_for_any_depths(mean, spread, batch, seed, has_directions):
+    model = halting_model(mean, spread).train()
+    masked, zipped = masked_and_zipped(with_directions(model) if has_directions else model)
     x = images(batch, seed=seed)
     assume(distance_from_threshold(masked, x) > 1e-4)  # so that rounding flips no decision
     halting = assert_same(masked, zipped, x, tolerance=MANY_CASES)
@@ -130,11 +149,92 @@ def distance_from_threshold(model, x):
     """Return the smallest distance of a live token's cumulative score from the halting threshold."""
     _, states = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
     depth = model(x, return_halting=True)[1].depth
-    channel = torch.stack([torch.cat([prefix, patches], dim=1)[..., 0] for patches, prefix in states])  # [L, B, N]
-    scores = torch.sigmoid(model.gate_scale * channel - model.gate_center)
+    states = torch.stack([torch.cat([prefix, patches], dim=1) for patches, prefix in states])  # [L, B, N, C]
+    values = states[..., 0]
+    if model.gate_directions is not None:
+        weights, bias = model.gate_directions[:, None, None].split([model.embed_dim, 1], dim=-1)
+        values = (states * weights).sum(-1) + bias[..., 0]
+        values[:, :, : model.num_prefix_tokens] = -torch.inf
+    scores = torch.sigmoid(model.gate_scale * values - model.gate_center)
     live = depth >= torch.arange(1, len(states) + 1)[:, None, None]
     distance = (scores.cumsum(0) - (1 - model.halt_eps)).abs()
     return distance[:-1][live[:-1]].min()
+
+
+# Directions ---------------------------------------------------------------------------------------
+
+
+DIRECTED = {
+    "class token": {},
+    "registers": {"reg_tokens": 3},
+    "distilled": {"distilled": True},
+    "mean of the patches": {"global_pool": "avg"},
+    "no prefix tokens": AVERAGED,
+    "stochastic depth": {"drop_path_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", DIRECTED.values(), ids=DIRECTED)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_zipped_equals_masked_with_directions(options, training):
+    model = with_directions(halting_model(**options).train(training))
+    if "distilled" in options:
+        model.set_distilled_training(True)
+    halting = assert_same(*masked_and_zipped(model), images())
+    prefix, patches = halting.depth.split([model.num_prefix_tokens, 16], dim=1)
+    assert len(patches.unique()) >= 4
+    assert (prefix == 8).all()
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"distilled": True}, {"global_pool": "avg"}], ids=str)
+@torch.no_grad()
+def test_prefix_tokens_never_halt_with_directions(zip_tokens, options):
+    """Neither where every patch halts in block 1, nor at an early exit. Their output is their last state."""
+    model = with_directions(halting_model(zip_tokens=zip_tokens, **options).eval())
+    model.gate_center = -1e9
+    logits, halting = model(images(), return_halting=True)
+    assert (halting.depth[:, : model.num_prefix_tokens] == 8).all()
+    assert (halting.depth[:, model.num_prefix_tokens :] == 1).all()
+    assert_close(model(images()), logits, **CLOSE)
+    states = model.forward_intermediates(images(), [7], return_prefix_tokens=True, intermediates_only=True, norm=True)
+    features = model.forward_features(images())
+    assert_close(features[:, : model.num_prefix_tokens], states[0][1], **CLOSE)
+
+
+@BOTH_MODES
+@torch.no_grad()
+def test_states_with_directions_that_halt_nothing_equal_static_model(zip_tokens):
+    """Bit for bit: no score adds to the last state, and the gate reads but does not write."""
+    model = with_directions(halting_model(zip_tokens=zip_tokens).eval())
+    model.gate_center = 1e9
+    logits, halting = model(images(), return_halting=True)
+    assert halting.depth.unique().tolist() == [8]
+    model.set_gate_directions(None)
+    assert torch.equal(model(images()), logits)
+    model.halting = False
+    assert_close(model(images()), logits, **CLOSE)
+
+
+@BOTH_MODES
+def test_scores_of_directions_have_no_gradient(zip_tokens):
+    model = with_directions(halting_model(zip_tokens=zip_tokens).train())
+    logits, halting = model(images(), return_halting=True)
+    assert not halting.ponder_cost.requires_grad
+    assert not halting.layer_scores.requires_grad
+    model.set_gate_directions(None)
+    assert model(images(), return_halting=True)[1].ponder_cost.requires_grad
+    assert logits.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast_leaves_product_with_directions_in_float32(dtype):
+    x = torch.randn(3, 24)
+    gate = zipping.Gate.of(1.0, 0.0, 0.01, x.device)._replace(direction=torch.randn(25))
+    with torch.autocast("cpu", dtype):
+        found = gate.logit(x)
+    assert torch.equal(found, gate.logit(x))
 
 
 OPTIONS = {

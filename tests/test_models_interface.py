@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import assert_halting, halting_model, images
+from conftest import assert_halting, halting_model, images, with_directions
 from equivalence import CLOSE, assert_same, flops, masked_and_zipped
 from timm.layers import GluMlp, SwiGLU
 from timm.models import get_pretrained_cfg
@@ -125,6 +125,16 @@ def test_set_halting_channel_keeps_static_outputs(options):
     assert_close(model._embed(images())[..., 0], halting_model(**options)._embed(images())[..., 5])
     model.set_halting_channel(5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_set_halting_channel_keeps_what_directions_read():
+    model = with_directions(halting_model().eval())
+    logits, halting = model(images(), return_halting=True)
+    model.set_halting_channel(5)
+    found, found_halting = model(images(), return_halting=True)
+    assert torch.equal(found_halting.depth, halting.depth)
+    assert_close(found, logits, **CLOSE)
 
 
 class WithAdapter(models_act.AdaptiveVisionTransformer):
@@ -302,6 +312,40 @@ def test_adapt_with_unsupported_model_or_option_raises():
         adapt(timm.create_model("vit_tiny_patch16_224", device="meta"), gate=3)
     with pytest.raises(ValueError, match="got AdaptiveVisionTransformer"):
         adapt(halting_model())
+
+
+@torch.no_grad()
+def test_adapt_with_directions():
+    """They move with the model, and the state dict keeps timm's names."""
+    given = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=8, num_heads=3, num_classes=7)
+    directions = torch.randn(8, 25, dtype=torch.float64)
+    model = adapt(given, gate_directions=directions, gate_center=0.0).eval()
+    assert model.state_dict().keys() == given.state_dict().keys()
+    assert torch.equal(model.gate_directions, directions.float())
+    assert copy.deepcopy(model).to("meta").gate_directions.is_meta
+    with_class = AdaptiveVisionTransformer(**SIZES | {"depth": 8}, gate_directions=directions, gate_center=0.0).eval()
+    with_class.load_state_dict(model.state_dict(), strict=True)
+    (logits, halting), (found, found_halting) = (m(images(), return_halting=True) for m in (model, with_class))
+    assert torch.equal(found, logits)
+    assert torch.equal(found_halting.depth, halting.depth)
+    assert len(halting.depth.unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("directions", "reason"),
+    [
+        (torch.zeros(8, 24), r"got \[8, 24\]"),
+        (torch.zeros(25), r"got \[25\]"),
+        ([[0.0] * 25] * 8, "got list"),
+        (torch.full((8, 25), torch.nan), "got 200 numbers that are not finite"),
+    ],
+)
+def test_directions_of_another_shape_or_not_finite_raise(directions, reason):
+    model = with_directions(halting_model())
+    before = model.gate_directions
+    with pytest.raises(ValueError, match=rf"finite numbers of shape \[8, 25\] \(blocks, channels \+ 1\), {reason}"):
+        model.set_gate_directions(directions)
+    assert model.gate_directions is before
 
 
 # MACs ---------------------------------------------------------------------------------------------

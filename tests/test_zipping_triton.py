@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, halting_model, images
+from conftest import ROOT, halting_model, images, with_directions
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -25,7 +25,7 @@ GATE = Gate.of(scale=1.5, center=0.5, halt_eps=0.01, device=torch.device("cpu"))
 
 @st.composite
 def live_tokens(draw):
-    """Draw a CUDA store in which some tokens have halted, its rows and their cumulative scores."""
+    """Draw a CUDA store in which some tokens have halted, its rows, their cumulative scores and a gate."""
     batch, length, width = draw(st.integers(1, 5)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 130]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     num_prefix = draw(st.integers(1, min(3, length)))
@@ -35,24 +35,26 @@ def live_tokens(draw):
     tokens, (rows,) = tokens.drop(torch.rand(len(rows), generator=generator) < share, rows)
     assume(len(rows) > 0)
     before = torch.rand(len(rows), generator=generator)
+    direction = torch.randn(width + 1, generator=generator) / width**0.5 if draw(st.booleans()) else None
+    gate = GATE._replace(direction=direction)
     # keep cumulative scores away from the limit, so that rounding flips no decision
-    score = torch.sigmoid(GATE.minus_center + GATE.scale * rows[:, 0].float())
+    score = torch.sigmoid(gate.for_rows(tokens, None).logit(rows))
     assume(not ((before + score - GATE.limit).abs() < 1e-5).any())
-    return tokens, rows, before
+    return tokens, rows, before, gate
 
 
 def halt_by_ops(tokens, rows, cumulative, gate, is_last_block, early_exit):
     """Compute what `PackedTokensCUDA.halt` computes, without kernels."""
-    step = halting_step(rows, cumulative, gate, is_last_block)
+    step = halting_step(rows, cumulative, gate.for_rows(tokens, None), is_last_block)
     return drop_halted(
         tokens, rows, step.score, step.cumulative, step.halts, is_last_block, early_exit, with_prefix=True
     )
 
 
-def outputs_and_gradients(halt, tokens, rows, cumulative, is_last_block, early_exit):
+def outputs_and_gradients(halt, tokens, rows, cumulative, gate, is_last_block, early_exit):
     """Return the outputs of one halting step and the gradients of its inputs, by name."""
     rows, cumulative = rows.clone().requires_grad_(), cumulative.clone().requires_grad_()
-    output = halt(tokens, rows, cumulative, GATE, is_last_block, early_exit)
+    output = halt(tokens, rows, cumulative, gate, is_last_block, early_exit)
     is_live = torch.isin(tokens.prefix_token, tokens.token).view(tokens.size[0], -1, 1)
     values = {"score": output.score, "prefix": output.prefix * is_live}
     if not is_last_block:
@@ -61,8 +63,10 @@ def outputs_and_gradients(halt, tokens, rows, cumulative, is_last_block, early_e
     loss = sum((value * torch.randn_like(value)).sum().float() for value in values.values())
     grad_rows, grad_cumulative = torch.autograd.grad(loss, (rows, cumulative), allow_unused=True)
     values |= {"halts": output.halts, "token": output.tokens.token, "cu_seqlens": output.tokens.cu_seqlens}
-    gradients = {"rows": grad_rows} if is_last_block else {"rows": grad_rows, "cumulative": grad_cumulative}
-    return values, gradients
+    is_cumulative_read = (
+        not is_last_block and gate.direction is None
+    )  # the cumulative scores of a direction are constants
+    return values, {"rows": grad_rows} | ({"cumulative": grad_cumulative} if is_cumulative_read else {})
 
 
 @settings(max_examples=60)
@@ -113,6 +117,8 @@ OPTIONS = {
     "stochastic depth": {"drop_path_rate": 0.2},
     "every token halts in block 1": {"mean": -5.0},
     "no token halts": {"mean": 30.0, "spread": 0.5},
+    "directions": {"has_directions": True},
+    "directions, registers": {"has_directions": True, "reg_tokens": 2},
 }
 
 
@@ -121,7 +127,9 @@ OPTIONS = {
 def test_model_equals_masked_mode(kernel_calls, options, training):
     found, expected = [], []
     for zip_tokens, results in ((True, found), (False, expected)):
-        model = halting_model(**options, zip_tokens=zip_tokens).train(training)
+        sizes = {name: value for name, value in options.items() if name != "has_directions"}
+        model = halting_model(**sizes, zip_tokens=zip_tokens).train(training)
+        model = with_directions(model) if "has_directions" in options else model
         torch.manual_seed(1)  # for stochastic depth
         logits, halting = model(images(), return_halting=True)
         loss = logits.square().mean() + halting.ponder_cost.mean() + halting.layer_scores.square().sum()
@@ -131,9 +139,17 @@ def test_model_equals_masked_mode(kernel_calls, options, training):
     assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
+def test_scores_of_a_direction_have_no_gradient():
+    tokens, rows = PackedTokensCUDA.pack(torch.randn(2, 5, 3), 1)
+    gate = GATE._replace(direction=torch.randn(4))
+    halted = PackedTokensCUDA.halt(tokens, rows.requires_grad_(), torch.zeros(10), gate, False, False)
+    assert [x.requires_grad for x in (halted.score, halted.cumulative, halted.rows)] == [False, False, True]
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, with_directions], ids=["channel 0", "directions"])
 @torch.inference_mode()
-def test_early_exit_keeps_logits(kernel_calls):
-    model = halting_model().eval()
+def test_early_exit_keeps_logits(kernel_calls, prepare):
+    model = prepare(halting_model().eval())
     logits = model(images(5))
     assert all(call["early_exit"] for call in kernel_calls)
     model.zip_tokens = False
@@ -149,9 +165,10 @@ def test_gradients_are_finite_under_autocast(kernel_calls):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("prepare", [lambda model: model, with_directions], ids=["channel 0", "directions"])
 @torch.inference_mode()
-def test_half_precision_model_equals_ops(kernel_calls):
-    model = halting_model().eval().bfloat16()
+def test_half_precision_model_equals_ops(kernel_calls, prepare):
+    model = prepare(halting_model().eval().bfloat16())
     logits, halting = model(images().bfloat16(), return_halting=True)
     assert (logits.dtype, halting.depth.dtype) == (torch.bfloat16, torch.float32)
     with patch.object(models_act, "uses_kernels", lambda x: False):
