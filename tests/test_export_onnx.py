@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import ROOT, halting_model, save_halting_micro
+from conftest import ROOT, halting_model, save_halting_micro, with_directions
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
@@ -106,6 +106,17 @@ def test_every_model_option_equals_masked(options):
     assert options.get("depth") == 1 or (live[:, -1] == 0).any()  # some image exits early
 
 
+DIRECTED = ("plain", "distilled", "registers", "mean of patches", "no prefix tokens", "mean of all", "one block")
+
+
+@pytest.mark.parametrize("name", DIRECTED)
+def test_model_with_directions_equals_masked(name):
+    model = with_directions(halting_model(img_size=(16, 24), **OPTIONS[name]))
+    live = assert_exact(model, images(6, 3, 16, 24))
+    assert (live[:, -1] >= model.num_prefix_tokens).all()
+    assert name == "one block" or len(np.unique(live)) > 4
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 def test_static_graph_computes_all_tokens(distilled):
     model = halting_model(distilled=distilled, halting=False)
@@ -129,8 +140,9 @@ def test_empty_batch_gives_empty_outputs():
 
 
 @pytest.mark.parametrize("batch_mode", BATCH_MODES)
-def test_gate_inputs_override_the_defaults(batch_mode):
-    model = halting_model()
+@pytest.mark.parametrize("prepare", [lambda model: model, with_directions], ids=["channel 0", "directions"])
+def test_gate_inputs_override_the_defaults(batch_mode, prepare):
+    model = prepare(halting_model())
     run = session(write_graph(model, batch_mode)).run
     x, seen = images(4, 3, 16, 16), set()
     for scale, center in ((4.0, 12.0), (4.0, 20.0), (6.0, 12.0)):
@@ -188,9 +200,10 @@ def test_random_models_equal_masked(seed, distilled, reg_tokens, depth, heads, h
 
 
 @pytest.mark.parametrize("batch_mode", BATCH_MODES)
+@pytest.mark.parametrize("prepare", [lambda model: model, with_directions], ids=["channel 0", "directions"])
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}], ids=["class token", "registers"])
-def test_onnx_reference_evaluator_agrees(batch_mode, options):
-    model = halting_model(depth=4, mean=2, **options)
+def test_onnx_reference_evaluator_agrees(batch_mode, options, prepare):
+    model = prepare(halting_model(depth=4, mean=2, **options))
     assert_exact(model, images(2, 3, 16, 16), (batch_mode,), lambda graph: ReferenceEvaluator(graph).run)
 
 

@@ -204,16 +204,15 @@ def test_prefix_tokens_never_halt_with_directions(zip_tokens, options):
 
 @BOTH_MODES
 @torch.no_grad()
-def test_states_with_directions_that_halt_nothing_equal_static_model(zip_tokens):
-    """Bit for bit: no score adds to the last state, and the gate reads but does not write."""
+def test_logits_with_directions_that_halt_nothing_equal_static_model(zip_tokens, token_store):
+    """Bit for bit, because every score is 0. Only CUDA's attention within images rounds in its own way."""
     model = with_directions(halting_model(zip_tokens=zip_tokens).eval())
     model.gate_center = 1e9
     logits, halting = model(images(), return_halting=True)
     assert halting.depth.unique().tolist() == [8]
-    model.set_gate_directions(None)
-    assert torch.equal(model(images()), logits)
     model.halting = False
-    assert_close(model(images()), logits, **CLOSE)
+    is_exact = not zip_tokens or token_store == "CPU"
+    assert_close(model(images()), logits, **({"rtol": 0, "atol": 0} if is_exact else CLOSE))
 
 
 @BOTH_MODES

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import halting_model, images
+from conftest import halting_model, images, with_directions
 from equivalence import assert_same
 from graphed_models import CLOSE, KINDS, SIZE, TIGHT, graphed, masked, warm, warm_training
 from torch import nn
@@ -129,6 +129,31 @@ def test_captured_pass_follows_changes():
     report = graph_report(model)
     assert report.replayed == 1 + len(CHANGES)
     assert report.captures <= 1 + report.plans, "only plans were captured, and the full plan"
+
+
+DIRECTED_CHANGES = {
+    "center": CHANGES["center"],
+    "scale": CHANGES["scale"],
+    "directions in place": lambda model: model.gate_directions.mul_(1.05),
+    "other directions": lambda model: model.set_gate_directions(model.gate_directions.flip(0)),
+    "channel 0": lambda model: model.set_gate_directions(None),
+    "directions again": with_directions,
+}
+
+
+@torch.no_grad()
+def test_captured_pass_follows_changes_with_directions():
+    model = warm(with_directions(graphed().eval()))
+    for name, change in DIRECTED_CHANGES.items():
+        change(model)
+        assert_close(model(images(4)), masked(model)(images(4)), **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert graph_report(model).replayed >= 4  # a pass that is dropped is captured again in the next batch
+
+
+def test_captured_training_with_directions_equals_masked_mode():
+    model = warm_training(with_directions(graphed()))
+    assert_same(masked(model), model, images(4), tolerance=CLOSE)
+    assert graph_report(model).replayed > 1
 
 
 @torch.no_grad()

@@ -27,11 +27,14 @@ SCALE, LIMIT = 1.5, 0.99
 class Case:
     """Input of one halting step: which tokens are live, their states, and options of the step."""
 
-    def __init__(self, live, num_prefix_tokens, x, before, minus_center, surplus):
-        """live: [B, N] bool; x: [B, N, C]; before: [B, N]; surplus: surplus rows, None in the first block."""
+    def __init__(self, live, num_prefix_tokens, x, before, minus_center, surplus, direction=None):
+        """live: [B, N] bool; x: [B, N, C]; before: [B, N]; surplus: surplus rows, None in the first block.
+
+        direction: [C + 1] or None.
+        """
         self.live, self.x, self.before = live, x, before
         size, rows = tuple(live.shape), min(int(live.sum()) + (surplus or 0), live.numel())
-        self.gate = PlannedGate(torch.tensor([SCALE, LIMIT]), minus_center)
+        self.gate = PlannedGate(torch.tensor([SCALE, LIMIT]), minus_center, direction)
         token, cu_seqlens = expected_store(live, rows)
         if surplus is None:
             self.tokens = PlannedTokens.all_live(size, num_prefix_tokens, x.device)
@@ -67,12 +70,19 @@ def cases(draw):
     assume(live.any())
     x = torch.randn(batch, length, width, generator=generator).to(draw(st.sampled_from(DTYPES)))
     before, minus_center = torch.rand(batch, length, generator=generator), torch.randn(batch, generator=generator)
-    return Case(live, draw(st.integers(1, min(3, length))), x, before, minus_center, surplus)
+    direction = torch.randn(width + 1, generator=generator) / width**0.5 if draw(st.booleans()) else None
+    return Case(live, draw(st.integers(1, min(3, length))), x, before, minus_center, surplus, direction)
 
 
 def score_and_cumulative(case, x, before):
-    score = torch.sigmoid(case.gate.minus_center[:, None] + SCALE * x[..., 0].float())
-    return score, before + score
+    value, direction = x[..., 0].float(), case.gate.direction
+    if direction is not None:
+        value = x.detach().float() @ direction[:-1] + direction[-1]
+    score = torch.sigmoid(case.gate.minus_center[:, None] + SCALE * value)
+    if direction is None:
+        return score, before + score
+    score[:, : case.tokens.num_prefix_tokens] = 0
+    return score, before.detach() + score
 
 
 def reference(case, x, before, capacity, early_exit):
@@ -132,6 +142,7 @@ def draw_capacity(data, case, early_exit):
 
 def gradients(values, *inputs):
     torch.manual_seed(0)
+    values = {name: value for name, value in values.items() if value.requires_grad}
     loss = sum((value * torch.randn(value.shape)).float().sum() for _, value in sorted(values.items()))
     return torch.autograd.grad(loss, inputs)
 
@@ -148,7 +159,8 @@ def test_halt_equals_reference(case, early_exit, data):
     assert_close(found, expected)
     assert_close(found_others, expected_others)
     tolerance = {} if rows.dtype == torch.float32 else HALF
-    assert_close(gradients(found, rows, cumulative), gradients(expected, rows, cumulative), **tolerance)
+    inputs = (rows, cumulative) if case.gate.direction is None else (rows,)
+    assert_close(gradients(found, *inputs), gradients(expected, *inputs), **tolerance)
 
 
 @settings(max_examples=60)
@@ -259,10 +271,12 @@ def test_gradient_of_one_output_equals_reference(name):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("direction", [None, torch.ones(4)], ids=["channel 0", "direction"])
 @pytest.mark.parametrize("capacity", [None, 0, 20])
-def test_operator_has_valid_fake_and_gradient(capacity):
+def test_operator_has_valid_fake_and_gradient(capacity, direction):
     """The check runs the operator under fake tensors and under AOT dispatch, as torch.compile does."""
     case = full_case(torch.randn(2, 15, 3))
+    case.gate = case.gate._replace(direction=direction)
     rows, cumulative = case.rows.clone().requires_grad_(), case.cumulative.clone().requires_grad_()
     options = (capacity or 0, capacity is None, False, True)  # and is_last_block, early_exit, save_prefix
     torch.library.opcheck(

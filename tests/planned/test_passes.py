@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import halting_model, images
+from conftest import halting_model, images, with_directions
 from graph_standin import Tape
 from graphed_models import KINDS, SIZE, masked
 from torch.testing import assert_close
@@ -115,6 +115,39 @@ def test_gates_that_differ_between_images_equal_masked_mode():
     expected = twin(images(4), return_halting=True, gate_offset=offset)
     assert_close((logits, *halting), (expected[0], *expected[1]), rtol=1e-4, atol=2e-5)
     assert_close(gradients(model, logits, halting), gradients(twin, *expected), rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"distilled": True}, {"init_values": 0.5, "reg_tokens": 2}], ids=str)
+def test_training_with_directions_equals_masked_mode(kind):
+    model = with_directions(halting_model(**SIZE, **kind).train())
+    if kind.get("distilled"):
+        model.set_distilled_training(True)
+    offset = torch.linspace(-1, 1, 4)
+    plan = tight_plan(model, images(4), offset=offset)
+    logits, halting, counts = run(model, images(4), plan, return_halting=True, offset=offset)
+    assert counts[-1] < counts[1]
+    assert (halting.depth[:, : model.num_prefix_tokens] == model.num_blocks).all()
+    assert not halting.ponder_cost.requires_grad
+    twin = masked(model)
+    expected, expected_halting = twin(images(4), return_halting=True, gate_offset=offset)
+    assert_close((logits, *halting), (expected, *expected_halting), rtol=1e-4, atol=2e-5)
+    assert_close(gradients(model, logits, halting), gradients(twin, expected, expected_halting), rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("early_exit", [False, True], ids=["with halting", "early exit"])
+@pytest.mark.parametrize("step", [passes.fused_step, passes.timm_step])
+@torch.no_grad()
+def test_inference_with_directions_equals_masked_mode(step, early_exit):
+    model = with_directions(halting_model(**SIZE, init_values=0.5).eval())
+    plan = tight_plan(model, images(4), early_exit=early_exit, step=step)
+    options = {"return_halting": not early_exit, "early_exit": early_exit, "step": step}
+    logits, halting, counts = run(model, images(4), plan, **options)
+    assert not plan.overflows(counts)
+    assert 0 < counts[-1] < counts[1]
+    expected, expected_halting = masked(model)(images(4), return_halting=True)
+    assert_close(logits, expected, rtol=1e-4, atol=2e-5)
+    if halting is not None:
+        assert_close([*halting], [*expected_halting], rtol=1e-4, atol=2e-5)
 
 
 # Overflows ---------------------------------------------------------------------------------------
