@@ -26,7 +26,6 @@ TYPES |= dict.fromkeys(("cu_seqlens", "new_cu_seqlens", "dest_offset", "counts",
 INTEGERS = ("width", "length", "count", "images", "parts", "capacity", "dummies")
 TYPES |= dict.fromkeys(INTEGERS, "i32")
 CONSTANTS = {"PREFIX": 1, "BLOCK": 256, "CHANNELS": 128, "ROWS": kernels.ROWS, "IMAGES": 512, "DUMMIES": 1024}
-CONSTANTS |= {"TILE": kernels.tile_of(256, 768)}
 DTYPES = [("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # of rows, and of matrix products
 CHANNEL_0 = {"direction": None}  # the gate reads channel 0
 LAST, NOT_LAST = {"LAST": True, "EARLY_EXIT": False}, {"LAST": False, "EARLY_EXIT": True}

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 CHANNELS = 128  # upper bound for the channels that a program loads at a time
 ROWS = 16  # rows per program of the compaction and backward kernels
-TILE_ELEMENTS = 8192  # numbers that a program multiplies with a direction at a time
+TILE_ELEMENTS = tl.constexpr(8192)  # numbers that a program multiplies with a direction at a time
 
 
 @triton.jit
@@ -35,25 +35,26 @@ def load_sum(rows, branch, gamma, index, channel, mask, width):
 def load_score(
     rows, branch, gamma, direction, scale, minus_center,
     row, in_image, position, width,
-    PREFIX: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    PREFIX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the halting score of each row + gamma * branch, see `zipping.gate.Gate`. row: [BLOCK] int64.
+    """Return the halting score of each row + gamma * branch, see `zipping.gate.Gate`.
 
-    direction: [C + 1], or None for a gate that reads channel 0; position: of the token in its image;
-    TILE: channels that are multiplied with a direction at a time.
+    direction: [C + 1], or None for a gate that reads channel 0; minus_center: [], of the image;
+    row: [BLOCK] int64; position: [BLOCK], of the token in its image.
     """
     if direction is None:
         value = load_sum(rows, branch, gamma, row * width, 0, in_image, width).to(tl.float32)
     else:
         value = tl.zeros([BLOCK], tl.float32) + tl.load(direction + width).to(tl.float32)
-        for begin in range(0, width, TILE):
-            channel = begin + tl.arange(0, TILE)[None, :]
+        tile: tl.constexpr = TILE_ELEMENTS // BLOCK if BLOCK < TILE_ELEMENTS else 1  # channels at a time
+        for begin in range(0, width, tile):
+            channel = begin + tl.arange(0, tile)[None, :]
             exists = channel < width
             weight = tl.load(direction + channel, mask=exists, other=0.0).to(tl.float32)
             mask = in_image[:, None] & exists
             x = load_sum(rows, branch, gamma, row[:, None] * width + channel, channel, mask, width)
             value += tl.sum(x.to(tl.float32) * weight, 1)
-    score = 1.0 / (1.0 + tl.exp(-(minus_center + scale * value)))
+    score = 1.0 / (1.0 + tl.exp(-(tl.load(minus_center) + scale * value)))
     if direction is not None:
         score = tl.where(position < PREFIX, 0.0, score)
     return score
@@ -65,7 +66,6 @@ def _halting_kernel(
     score, cumulative, halts, dest_offset, counts, prefix,  # outputs
     scale, width, length,
     LAST: tl.constexpr, EARLY_EXIT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute scores, decisions and prefix-token states; program b handles image b.
 
@@ -80,9 +80,8 @@ def _halting_kernel(
     row = (start + offset).to(tl.int64)
     position = tl.load(token + row, mask=in_image, other=0) - image * length  # of the token in its image
     row_score = load_score(
-        rows, None, None, direction, scale, tl.load(minus_center), row, in_image, position, width,
-        PREFIX, BLOCK, TILE,
-    )  # fmt: skip
+        rows, None, None, direction, scale, minus_center, row, in_image, position, width, PREFIX, BLOCK
+    )
     row_cumulative = tl.load(cumulative_before + row, mask=in_image, other=0.0) + row_score
     row_halts = row_cumulative >= tl.load(limit)  # False for NaN
     if LAST:
@@ -168,11 +167,6 @@ def _halting_backward_kernel(
         tl.store(grad_rows + row[:, None] * width + channel, gradient, mask=inside[:, None] & exists)
 
 
-def tile_of(block: int, width: int) -> int:
-    """Return the channels that `load_score` handles at a time. block: rows of a program, a power of 2."""
-    return min(max(TILE_ELEMENTS // block, 1), triton.next_power_of_2(width))
-
-
 class HaltAndDrop(torch.autograd.Function):
     """Halting step of one block; differentiable once, in the rows and the cumulative scores.
 
@@ -206,8 +200,7 @@ class HaltAndDrop(torch.autograd.Function):
         batch, length = size
         channels = min(CHANNELS, triton.next_power_of_2(width))
         block = triton.next_power_of_2(length)
-        score = torch.empty_like(cumulative_before)
-        cumulative = torch.empty_like(cumulative_before)
+        score, cumulative = torch.empty_like(cumulative_before), torch.empty_like(cumulative_before)
         halts = torch.empty(count, dtype=torch.uint8, device=rows.device)
         dest_offset = counts = halts  # placeholders: the kernel does not write them after the last block
         if not is_last_block:
@@ -218,14 +211,14 @@ class HaltAndDrop(torch.autograd.Function):
             rows, cumulative_before, token, cu_seqlens, minus_center, limit, direction,
             score, cumulative, halts, dest_offset, counts, prefix,
             scale, width, length, LAST=is_last_block, EARLY_EXIT=early_exit, PREFIX=num_prefix_tokens,
-            BLOCK=block, CHANNELS=channels, TILE=tile_of(block, width), num_warps=min(max(block // 128, 4), 16),
+            BLOCK=block, CHANNELS=channels, num_warps=min(max(block // 128, 4), 16),
         )  # fmt: skip
         kept = (None, None, None, None)
         if not is_last_block:
             kept = _compact(rows, cumulative, token, dest_offset, counts, length, channels)
         new_rows, new_cumulative, new_token, new_cu_seqlens = kept
         halts = halts.view(torch.bool)
-        constants = [halts, new_token, new_cu_seqlens, *([] if direction is None else [score, new_cumulative])]
+        constants = (halts, new_token, new_cu_seqlens, *(() if direction is None else (score, new_cumulative)))
         ctx.mark_non_differentiable(*(x for x in constants if x is not None))
         ctx.set_materialize_grads(False)  # do not allocate zero gradients for unused outputs
         ctx.save_for_backward(score, token, dest_offset, cu_seqlens if is_last_block else new_cu_seqlens)

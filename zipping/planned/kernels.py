@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from zipping.kernels import tile_of
 from zipping.planned.tokens import PlannedGate, PlannedTokens
 from zipping.planned.triton_kernels import add_norm_kernel, decide_kernel, halt_backward_kernel, move_kernel
 
@@ -87,8 +86,7 @@ def _decide(
         rows, branch, gamma, cumulative_before, tokens.token, tokens.cu_seqlens, *gate, features,
         score, cumulative, halts, prefix, weighted, dest_offset, counts, width, length, batch,
         LAST=is_last_block, EARLY_EXIT=early_exit, PREFIX=tokens.num_prefix_tokens, BLOCK=block,
-        CHANNELS=min(CHANNELS, triton.next_power_of_2(width)), TILE=tile_of(block, width),
-        num_warps=min(max(block // 128, 4), 16),
+        CHANNELS=min(CHANNELS, triton.next_power_of_2(width)), num_warps=min(max(block // 128, 4), 16),
     )  # fmt: skip
     return score, halts.view(torch.bool), cumulative, dest_offset, counts
 

@@ -55,7 +55,6 @@ def decide_kernel(
     score, cumulative, halts, prefix, weighted, dest_offset, counts,  # outputs
     width, length, images,
     LAST: tl.constexpr, EARLY_EXIT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute scores, decisions and the mean field's shares; program s handles image s, or a dummy sequence.
 
@@ -63,8 +62,7 @@ def decide_kernel(
     counts: [B], the number of rows of each image that stay.
     """
     image = tl.program_id(0)
-    start = tl.load(cu_seqlens + image)
-    offset = tl.arange(0, BLOCK)
+    start, offset = tl.load(cu_seqlens + image), tl.arange(0, BLOCK)
     row, in_image = (start + offset).to(tl.int64), offset < tl.load(cu_seqlens + image + 1) - start
     if image >= images:  # a dummy sequence
         tl.store(score + row, tl.zeros([BLOCK], tl.float32), mask=in_image)
@@ -73,9 +71,8 @@ def decide_kernel(
     position = tl.load(token + row, mask=in_image, other=0) - image * length  # of the token in its image
     scale, limit = tl.load(scale_and_limit), tl.load(scale_and_limit + 1)
     row_score = load_score(
-        rows, branch, gamma, direction, scale, tl.load(minus_center + image),
-        row, in_image, position, width, PREFIX, BLOCK, TILE,
-    )  # fmt: skip
+        rows, branch, gamma, direction, scale, minus_center + image, row, in_image, position, width, PREFIX, BLOCK
+    )
     before = tl.load(cumulative_before + row, mask=in_image, other=0.0)
     row_halts = before + row_score >= limit  # False for NaN
     if LAST:
