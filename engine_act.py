@@ -64,7 +64,7 @@ class StepStatus(NamedTuple):
 class Trainer:
     """The model, possibly wrapped in DistributedDataParallel, and everything else a training step needs.
 
-    budget: sets the weight of the ponder loss when training to a compute target, else None;
+    budget: sets the weight of the ponder loss or the gate center when training to a compute target, else None;
     gate_jitter: each training image shifts the gate center by a random number from -gate_jitter to gate_jitter;
     ema_start_share: share of the starting weights in `ema`;
     skipped_steps: number of steps skipped by gradient scaling so far.
@@ -168,6 +168,8 @@ class Trainer:
             self._step(norm)
         if self.budget is not None and not status.loss_is_nonfinite:
             self.budget.observe(status.cost)
+            for model in (self.model_without_ddp, *([self.ema.module] if self.ema is not None else [])):
+                model.gate_center += self.budget.center_step(status.cost)
         self.scaler.update()
         self.optimizer.zero_grad()
         return status

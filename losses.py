@@ -83,6 +83,10 @@ class BudgetController:
         else:
             self.stuck_for += 1
 
+    def center_step(self, cost: float) -> float:
+        """Return by how much the gate center has to change after an update of this cost."""
+        return 0.0
+
     def state_dict(self) -> dict:
         """Return this object's entry of a checkpoint."""
         return {"budget_controller": [self.start, self.cost, self.stuck_at, self.stuck_for]}
@@ -94,6 +98,26 @@ class BudgetController:
         if not all(0 <= value <= 1 for value in costs) or (start is None) != (cost is None):
             raise ValueError(f"costs must be in [0, 1], and the first two set or None together; got {costs}")
         self.start, self.cost, self.stuck_at, self.stuck_for = start, cost, float(stuck_at), int(stuck_for)
+
+
+class CenterController(BudgetController):
+    """An integral controller that moves the gate center to reach a compute budget, for gates by direction.
+
+    No gradient flows through their scores, so a ponder loss could not reach it.
+
+        center = center + gain * (budget - cost)   # after each update
+    """
+
+    gain = 1.0  # centers per unit of cost
+    weight = 0.0  # of the ponder loss
+
+    @property
+    def goal(self) -> float:
+        """The target cost, from the first update on."""
+        return self.budget
+
+    def center_step(self, cost: float) -> float:
+        return self.gain * (self.budget - cost)
 
 
 def _gaussian_over_blocks(depth: int) -> Tensor:

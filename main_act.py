@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     model = build.build_model(args, settings, head, start).to(device)
     teacher = build_teacher(args, settings, model, head)
     if build.should_search_gate(args, start):
-        build.set_gate(args, model, build.gate_batches(args, settings, train_images, device), device)
+        build.set_gate(args, model, start, build.gate_batches(args, settings, train_images, device), device)
     static_start = build.static_start(args, model, head, start)
 
     # losses, optimizer, schedule

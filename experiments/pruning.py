@@ -7,7 +7,7 @@ from torch import Tensor
 
 from experiments.blocks import attend, class_attention, feed_forward, select, with_class_token
 from models_act import AdaptiveVisionTransformer, Halting, halting_step
-from zipping import Gate
+from zipping import Gate, MaskedTokens
 
 
 class PatchPruningVisionTransformer(AdaptiveVisionTransformer):
@@ -91,14 +91,15 @@ class SameCountsVisionTransformer(AdaptiveVisionTransformer):
             return super()._features(x, return_halting)
         x = self._embed(x)
         num_patches = x.shape[1] - 1
-        gate = Gate.of(self.gate_scale, self.gate_center, self.halt_eps, x.device)
-        gate = gate if gate_offset is None else gate.shifted(gate_offset[:, None])
         token = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])  # [B, n]
         cumulative = torch.zeros(x.shape[:2], device=x.device)  # [B, n]
         depth = before = torch.zeros_like(cumulative)  # [B, N]
         output, layer_scores = torch.zeros_like(x[:, :1]), []
-        for number, (block, count) in enumerate(zip(self.blocks, (*self.counts, 0)), start=1):
+        blocks = zip(self.blocks, (*self.counts, 0), Gate.of_blocks(self, x.device))
+        for number, (block, count, gate) in enumerate(blocks, start=1):
             x = block(x)
+            tokens, _ = MaskedTokens.pack(x, num_prefix_tokens=1)
+            gate = gate.for_rows(tokens, gate_offset)
             step = halting_step(x, cumulative, gate, is_last_block=number == self.num_blocks)
             depth = depth.scatter(1, token, float(number))
             before = before.scatter(1, token, cumulative)

@@ -374,9 +374,10 @@ def _avit() -> Parser:
     )
     add(
         "--gate",
-        choices=("auto", "fixed"),
-        help="gate at the start of training: searched (auto), or from flags, checkpoint or defaults (fixed) "
-        "(default: auto with --target-macs if flags and checkpoint have no gate, else fixed)",
+        choices=("auto", "channel", "fixed"),
+        help="gate at the start of training: the best channel (channel), directions fitted to the attention of trained "
+        "weights if there are a budget and a class token, else the best channel (auto), or from flags, checkpoint or "
+        "defaults (fixed) (default: auto with --target-macs if flags and checkpoint have no gate, else fixed)",
     )
     add(
         "--gate-jitter",
@@ -459,12 +460,12 @@ def _check_training_budget(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--budget requires --eval or --demo; use --target-macs to train to a budget")
     if args.target_macs is not None and not trains_tokens:
         parser.error("--target-macs cannot be combined with --eval, --demo or --no-halting")
-    if args.gate != "auto":
+    if args.gate in (None, "fixed"):
         return
     if not trains_tokens:
-        parser.error("--gate auto cannot be combined with --eval, --demo or --no-halting")
+        parser.error(f"--gate {args.gate} cannot be combined with --eval, --demo or --no-halting")
     if args.gate_scale is not None or args.gate_center is not None:
-        parser.error("--gate auto cannot be combined with --gate-scale or --gate-center; use --gate fixed")
+        parser.error(f"--gate {args.gate} cannot be combined with --gate-scale or --gate-center; use --gate fixed")
 
 
 def check_budget(parser: Parser, args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import utils
-from macs import macs_at_depth, macs_per_image, static_macs
+from macs import macs_per_image, static_macs
 from models_act import AdaptiveTokens
 from training.loaders import ImageLoader
 from utils import UserError
@@ -181,8 +181,11 @@ def mean_over_images(
 
 
 def min_cost(model: AdaptiveTokens) -> float:
-    """Return the lowest possible cost: every token halts in the first block."""
-    return macs_at_depth(model, 1) / static_macs(model)
+    """Return the lowest possible cost: every token halts in the first block, or lives to the last if it never halts."""
+    depth = torch.ones(1, model.num_prefix_tokens + model.patch_embed.num_patches)
+    if model.gate_directions is not None:
+        depth[:, : model.num_prefix_tokens] = model.num_blocks
+    return macs_per_image(model, depth).item() / static_macs(model)
 
 
 def resolve_budget(model: AdaptiveTokens, target: float) -> float:
@@ -196,6 +199,6 @@ def resolve_budget(model: AdaptiveTokens, target: float) -> float:
     if not lowest < budget <= 1:
         raise UserError(
             f"--target-macs {target:g} is out of reach: this model uses between {lowest:.3g} "
-            f"(every token halts in the first block) and 1 of the static model's {static / 1e9:.4g}G MACs"
+            f"(tokens halt as early as they can) and 1 of the static model's {static / 1e9:.4g}G MACs"
         )
     return budget

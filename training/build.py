@@ -25,6 +25,7 @@ from training.budget import CALIBRATION_IMAGES, CalibrationBatches, min_cost, re
 from training.budget_table import half_precision
 from training.checkpoints import Checkpoint
 from training.classes import Head, hub_head
+from training.directions import fit_gate, why_no_directions
 from training.gate import choose_gate
 from training.loaders import ImageLoader, evaluation_loader, training_loader
 from training.models import create_model
@@ -161,26 +162,51 @@ def _check_hub_head(model: nn.Module, allow_new: bool) -> None:
 
 
 def should_search_gate(args: argparse.Namespace, start: Checkpoint | None) -> bool:
-    """Return whether to search a gate: with --gate auto, or with --target-macs if there is no gate yet."""
+    """Return whether to find a gate: with --gate auto or channel, or with --target-macs if there is no gate yet."""
     if start is not None and start.flag == "resume":
         return False
     if args.gate is not None:
-        return args.gate == "auto"
+        return args.gate != "fixed"
     is_given = args.gate_scale is not None or args.gate_center is not None
     is_recorded = start is not None and any(values for _, values in start.gate_sources())
     return args.target_macs is not None and not (is_given or is_recorded)
 
 
-def set_gate(args: argparse.Namespace, model: nn.Module, batches: CalibrationBatches, device: torch.device) -> None:
-    """Search a gate for a model that is about to be trained, see `choose_gate`. All processes get the main one's."""
+def set_gate(
+    args: argparse.Namespace,
+    model: nn.Module,
+    start: Checkpoint | None,
+    batches: CalibrationBatches,
+    device: torch.device,
+) -> None:
+    """Find a gate for a model that is about to be trained. All processes get the main one's.
+
+    With --gate auto, trained weights that head for a budget get a gate by direction, see `fit_gate`; others the best
+    channel, see `choose_gate`.
+    """
     if args.target_macs is None:
         # A convolutional stem may use more MACs than START_BUDGET leaves for the blocks.
         budget = max(START_BUDGET, (1 + min_cost(model)) / 2)
     else:
         budget = resolve_budget(model, args.target_macs)
     images = torch.cat([batch[0] for batch in batches])[:GATE_IMAGES]
-    choice = choose_gate(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
-    utils.all_gather_objects(choice)[0].apply(model)
+    find = choose_gate if _why_channel(args, model, start) else fit_gate
+    gate = find(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
+    utils.all_gather_objects(gate)[0].apply(model)
+
+
+def _why_channel(args: argparse.Namespace, model: nn.Module, start: Checkpoint | None) -> str | None:
+    """Return why the gate has to read a channel, and print the reason if it is the model; None for directions."""
+    if args.gate == "channel":
+        return "--gate channel"
+    if args.target_macs is None:
+        return "the ponder loss acts on a channel only"
+    if start is None and not args.pretrained:
+        return "the attention of random weights means nothing"
+    reason = why_no_directions(model)
+    if reason:
+        utils.log(f"the gate reads a channel, not directions: {reason}")
+    return reason
 
 
 def static_start(
@@ -204,10 +230,14 @@ def static_start(
 
 
 def build_budget(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> losses.BudgetController | None:
-    """Build the controller of the ponder loss's weight, or return None without --target-macs."""
+    """Build the controller that keeps the budget, or return None without --target-macs.
+
+    It sets the weight of the ponder loss. If the gate reads directions, it moves the center instead.
+    """
     if args.target_macs is None:
         return None
-    return losses.BudgetController(resolve_budget(model, args.target_macs), max(updates_per_epoch, MIN_PATIENCE))
+    controller = losses.BudgetController if model.gate_directions is None else losses.CenterController
+    return controller(resolve_budget(model, args.target_macs), max(updates_per_epoch, MIN_PATIENCE))
 
 
 # Data --------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Checkpoint:
 
     Entries of a checkpoint saved by this repository (only the first two and `args` are read from others):
     model, model_ema: the weights, and their moving average or None;
-    gate: gate_scale, gate_center and halt_eps, or None for a static model;
+    gate: gate_scale, gate_center, halt_eps and, if the gate reads them, gate_directions, or None for a static model;
     ema_start_share: share of the starting weights in model_ema, or None without it;
     budget_curves, budget_tables: `BudgetCurve` and `BudgetTable` records by name of the weights, if measured;
     start: the weights of the static model that training to a budget started from, in half precision;
@@ -345,7 +345,16 @@ class Checkpoint:
             **options,
         )
         load_weights(model, weights, self.location, replace_head, self.image_size())
+        self._set_gate_directions(model)
         return model
+
+    def _set_gate_directions(self, model: nn.Module) -> None:
+        """Let the gate read the recorded directions, if there are any. Raises UserError if they do not fit."""
+        gate = self.content.get("gate")
+        try:
+            model.set_gate_directions(gate.get("gate_directions") if isinstance(gate, dict) else None)
+        except ValueError as error:
+            raise UserError(f"{self.location}: {error}") from error
 
     def without_training_state(self, private_flags: Iterable[str] = ()) -> dict:
         """Return what evaluation and fine-tuning need, the weights in half precision.

@@ -1,4 +1,4 @@
-"""Search for the gate from which the fine-tuning of a static model starts.
+"""Search for the channel of the tokens and the gate from which the fine-tuning of a static model starts.
 
 Other programs import this module too (docs/models.md), next to modules of their own. It therefore imports no module
 with a common name, such as `utils`.
@@ -37,6 +37,7 @@ class GateCandidate(NamedTuple):
 
     def apply(self, model: AdaptiveTokens) -> None:
         """Make a model halt by this gate."""
+        model.set_gate_directions(None)
         model.set_halting_channel(self.channel)
         model.gate_scale, model.gate_center = self.scale, self.center
 
@@ -58,14 +59,15 @@ def choose_gate(
     """
     model, images = copy.deepcopy(model).to(device).eval(), images.to(device)
     model.cuda_graphs = False  # a plan fits the counts of one gate
+    model.set_gate_directions(None)
     model.halting = False
-    with _autocast(device, amp):
+    with autocast(device, amp):
         expected = F.log_softmax(model(images).float(), dim=1)
         states = _states(model, images)
     if not expected.isfinite().all():
         raise FloatingPointError("the logits of the static model are not finite: its weights have diverged")
     model.halting = True
-    cost_of = _cost_counter(model, states.shape[2])
+    cost_of = cost_counter(model, states.shape[2])
     candidates = _candidates(model, states, cost, cost_of)
     few_images, few_expected = images[:FEW_IMAGES], expected[:FEW_IMAGES]
     ranked = sorted(_evaluate_gate(one, model, few_images, few_expected, amp, cost_of) for one in candidates)
@@ -78,12 +80,12 @@ def choose_gate(
     return best
 
 
-def _autocast(device: torch.device, amp: str) -> torch.autocast:
+def autocast(device: torch.device, amp: str) -> torch.autocast:
     dtype = AUTOCAST_DTYPES.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def _cost_counter(model: AdaptiveTokens, num_tokens: int) -> Callable[[Tensor], Tensor]:
+def cost_counter(model: AdaptiveTokens, num_tokens: int) -> Callable[[Tensor], Tensor]:
     """Return a function of depths, [B, N], that gives the mean cost of the images, a scalar tensor.
 
     The sizes of the model's layers are read only once for all gates.
@@ -148,7 +150,7 @@ def _evaluate_gate(
     """Return the candidate with its measured divergence and cost; expected: [B, K], the static log-probabilities."""
     swap_channels(model, candidate.channel)
     model.gate_scale, model.gate_center = candidate.scale, candidate.center
-    with _autocast(images.device, amp):
+    with autocast(images.device, amp):
         logits, halting = model(images, return_halting=True)
     swap_channels(model, candidate.channel)  # a second swap restores the channels
     if model.num_classes == 0:  # the logits are features, whose channels are swapped too

@@ -422,7 +422,8 @@ class TrainingRun:
 
 
 def _gate(model: nn.Module) -> dict[str, float]:
-    return {"gate_scale": model.gate_scale, "gate_center": model.gate_center, "halt_eps": model.halt_eps}
+    gate = {"gate_scale": model.gate_scale, "gate_center": model.gate_center, "halt_eps": model.halt_eps}
+    return gate | ({} if model.gate_directions is None else {"gate_directions": model.gate_directions.cpu()})
 
 
 def _epoch_of(line: str) -> float:
