@@ -12,6 +12,7 @@ BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 # Fractions of the MACs of the first seven blocks, which have 0.585 of the full model's: 0.45 and 0.3 of the full model.
 SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}
 . experiments/recipe.sh
+CHANNEL="$HALTING --gate channel"  # these pages were measured before gates by direction
 
 train_static() {  # KIND SUFFIX: train a static model of every seed
   local seed
@@ -47,13 +48,13 @@ done
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
   for budget in "${BUDGETS[@]}"; do
-    tune "halting${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
+    tune "halting${budget}_$seed" full "$static" "$seed" $CHANNEL --target-macs "$budget"
   done
   for budget in $SHALLOW_BUDGETS; do
     truncated_weights 7 "$seed" "shallowhalting${budget}_$seed"
-    tune "shallowhalting${budget}_$seed" shallow:7 "$RUNS/shallow7_$seed.pth" "$seed" $HALTING --target-macs "$budget"
+    tune "shallowhalting${budget}_$seed" shallow:7 "$RUNS/shallow7_$seed.pth" "$seed" $CHANNEL --target-macs "$budget"
   done
-  tune "anybudget_$seed" full "$static" "$seed" $HALTING --target-macs 0.45 --gate-jitter "$JITTER"
+  tune "anybudget_$seed" full "$static" "$seed" $CHANNEL --target-macs 0.45 --gate-jitter "$JITTER"
 done
 for width in $WIDTHS; do
   train_static "narrow:$width" "_narrow$width"
@@ -68,11 +69,11 @@ until_fewer_than 1
 # Ablations, on the held-out images.
 seed=${SEEDS%% *}
 static=$(static_weights "$seed")
-tune ablation_prior full "$static" "$seed" --distr_prior_alpha 0.01 --target-macs 0.45
+tune ablation_prior full "$static" "$seed" --distr_prior_alpha 0.01 --gate channel --target-macs 0.45
 tune ablation_fixed_weight full "$static" "$seed" $HALTING --gate auto --ponder_token_scale 0.001
 tune ablation_no_ponder full "$static" "$seed" $HALTING --gate auto --ponder_token_scale 0
 tune ablation_paper_gate full "$static" "$seed" $HALTING --gate fixed --target-macs 0.45
-tune ablation_no_teacher full "$static" "$seed" $HALTING --target-macs 0.45 --distillation-type none
+tune ablation_no_teacher full "$static" "$seed" $CHANNEL --target-macs 0.45 --distillation-type none
 train ablation_scratch subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 $HALTING --target-macs 0.45
 train ablation_scratch_static subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 --no-halting
 until_fewer_than 1
