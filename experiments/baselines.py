@@ -18,7 +18,8 @@ kinds run in float32 on every device. The flags decide whether tokens halt; in `
 never do. `evit` and `fused` select patches as EViT does (Liang et al., ICLR 2022), after a whole block instead of
 before its MLP; `fused` keeps a token for the rest of the patches as EViT does. `tome` merges as ToMe does (Bolya et
 al., ICLR 2023). experiments/settings.py prints the KIND for a budget; `experiments.stages counts` prints that of a
-trained A-ViT. The MACs of `counts` are fixed: train it with --gate auto --ponder_token_scale 0.
+trained A-ViT. The MACs of `counts` are fixed. Train it with --ponder_token_scale 0 and a gate that was found for a
+budget, see `experiments.stages regate`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     """Run main_act.py with the model of this kind. Exits with an error for a budget if the kind has fixed MACs."""
     kind, *flags = argv
     if kind.startswith("counts:") and any(flag.replace("_", "-").startswith("--target-macs") for flag in flags):
-        raise SystemExit("--target-macs cannot be combined with counts, whose MACs are fixed; use --gate auto")
+        raise SystemExit("--target-macs cannot be combined with counts, whose MACs are fixed")
     main_act.main(["--model", register(kind), "--amp", "none", *flags])
 
 

@@ -7,6 +7,7 @@ record RUN FILE ...        # record the result of a stage as JSON
 logs RESULTS RUNS          # restore missing training logs from the recorded JSON files
 export CHECKPOINT FILE     # keep weights, gate and class names only, in half precision
 truncate CHECKPOINT N FILE # keep the weights of the first N blocks
+regate CHECKPOINT WEIGHTS FILE  # keep the gate of a trained A-ViT with the static weights that it started from
 counts STAGE.json PATCHES  # print the KIND, see baselines.py, that keeps a trained A-ViT's mean number of patches
 """
 
@@ -138,6 +139,21 @@ def truncate(checkpoint: Path, blocks: int, file: Path) -> None:
     save_checkpoint(content, file)
 
 
+def regate(checkpoint: Path, weights: Path, file: Path) -> None:
+    """Write static weights, in float32, with the gate of an A-ViT that was trained from them.
+
+    Exits with an error if its gate reads a channel: it has traded places with channel 0 in the A-ViT's weights.
+    """
+    from training.checkpoints import Checkpoint, save_checkpoint
+
+    gate = Checkpoint.load(str(checkpoint)).content["gate"]
+    if "gate_directions" not in gate:
+        raise SystemExit(f"{checkpoint}: expected a gate by direction")
+    content = Checkpoint.load(str(weights)).without_training_state(PRIVATE_FLAGS) | {"gate": gate}
+    content["model"] = {name: value.float() for name, value in content["model"].items()}
+    save_checkpoint(content, file)
+
+
 def counts(file: Path, patches: int) -> None:
     """Print the KIND of the same mean number of live patches per block as in a recorded stage, in every image.
 
@@ -198,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         logs: {"results": Path, "runs": Path},
         export: {"checkpoint": Path, "file": Path},
         truncate: {"checkpoint": Path, "blocks": int, "file": Path},
+        regate: {"checkpoint": Path, "weights": Path, "file": Path},
         counts: {"file": Path, "patches": int},
     }
     for function, types in arguments.items():

@@ -28,19 +28,33 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
+same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A-ViT of this budget
+  local name=counts$1_$2 from=halting$1_$2 weights=$RUNS/gated$1_$2.pth
+  [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from a stage that may be missing
+  once "$weights" stages regate "$RUNS/$from/checkpoint.pth" "$(static_weights "$2")" "$weights"
+  tune "$name" "$(stages counts "$OUT/$from.json" 196)" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
+}
+
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
+  for budget in "${BUDGETS[@]}"; do
+    tune "halting${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
+    tune "channel${budget}_$seed" full "$static" "$seed" $HALTING --gate channel --target-macs "$budget"
+  done
   tune "full_$seed" full "$static" "$seed" --no-halting
-  for index in 1 2 0; do
+  for index in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[index]}
     tune "fused${budget}_$seed" "fused:${STEPS[index]}" "$static" "$seed" --no-halting
     tune "tome${budget}_$seed" "tome:${MERGING[index]}" "$static" "$seed" --no-halting
     tune "evit${budget}_$seed" "evit:${STEP[index]}" "$static" "$seed" --no-halting
-    tune "steps${budget}_$seed" "evit:${STEPS[index]}" "$static" "$seed" --no-halting
   done
   for blocks in $BLOCKS; do
     truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
     tune "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
+  done
+  until_fewer_than 1
+  for budget in "${BUDGETS[@]}"; do
+    same_counts "$budget" "$seed"
   done
 done
 until_fewer_than 1

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import timm
 import torch
-from conftest import images
+from conftest import images, with_directions
 from equivalence import flops
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from experiments import baselines, merging, stages
 from experiments.baselines import register
 from experiments.settings import setting
 from macs import macs_per_image, static_macs
+from training.checkpoints import Checkpoint
 from training.network import differences
 
 
@@ -116,6 +117,38 @@ def test_same_counts_equal_adaptive_model_on_an_image_with_these_counts():
         (logits.sum() + halting.ponder_cost.sum()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_same_counts_with_directions_equal_the_adaptive_model():
+    x, adaptive = images(1, 32), with_directions(build("full", halting=True, gate_scale=4.0, gate_center=2.0))
+    counts = live_counts(adaptive(x, return_halting=True)[1].depth)[0]
+    assert counts[1] > counts[4] > counts[-1]
+    kind = "counts:" + ",".join(str(count - 1) for count in counts[1:].tolist())
+    same = with_directions(build(kind, halting=True, gate_scale=4.0, gate_center=2.0))
+    same.load_state_dict(adaptive.state_dict())
+    (expected, halting), (logits, same_halting) = (model(x, return_halting=True) for model in (adaptive, same))
+    assert_close(logits, expected)
+    assert_close(tuple(same_halting), tuple(halting))
+
+
+def test_regate_keeps_the_gate_of_the_one_and_the_weights_of_the_other(tmp_path):
+    static, trained = (build("full") for _ in range(2))
+    common = {"classes": ["a", "b", "c"], "args": {"model": "avit_micro_patch4_32", "input_size": [32]}}
+    gate = {"gate_scale": 6.0, "gate_center": 1.5, "halt_eps": 0.01, "gate_directions": torch.randn(12, 49)}
+    torch.save({"model": static.state_dict(), "gate": None, **common}, tmp_path / "static.pth")
+    torch.save({"model": trained.state_dict(), "gate": gate, **common}, tmp_path / "trained.pth")
+    files = [str(tmp_path / f"{name}.pth") for name in ("trained", "static", "out")]
+    stages.main(["regate", *files])
+    model = Checkpoint.load(files[2]).build_model()
+    assert (model.gate_scale, model.gate_center) == (6.0, 1.5)
+    assert torch.equal(model.gate_directions, gate["gate_directions"])
+    assert all(
+        torch.equal(value.half().float(), model.state_dict()[name]) for name, value in static.state_dict().items()
+    )
+    torch.save({"model": trained.state_dict(), "gate": {"gate_scale": 6.0}, **common}, tmp_path / "trained.pth")
+    with pytest.raises(SystemExit, match="expected a gate by direction"):
+        stages.main(["regate", *files])
 
 
 @torch.no_grad()
