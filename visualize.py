@@ -52,7 +52,7 @@ def make_parser() -> arguments.Parser:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, directories, or globs")
     parser.add_argument("--summary", action="store_true", help="draw charts of a dataset")
     parser.add_argument(
-        "--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs whose log.txt to plot"
+        "--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs to plot"
     )
     add = parser.add_argument_group("checkpoint").add_argument
     add("--finetune", metavar="FILE", help="path or https URL of a checkpoint")
@@ -168,14 +168,21 @@ def make_job(
 
 
 def draw_curves(run_folders: list[Path], folder: Path) -> int:
-    """Draw the metrics of training runs over the epochs, and accuracy against MACs, and return the exit status."""
+    """Draw the metrics of training runs over the epochs, and accuracy against MACs, and return the exit status.
+
+    For runs that were trained to a budget, draw the agreement with the static model against MACs too.
+    """
     from utils import log
+    from visualization.budget_curves import agreement_against_macs, read_budgets
     from visualization.heatmaps import write_image
     from visualization.training_curves import accuracy_against_macs, curves, read_runs
 
     runs = read_runs(run_folders)
+    budgets = read_budgets(runs)
     write_image(folder / "curves.png", curves(runs))
     write_image(folder / "accuracy_macs.png", accuracy_against_macs(runs))
+    if budgets:
+        write_image(folder / "budgets.png", agreement_against_macs(budgets))
     log(f"wrote curves of {len(runs)} run(s) to {folder}")
     return 0
 

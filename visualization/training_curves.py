@@ -32,6 +32,7 @@ class Run(NamedTuple):
 
     name: str
     lines: list[dict]
+    folder: Path = Path()
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -45,7 +46,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if len(set(names)) < len(names):
         shared = os.path.commonpath([folder.parent for folder in folders])
         names = [str(folder.relative_to(shared)) for folder in folders]
-    return [Run(name, _read_log(folder / "log.txt")) for name, folder in zip(names, folders)]
+    return [Run(name, _read_log(folder / "log.txt"), folder) for name, folder in zip(names, folders)]
 
 
 def _read_log(path: Path) -> list[dict]:

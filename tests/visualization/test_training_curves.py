@@ -23,7 +23,7 @@ def epochs(count=5, gmacs=0.01, static=0.02, acc1=90.0, **more) -> list[dict]:
 def test_broken_log_lines_are_skipped_with_a_warning(tmp_path, capsys):
     broken = ['{"epoch": 1, "test_', "[1]", '{"test_acc1": 3}', '{"epoch": NaN}', "\0\0"]
     folder = write_log(tmp_path / "run", {"epoch": 0}, *broken, "", {"epoch": 2})
-    assert read_runs([folder]) == [Run("run", [{"epoch": 0}, {"epoch": 2}])]
+    assert read_runs([folder]) == [Run("run", [{"epoch": 0}, {"epoch": 2}], folder)]
     warnings = capsys.readouterr().err.splitlines()
     assert all(f"{folder / 'log.txt'}, line {n} is not a log entry" in text for n, text in enumerate(warnings, start=2))
 
