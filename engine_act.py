@@ -378,9 +378,7 @@ def _epoch_metrics(trainer: Trainer, epoch: EpochState) -> dict[str, float | lis
     metrics["seconds"] = epoch.seconds
     metrics["data_wait"] = epoch.data_wait()
     if trainer.budget is not None and trainer.budget.cost is not None:
-        metrics["budget_cost"] = trainer.budget.cost
-        metrics["budget_goal"] = trainer.budget.goal
-        metrics["ponder_weight"] = trainer.budget.weight
+        metrics |= trainer.budget.metrics() | {"gate_center": trainer.model_without_ddp.gate_center}
     return metrics
 
 

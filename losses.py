@@ -2,8 +2,8 @@
 
     classification + ponder_token_scale * ponder loss + distr_prior_alpha * distribution prior
 
-The classification loss may be wrapped in a distillation loss. `BudgetController` sets the ponder weight when training
-to a compute target.
+The classification loss may be wrapped in a distillation loss. When training to a compute
+target, `BudgetController` sets the ponder weight, or `CenterController` the gate center.
 """
 
 from __future__ import annotations
@@ -78,10 +78,17 @@ class BudgetController:
         """
         self.start = cost if self.start is None else self.start
         self.cost = cost if self.cost is None else momentum * self.cost + (1 - momentum) * cost
-        if abs(self.weight) < self.max_weight or abs(self.cost - self.stuck_at) > self.band:
+        if self._makes_progress():
             self.stuck_at, self.stuck_for = self.cost, 0
         else:
             self.stuck_for += 1
+
+    def _makes_progress(self) -> bool:
+        return abs(self.weight) < self.max_weight or abs(self.cost - self.stuck_at) > self.band
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a log shows of an epoch, after the first update."""
+        return {"budget_cost": self.cost, "budget_goal": self.goal, "ponder_weight": self.weight}
 
     def center_step(self, cost: float) -> float:
         """Return by how much the gate center has to change after an update of this cost."""
@@ -118,6 +125,12 @@ class CenterController(BudgetController):
 
     def center_step(self, cost: float) -> float:
         return self.gain * (self.budget - cost)
+
+    def _makes_progress(self) -> bool:
+        return abs(self.cost - self.budget) <= self.band
+
+    def metrics(self) -> dict[str, float]:
+        return {"budget_cost": self.cost, "budget_goal": self.goal}
 
 
 def _gaussian_over_blocks(depth: int) -> Tensor:

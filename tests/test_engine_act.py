@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import halting_model, images
+from conftest import halting_model, images, with_directions
 from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -34,6 +34,19 @@ def make_trainer(model=None, init_scale=None, growth_interval=2000, **kwargs):
     if init_scale is not None:
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
     return trainer
+
+
+@pytest.mark.parametrize("loss_is_finite", [True, False])
+def test_update_moves_the_center_of_the_model_and_of_the_average(loss_is_finite):
+    model = with_directions(halting_model())
+    if not loss_is_finite:
+        model.head.bias.data[0] = torch.inf
+    budget = losses.CenterController(0.3, updates_per_epoch=10)
+    trainer = make_trainer(model, init_scale=2.0, ema=ModelEmaV3(model), budget=budget)
+    cost = trainer.update("step", trainer.accumulate_gradients(list(loader(4)))).cost
+    moved = [each.gate_center - 12.0 for each in (model, trainer.ema.module)]
+    assert moved == pytest.approx([0.3 - cost] * 2 if loss_is_finite else [0.0] * 2)
+    assert abs(0.3 - cost) > 0.01
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10])

@@ -63,9 +63,7 @@ def outputs_and_gradients(halt, tokens, rows, cumulative, gate, is_last_block, e
     loss = sum((value * torch.randn_like(value)).sum().float() for value in values.values())
     grad_rows, grad_cumulative = torch.autograd.grad(loss, (rows, cumulative), allow_unused=True)
     values |= {"halts": output.halts, "token": output.tokens.token, "cu_seqlens": output.tokens.cu_seqlens}
-    is_cumulative_read = (
-        not is_last_block and gate.direction is None
-    )  # the cumulative scores of a direction are constants
+    is_cumulative_read = not is_last_block and gate.direction is None  # those of a direction are constants
     return values, {"rows": grad_rows} | ({"cumulative": grad_cumulative} if is_cumulative_read else {})
 
 

@@ -375,9 +375,9 @@ def _avit() -> Parser:
     add(
         "--gate",
         choices=("auto", "channel", "fixed"),
-        help="gate at the start of training: the best channel (channel), directions fitted to the attention of trained "
-        "weights if there are a budget and a class token, else the best channel (auto), or from flags, checkpoint or "
-        "defaults (fixed) (default: auto with --target-macs if flags and checkpoint have no gate, else fixed)",
+        help="source of the gate at the start of training. auto: directions fitted to trained weights, for a budget, "
+        "or the best channel if none can be fitted. channel: the best channel. fixed: flags, checkpoint or defaults. "
+        "(default: auto with --target-macs if flags and checkpoint have no gate, else fixed)",
     )
     add(
         "--gate-jitter",

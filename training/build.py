@@ -35,7 +35,8 @@ from training.teacher import teaches_itself
 from utils import UserError, warn
 
 MIN_PATIENCE = 50  # updates without progress after which a budget may be out of reach, at least
-GATE_IMAGES = 256  # number of images in the gate search
+GATE_IMAGES = 256  # number of images to which a gate is fitted
+MIN_EXPLAINED = 0.1  # directions that explain less of the attention's variance say little about the patches
 START_BUDGET = 0.85  # fraction of the static model's MACs for the gate search without --target-macs
 
 
@@ -184,6 +185,7 @@ def set_gate(
     With --gate auto, trained weights that head for a budget get a gate by direction, see `fit_gate`; others the best
     channel, see `choose_gate`.
     """
+    model.set_gate_directions(None)  # of a checkpoint
     if args.target_macs is None:
         # A convolutional stem may use more MACs than START_BUDGET leaves for the blocks.
         budget = max(START_BUDGET, (1 + min_cost(model)) / 2)
@@ -192,7 +194,10 @@ def set_gate(
     images = torch.cat([batch[0] for batch in batches])[:GATE_IMAGES]
     find = choose_gate if _why_channel(args, model, start) else fit_gate
     gate = find(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
-    utils.all_gather_objects(gate)[0].apply(model)
+    gate = utils.all_gather_objects(gate)[0]
+    if find is fit_gate and max(gate.explained) < MIN_EXPLAINED:
+        warn("the class token's attention can hardly be predicted from the patches; consider --gate channel")
+    gate.apply(model)
 
 
 def _why_channel(args: argparse.Namespace, model: nn.Module, start: Checkpoint | None) -> str | None:
@@ -368,8 +373,10 @@ def build_trainer(
 ) -> Trainer:
     mixup = build_mixup(args, len(classes))
     ema_device = "cpu" if args.model_ema_force_cpu else None
-    # gradient_as_bucket_view avoids a second copy of the gradients.
+    # gradient_as_bucket_view avoids a second copy of the gradients. The directions of the gate never change.
     ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    ddp_ignored = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ddp_ignored(model, ["gate_directions"])
     return Trainer(
         model=ddp(model) if utils.world_size() > 1 else model,
         criterion=build_criterion(args, model, mixup is not None).to(device),

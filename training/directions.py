@@ -21,8 +21,8 @@ from training.gate import autocast, cost_counter
 
 SCALE = 6.0  # of the gate, per standard deviation of the predictions
 CENTERS, HALVINGS = 64.0, 14  # of the search: it starts from -CENTERS to CENTERS
-IMAGES_AT_ONCE = 64
-RIDGE = 1e-4  # relative to the mean square of each channel
+IMAGES_AT_ONCE = 16
+RIDGE = 1e-4  # relative to the variance of each channel
 MIN_ATTENTION = 1e-3  # relative to uniform attention; smaller values are clipped before the logarithm
 
 
@@ -64,9 +64,9 @@ def fit_gate(
 ) -> DirectionGate:
     """Return the gate by direction of this cost, fitted to a static model. Arguments: see `choose_gate`.
 
-    The cost is that of the model as it is, before training. Raises FloatingPointError if its states are not finite.
+    The cost is that of the model as it is, before training. Raises FloatingPointError if its numbers are not finite.
     """
-    model, images = copy.deepcopy(model).to(device).eval(), images.to(device)
+    model = copy.deepcopy(model).to(device).eval()
     model.cuda_graphs = False  # a plan fits the counts of one gate
     directions, explained = fit_directions(model, images)
     if not directions.isfinite().all():
@@ -76,65 +76,77 @@ def fit_gate(
     low, high, cost_of = -CENTERS, CENTERS, None
     for _ in range(HALVINGS):
         model.gate_center = (low + high) / 2
-        depth = _depth(model, images, amp)
+        depth = _depth(model, images, device, amp)
         cost_of = cost_of or cost_counter(model, depth.shape[1])
         found = cost_of(depth).item()
         low, high = (model.gate_center, high) if found < cost else (low, model.gate_center)
-    middle = model.num_blocks // 2
+    gate = DirectionGate(directions.cpu(), model.gate_scale, model.gate_center, found, tuple(explained))
+    middle = max(1, model.num_blocks // 2)
     report(
         f"gate: directions fitted to the class token's attention; they explain {explained[0]:.0%} of its variance "
-        f"after block 1 and {explained[middle - 1]:.0%} after block {middle}. Scale {model.gate_scale:g}, center "
-        f"{model.gate_center:.4g}; before training, it uses {found:.0%} of the static model's MACs"
+        f"after block 1 and {explained[middle - 1]:.0%} after block {middle}. Scale {gate.scale:g}, center "
+        f"{gate.center:.4g}; before training, it uses {found:.0%} of the static model's MACs"
     )
-    return DirectionGate(directions.cpu(), model.gate_scale, model.gate_center, found, tuple(explained))
+    return gate
 
 
-def _depth(model: AdaptiveTokens, images: Tensor, amp: str) -> Tensor:
+def _depth(model: AdaptiveTokens, images: Tensor, device: torch.device, amp: str) -> Tensor:
     """Return the depths of all tokens, [B, N]."""
-    with autocast(images.device, amp):
-        return torch.cat([model(part, return_halting=True)[1].depth for part in images.split(IMAGES_AT_ONCE)])
+    depths = []
+    for part in images.split(IMAGES_AT_ONCE):
+        with autocast(device, amp):
+            logits, halting = model(part.to(device), return_halting=True)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the logits are not finite: the weights have diverged, or --amp overflows")
+        depths.append(halting.depth)
+    return torch.cat(depths)
 
 
 @torch.inference_mode()
 def fit_directions(model: AdaptiveTokens, images: Tensor) -> tuple[Tensor, list[float]]:
-    """Fit the directions of a gate to the static model.
+    """Fit the directions of a gate to the static model, in float32.
 
-    model: on the device of the images, in evaluation mode; images: [B, 3, H, W].
-    Returns the directions, [L, C + 1] float32, and the share of variance explained after each block. The values of the
-    patches have a standard deviation of 1, in the quadratic mean over the blocks.
+    model: in evaluation mode; images: [B, 3, H, W], on any device.
+    Returns the directions, [L, C + 1] float32 on the model's device, and the share of variance explained after each
+    block. The predictions have a standard deviation of 1, in the quadratic mean over the blocks.
     """
-    columns = model.embed_dim + 2  # state, 1, log attention
-    moments = torch.zeros(model.num_blocks, columns, columns, dtype=torch.float64, device=images.device)
+    size, device = model.embed_dim + 2, model.pos_embed.device  # columns: 1, state, log attention
+    moments = torch.zeros(model.num_blocks, size, size, dtype=torch.float64, device=device)
     for part in images.split(IMAGES_AT_ONCE):
-        states, attention = states_and_attention(model, part)
+        states, attention = states_and_attention(model, part.to(device))
         expected = (attention * attention.shape[1]).clamp(min=MIN_ATTENTION).log()[..., None]  # 0: uniform attention
         for number, state in enumerate(states):
-            rows = torch.cat([state, torch.ones_like(expected), expected], dim=2).flatten(0, 1).double()
+            rows = torch.cat([torch.ones_like(expected), state, expected], dim=2).flatten(0, 1).double()
             moments[number] += rows.T @ rows
-    moments /= moments[0, -2, -2].clone()  # means over patches
-    weights = _ridge_regression(moments)
-    row = torch.cat([weights, -torch.ones_like(weights[:, :1])], dim=1)  # row . columns is the error of a prediction
-    error = torch.einsum("li,lij,lj->l", row, moments, row)
-    variance = moments[:, -1, -1] - moments[:, -1, -2] ** 2
-    spread = (variance - error).mean().clamp(min=1e-12).sqrt()
-    return (-weights / spread).float(), (1 - error / variance).tolist()  # little attention: a large value, so it halts
+    moments /= moments[:, :1, :1].clone()  # means over patches
+    mean = moments[:, 0, 1:]
+    covariance = moments[:, 1:, 1:] - mean[:, :, None] * mean[:, None]
+    weights, explained = _ridge_regression(covariance)
+    bias = mean[:, -1:] - (mean[:, None, :-1] @ weights[..., None])[..., 0]
+    spread = (explained * covariance[:, -1, -1]).mean().clamp(min=1e-12).sqrt()
+    directions = -torch.cat([weights, bias], dim=1) / spread  # little attention: a large value, so the patch halts
+    return directions.float(), explained.tolist()
 
 
-def _ridge_regression(moments: Tensor) -> Tensor:
-    """Return the weights that predict the last column from the others.
+def _ridge_regression(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Predict the last column from the others. covariance: [L, K + 1, K + 1].
 
-    moments: mean products of columns, [L, K + 1, K + 1] -> [L, K].
+    Returns the weights, [L, K], and the share of variance explained, [L].
     """
-    products, targets = moments[:, :-1, :-1], moments[:, :-1, -1]
-    ridge = RIDGE * products.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
-    return torch.linalg.solve(products + torch.diag_embed(ridge), targets)
+    products, targets, variance = covariance[:, :-1, :-1], covariance[:, :-1, -1], covariance[:, -1, -1]
+    variances = products.diagonal(dim1=1, dim2=2).clamp(min=0)
+    floor = 1e-6 * variances.mean(dim=1, keepdim=True) + 1e-12  # for channels that are constant
+    weights = torch.linalg.solve(products + torch.diag_embed(RIDGE * variances + floor), targets)
+    predicted = (weights[:, None] @ products @ weights[..., None])[:, 0, 0]
+    error = variance - 2 * (weights * targets).sum(dim=1) + predicted
+    return weights, 1 - error / variance.clamp(min=1e-12)
 
 
 def states_and_attention(model: AdaptiveTokens, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Run the static model on images [B, 3, H, W].
 
     Returns the patches' states after each block, [B, patches, C] each, and the class token's attention to the patches,
-    [B, patches]: mean over heads and the later half of the blocks, scaled to sum 1 over the patches.
+    [B, patches]: the share of each patch in each head, as a mean over heads and the later half of the blocks.
     """
     x, states, attentions = model._embed(images), [], []
     for block in model.blocks:

@@ -211,8 +211,8 @@ class TrainingRun:
         if abs(cost - budget.goal) > budget.band:
             warn(
                 f"--target-macs: this gate may not reach {budget.budget:.3f} of the static model's MACs. They stay at "
-                f"{cost:.3f} in evaluation (current goal {budget.goal:.3f}) with the ponder loss at its weight limit, "
-                f"{budget.weight:g}; try another gate (--gate, --gate-scale, --gate-center)"
+                f"{cost:.3f} in evaluation (current goal {budget.goal:.3f}), and do not come closer; try another gate "
+                "(--gate, --gate-scale, --gate-center)"
             )
 
     def _cost_at(self, model: nn.Module, center: float) -> float:
@@ -277,8 +277,8 @@ class TrainingRun:
         return test
 
     def _warn_about_collapse(self, test: dict) -> None:
-        if not self.trainer.model_without_ddp.halting:
-            return
+        if not self.trainer.model_without_ddp.halting or self.trainer.budget is not None:
+            return  # a budget keeps the depth
         if test["depth_mean"] < COLLAPSED_DEPTH:
             warn(
                 f"tokens collapse: their mean depth is {test['depth_mean']:.2f} blocks; "

@@ -123,6 +123,8 @@ def resolve_network(
     Raises UserError if the model, the image size or the budget does not suit the checkpoint.
     """
     evaluates = purpose is Purpose.EVALUATION
+    if purpose is Purpose.RESUME:
+        flags = flags._replace(**_unchanged_gate(checkpoint, flags))
     model = flags.model or (checkpoint.model_name(flags.use_ema) if checkpoint else DEFAULT_MODEL)
     check_model_name(model)
     source = "--input-size" if flags.img_size else "the image size"
@@ -353,6 +355,14 @@ def _gate_of(
     if "gate_center" in logged:
         log(_describe(point, flags.budget))
     return gate
+
+
+def _unchanged_gate(checkpoint: Checkpoint | None, flags: NetworkFlags) -> dict[str, None]:
+    """Return None for each gate flag that a resumed run had too: training may have moved its value since."""
+    if checkpoint is None:
+        return {}
+    recorded = {name: checkpoint.recorded_flag(name) for name in flags.gate}
+    return {name: None for name, value in flags.gate.items() if value is not None and value == recorded[name]}
 
 
 def _describe(point: BudgetPoint, budget: float) -> str:

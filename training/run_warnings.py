@@ -24,6 +24,12 @@ def warn_about_settings(args: argparse.Namespace, trainer: Trainer, loader: Imag
     warn_about_batches(args, lr, loader)
     if trainer.ema is not None:
         warn_about_average(args.model_ema_decay, updates)
+    model = trainer.model_without_ddp
+    if model.halting and model.gate_directions is not None and trainer.budget is None:
+        warn(
+            "the gate of the checkpoint reads directions, which get no gradient, so that --ponder-token-scale and "
+            "--distr-prior-alpha change nothing. Pass --target-macs to train to a budget, or --gate channel"
+        )
 
 
 def warn_about_rates(args: argparse.Namespace, lr: float) -> None:

@@ -217,10 +217,17 @@ def test_training_to_a_budget_allows_other_budgets(image_folder, tmp_path, start
 
 
 @pytest.mark.slow
-def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, monkeypatch):
+@pytest.mark.parametrize("gate", ["auto", "channel", "fixed"])
+def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, monkeypatch, gate):
     torch.save(load_checkpoint(str(start))["model"], start)  # weights alone, so that a budget table is measured
     monkeypatch.setattr(budget_table, "MIN_AGREEMENT", 0.0)
-    expected = run(image_folder, tmp_path / "whole", start, "--epochs", 1)
+    flags = ["--epochs", 1, "--gate", gate]
+    if gate == "fixed":  # a given center of a gate by direction
+        start = tmp_path / "directed.pth"
+        content = run(image_folder, tmp_path / "first", tmp_path / "start.pth", "--epochs", 1)
+        torch.save(content | {"args": {**content["args"], "target_macs": None}}, start)
+        flags += ["--gate-center", 2.0]
+    expected = run(image_folder, tmp_path / "whole", start, *flags)
     calls = iter(range(1, 1000))
 
     def asked(self):
@@ -229,10 +236,10 @@ def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, m
 
     with monkeypatch.context() as patch:
         patch.setattr("training.signals.StopRequest.asked", asked)
-        interrupted = run(image_folder, tmp_path / "again", start, "--epochs", 1)
+        interrupted = run(image_folder, tmp_path / "again", start, *flags)
     assert interrupted["budget_controller"][1] is not None
     assert "budget_curves" not in interrupted
-    actual = run(image_folder, tmp_path / "again", start, "--epochs", 1, "--resume", "auto")
+    actual = run(image_folder, tmp_path / "again", start, *flags, "--resume", "auto")
     for part in (
         "model",
         "model_ema",
