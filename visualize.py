@@ -12,6 +12,7 @@ status is 1.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:  # torch is imported in the functions that use it: --help and 
     from training.checkpoints import Checkpoint
     from training.classes import Head
     from training.network import NetworkSettings
+    from visualization.budget_curves import Budgets
     from visualization.draw import RenderJob
+    from visualization.training_curves import Run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,9 +54,7 @@ def make_parser() -> arguments.Parser:
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, directories, or globs")
     parser.add_argument("--summary", action="store_true", help="draw charts of a dataset")
-    parser.add_argument(
-        "--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs to plot"
-    )
+    parser.add_argument("--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs to plot")
     add = parser.add_argument_group("checkpoint").add_argument
     add("--finetune", metavar="FILE", help="path or https URL of a checkpoint")
     add_model_flags(add)
@@ -173,7 +174,7 @@ def draw_curves(run_folders: list[Path], folder: Path) -> int:
     For runs that were trained to a budget, draw the agreement with the static model against MACs too.
     """
     from utils import log
-    from visualization.budget_curves import agreement_against_macs, read_budgets
+    from visualization.budget_curves import agreement_against_macs
     from visualization.heatmaps import write_image
     from visualization.training_curves import accuracy_against_macs, curves, read_runs
 
@@ -185,6 +186,27 @@ def draw_curves(run_folders: list[Path], folder: Path) -> int:
         write_image(folder / "budgets.png", agreement_against_macs(budgets))
     log(f"wrote curves of {len(runs)} run(s) to {folder}")
     return 0
+
+
+def read_budgets(runs: Sequence[Run]) -> list[Budgets]:
+    """Read the budget tables of the runs whose folder has a checkpoint.pth with one.
+
+    Raises UserError for a file that is no checkpoint.
+    """
+    from training.checkpoints import Checkpoint
+    from training.network import gate_numbers
+    from visualization.budget_curves import Budgets
+
+    found = []
+    for run in runs:
+        path = run.folder / "checkpoint.pth"
+        checkpoint = Checkpoint.load(str(path)) if path.is_file() else None
+        table = checkpoint and checkpoint.budget_table()
+        if table:
+            center = gate_numbers(checkpoint.content.get("gate")).get("gate_center")
+            trained = [(point.cost, point.agreement) for point in table.points if point.center == center]
+            found.append(Budgets(run.name, [(point.cost, point.agreement) for point in table.points], trained))
+    return found
 
 
 if __name__ == "__main__":

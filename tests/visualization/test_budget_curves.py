@@ -8,7 +8,7 @@ from test_charts import assert_drawn_well, texts
 import visualize
 from training.checkpoints import load_checkpoint
 from utils import UserError
-from visualization.budget_curves import agreement_against_macs, read_budgets
+from visualization.budget_curves import agreement_against_macs
 from visualization.training_curves import Run
 
 TABLE = [[0.2, 1.5, -1.0, 0.6], [0.3, 1.0, 30.0, 0.9], [1.0, 0.0, 60.0, 1.0]]
@@ -26,7 +26,7 @@ def save_run(folder, table):
 
 def test_chart_shows_each_table_and_marks_the_budget_of_the_training(tmp_path):
     folders = [save_run(tmp_path / "first", TABLE), save_run(tmp_path / "$second$", TABLE[1:])]
-    budgets = read_budgets([Run(folder.name, [], folder) for folder in [*folders, tmp_path]])
+    budgets = visualize.read_budgets([Run(folder.name, [], folder) for folder in [*folders, tmp_path]])
     assert [each.name for each in budgets] == ["first", "$second$"]
     figure = agreement_against_macs(budgets)
     (axes,) = figure.axes
@@ -48,4 +48,4 @@ def test_command_draws_budgets_if_a_run_has_a_table(tmp_path):
 def test_file_that_is_no_checkpoint_raises(tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a checkpoint"):
-        read_budgets([Run("run", [], tmp_path)])
+        visualize.read_budgets([Run("run", [], tmp_path)])
