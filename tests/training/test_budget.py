@@ -251,7 +251,8 @@ def test_resumed_run_with_a_budget_is_identical(image_folder, tmp_path, start, m
         "gate",
         "gate_ema",
     ):
-        assert same(actual[part], expected[part]), part
+        assert same(actual.get(part), expected.get(part)), part
+    assert "budget_curves" in expected
 
 
 def test_processes_share_one_gate_and_one_cost(image_folder, tmp_path, start):
@@ -382,4 +383,4 @@ def test_calibration_of_a_stream_is_repeatable(tmp_path):
     flags = ["--data-set", "wds/", "--num-classes", "16", "--num_workers", 1, "--gate", "auto", "--epochs", 1]
     first, again = (run(data, tmp_path / name, start, *flags) for name in ("first", "again"))
     assert again["budget_curves"] == first["budget_curves"]
-    assert again["gate"] == first["gate"]
+    assert same(again["gate"], first["gate"])
