@@ -11,9 +11,9 @@ PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/cluttered/varied
 OUT=$HERE RUNS=experiments/cluttered/results/runs/varied
 DATA_SET=CLUTTERED_VARIED SIZE=56
-BUDGETS=(0.45 0.3 0.2)
+BUDGETS=(0.3 0.2 0.45)
 # KINDs of these MACs, see baselines.py. STEPS and MERGING were printed by experiments/settings.py.
-STEP=(3:69 2:43 1:36) STEPS=(3:108:6:60:9:33 2:95:4:46:6:23 1:99:2:50:3:25) MERGING=(16:3 25:4 42:1)
+STEP=(2:43 1:36 3:69) STEPS=(2:95:4:46:6:23 1:99:2:50:3:25 3:108:6:60:9:33) MERGING=(25:4 42:1 16:3)
 BLOCKS="5 4 3 2"
 
 . experiments/pipeline.sh
@@ -28,11 +28,22 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
+counts_of() {  # BUDGET SEED: print the KIND with the mean counts of the A-ViT of this budget, which has been trained
+  stages counts "$OUT/halting$1_$2.json" 196
+}
+
 same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A-ViT of this budget
-  local name=counts$1_$2 from=halting$1_$2 weights=$RUNS/gated$1_$2.pth
-  [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from a stage that may be missing
-  once "$weights" stages regate "$RUNS/$from/checkpoint.pth" "$(static_weights "$2")" "$weights"
-  tune "$name" "$(stages counts "$OUT/$from.json" 196)" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
+  local name=counts$1_$2 weights=$RUNS/gated$1_$2.pth
+  [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from another stage
+  once "$weights" stages regate "$RUNS/halting$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
+  tune "$name" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
+}
+
+models=()
+test_model() {  # STAGE KIND FLAGS...: evaluate a model on the test images; STAGE ends with its seed
+  local kind=$2
+  [ "${1##*_}" != "${SEEDS%% *}" ] || models+=("${1%_*}=$kind=$RUNS/$1/checkpoint.pth")
+  evaluate "test_$1" "$kind" "$RUNS/$1/checkpoint.pth" "${@:3}"
 }
 
 for seed in $SEEDS; do
@@ -56,5 +67,24 @@ for seed in $SEEDS; do
   for budget in "${BUDGETS[@]}"; do
     same_counts "$budget" "$seed"
   done
+  until_fewer_than 1
+
+  test_model "full_$seed" full --no-halting
+  for index in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[index]}
+    test_model "halting${budget}_$seed" full
+    test_model "channel${budget}_$seed" full
+    [ -e "$OUT/test_counts${budget}_$seed.json" ] || test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
+    test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
+    test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
+    test_model "evit${budget}_$seed" "evit:${STEP[index]}" --no-halting
+  done
+  for blocks in $BLOCKS; do
+    test_model "shallow${blocks}_$seed" "shallow:$blocks" --no-halting
+  done
+  until_fewer_than 1
 done
-until_fewer_than 1
+once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
+  --input-size "$SIZE" --rounds "${ROUNDS:-31}" --output "$OUT/throughput.json" "${models[@]}"
+"$PYTHON" -m experiments.baselines_report "$OUT" "Cluttered Fashion-MNIST of varied content"
+echo "pipeline finished in $((SECONDS / 60)) minutes"
