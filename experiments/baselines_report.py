@@ -1,4 +1,4 @@
-"""Write the tables and charts of baselines.sh.
+"""Write the tables and charts of baselines.sh and cluttered/varied.sh.
 
 Usage: python -m experiments.baselines_report RESULTS TITLE
 """
@@ -18,19 +18,24 @@ import numpy as np
 from experiments.stages import HELD_OUT, held_out, mean_and_error, table
 from training.parser import Parser
 
-FULL, HALTING, ANY_BUDGET, SHALLOW_HALTING = "full", "halting", "anybudget", "shallowhalting"
+FULL, HALTING = "full", "halting"
+ADAPTIVE = (HALTING, "channel", "counts", "anybudget", "shallowhalting")
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     HALTING: "A-ViT, one model per budget",
-    ANY_BUDGET: "A-ViT, one model for all budgets",
-    SHALLOW_HALTING: "A-ViT on the first 7 blocks",
+    "channel": "A-ViT, gate of one channel",
+    "counts": "A-ViT, same counts in every image",
+    "anybudget": "A-ViT, one model for all budgets",
+    "shallowhalting": "A-ViT on the first 7 blocks",
+    "fused": "EViT, three steps",
     "evit": "EViT-style pruning",
+    "tome": "ToMe",
     "shallow": "shallower",
     "narrow": "narrower",
     "random": "random patches",
     FULL: "static, full",
 }
-STYLES = dict(zip(METHODS, ("o-", "s--", "^-", "D:", "v:", "P:", "x:", "*")))
-BASELINES = ("evit", "shallow", "narrow", "random")
+STYLES = dict(zip(METHODS, ("o-", "o:", "h:", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
+BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
 ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",
     "ablation_prior": "with the paper's prior, weight 0.01",
@@ -45,8 +50,8 @@ ABLATIONS = {  # by stage, in the order of the table
 MODELS_NOTE = """± is one standard error over the seeds. Columns:
 
 * setting: the budget as a fraction of the MACs for A-ViT, on the first 7 blocks as a fraction of their MACs; the same
-  fraction for EViT-style pruning and random patches, approximated by a fixed number of patches; the number of blocks
-  for shallower models; the embedding width for narrower ones
+  fraction for EViT, ToMe and random patches, approximated by fixed numbers of patches; the number of blocks for
+  shallower models; the embedding width for narrower ones
 * speedup: images/s relative to the full model, first seed, batch size 256, {machine}
 * MACs ratio: the MACs of the full model divided by those of the model"""
 
@@ -156,10 +161,11 @@ def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float]
 def differences_table(points: list[Point]) -> str:
     """Tabulate the accuracy of each A-ViT model minus that of each baseline at equal MACs, paired by seed."""
     full = next(p for p in points if p.method == FULL)
+    baselines = [method for method in BASELINES if any(p.method == method for p in points)]
     rows = []
-    for point in (p for p in points if p.method in (HALTING, ANY_BUDGET, SHALLOW_HALTING)):
+    for point in (p for p in points if p.method in ADAPTIVE):
         row = [METHODS[point.method], f"{1 - mean(point.macs):.1%}"]
-        for baseline in BASELINES:
+        for baseline in baselines:
             differences = [
                 point.accuracy[seed] - other
                 for seed in point.accuracy
@@ -168,7 +174,7 @@ def differences_table(points: list[Point]) -> str:
             row.append(mean_and_error(differences, "+") if differences else "")
         differences = [point.accuracy[seed] - full.accuracy[seed] for seed in point.accuracy if seed in full.accuracy]
         rows.append([*row, mean_and_error(differences, "+")])
-    return table(("model", "MACs saved", *(METHODS[b] for b in BASELINES), METHODS[FULL]), rows)
+    return table(("model", "MACs saved", *(METHODS[b] for b in baselines), METHODS[FULL]), rows)
 
 
 def chart(points: list[Point], place: Callable[[Point], float | None], label: str, title: str, path: Path) -> None:
@@ -177,16 +183,15 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
 
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     axes = figure.subplots()
-    for number, (method, name) in enumerate(METHODS.items()):
-        shown = [(place(p), p) for p in points if p.method == method and place(p) is not None]
-        if not shown:
-            continue
+    placed = [(place(p), p) for p in points if place(p) is not None]
+    for number, method in enumerate(dict.fromkeys(p.method for _, p in placed)):
+        shown = [(x, p) for x, p in placed if p.method == method]
         x, y = [v for v, _ in shown], [mean(p.accuracy) for _, p in shown]
         error = [
             statistics.stdev(a) / len(a) ** 0.5 if len(a) > 1 else 0 for a in ([*p.accuracy.values()] for _, p in shown)
         ]
         style = {"fmt": STYLES[method], "color": f"C{number}", "markersize": 8 if method == FULL else 5}
-        axes.errorbar(x, y, error, label=name, capsize=3, **style)
+        axes.errorbar(x, y, error, label=METHODS[method], capsize=3, **style)
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 on the test images (%)")
     axes.set_title(title)
