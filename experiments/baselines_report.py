@@ -200,6 +200,11 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
     figure.savefig(path, dpi=110)
 
 
+def _section(head: str, rows: str) -> tuple[str, ...]:
+    """Return a heading and a table, or nothing for a table without rows."""
+    return (f"## {head}", rows) if rows.count("\n") > 1 else ()
+
+
 def report(results: Path, title: str) -> None:
     """Write baselines.md, accuracy_macs.png and, once throughput is recorded, accuracy_speed.png."""
     points = load_points(results)
@@ -211,10 +216,8 @@ def report(results: Path, title: str) -> None:
         MODELS_NOTE.format(machine=machine or "not measured yet"),
         "## Accuracy of A-ViT minus that of each baseline at equal MACs, in points",
         differences_table(points),
-        "## Training-step time",
-        steps_table(results),
-        "## Ablation on held-out images, first seed, budget 0.45",
-        ablations_table(results),
+        *_section("Training-step time", steps_table(results)),
+        *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results)),
         machines_line(results),
     ]
     (results / "baselines.md").write_text("\n\n".join(text) + "\n")

@@ -134,7 +134,7 @@ def test_report_contains_every_number(tmp_path):
         "| static, full |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
         "| 0.45 | 50.0% | 37.5% |",
         # At 0.045 GMACs, the shallower models interpolate to 75 and 75.75. Random patches has no model that small.
-        "| A-ViT, one model per budget | 55.0% |  | +4.12 ± 0.12 |  |  | -1.00 ± 0.00 |",
+        "| A-ViT, one model per budget | 55.0% | +4.12 ± 0.12 |  | -1.00 ± 0.00 |",
     ):
         assert line in text.splitlines(), text
     assert "\nTraining stages by the machine where they ended: a GPU (2 stages) and 2 x CPU (1 stages)." in text
