@@ -2,7 +2,7 @@
 
 Usage: python -m experiments.baselines KIND FLAGS
 
-full                   # the full model, avit_micro_patch4_32
+full                   # the full model
 shallow:N              # the first N blocks
 narrow:C               # embedding width C, with the same three heads
 random:K:N             # N patches, drawn at random, are kept after block K
@@ -12,9 +12,10 @@ fused:K:N              # as evit, but one of the N is the average of the patches
 tome:R                 # R pairs of similar patches merge in every block
 tome:R:M               # the same, and one more pair in each of the first M blocks
 counts:N1,N2,...,N11   # A-ViT, but in every image the same number of patches goes on after each block
+MODEL/KIND             # the same with another full model than avit_micro_patch4_32, such as avit_mini_patch16_224
 
-FLAGS are those of main_act.py. KIND replaces --model avit_micro_patch4_32, and --amp none is the default, so that all
-kinds run in float32 on every device. The flags decide whether tokens halt; in `random`, `evit`, `fused` and `tome` they
+FLAGS are those of main_act.py. KIND replaces --model, and --amp none is the default, so that all kinds run in float32
+on every device. The flags decide whether tokens halt; in `random`, `evit`, `fused` and `tome` they
 never do. `evit` and `fused` select patches as EViT does (Liang et al., ICLR 2022), after a whole block instead of
 before its MLP; `fused` keeps a token for the rest of the patches as EViT does. `tome` merges as ToMe does (Bolya et
 al., ICLR 2023). experiments/settings.py prints the KIND for a budget; `experiments.stages counts` prints that of a
@@ -41,17 +42,19 @@ def register(kind: str) -> str:
 
     Exits with the usage text if the kind does not exist. Raises ValueError if it has too many or too few numbers.
     """
-    method, _, rest = kind.partition(":")
-    if kind == "full":
-        return "avit_micro_patch4_32"
-    if method not in ("shallow", "narrow", "tome", "counts", *PRUNING_RULES):
+    base, _, kind = kind.rpartition("/")
+    base, (method, _, rest) = base or "avit_micro_patch4_32", kind.partition(":")
+    if kind == "full" and base in models_act.MODELS:
+        return base
+    if base not in models_act.MODELS or method not in ("shallow", "narrow", "tome", "counts", *PRUNING_RULES):
         raise SystemExit(__doc__)
     numbers = tuple(int(number) for number in rest.split("," if method == "counts" else ":"))
-    name = "_".join(["avit_micro", method, *map(str, numbers), "patch4_32"])
+    name = base.replace("_patch", "_".join(["", method, *map(str, numbers), "patch"]))
     if timm.is_model(name):
         return name
-    models_act.default_cfgs[name] = models_act.default_cfgs["avit_micro_patch4_32"]
-    models_act._register(name, {**models_act.MICRO, **_options(method, numbers)})
+    _, sizes = models_act.MODELS[base]
+    models_act.default_cfgs[name] = models_act.default_cfgs[base]
+    models_act._register(name, {**sizes, **_options(method, numbers)})
     return name
 
 
@@ -72,7 +75,7 @@ def _options(method: str, numbers: tuple[int, ...]) -> dict:
 def main(argv: list[str]) -> None:
     """Run main_act.py with the model of this kind. Exits with an error for a budget if the kind has fixed MACs."""
     kind, *flags = argv
-    if kind.startswith("counts:") and any(flag.replace("_", "-").startswith("--target-macs") for flag in flags):
+    if "counts:" in kind and any(flag.replace("_", "-").startswith("--target-macs") for flag in flags):
         raise SystemExit("--target-macs cannot be combined with counts, whose MACs are fixed")
     main_act.main(["--model", register(kind), "--amp", "none", *flags])
 

@@ -58,6 +58,10 @@ once() {  # FILE COMMAND...: run the command unless FILE exists; the command mus
   [ -e "$file" ] || { echo "== $file"; "$@"; }
 }
 
+[ "$(type -t prepare_data)" ] || prepare_data() {  # a script of another dataset has its own
+  stages split "$DATA" "$RUNS/data"
+}
+
 mkdir -p "$OUT" "$RUNS"
-[ -d "$RUNS/data" ] || stages split "$DATA" "$RUNS/data"
+[ -d "$RUNS/data" ] || prepare_data
 stages logs "$OUT" "$RUNS"  # the curves also need the logs of stages that ran on another machine

@@ -1,9 +1,12 @@
 # How models are trained and evaluated at equal terms. Sourced by experiments/*/*.sh after pipeline.sh, directly or by
-# baselines.sh, with DATA_SET and SIZE set. Every model is fine-tuned from the same static model, narrower ones from
-# their own, by the same recipe, with the full static model as the teacher.
+# baselines.sh. Every model is fine-tuned from the same static model, narrower ones from their own, by the same recipe,
+# with the full static model as the teacher.
+#
+# The script that sources this file sets DATA_SET and SIZE, and for another dataset than Fashion-MNIST RECIPE, and the
+# folders TUNING_PART, below $RUNS/data, and TEST_DATA.
 SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2}
 DATA_FLAGS="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
-RECIPE="--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"
+RECIPE=${RECIPE:-"--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"}
 HALTING="--distr_prior_alpha 0"
 
 train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
@@ -16,14 +19,14 @@ train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
 tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: fine-tune these weights with the static model of that seed as teacher
   local name=$1 kind=$2 weights=$3 seed=$4
   shift 4
-  train "$name" subset "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
+  train "$name" "${TUNING_PART:-subset}" "$kind" --pretrained-path "$weights" --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.02 \
     --distillation-type self --teacher-path "$(static_weights "$seed")" "$@"
 }
 
 evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate on the test images
   local name=$1 kind=$2 checkpoint=$3
   shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS --batch-size 256 --data-path "$DATA" --eval \
+  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS --batch-size 256 --data-path "${TEST_DATA:-$DATA}" --eval \
     --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
 }
 

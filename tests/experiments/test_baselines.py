@@ -38,6 +38,17 @@ def static(kind, **weights):
     return model
 
 
+def test_kind_of_another_model_has_its_sizes():
+    name = register("avit_mini_patch16_224/shallow:5")
+    model = timm.create_model(name)
+    assert name == "avit_mini_shallow_5_patch16_224"
+    assert (len(model.blocks), model.embed_dim, model.patch_embed.num_patches) == (5, 96, 196)
+    assert register("avit_mini_patch16_224/full") == "avit_mini_patch16_224"
+    assert register("shallow:5") == "avit_micro_shallow_5_patch4_32"
+    with pytest.raises(SystemExit):
+        register("no_model/full")
+
+
 def weights():
     torch.manual_seed(1)
     return timm.create_model("avit_micro_patch4_32", **SIZE).state_dict()

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Compare A-ViT with static baselines on real pictures, Open Clip Art: experiments/clipart/run.sh DATA
+#
+# DATA is the folder `png` of Debian's package openclipart-png, /usr/share/openclipart/png once it is installed. The
+# pipeline can be stopped at any time and resumed with the same command, see experiments/pipeline.sh.
+set -euo pipefail -m
+cd "$(dirname "$0")/../.."
+DATA=${1:?missing DATA, the folder png of openclipart-png}
+PYTHON=${PYTHON:-.venv/bin/python}
+HERE=experiments/clipart
+OUT=$HERE/results RUNS=$HERE/results/runs
+MODEL=avit_mini_patch16_224
+DATA_SET=IMNET SIZE=224 TUNING_PART=search TEST_DATA=$RUNS/data/final
+RECIPE="--warmup-epochs 1 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0.2 --cutmix 0 --reprob 0 --batch-size 64 --opt muon"
+TUNING_EPOCHS=${TUNING_EPOCHS:-8} PRETRAINING_EPOCHS=${PRETRAINING_EPOCHS:-80} STATIC_EPOCHS=${STATIC_EPOCHS:-24}
+BUDGETS=(0.3 0.2 0.5)
+# KINDs of these MACs, see baselines.py. STEPS and MERGING were printed by experiments/settings.py.
+STEPS=(2:78:4:31:6:13 1:80:2:33:3:14 3:111:6:62:9:35) MERGING=(29:2 53:1 15:7)
+BLOCKS="6 4 3 2"
+
+prepare_data() {
+  "$PYTHON" -m experiments.clipart.prepare "$DATA" "$RUNS/data"
+}
+
+. experiments/pipeline.sh
+. experiments/recipe.sh
+
+for seed in $SEEDS; do  # on pictures of half the size first, which take a quarter of the time
+  train "pretrain_$seed" search "$MODEL/full" --input-size 112 --warmup-epochs 3 --no-halting --seed "$seed" \
+    --epochs "$PRETRAINING_EPOCHS" --lr 0.04
+done
+until_fewer_than 1
+for seed in $SEEDS; do
+  train "static_$seed" search "$MODEL/full" --pretrained-path "$RUNS/pretrain_$seed/checkpoint.pth" --no-halting \
+    --seed "$seed" --epochs "$STATIC_EPOCHS" --lr 0.02
+done
+until_fewer_than 1
+for seed in $SEEDS; do
+  export_weights "static_$seed" "$(static_weights "$seed")"
+done
+
+for seed in $SEEDS; do
+  static=$(static_weights "$seed")
+  tune "full_$seed" "$MODEL/full" "$static" "$seed" --no-halting
+  for index in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[index]}
+    tune "halting${budget}_$seed" "$MODEL/full" "$static" "$seed" $HALTING --target-macs "$budget"
+    tune "fused${budget}_$seed" "$MODEL/fused:${STEPS[index]}" "$static" "$seed" --no-halting
+    tune "tome${budget}_$seed" "$MODEL/tome:${MERGING[index]}" "$static" "$seed" --no-halting
+  done
+  for blocks in $BLOCKS; do
+    truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
+    tune "shallow${blocks}_$seed" "$MODEL/shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
+  done
+  until_fewer_than 1
+done
