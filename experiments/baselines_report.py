@@ -19,10 +19,11 @@ from experiments.stages import HELD_OUT, held_out, mean_and_error, table
 from training.parser import Parser
 
 FULL, HALTING = "full", "halting"
-ADAPTIVE = (HALTING, "channel", "counts", "anybudget", "shallowhalting")
+ADAPTIVE = (HALTING, "channel", "axis", "counts", "anybudget", "shallowhalting")
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     HALTING: "A-ViT, one model per budget",
     "channel": "A-ViT, gate of one channel",
+    "axis": "A-ViT, one channel as a direction",
     "counts": "A-ViT, same counts in every image",
     "anybudget": "A-ViT, one model for all budgets",
     "shallowhalting": "A-ViT on the first 7 blocks",
@@ -34,7 +35,7 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     "random": "random patches",
     FULL: "static, full",
 }
-STYLES = dict(zip(METHODS, ("o-", "o:", "h:", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
+STYLES = dict(zip(METHODS, ("o-", "o:", "o--", "h:", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
 BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
 ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",

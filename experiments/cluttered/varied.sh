@@ -39,6 +39,13 @@ same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A
   tune "$name" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
 }
 
+as_direction() {  # BUDGET SEED: train with the gate that reads a channel, but as a direction: the class token stays,
+  # and the budget is kept by the center
+  local weights=$RUNS/axis$1_$2.pth
+  [ -e "$OUT/axis$1_$2.json" ] || once "$weights" stages axis "$RUNS/channel$1_$2/checkpoint.pth" "$weights"
+  tune "axis$1_$2" full "$weights" "$2" $HALTING --gate fixed --target-macs "$1"
+}
+
 models=()
 test_model() {  # STAGE KIND FLAGS...: evaluate a model on the test images; STAGE ends with its seed
   local kind=$2
@@ -66,6 +73,7 @@ for seed in $SEEDS; do
   until_fewer_than 1
   for budget in "${BUDGETS[@]}"; do
     same_counts "$budget" "$seed"
+    as_direction "$budget" "$seed"
   done
   until_fewer_than 1
 
@@ -74,6 +82,7 @@ for seed in $SEEDS; do
     budget=${BUDGETS[index]}
     test_model "halting${budget}_$seed" full
     test_model "channel${budget}_$seed" full
+    test_model "axis${budget}_$seed" full
     [ -e "$OUT/test_counts${budget}_$seed.json" ] || test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
