@@ -18,11 +18,11 @@ import numpy as np
 from experiments.stages import HELD_OUT, held_out, mean_and_error, table
 from training.parser import Parser
 
-FULL, HALTING = "full", "halting"
-ADAPTIVE = (HALTING, "channel", "axis", "counts", "anybudget", "shallowhalting")
+FULL = "full"
+ADAPTIVE = ("direction", "halting", "axis", "counts", "anybudget", "shallowhalting")
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
-    HALTING: "A-ViT, one model per budget",
-    "channel": "A-ViT, gate of one channel",
+    "direction": "A-ViT, gate by direction",
+    "halting": "A-ViT, gate of one channel",
     "axis": "A-ViT, one channel as a direction",
     "counts": "A-ViT, same counts in every image",
     "anybudget": "A-ViT, one model for all budgets",

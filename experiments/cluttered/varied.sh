@@ -29,20 +29,20 @@ for seed in $SEEDS; do
 done
 
 counts_of() {  # BUDGET SEED: print the KIND with the mean counts of the A-ViT of this budget, which has been trained
-  stages counts "$OUT/halting$1_$2.json" 196
+  stages counts "$OUT/direction$1_$2.json" 196
 }
 
 same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A-ViT of this budget
   local name=counts$1_$2 weights=$RUNS/gated$1_$2.pth
   [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from another stage
-  once "$weights" stages regate "$RUNS/halting$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
+  once "$weights" stages regate "$RUNS/direction$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
   tune "$name" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
 }
 
 as_direction() {  # BUDGET SEED: train with the gate that reads a channel, but as a direction: the class token stays,
   # and the budget is kept by the center
   local weights=$RUNS/axis$1_$2.pth
-  [ -e "$OUT/axis$1_$2.json" ] || once "$weights" stages axis "$RUNS/channel$1_$2/checkpoint.pth" "$weights"
+  [ -e "$OUT/axis$1_$2.json" ] || once "$weights" stages axis "$RUNS/halting$1_$2/checkpoint.pth" "$weights"
   tune "axis$1_$2" full "$weights" "$2" $HALTING --gate fixed --target-macs "$1"
 }
 
@@ -56,8 +56,8 @@ test_model() {  # STAGE KIND FLAGS...: evaluate a model on the test images; STAG
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
   for budget in "${BUDGETS[@]}"; do
-    tune "halting${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
-    tune "channel${budget}_$seed" full "$static" "$seed" $HALTING --gate channel --target-macs "$budget"
+    tune "direction${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
+    tune "halting${budget}_$seed" full "$static" "$seed" $HALTING --gate channel --target-macs "$budget"
   done
   tune "full_$seed" full "$static" "$seed" --no-halting
   for index in "${!BUDGETS[@]}"; do
@@ -80,8 +80,8 @@ for seed in $SEEDS; do
   test_model "full_$seed" full --no-halting
   for index in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[index]}
+    test_model "direction${budget}_$seed" full
     test_model "halting${budget}_$seed" full
-    test_model "channel${budget}_$seed" full
     test_model "axis${budget}_$seed" full
     [ -e "$OUT/test_counts${budget}_$seed.json" ] || test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting

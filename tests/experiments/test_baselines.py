@@ -140,12 +140,12 @@ def test_report_contains_every_number(tmp_path):
     baselines_report.report(tmp_path, "Title")
     text = (tmp_path / "baselines.md").read_text()
     for line in (
-        "| A-ViT, one model per budget | 0.45 | 2 | 55.0% | 79.50 ± 0.50 | 2.00 | 2.22 |",
+        "| A-ViT, gate of one channel | 0.45 | 2 | 55.0% | 79.50 ± 0.50 | 2.00 | 2.22 |",
         "| shallower | 5 | 2 | 60.0% | 74.50 ± 0.50 |  | 2.50 |",
         "| static, full |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
         "| 0.45 | 50.0% | 37.5% |",
         # At 0.045 GMACs, the shallower models interpolate to 75 and 75.75. Random patches has no model that small.
-        "| A-ViT, one model per budget | 55.0% | +4.12 ± 0.12 |  | -1.00 ± 0.00 |",
+        "| A-ViT, gate of one channel | 55.0% | +4.12 ± 0.12 |  | -1.00 ± 0.00 |",
     ):
         assert line in text.splitlines(), text
     assert "\nTraining stages by the machine where they ended: a GPU (2 stages) and 2 x CPU (1 stages)." in text
