@@ -284,12 +284,20 @@ SMALL_CONFIGS = {"micro": {}, "micro, registers": {"reg_tokens": 4}}
 
 
 def parity(check: Check) -> None:
-    """Compare zipped with masked in inference and training, with stochastic depth, and with half-precision weights."""
+    """Compare zipped with masked in inference and training, with stochastic depth, and with half-precision weights.
+
+    The last model also runs with a gate that reads directions near channel 0, in which all channels count.
+    """
     for name, options in (SMALL_CONFIGS if check.small else CONFIGS).items():
         model = check.model(name.partition(",")[0], drop_path_rate=0.1, **options)
         images = check.images(model, 4 if check.small else 16 if options else 64)
         depth = zipped_against_masked(check, name, model, images)
         check.check(f"{name}, depths vary", bool(depth.std() > 0.5), f"{depth.mean():.2f} ± {depth.std():.2f}")
+    directed, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    directions = 0.03 * torch.randn(model.num_blocks, model.embed_dim + 1, generator=generator)
+    directions[:, 0] += 1
+    directed.set_gate_directions(directions)
+    zipped_against_masked(check, f"{name}, gate by direction", directed, images)
     for amp in check.amps:
         if dtype := utils.AMP_DTYPES[amp]:
             half = copy.deepcopy(model).eval().to(dtype)
