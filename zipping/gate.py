@@ -61,7 +61,8 @@ class Gate(NamedTuple):
         if self.direction is None:
             value = x.select(-1, 0).float()
         else:
-            value = (x.detach().float() * self.direction[:-1]).sum(dim=-1) + self.direction[-1]
+            with torch.autocast(x.device.type, enabled=False):
+                value = x.detach().float() @ self.direction[:-1] + self.direction[-1]
         return torch.add(self.minus_center, value, alpha=self.scale)
 
 
