@@ -58,7 +58,7 @@ MODELS_NOTE = """± is one standard error over the seeds. Columns:
 
 
 class Point(NamedTuple):
-    """The test results of a method at one setting, by seed.
+    """The results of a method at one setting, by seed.
 
     macs: MACs as a fraction of the full model's; accuracy: top-1 in percent.
     """
@@ -69,20 +69,31 @@ class Point(NamedTuple):
     accuracy: dict[str, float]
 
 
-def load_points(results: Path) -> list[Point]:
-    """Load all test stages, ordered by method, then by MACs."""
-    stages = {path.stem: json.loads(path.read_text())["eval"] for path in sorted(results.glob("test_*_*.json"))}
-    matches = {name: re.fullmatch(r"test_([a-z]+)([\d.]*)_(\d+)", name) for name in stages}
-    evals_of = defaultdict(dict)
-    for name, match in matches.items():
+def load_points(results: Path, on_test: bool = True) -> list[Point]:
+    """Load the results on the test images, else those on held-out images after training.
+
+    They are ordered by method, then by MACs. There are none before the full model is evaluated.
+    """
+    found = defaultdict(dict)
+    for path in sorted(results.glob("*_*.json")):
+        match = re.fullmatch(r"test_([a-z]+)([\d.]*)_(\d+)" if on_test else r"([a-z]+)([\d.]*)_(\d+)", path.stem)
         if match and match[1] in METHODS:
-            evals_of[match[1], match[2]][match[3]] = stages[name]
-    static = next(iter(evals_of[FULL, ""].values()))["gmacs"]
+            found[match[1], match[2]][match[3]] = _macs_and_accuracy(json.loads(path.read_text()))
+    if (FULL, "") not in found:
+        return []
+    static, _ = next(iter(found[FULL, ""].values()))
     points = []
-    for (method, setting), evals in evals_of.items():
-        macs = {seed: metrics["gmacs"] / static for seed, metrics in evals.items()}
-        points.append(Point(method, setting, macs, {seed: metrics["acc1"] for seed, metrics in evals.items()}))
+    for (method, setting), pairs in found.items():
+        macs = {seed: gmacs / static for seed, (gmacs, _) in pairs.items()}
+        points.append(Point(method, setting, macs, {seed: accuracy for seed, (_, accuracy) in pairs.items()}))
     return sorted(points, key=lambda point: (list(METHODS).index(point.method), mean(point.macs)))
+
+
+def _macs_and_accuracy(stage: dict) -> tuple[float, float]:
+    """Return GMACs and top-1 of a recorded evaluation, or after the last epoch of a recorded training."""
+    if "eval" in stage:
+        return stage["eval"]["gmacs"], stage["eval"]["acc1"]
+    return stage["epochs"][-1]["test_gmacs"], stage["epochs"][-1]["test_acc1"]
 
 
 def load_throughput(results: Path) -> tuple[dict[str, float], str]:
@@ -114,6 +125,21 @@ def models_table(points: list[Point], images_per_s: dict[str, float]) -> str:
             )
         )
     return table(("model", "setting", "seeds", "MACs saved", "top-1 (%)", "speedup", "MACs ratio"), rows)
+
+
+def held_out_table(points: list[Point]) -> str:
+    """Tabulate accuracy on held-out images, for results without an evaluation on the test images."""
+    rows = [
+        (
+            METHODS[point.method],
+            point.setting,
+            str(len(point.accuracy)),
+            f"{1 - mean(point.macs):.1%}",
+            mean_and_error([*point.accuracy.values()]),
+        )
+        for point in points
+    ]
+    return table(("model", "setting", "seeds", "MACs saved", "held-out top-1 (%)"), rows)
 
 
 def steps_table(results: Path) -> str:
@@ -207,11 +233,27 @@ def _section(head: str, rows: str) -> tuple[str, ...]:
 
 
 def report(results: Path, title: str) -> None:
-    """Write baselines.md, accuracy_macs.png and, once throughput is recorded, accuracy_speed.png."""
+    """Write baselines.md, accuracy_macs.png and, once throughput is recorded, accuracy_speed.png.
+
+    Without test results, baselines.md has the accuracy on held-out images, and there is no chart.
+    """
     points = load_points(results)
+    sections = _test_sections(results, points, title) if points else [
+        "## Held-out images",
+        held_out_table(load_points(results, on_test=False)),
+    ]  # fmt: skip
+    (results / "baselines.md").write_text("\n\n".join([f"# {title}", *sections, machines_line(results)]) + "\n")
+    print(f"{results / 'baselines.md'} written")
+
+
+def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
+    """Return the sections of a page with test results, and draw the charts."""
     images_per_s, machine = load_throughput(results)
-    text = [
-        f"# {title}",
+    chart(points, lambda p: mean(p.macs), "MACs (fraction of the full model)", title, results / "accuracy_macs.png")
+    if images_per_s:
+        label = f"images/s (batch size 256, {machine})"
+        chart(points, lambda p: images_per_s.get(p.method + p.setting), label, title, results / "accuracy_speed.png")
+    return [
         "## Test images",
         models_table(points, images_per_s),
         MODELS_NOTE.format(machine=machine or "not measured yet"),
@@ -219,14 +261,7 @@ def report(results: Path, title: str) -> None:
         differences_table(points),
         *_section("Training-step time", steps_table(results)),
         *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results)),
-        machines_line(results),
     ]
-    (results / "baselines.md").write_text("\n\n".join(text) + "\n")
-    chart(points, lambda p: mean(p.macs), "MACs (fraction of the full model)", title, results / "accuracy_macs.png")
-    if images_per_s:
-        label = f"images/s (batch size 256, {machine})"
-        chart(points, lambda p: images_per_s.get(p.method + p.setting), label, title, results / "accuracy_speed.png")
-    print(f"{results / 'baselines.md'} written")
 
 
 def main(argv: list[str] | None = None) -> None:

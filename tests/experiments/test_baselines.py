@@ -201,3 +201,14 @@ def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     again = run()
     assert again.returncode == 0, again.stderr
     assert "==" not in again.stdout
+
+
+def test_report_without_test_results_has_held_out_images(tmp_path):
+    for name, accuracy, gmacs in (("full_0", 80.0, 0.1), ("tome0.3_0", 77.0, 0.03), ("tome0.3_1", 78.0, 0.03)):
+        stage = {"machine": "2 x CPU", "epochs": [{}, {"test_acc1": accuracy, "test_gmacs": gmacs}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(stage))
+    baselines_report.main([str(tmp_path), "Title"])
+    lines = (tmp_path / "baselines.md").read_text().splitlines()
+    assert "| ToMe | 0.3 | 2 | 70.0% | 77.50 ± 0.50 |" in lines
+    assert "| static, full |  | 1 | 0.0% | 80.00 |" in lines
+    assert not list(tmp_path.glob("*.png"))
