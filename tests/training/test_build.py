@@ -11,10 +11,12 @@ from training.build import (
     build_trainer,
     choose_head,
     resolve_settings,
+    set_gate,
     training_and_validation_set,
 )
 from training.checkpoints import Checkpoint
 from training.classes import Head
+from training.directions import DirectionGate
 from training.teacher import build_self_teacher
 
 MICRO = ["--model", "avit_micro_patch4_32"]
@@ -75,6 +77,29 @@ def built(*flags):
     start = Checkpoint.from_args(args)
     settings = resolve_settings(args, start)
     return args, settings, build_model(args, settings, choose_head(args, CLASSES, start), start)
+
+
+def test_all_processes_get_the_gate_of_the_main_one(monkeypatch):
+    """Their images differ, so that each would find another gate."""
+    args, _, model = built("--target-macs", "0.5")
+    args.pretrained = True  # as if the weights were
+    others = DirectionGate(torch.full((12, 49), 0.5), 2.0, 3.0, 0.5, (0.9,))
+    monkeypatch.setattr(
+        "training.build.fit_gate", lambda *_, **__: DirectionGate(torch.zeros(12, 49), 6.0, 1.0, 0.5, (1.0,))
+    )
+    monkeypatch.setattr("utils.all_gather_objects", lambda own: [others, own])
+    set_gate(args, model, None, [(torch.zeros(2, 3, 32, 32), None)], torch.device("cpu"))
+    assert torch.equal(model.gate_directions, others.directions)
+    assert (model.gate_scale, model.gate_center) == (2.0, 3.0)
+
+
+def test_directions_that_explain_little_are_warned_about(monkeypatch, capsys):
+    args, _, model = built("--target-macs", "0.5")
+    args.pretrained = True
+    gate = DirectionGate(torch.zeros(12, 49), 6.0, 1.0, 0.5, (0.05, 0.09))
+    monkeypatch.setattr("training.build.fit_gate", lambda *_, **__: gate)
+    set_gate(args, model, None, [(torch.zeros(2, 3, 32, 32), None)], torch.device("cpu"))
+    assert "can hardly be predicted" in capsys.readouterr().err
 
 
 def test_static_model_prints_no_gate(checkpoint, capsys):
