@@ -78,36 +78,29 @@ train ablation_scratch subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr
 train ablation_scratch_static subset full --seed "$seed" --epochs "$TUNING_EPOCHS" --lr 0.04 --no-halting
 until_fewer_than 1
 
-# Every model is evaluated on the test images once. Throughput is measured with the models of the first seed.
-models=()
-test_model() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate a model; STAGE ends with its seed
-  evaluate "test_$1" "${@:2}"
-  [ "${1##*_}" != "${SEEDS%% *}" ] || models+=("${1%_*}=$2=$3")
-}
 for seed in $SEEDS; do
-  test_model "full_$seed" full "$RUNS/full_$seed/checkpoint.pth" --no-halting
+  test_model "full_$seed" full --no-halting
   for index in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[index]}
-    test_model "halting${budget}_$seed" full "$RUNS/halting${budget}_$seed/checkpoint.pth"
+    test_model "halting${budget}_$seed" full
     evaluate "test_anybudget${budget}_$seed" full "$RUNS/anybudget_$seed/checkpoint.pth" --budget "$budget"
     for rule in evit random; do
       kind=$rule:${PRUNING[index]}
-      test_model "$rule${budget}_$seed" "$kind" "$RUNS/$rule${budget}_$seed/checkpoint.pth" --no-halting
+      test_model "$rule${budget}_$seed" "$kind" --no-halting
     done
   done
   for blocks in $BLOCKS; do
-    test_model "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed/checkpoint.pth" --no-halting
+    test_model "shallow${blocks}_$seed" "shallow:$blocks" --no-halting
   done
   for budget in $SHALLOW_BUDGETS; do
-    test_model "shallowhalting${budget}_$seed" shallow:7 "$RUNS/shallowhalting${budget}_$seed/checkpoint.pth"
+    test_model "shallowhalting${budget}_$seed" shallow:7
   done
   for width in $WIDTHS; do
-    test_model "narrow${width}_$seed" "narrow:$width" "$RUNS/narrow${width}_$seed/checkpoint.pth" --no-halting
+    test_model "narrow${width}_$seed" "narrow:$width" --no-halting
   done
 done
 until_fewer_than 1
-once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
-  --input-size "$SIZE" --rounds "$ROUNDS" --output "$OUT/throughput.json" "${models[@]}"
+measure_throughput "$RUNS/data/full"
 for budget in "${BUDGETS[@]}"; do  # time of a training step, without the teacher
   once "$OUT/step_$budget.json" "$PYTHON" benchmark.py --train --model avit_micro_patch4_32 --data-set "$DATA_SET" \
     --data-path "$RUNS/data/full" --input-size "$SIZE" --batch-size 128 --rounds "$STEP_ROUNDS" \

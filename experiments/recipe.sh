@@ -2,17 +2,18 @@
 # baselines.sh. Every model is fine-tuned from the same static model, narrower ones from their own, by the same recipe,
 # with the full static model as the teacher.
 #
-# The script that sources this file sets DATA_SET and SIZE, and for another dataset than Fashion-MNIST RECIPE, and the
-# folders TUNING_PART, below $RUNS/data, and TEST_DATA.
+# The script that sources this file sets DATA_SET and SIZE. For images that are not made of Fashion-MNIST, it also sets
+# the full model MODEL, RECIPE, and the folders TUNING_PART, below $RUNS/data, and TEST_DATA.
 SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2}
 DATA_FLAGS="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
 RECIPE=${RECIPE:-"--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"}
 HALTING="--distr_prior_alpha 0"
+KIND_PREFIX=${MODEL:+$MODEL/}
 
 train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
   local name=$1 part=$2 kind=$3
   shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
+  stage "$name" "$PYTHON" -m experiments.baselines "$KIND_PREFIX$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
     --output_dir "$RUNS/$name" --resume auto "$@"
 }
 
@@ -26,7 +27,7 @@ tune() {  # STAGE KIND WEIGHTS SEED FLAGS...: fine-tune these weights with the s
 evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate on the test images
   local name=$1 kind=$2 checkpoint=$3
   shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$kind" $DATA_FLAGS --batch-size 256 --data-path "${TEST_DATA:-$DATA}" --eval \
+  stage "$name" "$PYTHON" -m experiments.baselines "$KIND_PREFIX$kind" $DATA_FLAGS --batch-size 256 --data-path "${TEST_DATA:-$DATA}" --eval \
     --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
 }
 
@@ -37,4 +38,28 @@ static_weights() {  # SEED: print the file in the repository, which is in half p
 truncated_weights() {  # BLOCKS SEED STAGE: write them, unless STAGE, which starts from them, is recorded
   local file=$RUNS/shallow$1_$2.pth
   [ -e "$OUT/$3.json" ] || once "$file" stages truncate "$(static_weights "$2")" "$1" "$file"
+}
+
+counts_of() {  # BUDGET SEED: print the KIND with the mean counts of the A-ViT of this budget, which has been trained
+  stages counts "$OUT/direction$1_$2.json" 196
+}
+
+same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A-ViT of this budget
+  local name=counts$1_$2 weights=$RUNS/gated$1_$2.pth
+  [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from another stage
+  once "$weights" stages regate "$RUNS/direction$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
+  tune "$name" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
+}
+
+# Every model is evaluated on the test images once. Throughput is measured with the models of the first seed.
+models=()
+test_model() {  # STAGE KIND FLAGS...: evaluate the model of a training stage, whose name ends with its seed
+  local kind=$2
+  [ "${1##*_}" != "${SEEDS%% *}" ] || models+=("${1%_*}=$KIND_PREFIX$kind=$RUNS/$1/checkpoint.pth")
+  evaluate "test_$1" "$kind" "$RUNS/$1/checkpoint.pth" "${@:3}"
+}
+
+measure_throughput() {  # FOLDER: measure images/s on the images of this folder, once
+  once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DATA_SET" --data-path "$1" \
+    --input-size "$SIZE" --rounds "${ROUNDS:-31}" --output "$OUT/throughput.json" "${models[@]}"
 }

@@ -26,12 +26,12 @@ prepare_data() {
 . experiments/recipe.sh
 
 for seed in $SEEDS; do  # on pictures of half the size first, which take a quarter of the time
-  train "pretrain_$seed" search "$MODEL/full" --input-size 112 --warmup-epochs 3 --no-halting --seed "$seed" \
+  train "pretrain_$seed" search full --input-size 112 --warmup-epochs 3 --no-halting --seed "$seed" \
     --epochs "$PRETRAINING_EPOCHS" --lr 0.04
 done
 until_fewer_than 1
 for seed in $SEEDS; do
-  train "static_$seed" search "$MODEL/full" --pretrained-path "$RUNS/pretrain_$seed/checkpoint.pth" --no-halting \
+  train "static_$seed" search full --pretrained-path "$RUNS/pretrain_$seed/checkpoint.pth" --no-halting \
     --seed "$seed" --epochs "$STATIC_EPOCHS" --lr 0.02
 done
 until_fewer_than 1
@@ -41,16 +41,36 @@ done
 
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
-  tune "full_$seed" "$MODEL/full" "$static" "$seed" --no-halting
+  tune "full_$seed" full "$static" "$seed" --no-halting
   for index in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[index]}
-    tune "halting${budget}_$seed" "$MODEL/full" "$static" "$seed" $HALTING --target-macs "$budget"
-    tune "fused${budget}_$seed" "$MODEL/fused:${STEPS[index]}" "$static" "$seed" --no-halting
-    tune "tome${budget}_$seed" "$MODEL/tome:${MERGING[index]}" "$static" "$seed" --no-halting
+    tune "direction${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
+    tune "fused${budget}_$seed" "fused:${STEPS[index]}" "$static" "$seed" --no-halting
+    tune "tome${budget}_$seed" "tome:${MERGING[index]}" "$static" "$seed" --no-halting
   done
   for blocks in $BLOCKS; do
     truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
-    tune "shallow${blocks}_$seed" "$MODEL/shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
+    tune "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
+  done
+  until_fewer_than 1
+  for budget in "${BUDGETS[@]}"; do
+    same_counts "$budget" "$seed"
+  done
+  until_fewer_than 1
+
+  test_model "full_$seed" full --no-halting
+  for index in "${!BUDGETS[@]}"; do
+    budget=${BUDGETS[index]}
+    test_model "direction${budget}_$seed" full
+    [ -e "$OUT/test_counts${budget}_$seed.json" ] || test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
+    test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
+    test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
+  done
+  for blocks in $BLOCKS; do
+    test_model "shallow${blocks}_$seed" "shallow:$blocks" --no-halting
   done
   until_fewer_than 1
 done
+measure_throughput "$TEST_DATA"
+"$PYTHON" -m experiments.baselines_report "$OUT" "Open Clip Art"
+echo "pipeline finished in $((SECONDS / 60)) minutes"

@@ -28,29 +28,11 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
-counts_of() {  # BUDGET SEED: print the KIND with the mean counts of the A-ViT of this budget, which has been trained
-  stages counts "$OUT/direction$1_$2.json" 196
-}
-
-same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A-ViT of this budget
-  local name=counts$1_$2 weights=$RUNS/gated$1_$2.pth
-  [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from another stage
-  once "$weights" stages regate "$RUNS/direction$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
-  tune "$name" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
-}
-
 as_direction() {  # BUDGET SEED: train with the gate that reads a channel, but as a direction: the class token stays,
   # and the budget is kept by the center
   local weights=$RUNS/axis$1_$2.pth
   [ -e "$OUT/axis$1_$2.json" ] || once "$weights" stages axis "$RUNS/halting$1_$2/checkpoint.pth" "$weights"
   tune "axis$1_$2" full "$weights" "$2" $HALTING --gate fixed --target-macs "$1"
-}
-
-models=()
-test_model() {  # STAGE KIND FLAGS...: evaluate a model on the test images; STAGE ends with its seed
-  local kind=$2
-  [ "${1##*_}" != "${SEEDS%% *}" ] || models+=("${1%_*}=$kind=$RUNS/$1/checkpoint.pth")
-  evaluate "test_$1" "$kind" "$RUNS/$1/checkpoint.pth" "${@:3}"
 }
 
 for seed in $SEEDS; do
@@ -93,7 +75,6 @@ for seed in $SEEDS; do
   done
   until_fewer_than 1
 done
-once "$OUT/throughput.json" "$PYTHON" -m experiments.throughput --data-set "$DATA_SET" --data-path "$RUNS/data/full" \
-  --input-size "$SIZE" --rounds "${ROUNDS:-31}" --output "$OUT/throughput.json" "${models[@]}"
+measure_throughput "$RUNS/data/full"
 "$PYTHON" -m experiments.baselines_report "$OUT" "Cluttered Fashion-MNIST of varied content"
 echo "pipeline finished in $((SECONDS / 60)) minutes"
