@@ -21,8 +21,8 @@ def macs_per_image(model: nn.Module, depth: Tensor) -> Tensor:
 
     model: a ViT of timm; depth: [B, N], 1..L -> [B] float64. For the static model, depth is L everywhere.
     Counts the patch embedding, the projections and MLPs of the blocks, attention (2 n^2 C for n live
-    tokens) and the heads. Norms and activations are not counted, nor
-    is a gate by direction, C per token and block.
+    tokens) and the heads. Norms, activations and gates are not counted. A gate by direction needs C
+    per token and block.
     """
     return macs_counter(model, depth.shape[1])(depth)
 

@@ -40,10 +40,7 @@ for seed in $SEEDS; do
       tune "$rule${budget}_$seed" "$rule:$pruning" "$static" "$seed" --no-halting
     done
   done
-  for blocks in $BLOCKS; do
-    truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
-    tune "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
-  done
+  tune_shallower "$seed"
 done
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
@@ -89,9 +86,7 @@ for seed in $SEEDS; do
       test_model "$rule${budget}_$seed" "$kind" --no-halting
     done
   done
-  for blocks in $BLOCKS; do
-    test_model "shallow${blocks}_$seed" "shallow:$blocks" --no-halting
-  done
+  test_shallower "$seed"
   for budget in $SHALLOW_BUDGETS; do
     test_model "shallowhalting${budget}_$seed" shallow:7
   done

@@ -40,23 +40,37 @@ truncated_weights() {  # BLOCKS SEED STAGE: write them, unless STAGE, which star
   [ -e "$OUT/$3.json" ] || once "$file" stages truncate "$(static_weights "$2")" "$1" "$file"
 }
 
+tune_shallower() {  # SEED: fine-tune the first BLOCKS of the static model, for each of these numbers
+  local blocks
+  for blocks in $BLOCKS; do
+    truncated_weights "$blocks" "$1" "shallow${blocks}_$1"
+    tune "shallow${blocks}_$1" "shallow:$blocks" "$RUNS/shallow${blocks}_$1.pth" "$1" --no-halting
+  done
+}
+
 counts_of() {  # BUDGET SEED: print the KIND with the mean counts of the A-ViT of this budget, which has been trained
   stages counts "$OUT/direction$1_$2.json" 196
 }
 
 same_counts() {  # BUDGET SEED: train with the mean counts and the gate of the A-ViT of this budget
-  local name=counts$1_$2 weights=$RUNS/gated$1_$2.pth
-  [ ! -e "$OUT/$name.json" ] || return 0  # its KIND follows from another stage
-  once "$weights" stages regate "$RUNS/direction$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
-  tune "$name" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
+  local weights=$RUNS/gated$1_$2.pth
+  [ -e "$OUT/counts$1_$2.json" ] ||
+    once "$weights" stages regate "$RUNS/direction$1_$2/checkpoint.pth" "$(static_weights "$2")" "$weights"
+  tune "counts$1_$2" "$(counts_of "$1" "$2")" "$weights" "$2" $HALTING --gate fixed --ponder_token_scale 0
 }
 
 # Every model is evaluated on the test images once. Throughput is measured with the models of the first seed.
 models=()
 test_model() {  # STAGE KIND FLAGS...: evaluate the model of a training stage, whose name ends with its seed
-  local kind=$2
-  [ "${1##*_}" != "${SEEDS%% *}" ] || models+=("${1%_*}=$KIND_PREFIX$kind=$RUNS/$1/checkpoint.pth")
-  evaluate "test_$1" "$kind" "$RUNS/$1/checkpoint.pth" "${@:3}"
+  [ "${1##*_}" != "${SEEDS%% *}" ] || models+=("${1%_*}=$KIND_PREFIX$2=$RUNS/$1/checkpoint.pth")
+  evaluate "test_$1" "$2" "$RUNS/$1/checkpoint.pth" "${@:3}"
+}
+
+test_shallower() {  # SEED
+  local blocks
+  for blocks in $BLOCKS; do
+    test_model "shallow${blocks}_$1" "shallow:$blocks" --no-halting
+  done
 }
 
 measure_throughput() {  # FOLDER: measure images/s on the images of this folder, once

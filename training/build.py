@@ -192,7 +192,7 @@ def set_gate(
     else:
         budget = resolve_budget(model, args.target_macs)
     images = torch.cat([batch[0] for batch in batches])[:GATE_IMAGES]
-    find = choose_gate if _why_channel(args, model, start) else fit_gate
+    find = fit_gate if _can_fit_directions(args, model, start) else choose_gate
     gate = find(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
     gate = utils.all_gather_objects(gate)[0]
     if find is fit_gate and max(gate.explained) < MIN_EXPLAINED:
@@ -200,18 +200,17 @@ def set_gate(
     gate.apply(model)
 
 
-def _why_channel(args: argparse.Namespace, model: nn.Module, start: Checkpoint | None) -> str | None:
-    """Return why the gate has to read a channel, and print the reason if it is the model; None for directions."""
-    if args.gate == "channel":
-        return "--gate channel"
-    if args.target_macs is None:
-        return "the ponder loss acts on a channel only"
-    if start is None and not args.pretrained:
-        return "the attention of random weights means nothing"
+def _can_fit_directions(args: argparse.Namespace, model: nn.Module, start: Checkpoint | None) -> bool:
+    """Return whether --gate auto fits a gate by direction. Print the reason if the model is what prevents it.
+
+    Without a budget, the ponder loss needs scores with a gradient. The attention of random weights means nothing.
+    """
+    if args.gate == "channel" or args.target_macs is None or (start is None and not args.pretrained):
+        return False
     reason = why_no_directions(model)
     if reason:
         utils.log(f"the gate reads a channel, not directions: {reason}")
-    return reason
+    return reason is None
 
 
 def static_start(

@@ -139,7 +139,7 @@ def _ridge_regression(covariance: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.linalg.solve(products + torch.diag_embed(RIDGE * variances + floor), targets)
     predicted = (weights[:, None] @ products @ weights[..., None])[:, 0, 0]
     error = variance - 2 * (weights * targets).sum(dim=1) + predicted
-    return weights, 1 - error / variance.clamp(min=1e-12)
+    return weights, (variance - error) / variance.clamp(min=1e-12)
 
 
 def states_and_attention(model: AdaptiveTokens, images: Tensor) -> tuple[list[Tensor], Tensor]:

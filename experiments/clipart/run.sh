@@ -48,10 +48,7 @@ for seed in $SEEDS; do
     tune "fused${budget}_$seed" "fused:${STEPS[index]}" "$static" "$seed" --no-halting
     tune "tome${budget}_$seed" "tome:${MERGING[index]}" "$static" "$seed" --no-halting
   done
-  for blocks in $BLOCKS; do
-    truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
-    tune "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
-  done
+  tune_shallower "$seed"
   until_fewer_than 1
   for budget in "${BUDGETS[@]}"; do
     same_counts "$budget" "$seed"
@@ -62,13 +59,11 @@ for seed in $SEEDS; do
   for index in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[index]}
     test_model "direction${budget}_$seed" full
-    [ -e "$OUT/test_counts${budget}_$seed.json" ] || test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
+    test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
   done
-  for blocks in $BLOCKS; do
-    test_model "shallow${blocks}_$seed" "shallow:$blocks" --no-halting
-  done
+  test_shallower "$seed"
   until_fewer_than 1
 done
 measure_throughput "$TEST_DATA"

@@ -28,8 +28,8 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
-as_direction() {  # BUDGET SEED: train with the gate that reads a channel, but as a direction: the class token stays,
-  # and the budget is kept by the center
+# The gate of one channel as a direction, so that the class token stays and the center keeps the budget.
+as_direction() {  # BUDGET SEED
   local weights=$RUNS/axis$1_$2.pth
   [ -e "$OUT/axis$1_$2.json" ] || once "$weights" stages axis "$RUNS/halting$1_$2/checkpoint.pth" "$weights"
   tune "axis$1_$2" full "$weights" "$2" $HALTING --gate fixed --target-macs "$1"
@@ -48,10 +48,7 @@ for seed in $SEEDS; do
     tune "tome${budget}_$seed" "tome:${MERGING[index]}" "$static" "$seed" --no-halting
     tune "evit${budget}_$seed" "evit:${STEP[index]}" "$static" "$seed" --no-halting
   done
-  for blocks in $BLOCKS; do
-    truncated_weights "$blocks" "$seed" "shallow${blocks}_$seed"
-    tune "shallow${blocks}_$seed" "shallow:$blocks" "$RUNS/shallow${blocks}_$seed.pth" "$seed" --no-halting
-  done
+  tune_shallower "$seed"
   until_fewer_than 1
   for budget in "${BUDGETS[@]}"; do
     same_counts "$budget" "$seed"
@@ -65,14 +62,12 @@ for seed in $SEEDS; do
     test_model "direction${budget}_$seed" full
     test_model "halting${budget}_$seed" full
     test_model "axis${budget}_$seed" full
-    [ -e "$OUT/test_counts${budget}_$seed.json" ] || test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
+    test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
     test_model "evit${budget}_$seed" "evit:${STEP[index]}" --no-halting
   done
-  for blocks in $BLOCKS; do
-    test_model "shallow${blocks}_$seed" "shallow:$blocks" --no-halting
-  done
+  test_shallower "$seed"
   until_fewer_than 1
 done
 measure_throughput "$RUNS/data/full"

@@ -123,7 +123,7 @@ def test_uniform_attention_explains_nothing(monkeypatch):
     )
     directions, explained = fit_directions(model, x)
     assert directions.isfinite().all()
-    assert max(map(abs, explained)) < 1.1
+    assert explained == pytest.approx([0.0] * 8)
 
 
 def test_diverged_weights_raise():
