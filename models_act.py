@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from timm.models import (
@@ -38,6 +37,7 @@ from zipping import Gate, PackedTokensCUDA, drop_halted, uses_kernels
 from zipping.blocks import prepare_blocks, unsupported_part
 from zipping.channels import swap_channels, why_not_swappable, why_swap_changes_logits
 from zipping.gate import checked_directions
+from zipping.halting import HaltingStep, halting_probability, halting_step
 from zipping.outputs import (
     Halting,
     HaltingHistory,
@@ -61,38 +61,6 @@ __all__ = [
     "halting_step",
     "macs_per_image",
 ]
-
-
-class HaltingStep(NamedTuple):
-    """Halting arithmetic of one block: a value per token, see `halting_step`."""
-
-    score: Tensor
-    cumulative_before: Tensor
-    cumulative: Tensor
-    halts: Tensor
-
-    @property
-    def probability(self) -> Tensor:
-        return _halting_probability(self.score, self.cumulative_before, self.halts)
-
-
-def halting_step(x: Tensor, cumulative_before: Tensor, gate: Gate, is_last_block: bool) -> HaltingStep:
-    """Compute the halting scores and decisions of live tokens after one block (Eq. 4 to 8).
-
-    x: [..., C], the block's output; cumulative_before: [...] float32, the sum of the token's earlier scores.
-    Returns, each [...]: score, h_l, float32; cumulative, c_l, the sum with it; halts, bool, True where
-    c_l reaches 1 - halt_eps, and everywhere after the last block. A NaN score halts no token before
-    the last block: the token stays live, and the logits become NaN.
-    """
-    score = torch.sigmoid(gate.logit(x))
-    cumulative = cumulative_before + score
-    halts = cumulative >= gate.limit
-    return HaltingStep(score, cumulative_before, cumulative, torch.ones_like(halts) if is_last_block else halts)
-
-
-def _halting_probability(score: Tensor, cumulative_before: Tensor, halts: Tensor) -> Tensor:
-    """Return p_l (Eq. 8): the score, or the remainder if the token halts."""
-    return torch.where(halts, 1 - cumulative_before, score)
 
 
 # Adaptive models ---------------------------------------------------------------------------------
@@ -322,7 +290,7 @@ class AdaptiveTokens:
                 )
             history.add(tokens, cumulative, output)
             if mean_field is not None:
-                mean_field.add(tokens, _halting_probability(output.score, cumulative, output.halts), rows)
+                mean_field.add(tokens, halting_probability(output.score, cumulative, output.halts), rows)
             if intermediates is not None:
                 intermediates.add(number - 1, tokens, rows)
             tokens, rows, cumulative = output.tokens, output.rows, output.cumulative
@@ -339,7 +307,7 @@ class AdaptiveTokens:
         """Return the mean-field output, of the prefix tokens if `mean_field` is None, and `Halting` if requested."""
         score, cumulative_before, halts = history.concatenated()
         halting = None
-        probability = _halting_probability(score, cumulative_before, halts)
+        probability = halting_probability(score, cumulative_before, halts)
         if return_halting:
             probability, score, halts = history.to_dense(probability, score, halts)  # [L, B, N]
             halting = summarize_halting(score, halts, self.num_prefix_tokens, self.num_blocks)

@@ -251,7 +251,7 @@ def _halting_block(
     state: State,
     make_layout: type[DenseLayout] | type[PackedLayout],
 ) -> State:
-    """Run block `number` (0 is the first) on live rows, then the arithmetic of `models_act.halting_step` in its order.
+    """Run block `number` (0 is the first) on live rows, then the arithmetic of `halting_step` in its order.
 
     A NaN score halts no token: the comparison below is false.
     """

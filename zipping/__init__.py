@@ -18,8 +18,9 @@ its indices on the device, where reading a value is a host-device sync. Stores a
 the scores and drop the rows together: `PackedTokensCUDA.halt`.
 
 Files: `stores.py` (the stores), `attention.py` (attention within images), `blocks.py` (timm's block
-on packed rows), `gate.py` (the gate), `outputs.py` (outputs collected over all blocks), `kernels.py` (Triton kernels),
-`recording.py` (graphs for other images), `channels.py` (swap of the channel that the gate reads).
+on packed rows), `gate.py` (the gate), `halting.py` (the halting arithmetic), `outputs.py` (outputs
+collected over all blocks), `kernels.py` (Triton kernels), `recording.py` (graphs for other images),
+`channels.py` (swap of the channel that the gate reads).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Triton kernels for the halting step after a block on CUDA.
 
-They compute the same as `models_act.halting_step` and `zipping.drop_halted`, with one pass over the
+They compute the same as `zipping.halting.halting_step` and `zipping.drop_halted`, with one pass over the
 rows. Per block they need about 5 launches in addition to those of a static block, PyTorch ops about
 26 (docs/performance_h200.md). Small batches are launch-bound, so fewer launches make them faster.
 The backward kernel writes each gradient once, so its result is deterministic.

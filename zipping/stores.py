@@ -381,7 +381,7 @@ def drop_halted(
 ) -> BlockOutput:
     """Drop the halted tokens (except after the last block) and return one block's output.
 
-    rows: the block's output; score, cumulative, halts: [T] or [B, N], see `models_act.halting_step`;
+    rows: the block's output; score, cumulative, halts: [T] or [B, N], see `zipping.halting.halting_step`;
     with_prefix: return the prefix-token states too.
     """
     prefix = tokens.prefix(rows) if with_prefix else None
