@@ -425,7 +425,7 @@ def halting_metrics(model: nn.Module, halting: Halting | None) -> dict[str, Tens
     count_macs = macs_counter(model, depth.shape[1])
     gmacs = count_macs(depth).mean() / 1e9
     gmacs_static = count_macs(torch.full_like(depth[:1], blocks)).mean() / 1e9
-    class_token = {"class_token_depth": depth[:, 0].mean()} if model.has_class_token else {}
+    class_token = {"class_token_depth": depth[:, 0].mean()} if model.cls_token is not None else {}
     return {
         "depth_mean": depth.mean(),
         "depth_max": depth.amax(dim=1).mean(),

@@ -9,7 +9,8 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, AttentionRope, PatchEmbed
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -21,8 +22,8 @@ def macs_per_image(model: nn.Module, depth: Tensor) -> Tensor:
 
     model: a ViT of timm; depth: [B, N], 1..L -> [B] float64. For the static model, depth is L everywhere.
     Counts the patch embedding, the projections and MLPs of the blocks, attention (2 n^2 C for n live
-    tokens) and the heads. Norms, activations and gates are not counted. A gate by direction needs C
-    per token and block.
+    tokens) and the heads. Norms, activations, rotary position embeddings and gates are not counted.
+    A gate by direction needs C per token and block.
     """
     return macs_counter(model, depth.shape[1])(depth)
 
@@ -61,11 +62,11 @@ def static_macs(model: nn.Module) -> float:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the blocks and the other layers of a ViT with their names, except the patch embedding."""
+    """Yield the blocks and the other layers of a ViT with their names, except the embeddings."""
     for name, module in model.named_children():
         if name == "blocks":
             yield from ((f"blocks.{number}", block) for number, block in _children(module))
-        elif name != "patch_embed":
+        elif name not in ("patch_embed", "rope"):
             yield name, module
 
 
@@ -112,18 +113,18 @@ def _layer_macs(name: str, module: nn.Module, width: int) -> tuple[float, float]
     is_library_code = _is_library_code(module)
     if not module._modules and not module._parameters and is_library_code:
         return 0, 0
-    is_attention = _is_of(module, Attention)
+    is_attention = any(_is_of(module, layer) for layer in (Attention, AttentionRope, EvaAttention))
     has_matrices = any(parameter.ndim > 1 for parameter in module._parameters.values() if parameter is not None)
     if not is_library_code or has_matrices or (hasattr(module, "num_heads") and not is_attention):
         return _measured_macs(name, module, width)
     inside = [_layer_macs(f"{name}.{child}", layer, width) for child, layer in _children(module)]
-    per_pair = 2 * module.attn_dim if is_attention else 0
+    per_pair = 2 * module.num_heads * module.head_dim if is_attention else 0
     return sum(one for one, _ in inside), sum(two for _, two in inside) + per_pair
 
 
 def _children(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Return the layers in a module. A sequence runs a layer as often as it holds it."""
-    return module._modules.items() if isinstance(module, nn.Sequential) else module.named_children()
+    return module._modules.items() if isinstance(module, (nn.Sequential, nn.ModuleList)) else module.named_children()
 
 
 def _is_library_code(module: nn.Module) -> bool:

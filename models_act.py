@@ -7,8 +7,9 @@
     model = models_act.adapt(any_plain_timm_vit, gate_scale=5.0, gate_center=10.0)
 
 Paper: Yin et al., A-ViT: Adaptive Tokens for Efficient Vision Transformer, CVPR 2022, arXiv
-2112.07658. The models are timm's ViT and DeiT classes with another loop over the blocks. The names
-in the state dict are timm's, so DeiT weights load unchanged.
+2112.07658. The models are timm's ViT, DeiT and Eva classes with another loop over the blocks. The names
+in the state dict are timm's, so its weights load unchanged. timm's Eva is the class of DINOv3, EVA-02 and
+other ViTs with rotary position embeddings.
 
 Letters in shapes: B images, N tokens of an image, P prefix tokens (class and distillation token,
 registers), C channels, L blocks, T live tokens in the batch.
@@ -29,6 +30,7 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import feature_take_indices
+from timm.models.eva import Eva
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
@@ -43,6 +45,7 @@ from zipping.outputs import (
     HaltingHistory,
     Intermediates,
     MeanField,
+    read_timm_result,
     split_states,
     summarize_halting,
     timm_result,
@@ -51,6 +54,7 @@ from zipping.planned.dispatch import Call, run_by_graphs
 from zipping.recording import TRACING_UNSUPPORTED, refuse_symbols
 
 __all__ = [
+    "AdaptiveEva",
     "AdaptiveTokens",
     "AdaptiveVisionTransformer",
     "AdaptiveVisionTransformerDistilled",
@@ -79,7 +83,7 @@ HALTING_DEFAULTS = {
 
 
 class AdaptiveTokens:
-    """Mixin that makes timm's plain ViT and DeiT classes adaptive.
+    """Mixin that makes timm's plain ViT, DeiT and Eva classes adaptive.
 
         class AdaptiveX(AdaptiveTokens, X): ...
 
@@ -183,22 +187,23 @@ class AdaptiveTokens:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         refuse_symbols(x)
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if not self.halting:
             halting = self._static_halting(x, self.num_prefix_tokens + grid[0] * grid[1])
             result = super().forward_intermediates(
-                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
+                x, indices, with_prefix, norm, stop_early, output_fmt, intermediates_only
             )
-            return (result, halting) if return_halting else result
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        tokens, intermediates = self._embed(x), Intermediates(taken)
-        output, halting = self._mean_field(
-            tokens, return_halting, intermediates=intermediates, num_blocks=last + 1 if stop_early else None
-        )
-        states = [state.view_as(tokens) for state in intermediates.states]
-        states = [self.norm(state) for state in states] if norm else states
-        prefix, patches = split_states(states, self.num_prefix_tokens, grid if output_fmt == "NCHW" else None)
-        features = None if intermediates_only else self.norm(output)
-        result = timm_result(patches, prefix if return_prefix_tokens else None, features, output_dict)
+            patches, prefix, features = read_timm_result(result, with_prefix, not intermediates_only)
+        else:
+            taken, last = feature_take_indices(len(self.blocks), indices)
+            (tokens, embedding), intermediates = self._embed(x), Intermediates(taken)
+            options = {"intermediates": intermediates, "num_blocks": last + 1 if stop_early else None}
+            output, halting = self._mean_field(tokens, embedding, return_halting, **options)
+            states = [state.view_as(tokens) for state in intermediates.states]
+            states = [self.norm(state) for state in states] if norm else states
+            prefix, patches = split_states(states, self.num_prefix_tokens, grid if output_fmt == "NCHW" else None)
+            features = None if intermediates_only else self.norm(output)
+        result = timm_result(patches, prefix if with_prefix else None, features, output_dict)
         return (result, halting) if return_halting else result
 
     @property
@@ -243,22 +248,28 @@ class AdaptiveTokens:
         if not self.halting:
             features = super().forward_features(x)
             return features, self._static_halting(features, features.shape[1]) if return_halting else None
-        output, halting = self._mean_field(self._embed(x), return_halting, **options)
+        output, halting = self._mean_field(*self._embed(x), return_halting, **options)
         return self.norm(output), halting
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """Return the input of the first block. x: [B, in_chans, H, W] -> [B, N, C]."""
-        return self.norm_pre(self._pos_embed(self.patch_embed(x)))
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the input of the first block, and timm's rotary position embedding of the patches, if there is one.
 
-    def _mean_field(self, x: Tensor, return_halting: bool, **options) -> tuple[Tensor, Halting | None]:
+        x: [B, in_chans, H, W] -> [B, N, C]; for the embedding, see `zipping.rotations.embeddings_of_blocks`.
+        """
+        embedded = self._pos_embed(self.patch_embed(x))
+        x, embedding = embedded if isinstance(embedded, tuple) else (embedded, None)
+        return self.norm_pre(x), embedding
+
+    def _mean_field(self, *inputs: Tensor | bool | None, **options) -> tuple[Tensor, Halting | None]:
         """Call `_run_blocks`; outside torch.compile in zipped mode, which would compile a graph for each size."""
         if self.zip_tokens and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return torch.compiler.disable(self._run_blocks)(x, return_halting, **options)
-        return self._run_blocks(x, return_halting, **options)
+            return torch.compiler.disable(self._run_blocks)(*inputs, **options)
+        return self._run_blocks(*inputs, **options)
 
     def _run_blocks(
         self,
         x: Tensor,
+        embedding: Tensor | None,
         return_halting: bool,
         prefix_only: bool = False,
         early_exit: bool = False,
@@ -269,10 +280,10 @@ class AdaptiveTokens:
     ) -> tuple[Tensor, Halting | None]:
         """Return the mean-field output, sum_l p_l x_l (Eq. 5), and `Halting` if requested.
 
-        x: [B, N, C] -> [B, N, C], or [B, P, C] with `prefix_only`;
+        x, embedding: of `_embed`; x: [B, N, C] -> [B, N, C], or [B, P, C] with `prefix_only`;
         intermediates, history: collect the states and the halting of the blocks; num_blocks: how many to run, or all.
         """
-        tokens, rows, block_forwards = prepare_blocks(self, x, self.zip_tokens)
+        tokens, rows, block_forwards = prepare_blocks(self, x, embedding, self.zip_tokens)
         cumulative = torch.zeros(rows.shape[:-1], dtype=torch.float32, device=x.device)
         is_logits_only = prefix_only and intermediates is None and gate_offset is None
         use_triton = is_logits_only and isinstance(tokens, PackedTokensCUDA) and uses_kernels(x)
@@ -330,13 +341,18 @@ class AdaptiveVisionTransformerDistilled(AdaptiveTokens, VisionTransformerDistil
     """timm's VisionTransformerDistilled (class and distillation token) with adaptive tokens."""
 
 
+class AdaptiveEva(AdaptiveTokens, Eva):
+    """timm's Eva (rotary position embeddings, or the blocks of EVA) with adaptive tokens."""
+
+
 ADAPTIVE = {
     VisionTransformer: AdaptiveVisionTransformer,
     VisionTransformerDistilled: AdaptiveVisionTransformerDistilled,
+    Eva: AdaptiveEva,
 }
 
 
-def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:
+def adapt(model: VisionTransformer | Eva, **halting) -> AdaptiveTokens:
     """Return an adaptive copy of a plain timm ViT, with the same weights, head, mode and device.
 
     halting: options of `AdaptiveTokens`.
@@ -345,11 +361,12 @@ def adapt(model: VisionTransformer, **halting) -> AdaptiveTokens:
     return adapt_(copy.deepcopy(model), **halting)
 
 
-def adapt_(model: VisionTransformer, **halting) -> AdaptiveTokens:
+def adapt_(model: VisionTransformer | Eva, **halting) -> AdaptiveTokens:
     """Make a plain timm ViT adaptive in place; see `adapt`. The model's class changes."""
     if type(model) not in ADAPTIVE:
-        names = " or ".join(timm_class.__name__ for timm_class in ADAPTIVE)
-        raise ValueError(f"this model cannot be made adaptive: expected a timm {names}, got {type(model).__name__}")
+        *names, last = (timm_class.__name__ for timm_class in ADAPTIVE)
+        expected = f"expected a timm {', '.join(names)} or {last}"
+        raise ValueError(f"this model cannot be made adaptive: {expected}, got {type(model).__name__}")
     unknown = sorted(halting.keys() - HALTING_DEFAULTS)
     if unknown:
         raise TypeError(f"adapt() takes {', '.join(HALTING_DEFAULTS)}; got {', '.join(unknown)}")

@@ -69,7 +69,7 @@ class MergingVisionTransformer(AdaptiveVisionTransformer):
         self.rate, self.extra = rate, extra
 
     def _features(self, x: Tensor, return_halting: bool = False, **_) -> tuple[Tensor, Halting | None]:
-        x = self._embed(x)
+        x, _ = self._embed(x)
         depth = torch.zeros(x.shape[:2], device=x.device)
         size = torch.ones(x.shape[:2], device=x.device)
         for number, block in enumerate(self.blocks):

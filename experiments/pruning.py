@@ -31,7 +31,7 @@ class PatchPruningVisionTransformer(AdaptiveVisionTransformer):
             )
 
     def _features(self, x: Tensor, return_halting: bool = False, **_) -> tuple[Tensor, Halting | None]:
-        x, num_kept = self._embed(x), dict(zip(self.steps[::2], self.steps[1::2], strict=True))
+        (x, _), num_kept = self._embed(x), dict(zip(self.steps[::2], self.steps[1::2], strict=True))
         generator = None if self.training else torch.Generator(x.device).manual_seed(0)
         token = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])  # [B, n]
         depth = torch.full(x.shape[:2], float(self.num_blocks), device=x.device)
@@ -89,7 +89,7 @@ class SameCountsVisionTransformer(AdaptiveVisionTransformer):
     ) -> tuple[Tensor, Halting | None]:
         if not self.halting:
             return super()._features(x, return_halting)
-        x = self._embed(x)
+        x, _ = self._embed(x)
         num_patches = x.shape[1] - 1
         token = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])  # [B, n]
         cumulative = torch.zeros(x.shape[:2], device=x.device)  # [B, n]

@@ -122,7 +122,8 @@ def test_set_halting_channel_keeps_static_outputs(options):
     assert_close(model(images()), expected, **CLOSE)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
     assert {"pos_embed", "blocks.3.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "head.weight"} <= moved
-    assert_close(model._embed(images())[..., 0], halting_model(**options)._embed(images())[..., 5])
+    (moved_tokens, _), (tokens, _) = (m._embed(images()) for m in (model, halting_model(**options)))
+    assert_close(moved_tokens[..., 0], tokens[..., 5])
     model.set_halting_channel(5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -306,7 +307,9 @@ def test_adapt_keeps_weights_modes_and_the_given_model():
 
 
 def test_adapt_with_unsupported_model_or_option_raises():
-    with pytest.raises(ValueError, match="expected a timm VisionTransformer or VisionTransformerDistilled, got ResNet"):
+    with pytest.raises(
+        ValueError, match="expected a timm VisionTransformer, VisionTransformerDistilled or Eva, got ResNet"
+    ):
         adapt(timm.create_model("resnet10t", device="meta"))
     with pytest.raises(TypeError, match="takes gate_scale"):
         adapt(timm.create_model("vit_tiny_patch16_224", device="meta"), gate=3)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from models_act import AdaptiveTokens
 from training.gate import autocast, cost_counter
+from zipping.blocks import run_block
+from zipping.rotations import embeddings_of_blocks
 
 SCALE = 6.0  # of the gate, per standard deviation of the predictions
 CENTERS, HALVINGS = 64.0, 14  # of the search: it starts from -CENTERS to CENTERS
@@ -110,7 +112,7 @@ def fit_directions(model: AdaptiveTokens, images: Tensor) -> tuple[Tensor, list[
     Returns the directions, [L, C + 1] float32 on the model's device, and the share of variance explained after each
     block. The predictions have a standard deviation of 1, in the quadratic mean over the blocks.
     """
-    size, device = model.embed_dim + 2, model.pos_embed.device  # columns: 1, state, log attention
+    size, device = model.embed_dim + 2, next(model.parameters()).device  # columns: 1, state, log attention
     moments = torch.zeros(model.num_blocks, size, size, dtype=torch.float64, device=device)
     for part in images.split(IMAGES_AT_ONCE):
         states, attention = states_and_attention(model, part.to(device))
@@ -148,10 +150,12 @@ def states_and_attention(model: AdaptiveTokens, images: Tensor) -> tuple[list[Te
     Returns the patches' states after each block, [B, patches, C] each, and the class token's attention to the patches,
     [B, patches]: the share of each patch in each head, as a mean over heads and the later half of the blocks.
     """
-    x, states, attentions = model._embed(images), [], []
-    for block in model.blocks:
+    x, embedding = model._embed(images)
+    embeddings = [None] * model.num_blocks if embedding is None else embeddings_of_blocks(model, embedding)
+    states, attentions = [], []
+    for block, one in zip(model.blocks, embeddings):
         recorder = _AttentionRecorder(model.num_prefix_tokens)
-        x = block(x, attn_mask=recorder)
+        x = run_block(block, x, recorder, one)
         states.append(x[:, model.num_prefix_tokens :])
         attentions.append(recorder.attention)
     return states, torch.stack(attentions[model.num_blocks // 2 :]).mean(dim=0)

@@ -75,7 +75,7 @@ def draw_summary(job: RenderJob, loader: Iterable, title: str, facts: list[tuple
     batches = [batch for own in utils.all_gather_objects(batches) for batch in own]
     if not batches:
         raise UserError("no image could be read")
-    statistics = DatasetStatistics.from_batches(batches, job.model.has_class_token)
+    statistics = DatasetStatistics.from_batches(batches, job.model.cls_token is not None)
     example_of = {record.target: record for _, record in gather_to_main(examples.local_selection())}
     shown = [record for _, record in gather_to_main(gallery.local_selection())]
     if utils.is_main():

@@ -19,8 +19,8 @@ the scores and drop the rows together: `PackedTokensCUDA.halt`.
 
 Files: `stores.py` (the stores), `attention.py` (attention within images), `blocks.py` (timm's block
 on packed rows), `gate.py` (the gate), `halting.py` (the halting arithmetic), `outputs.py` (outputs
-collected over all blocks), `kernels.py` (Triton kernels), `recording.py` (graphs for other images),
-`channels.py` (swap of the channel that the gate reads).
+collected over all blocks), `kernels.py` (Triton kernels), `rotations.py` (rotary position embeddings),
+`recording.py` (graphs for other images), `channels.py` (swap of the channel that the gate reads).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from zipping.rotations import Rotation
     from zipping.stores import PackedTokens
 
 ATTENTION = F.scaled_dot_product_attention  # torch's own function, even if a library replaces it later
@@ -24,19 +25,24 @@ class PerImageAttentionMask:
        Everything in the block except attention works on each row separately.
     2. timm's attention passes it to `F.scaled_dot_product_attention`. torch finds
        `__torch_function__` on this class and calls it instead.
-    3. `__torch_function__` calls `PackedTokens.attend` with the queries, keys and values.
+    3. `__torch_function__` calls `PackedTokens.attend` with the queries, keys and values, after it has rotated
+       queries and keys if the block has a `rotation`.
 
     Every other torch function that gets this object raises TypeError.
     """
 
-    def __init__(self, tokens: PackedTokens):
-        self.tokens = tokens
+    def __init__(self, tokens: PackedTokens, rotation: Rotation | None = None):
+        self.tokens, self.rotation = tokens, rotation
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not ATTENTION:
             return NotImplemented
-        return kwargs["attn_mask"].tokens.attend(*args[:3], kwargs.get("dropout_p", 0.0))
+        mask, (q, k, v) = kwargs["attn_mask"], args[:3]
+        if mask.rotation is not None:
+            position = mask.tokens.position
+            q, k = (mask.rotation.rotate(x, position).type_as(v) for x in (q, k))
+        return mask.tokens.attend(q, k, v, kwargs.get("dropout_p", 0.0))
 
 
 def varlen_attention(

@@ -1,4 +1,4 @@
-"""timm's ViT block on packed rows, and the check whether a modified block can run on them.
+"""timm's ViT blocks on packed rows, and the check whether a modified block can run on them.
 
 A change that may look at several tokens, or at a token's place in its image, needs the dense
 [B, N, C]. All blocks then run masked: same result, but halted tokens save no compute.
@@ -6,13 +6,13 @@ A change that may look at several tokens, or at a token's place in its image, ne
 | change to a block                                                       | mode   |
 | ----------------------------------------------------------------------- | ------ |
 | none, a plain DeiT block: short form in evaluation without gradients    | zipped |
-| another qkv, proj, fc1 or fc2 layer (LoRA), or another `forward` of one | zipped |
+| another linear layer (qkv, proj, fc1, fc2; LoRA), or its own `forward`  | zipped |
 | other norms, layer scale and other small layers from timm or torch      | zipped |
 | a hook for all modules, registered with torch                           | zipped |
 | a hook on a module                                                      | masked |
 | another class of block, attention, MLP or stochastic depth              | masked |
 | any other layer from outside timm and torch                             | masked |
-| another `forward` of a module, except qkv, proj, fc1 and fc2            | masked |
+| another `forward` of a module, except these linear layers               | masked |
 | another `forward` of a class, or another F.scaled_dot_product_attention | masked |
 | attention that is not fused                                             | masked |
 """
@@ -25,27 +25,39 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    RotaryEmbeddingMRope,
+)
 from timm.models import VisionTransformer, VisionTransformerDistilled, checkpoint
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from zipping import can_pack, pack
-from zipping.attention import ATTENTION
+from zipping.attention import ATTENTION, PerImageAttentionMask
+from zipping.rotations import Rotation, embeddings_of_blocks, rotations_of_blocks
 from zipping.stores import MaskedTokens, PackedTokens
 
 
 def prepare_blocks(
-    model: VisionTransformer, x: Tensor, zip_tokens: bool
+    model: VisionTransformer, x: Tensor, embedding: Tensor | None, zip_tokens: bool
 ) -> tuple[MaskedTokens | PackedTokens, Tensor, list[Callable]]:
     """Return the store in which every token is live, its rows, and a forward function for each block.
 
-    x: [B, N, C], the input of the first block. Warns if a modified block or function prevents zipping.
+    x: [B, N, C], the input of the first block; embedding: the rotary position embedding, see `embeddings_of_blocks`.
+    Warns if a modified block or function prevents zipping.
     """
     block_forwards = _select_block_forwards(model.blocks, x, zip_tokens)
-    make_store = MaskedTokens.pack if masked_block in block_forwards else pack
-    tokens, rows = make_store(x, model.num_prefix_tokens)
+    is_masked = masked_block in block_forwards
+    tokens, rows = (MaskedTokens.pack if is_masked else pack)(x, model.num_prefix_tokens)
+    if embedding is not None:
+        rotations = (embeddings_of_blocks if is_masked else rotations_of_blocks)(model, embedding)
+        block_forwards = [partial(forward, rotation=one) for forward, one in zip(block_forwards, rotations)]
     if model.grad_checkpointing and torch.is_grad_enabled():
         block_forwards = [partial(checkpoint, block_forward) for block_forward in block_forwards]
     return tokens, rows, block_forwards
@@ -77,22 +89,50 @@ def _select_block_forwards(blocks: nn.Sequential, x: Tensor, zip_tokens: bool) -
 # Forward functions -------------------------------------------------------------------------------
 
 
-def masked_block(block: Block, x: Tensor, tokens: MaskedTokens) -> Tensor:
-    """Run timm's block on all tokens, with halted tokens masked as keys. x: [B, N, C] -> [B, N, C]."""
-    return block(x, attn_mask=tokens.attention_mask)
+def masked_block(block: Block, x: Tensor, tokens: MaskedTokens, rotation: Tensor | None = None) -> Tensor:
+    """Run timm's block on all tokens, with halted tokens masked as keys. x: [B, N, C] -> [B, N, C].
+
+    rotation: rotary position embedding of the patches, or None.
+    """
+    return run_block(block, x, tokens.attention_mask, rotation)
 
 
-def zipped_block(block: Block, rows: Tensor, tokens: PackedTokens) -> Tensor:
+def run_block(block: Block, x: Tensor, mask: object, rotation: Tensor | None) -> Tensor:
+    """Run timm's block with an attention mask. Only blocks of timm's Eva take a rotary position embedding."""
+    return block(x, attn_mask=mask) if rotation is None else block(x, rope=rotation, attn_mask=mask)
+
+
+def zipped_block(block: Block, rows: Tensor, tokens: PackedTokens, rotation: Rotation | None = None) -> Tensor:
     """Run timm's block on the live tokens only, as if they were one image. rows: [T, C] -> [T, C].
 
     Stochastic depth is drawn for all images, as for a dense batch, and applied to the rows.
     """
-    x, mask = rows.unsqueeze(0), tokens.attention_mask
+    x, mask = rows.unsqueeze(0), PerImageAttentionMask(tokens, rotation)
     if not any(isinstance(layer, DropPath) and layer.training for layer in (block.drop_path1, block.drop_path2)):
         return block(x, attn_mask=mask).squeeze(0)
-    x = x + _drop_path(block.drop_path1, block.ls1(block.attn(block.norm1(x), attn_mask=mask)), tokens)
-    x = x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), tokens)
+    x = x + _drop_path(block.drop_path1, _attention_branch(block, x, mask), tokens)
+    x = x + _drop_path(block.drop_path2, _mlp_branch(block, x), tokens)
     return x.squeeze(0)
+
+
+def _attention_branch(block: Block | EvaBlock | EvaBlockPostNorm, x: Tensor, mask: PerImageAttentionMask) -> Tensor:
+    """Return what a block's attention adds to x before stochastic depth. x: [1, T, C] -> [1, T, C]."""
+    if isinstance(block, EvaBlockPostNorm):
+        return block.norm1(block.attn(x, attn_mask=mask))
+    branch = block.attn(block.norm1(x), attn_mask=mask)
+    if isinstance(block, EvaBlock):
+        return branch if block.gamma_1 is None else block.gamma_1 * branch
+    return block.ls1(branch)
+
+
+def _mlp_branch(block: Block | EvaBlock | EvaBlockPostNorm, x: Tensor) -> Tensor:
+    """Return what a block's MLP adds to x before stochastic depth. x: [1, T, C] -> [1, T, C]."""
+    if isinstance(block, EvaBlockPostNorm):
+        return block.norm2(block.mlp(x))
+    branch = block.mlp(block.norm2(x))
+    if isinstance(block, EvaBlock):
+        return branch if block.gamma_2 is None else block.gamma_2 * branch
+    return block.ls2(branch)
 
 
 def _drop_path(drop_path: nn.Module, branch: Tensor, tokens: PackedTokens) -> Tensor:
@@ -141,15 +181,26 @@ PLAIN_LAYER_TYPES = {  # in a DeiT block, without and with stochastic depth
 }
 SUPPORTED_MLPS = (Mlp, GluMlp, SwiGLU)
 SUPPORTED_PARTS = {  # the class of each part of a block must be one of these; "" is the block itself
-    "": (Block,),
-    "attn": (Attention,),
+    "": (Block, EvaBlock, EvaBlockPostNorm),
+    "attn": (Attention, AttentionRope, EvaAttention),
     "mlp": SUPPORTED_MLPS,
     "drop_path1": (nn.Identity, DropPath),
     "drop_path2": (nn.Identity, DropPath),
 }
-LINEAR_PLACES = (".qkv.", ".proj.", ".fc1.", ".fc2.")  # replacements here are assumed to treat each token separately
+ROTARY_EMBEDDINGS = (type(None), RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
+# Layers in these places are assumed to treat each token separately, whatever replaces them
+LINEAR_PLACES = (".qkv.", ".q_proj.", ".k_proj.", ".v_proj.", ".proj.", ".fc1.", ".fc1_g.", ".fc1_x.", ".fc2.")
 ORIGINAL_FORWARDS = {
-    layer: layer.forward for layer in (Block, Attention, *SUPPORTED_MLPS, DropPath, nn.Linear, LayerNorm, nn.GELU)
+    layer: layer.forward
+    for layer in (
+        *SUPPORTED_PARTS[""],
+        *SUPPORTED_PARTS["attn"],
+        *SUPPORTED_MLPS,
+        DropPath,
+        nn.Linear,
+        LayerNorm,
+        nn.GELU,
+    )
 }
 
 
@@ -162,7 +213,10 @@ def unsupported_part(model: VisionTransformer) -> str | None:
                 return f"{f'blocks.{name}.{part}'.rstrip('.')} is a {type(module).__name__}"
     if isinstance(model, VisionTransformerDistilled) and (model.num_reg_tokens or model.no_embed_class):
         return "timm's distilled class has no reg_tokens and no no_embed_class"
-    return None if isinstance(model.patch_drop, nn.Identity) else "patch_drop_rate is above 0"
+    embedding = getattr(model, "rope", None)
+    if type(embedding) not in ROTARY_EMBEDDINGS:
+        return f"rope is a {type(embedding).__name__}"
+    return None if isinstance(model.patch_drop, (nn.Identity, type(None))) else "patch_drop_rate is above 0"
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -9,21 +9,23 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-LINEAR = re.compile(r"head(_dist)?|blocks\.\d+\.(attn\.(qkv|gate|proj)|mlp\.fc(1(_g|_x)?|2))")
+READING = r"attn\.(qkv|[qkv]_proj|gate)|mlp\.fc1(_g|_x)?"  # the linear layers of a block that read the tokens
+LINEAR = re.compile(rf"head(_dist)?|blocks\.\d+\.({READING}|attn\.proj|mlp\.fc2)")
 WITHOUT_CHANNELS = re.compile(
-    r"(attn\.(qkv|gate)|mlp\.fc1(_g|_x)?|head|head_dist)\.bias|(attn|mlp)\.norm\.\w+|attn\.[qk]_norm\.\w+|patch_embed\.backbone\..+"
+    rf"({READING}|head|head_dist)\.bias|attn\.[qv]_bias|(attn|mlp)\.norm\.\w+|attn\.[qk]_norm\.\w+"
+    r"|patch_embed\.backbone\..+|rope\.freqs"
 )
 
 
 def channel_axis(name: str) -> int | None:
     """Return which axis of a ViT parameter holds the channels of the tokens; None if there is none."""
     in_block = _name_in_block(name)
-    if re.fullmatch(r"(head|head_dist)\.weight|attn\.(qkv|gate)\.weight|mlp\.fc1(_g|_x)?\.weight", in_block):
+    if re.fullmatch(rf"({READING}|head|head_dist)\.weight", in_block):
         return 1
     if re.fullmatch(r"(cls|dist|reg)_token|pos_embed", name):
         return 2
     written = r"patch_embed\.proj|attn\.proj|mlp\.fc2|norm[12]?|norm_pre|fc_norm|patch_embed\.norm"
-    return 0 if re.fullmatch(rf"({written})\.(weight|bias)|ls[12]\.gamma", in_block) else None
+    return 0 if re.fullmatch(rf"({written})\.(weight|bias)|ls[12]\.gamma|gamma_[12]", in_block) else None
 
 
 def _name_in_block(name: str) -> str:

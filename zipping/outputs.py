@@ -144,3 +144,12 @@ def timm_result(
         return {name: value for name, value in result.items() if value is not None}
     intermediates = patches if prefix is None else list(zip(patches, prefix))
     return intermediates if features is None else (features, intermediates)
+
+
+def read_timm_result(
+    result: tuple | list, with_prefix: bool, with_features: bool
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor | None]:
+    """Return patches, prefix tokens and features of what timm's `forward_intermediates` returned, see `timm_result`."""
+    features, states = result if with_features else (None, result)
+    patches, prefix = map(list, zip(*states)) if with_prefix else (states, None)
+    return patches, prefix, features

@@ -124,9 +124,14 @@ class PackedTokens:
         return len(self.prefix_token) // self.size[0]
 
     @property
+    def position(self) -> Tensor:
+        """[T] int64, n of the token in each row, which counts the tokens of an image."""
+        return self._as_tensor(self.token % self.size[1])
+
+    @property
     def is_prefix(self) -> Tensor:
         """[T] bool, True in the rows of prefix tokens."""
-        return self._as_tensor(self.token % self.size[1]) < self.num_prefix_tokens
+        return self.position < self.num_prefix_tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Compute scaled dot-product attention within each image. q, k, v: [1, H, T, D] -> [1, H, T, D]."""

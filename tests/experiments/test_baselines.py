@@ -64,7 +64,7 @@ def test_pruning_keeps_fixed_number_of_patches_after_fixed_block(rule):
     assert ((depth == 12).sum(dim=1) == 21).all()
     assert (depth[:, 0] == 12).all()
     assert macs_per_image(model, depth)[0] < macs_per_image(model, torch.full_like(depth, 12))[0] / 2
-    tokens = model._embed(x)
+    tokens, _ = model._embed(x)
     for number, block in enumerate(model.blocks, start=1):
         tokens = torch.stack([block(t[None])[0] for t in tokens])
         if number == 3:
@@ -76,7 +76,7 @@ def test_pruning_keeps_fixed_number_of_patches_after_fixed_block(rule):
 @torch.no_grad()
 def test_evit_keeps_patches_with_highest_class_token_attention():
     model, x = static("evit:2:5", **weights()), images(3, 32)
-    block, entering = model.blocks[1], model.blocks[0](model._embed(x))
+    block, entering = model.blocks[1], model.blocks[0](model._embed(x)[0])
     attention = {}
     block.attn.fused_attn = False
     block.attn.attn_drop.register_forward_hook(lambda module, args, out: attention.update(weights=out))

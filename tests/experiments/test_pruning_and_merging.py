@@ -78,7 +78,7 @@ def test_fused_token_is_the_weighted_average_of_all_that_leave():
     model.blocks[2].register_forward_pre_hook(lambda _, args: entering.update(x=args[0]))
     depth = model(x, return_halting=True)[1].depth
     attention = {}
-    block, state = model.blocks[1], model.blocks[0](model._embed(x))
+    block, state = model.blocks[1], model.blocks[0](model._embed(x)[0])
     block.attn.fused_attn = False
     block.attn.attn_drop.register_forward_hook(lambda module, args, out: attention.update(weights=out))
     state, weights = block(state), attention["weights"].mean(dim=1)[:, 0, 1:]

@@ -42,7 +42,7 @@ def test_recorded_attention_is_that_of_unfused_blocks(options):
         for block in model.blocks:
             block.attn.fused_attn = False
             block.attn.attn_drop.register_forward_hook(lambda _, inputs, __: expected.append(inputs[0]))
-        final = model._embed(x)
+        final, _ = model._embed(x)
         for block in model.blocks:
             final = block(final)
     to_patches = torch.stack(expected)[:, :, :, 0, prefix:]  # [L, B, H, patches]

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor
 
 from zipping import uses_kernels
@@ -100,7 +101,12 @@ def _is_supported(model: VisionTransformer, call: Call) -> bool:
     """Return whether the planned mode supports a call. docs/design.md lists what it does not support."""
     images, has_grad = call.images, torch.is_grad_enabled()
     is_supported = model.halting and model.zip_tokens and model.reads_prefix and not model.grad_checkpointing
-    if not is_supported or len(model.blocks) != model.num_blocks or not hasattr(model.patch_embed, "dynamic_feat_size"):
+    if (
+        isinstance(model, Eva)
+        or not is_supported
+        or len(model.blocks) != model.num_blocks
+        or not hasattr(model.patch_embed, "dynamic_feat_size")
+    ):
         return False
     if len(images) == 0 or images.requires_grad or images.dtype == torch.float64:
         return False

@@ -103,7 +103,7 @@ class PassState:
 
 def begin(planned: PlannedPass, images: Tensor) -> PassState:
     """Embed the images. images: [B, in_chans, H, W]. Returns the state before the first block."""
-    x = planned.model._embed(images)
+    x, _ = planned.model._embed(images)
     cumulative = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
     return PassState(planned.tokens, x.flatten(0, 1), cumulative, x.dtype)
 

@@ -1,0 +1,47 @@
+"""Rotary position embeddings: queries and keys are rotated by the place of their patch in the image.
+
+timm computes one embedding for the patches of an image, and its attention rotates every row but the first
+`num_prefix_tokens`. Packed rows have no such order. Their blocks get no embedding, so timm's attention
+does not rotate, and `PerImageAttentionMask` rotates the queries and keys right before attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from timm.models import VisionTransformer
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Rotation of the tokens of an image in one block.
+
+    table: [N, 2 D], or [H, N, 2 D] if each head has its own: sines, then cosines, of each token. Prefix tokens
+    are not rotated: their sines are 0 and their cosines 1;
+    half: the order of the channels, as in timm's attention.
+    """
+
+    table: Tensor
+    half: bool
+
+    def rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotate queries or keys. x: [1, H, T, D]; position: [T], the number of the token of each row in its image."""
+        return apply_rot_embed_cat(x, self.table.index_select(-2, position), half=self.half)
+
+
+def embeddings_of_blocks(model: VisionTransformer, embedding: Tensor) -> list[Tensor]:
+    """Return the argument `rope` of each of timm's blocks.
+
+    embedding: as timm's `_pos_embed` returns it, [N - P, 2 D] for all blocks, or [L, H, N - P, 2 D].
+    """
+    return list(embedding.unbind()) if model.rope_mixed else [embedding] * len(model.blocks)
+
+
+def rotations_of_blocks(model: VisionTransformer, embedding: Tensor) -> list[Rotation]:
+    """Return the rotation of each block. embedding: see `embeddings_of_blocks`."""
+    prefix = embedding.new_ones(*embedding.shape[:-2], model.num_prefix_tokens, embedding.shape[-1])
+    prefix[..., : embedding.shape[-1] // 2] = 0
+    tables = embeddings_of_blocks(model, torch.cat([prefix, embedding], dim=-2))
+    return [Rotation(table, block.attn.rotate_half) for table, block in zip(tables, model.blocks)]
