@@ -52,6 +52,7 @@ from zipping.outputs import (
 )
 from zipping.planned.dispatch import Call, run_by_graphs
 from zipping.recording import TRACING_UNSUPPORTED, refuse_symbols
+from zipping.rotations import embed_images
 
 __all__ = [
     "AdaptiveEva",
@@ -252,13 +253,8 @@ class AdaptiveTokens:
         return self.norm(output), halting
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the input of the first block, and timm's rotary position embedding of the patches, if there is one.
-
-        x: [B, in_chans, H, W] -> [B, N, C]; for the embedding, see `zipping.rotations.embeddings_of_blocks`.
-        """
-        embedded = self._pos_embed(self.patch_embed(x))
-        x, embedding = embedded if isinstance(embedded, tuple) else (embedded, None)
-        return self.norm_pre(x), embedding
+        """Return the input of the first block, and its rotary position embedding, see `embed_images`."""
+        return embed_images(self, x)
 
     def _mean_field(self, *inputs: Tensor | bool | None, **options) -> tuple[Tensor, Halting | None]:
         """Call `_run_blocks`; outside torch.compile in zipped mode, which would compile a graph for each size."""

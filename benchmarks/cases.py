@@ -32,6 +32,8 @@ from models_act import AdaptiveTokens
 from training.checkpoints import Checkpoint
 from training.models import create_model, default_image_size
 from training.network import DEFAULT_MODEL, NetworkFlags, Purpose, resolve_network
+from zipping.blocks import run_block
+from zipping.rotations import embed_images, embeddings_of_blocks
 
 STATIC, FLOOR, MASKED, ZIPPED = "static (timm)", "floor", "masked", "zipped"  # rows of the tables
 EARLY_EXIT = "zipped, early exit"
@@ -125,8 +127,7 @@ def make_case(batch_size: int, model: nn.Module, images: Tensor, name: str = "")
 def static_twin(model: AdaptiveTokens) -> VisionTransformer:
     """Return timm's static model of the same size with a copy of the weights: the inverse of `adapt`."""
     twin = copy.deepcopy(model)
-    bases = type(model).__mro__
-    twin.__class__ = next(b for b in bases if issubclass(b, VisionTransformer) and not issubclass(b, AdaptiveTokens))
+    twin.__class__ = next(base for base in type(model).__mro__ if not issubclass(base, AdaptiveTokens))
     return twin
 
 
@@ -149,10 +150,12 @@ class Floor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, [B, num_classes], of images [B, 3, H, W]."""
         static = self.static
-        x = static.norm_pre(static._pos_embed(static.patch_embed(images)))
-        for block, num_tokens in zip(static.blocks, next(self.num_tokens)):
+        x, embedding = embed_images(static, images)
+        embeddings = embeddings_of_blocks(static, embedding)
+        for block, one, num_tokens in zip(static.blocks, embeddings, next(self.num_tokens)):
             if num_tokens:
-                x = block(x[:, :num_tokens])
+                num_patches = max(num_tokens - static.num_prefix_tokens, 0)
+                x = run_block(block, x[:, :num_tokens], None, None if one is None else one[..., :num_patches, :])
         return static.forward_head(static.norm(x))
 
 

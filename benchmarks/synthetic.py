@@ -26,8 +26,9 @@ import math
 
 import torch
 from timm.models import VisionTransformer
+from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 LOGIT_SLOPE = 6.0  # rise of the gate's logit per block: a token halts one or two blocks after its crossing
 
@@ -39,8 +40,11 @@ def set_synthetic_depths(model: VisionTransformer, mean: float, spread: float) -
     Prefix tokens have no position and no content, so their depths vary with the image only. The variances hold for
     images of standard normal noise. The changed weights are those that write to channels 0 to 2, and the first head of
     block 1 with its norm.
-    Raises ValueError if the projections have no bias, or if the patch embedding has no projection.
+    Raises ValueError if the projections have no bias, if the patch embedding has no projection, or if blocks normalize
+    what they add.
     """
+    if isinstance(model.blocks[0], EvaBlockPostNorm):
+        raise ValueError("depths cannot be imposed, because the blocks normalize what they add")
     if model.blocks[0].mlp.fc2.bias is None:
         raise ValueError("depths cannot be imposed, because the projections have no bias")
     if isinstance(model.patch_embed.proj, nn.Identity):
@@ -65,9 +69,9 @@ def _set_step(block: Block, step: float) -> None:
     """Make a block add `step` to channel 0 and nothing else."""
     block.attn.proj.weight[0], block.attn.proj.bias[0] = 0, 0
     block.mlp.fc2.weight[0], block.mlp.fc2.bias[0] = 0, step
-    for layer_scale in (block.ls1, block.ls2):
-        if not isinstance(layer_scale, nn.Identity):
-            layer_scale.gamma[0] = 1
+    for name, parameter in block.named_parameters():
+        if name in ("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2"):
+            parameter[0] = 1
 
 
 def _set_content_term(model: VisionTransformer, std: float, generator: torch.Generator) -> None:
@@ -106,7 +110,9 @@ def _set_norm(model: VisionTransformer, start: float, generator: torch.Generator
     """Make the norm before the blocks keep channels 0 to 2 approximately unchanged, and add `start` to channel 0."""
     embed, weight = model.patch_embed, model.norm_pre.weight
     noise = torch.randn(4, 3, *embed.img_size, generator=generator)
-    weight[:3] = model._pos_embed(embed(noise.to(weight))).std(dim=2).mean()
+    embedded = model._pos_embed(embed(noise.to(weight)))
+    tokens = embedded[0] if isinstance(embedded, tuple) else embedded
+    weight[:3] = tokens.std(dim=2).mean()
     model.norm_pre.bias[:3] = 0
     model.norm_pre.bias[0] = start
 
@@ -118,16 +124,27 @@ def _set_image_term(block: Block, std: float, start: float, num_patches: int) ->
     patches has a standard deviation proportional to 1 / sqrt(num_patches), which the output projection undoes.
     """
     attn = block.attn
-    queries, value = slice(attn.head_dim), 2 * attn.attn_dim  # rows of qkv: the first head's queries, its first value
-    for parameter in attn.qkv.parameters():
-        parameter[queries] = 0
-        parameter[value] = 0
-    attn.qkv.weight[value, 1], attn.qkv.weight[value, 2] = 1, -1
+    queries, values = _queries_and_values(attn)
+    for parameter in queries:
+        parameter[: attn.head_dim] = 0
+    for parameter in values:
+        parameter[0] = 0
+    values[0][0, 1], values[0][0, 2] = 1, -1
     block.norm1.weight[1:3] = 1
-    if block.norm1.bias is not None:
+    if getattr(block.norm1, "bias", None) is not None:
         block.norm1.bias[1:3] = 0
-    norm = math.sqrt((start**2 + 2) / attn.qkv.in_features + 1 / 3)  # estimate of what norm1 divides by
+    norm = math.sqrt((start**2 + 2) / values[0].shape[1] + 1 / 3)  # estimate of what norm1 divides by
     attn.proj.weight[0, 0] = std * math.sqrt(num_patches) * norm / 2
+
+
+def _queries_and_values(attn: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weight and the biases from which attention computes queries, and those of the values."""
+    if attn.qkv is None:
+        return list(attn.q_proj.parameters()), list(attn.v_proj.parameters())
+    parts = [parameter.chunk(3) for parameter in attn.qkv.parameters()]
+    biases = [getattr(attn, name, None) for name in ("q_bias", "v_bias")]  # of timm's EvaAttention
+    queries, values = [query for query, _, _ in parts], [value for _, _, value in parts]
+    return tuple(part if bias is None else [*part, bias] for part, bias in zip((queries, values), biases))
 
 
 def _mean_blocks_after_crossing(slope: float) -> float:

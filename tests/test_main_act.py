@@ -277,7 +277,7 @@ def mistake(capsys, *argv):
             "--model vit_base_patch16_rpn_224",
             "this model cannot be made adaptive: blocks.0 is a ResPostBlock (did you mean vit_base_patch16_",
         ),
-        ("--model vit_small_patch14_dinov3", "did you mean vit_small_patch14_dinov2"),
+        ("--model vit_small_patch14_dinov3", "did you mean vit_small_patch16_dinov3"),
         ("--model deit_tiny_patch16_224.fb_in1", "with this tag (did you mean fb_in1k?)"),
         ("--data-set CIFAR100", "did you mean CIFAR10"),
         ("--batch-size 0", "must be at least 1"),

@@ -151,9 +151,8 @@ def states_and_attention(model: AdaptiveTokens, images: Tensor) -> tuple[list[Te
     [B, patches]: the share of each patch in each head, as a mean over heads and the later half of the blocks.
     """
     x, embedding = model._embed(images)
-    embeddings = [None] * model.num_blocks if embedding is None else embeddings_of_blocks(model, embedding)
     states, attentions = [], []
-    for block, one in zip(model.blocks, embeddings):
+    for block, one in zip(model.blocks, embeddings_of_blocks(model, embedding)):
         recorder = _AttentionRecorder(model.num_prefix_tokens)
         x = run_block(block, x, recorder, one)
         states.append(x[:, model.num_prefix_tokens :])

@@ -13,7 +13,7 @@ from datasets import Preprocessing
 from models_act import HALTING_DEFAULTS, SOURCES, AdaptiveTokens, adapt_
 from utils import UserError, did_you_mean
 
-TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # the timm modules with plain ViTs
+TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")  # the timm modules with plain ViTs
 MAX_SIMILAR = 12  # number of similar names that are checked before they are suggested
 
 

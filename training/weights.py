@@ -33,7 +33,8 @@ def load_weights(
     size if the embedding fits it.
     Raises UserError if names or shapes do not fit, with the registered models that do fit.
     """
-    own, weights = model.state_dict(), _with_timm_names(weights)
+    own = model.state_dict()
+    weights = _with_timm_names(weights, own)
     head = {name: value for name, value in own.items() if is_of_head(name)}
     if replace_head and not head.keys() & weights.keys():
         new_head = f"a new head of {model.num_classes} classes"
@@ -113,14 +114,17 @@ def _differ_in_rows(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return len(found) == len(expected) and different == [max(len(expected) - 2, 0)]
 
 
-def _with_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the layer scale of DeiT III's release as timm does."""
-    return {re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
+def _with_timm_names(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the layer scale of DeiT III's release as timm does. own: the model's, which may have the same names."""
+    return {
+        name if name in own else re.sub(r"gamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()
+    }
 
 
 def fits(name: str, weights: dict[str, Tensor]) -> bool:
     """Return whether weights fit a model, at any image size and class count; weights without a head may fit, too."""
-    own, weights = empty_state_dict(name), _with_timm_names(weights)
+    own = empty_state_dict(name)
+    weights = _with_timm_names(weights, own)
     if not any(map(is_of_head, weights)):
         own = without_head(own)
     return not state_dict_mismatches(own, weights, may_be_resized)

@@ -15,6 +15,16 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 
+def embed_images(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the input of the first block of timm's model, and its rotary position embedding, if there is one.
+
+    images: [B, in_chans, H, W] -> [B, N, C]; for the embedding, see `embeddings_of_blocks`.
+    """
+    embedded = model._pos_embed(model.patch_embed(images))
+    x, embedding = embedded if isinstance(embedded, tuple) else (embedded, None)
+    return model.norm_pre(x), embedding
+
+
 class Rotation(NamedTuple):
     """Rotation of the tokens of an image in one block.
 
@@ -31,11 +41,13 @@ class Rotation(NamedTuple):
         return apply_rot_embed_cat(x, self.table.index_select(-2, position), half=self.half)
 
 
-def embeddings_of_blocks(model: VisionTransformer, embedding: Tensor) -> list[Tensor]:
-    """Return the argument `rope` of each of timm's blocks.
+def embeddings_of_blocks(model: VisionTransformer, embedding: Tensor | None) -> list[Tensor | None]:
+    """Return the rotary position embedding of each of timm's blocks.
 
-    embedding: as timm's `_pos_embed` returns it, [N - P, 2 D] for all blocks, or [L, H, N - P, 2 D].
+    embedding: [N - P, 2 D] for all blocks, or [L, H, N - P, 2 D]; None if the model has none.
     """
+    if embedding is None:
+        return [None] * len(model.blocks)
     return list(embedding.unbind()) if model.rope_mixed else [embedding] * len(model.blocks)
 
 
