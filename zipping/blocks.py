@@ -108,11 +108,13 @@ def zipped_block(block: Block, rows: Tensor, tokens: PackedTokens, rotation: Rot
     Stochastic depth is drawn for all images, as for a dense batch, and applied to the rows.
     """
     x, mask = rows.unsqueeze(0), PerImageAttentionMask(tokens, rotation)
+    if len(rows) == 0:  # timm's EvaAttention needs a row: it gets zeros, in the graph of `rows`
+        x, mask = rows.sum(dim=0).expand(1, 1, -1), None
     if not any(isinstance(layer, DropPath) and layer.training for layer in (block.drop_path1, block.drop_path2)):
-        return block(x, attn_mask=mask).squeeze(0)
+        return block(x, attn_mask=mask).squeeze(0)[: len(rows)]
     x = x + _drop_path(block.drop_path1, _attention_branch(block, x, mask), tokens)
     x = x + _drop_path(block.drop_path2, _mlp_branch(block, x), tokens)
-    return x.squeeze(0)
+    return x.squeeze(0)[: len(rows)]
 
 
 def _attention_branch(block: Block | EvaBlock | EvaBlockPostNorm, x: Tensor, mask: PerImageAttentionMask) -> Tensor:

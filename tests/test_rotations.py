@@ -1,0 +1,236 @@
+"""timm's Eva, whose attention rotates queries and keys by the place of their patch."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from conftest import images
+from equivalence import CLOSE, assert_same, flops, masked_and_zipped
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.models.eva import Eva
+from torch.testing import assert_close
+
+import zipping
+from models_act import AdaptiveEva, adapt, macs_per_image
+from zipping.attention import PerImageAttentionMask
+from zipping.rotations import embed_images, rotations_of_blocks
+
+pytestmark = pytest.mark.usefixtures("token_store")
+ROTARY = {"use_rot_pos_emb": True, "embed_dim": 24, "num_heads": 3}
+SIZES = {"img_size": 16, "patch_size": 4, "depth": 4, "num_classes": 5}
+KINDS = ("cat", "mixed", "dinov3", "mrope")
+
+
+def eva(options: dict, seed: int = 0) -> Eva:
+    """Build timm's model in evaluation mode, with noise on all weights, because zeros would hide a branch."""
+    torch.manual_seed(seed)
+    model = Eva(**SIZES | options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def halting_eva(options: dict, x: torch.Tensor, seed: int = 0) -> AdaptiveEva:
+    """Build an adaptive model whose tokens halt after different blocks."""
+    static = eva(options, seed)
+    with torch.no_grad():
+        states = adapt(static, halting=False).forward_intermediates(x, intermediates_only=True)
+    values = torch.stack(states)[:, :, 0]
+    scale = 4 / values.std().item()
+    return adapt(static, gate_scale=scale, gate_center=scale * values.mean().item() + 1)
+
+
+@st.composite
+def block_options(draw) -> dict:
+    options = {name: draw(st.booleans()) for name in ("qkv_bias", "qkv_fused", "swiglu_mlp", "scale_mlp")}
+    options |= {"scale_attn_inner": draw(st.booleans()), "attn_type": draw(st.sampled_from(["eva", "rope"]))}
+    options |= {"use_post_norm": draw(st.booleans()), "init_values": draw(st.sampled_from([None, 0.5]))}
+    options["swiglu_align_to"] = draw(st.sampled_from([0, 8])) if options["swiglu_mlp"] else 0
+    if options["use_post_norm"]:
+        return options
+    options |= {name: draw(st.booleans()) for name in ("qk_norm", "attn_only_layer_scale")}
+    if options["attn_type"] == "rope" and not options["qkv_fused"]:
+        options["num_kv_heads"] = draw(st.sampled_from([None, 1, (3, 1, 1, 3)]))
+    return options
+
+
+@st.composite
+def eva_options(draw) -> dict:
+    options = {"embed_dim": 24, "num_heads": 3, "class_token": draw(st.booleans())}
+    options |= {"num_reg_tokens": draw(st.integers(0, 2)), "no_embed_class": draw(st.booleans())}
+    options |= {name: draw(st.booleans()) for name in ("use_abs_pos_emb", "use_rot_pos_emb", "dynamic_img_size")}
+    options |= {name: draw(st.booleans()) for name in ("use_pre_transformer_norm", "use_post_transformer_norm")}
+    options |= {"use_fc_norm": draw(st.sampled_from([None, True, False]))}
+    options["global_pool"] = draw(st.sampled_from(["avg"] + ["token"] * options["class_token"]))
+    options |= draw(block_options())
+    if options["use_rot_pos_emb"]:
+        kind = draw(st.sampled_from(KINDS))
+        grouped = options.get("num_kv_heads") is not None
+        options["rope_type"] = "cat" if kind == "mixed" and grouped else kind
+        options["rope_rotate_half"] = options["rope_type"] != "mixed" and draw(st.booleans())
+        options["rope_shift_coords"] = draw(st.sampled_from([None, 0.3]))
+        if options["rope_type"] == "mrope":
+            options["rope_mrope_section"] = (2, 1, 1)
+        else:
+            options["rope_grid_indexing"] = draw(st.sampled_from(["ij", "xy"]))
+    return options
+
+
+@settings(max_examples=25)
+@given(eva_options(), st.integers(0, 99))
+def test_every_combination_of_options(options, seed):
+    x = images(4, 16)
+    static = eva(options, seed)
+    with torch.no_grad():
+        for zip_tokens in (False, True):
+            never_halting = adapt(static, gate_center=1e9, zip_tokens=zip_tokens)
+            assert_close(never_halting(x), static(x), **CLOSE)
+        never_halting.set_halting_channel(5)
+        found, expected = never_halting(x), static(x)
+    assert_close(found, expected, **CLOSE)
+    model = halting_eva(options, x, seed)
+    halting = assert_same(*masked_and_zipped(model), x, gradients=False)
+    assert len(halting.depth.unique()) >= 2
+    with torch.no_grad():
+        depth = model(x[:1], return_halting=True)[1].depth
+        assert flops(lambda: model(x[:1], return_halting=True)) == 2 * macs_per_image(model, depth).item()
+    model = halting_eva(options | {"drop_path_rate": 0.3}, x, seed)
+    assert_same(*masked_and_zipped(model.train()), x)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_rotations_equal_those_of_timm_in_any_order(kind):
+    """The rows of an image in another order have the same attention as timm's, with the same order of its rows."""
+    model = eva(ROTARY | {"rope_type": kind, "attn_type": "rope", "num_reg_tokens": 2})
+    x, embedding = embed_images(model, images(1, 16))
+    attn, rotation = model.blocks[1].attn, rotations_of_blocks(model, embedding)[1]
+    tokens, rows = zipping.pack(x, model.num_prefix_tokens)
+    expected = attn(x, rope=embedding[1] if kind == "mixed" else embedding)
+    assert_close(attn(rows[None], attn_mask=PerImageAttentionMask(tokens, rotation)), expected, **CLOSE)
+    halts = torch.zeros(len(rows), dtype=torch.bool)
+    halts[[0, 2, 3, 7]] = True  # two prefix tokens, two patches
+    kept, (left,) = tokens.drop(halts, rows)
+    mask = torch.where(halts, -math.inf, 0.0).expand(1, 1, 1, -1)
+    expected = attn(x, rope=embedding[1] if kind == "mixed" else embedding, attn_mask=mask)
+    found = attn(left[None], attn_mask=PerImageAttentionMask(kept, rotation))
+    assert_close(found, expected[:, ~halts], **CLOSE)
+    assert not torch.allclose(attn(left[None], attn_mask=PerImageAttentionMask(kept)), found, atol=1e-3)
+
+
+def test_prefix_tokens_are_not_rotated():
+    model = eva(ROTARY | {"num_reg_tokens": 2})
+    _, embedding = embed_images(model, images(1, 16))
+    rotation = rotations_of_blocks(model, embedding)[0]
+    x = torch.randn(1, 3, 4, 8)
+    assert torch.equal(rotation.rotate(x, torch.tensor([0, 1, 2, 2])), x)
+    expected = apply_rot_embed_cat(x, embedding[[0, 0, 5, 15]])
+    assert torch.equal(rotation.rotate(x, torch.tensor([3, 3, 8, 18])), expected)
+
+
+@pytest.mark.parametrize("kind", ["cat", "mixed", "dinov3"])
+def test_random_coordinates_are_drawn_once_in_both_modes(kind):
+    options = ROTARY | {"rope_type": kind, "rope_shift_coords": 0.5, "rope_jitter_coords": 1.5, "global_pool": "token"}
+    model = halting_eva(options, images(4, 16)).train()
+    assert_same(*masked_and_zipped(model), images(4, 16))
+    logits = [model(images(4, 16)) for _ in range(2)]
+    assert not torch.equal(*logits)
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    options = ROTARY | {"rope_type": "mixed", "attn_type": "rope", "drop_path_rate": 0.3}
+    model = halting_eva(options, images(4, 16)).train()
+    checkpointed = copy.deepcopy(model)
+    checkpointed.set_grad_checkpointing()
+    assert_same(model, checkpointed, images(4, 16))
+    assert model.rope.freqs.grad.abs().max() > 0
+
+
+def test_all_tokens_halted_give_zero_gradients():
+    """Blocks run on no rows: the frequencies of their rotations get zeros instead of None."""
+    model = adapt(eva(ROTARY | {"rope_type": "mixed"}), gate_center=-1e3).train()
+    halting = assert_same(*masked_and_zipped(model), images(4, 16))
+    assert halting.depth.unique().tolist() == [1]
+
+
+def test_low_precision_equals_masked():
+    masked, zipped = masked_and_zipped(halting_eva(ROTARY | {"rope_type": "dinov3", "qk_norm": True}, images(4, 16)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (logits, halting), (found, same) = (m(images(4, 16), return_halting=True) for m in (masked, zipped))
+    assert_close(found, logits, rtol=0.05, atol=0.05)
+    assert_close(same.depth, halting.depth)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_rotations_follow_the_image_size(dynamic):
+    model = halting_eva(
+        ROTARY | {"rope_type": "dinov3", "use_abs_pos_emb": False, "dynamic_img_size": dynamic}, images(4, 16)
+    )
+    small = model(images(4, 16))
+    x = torch.randn(4, 3, 24, 12)
+    if not dynamic:
+        model.set_input_size((24, 12))
+    halting = assert_same(*masked_and_zipped(model), x, gradients=False)
+    assert halting.depth.shape == (4, 19)
+    if not dynamic:
+        model.set_input_size((16, 16))
+    assert torch.equal(model(images(4, 16)), small)
+
+
+@pytest.mark.parametrize("output_fmt", ["NCHW", "NLC"])
+@pytest.mark.parametrize("with_prefix", [False, True])
+@torch.no_grad()
+def test_static_intermediates_equal_timm(output_fmt, with_prefix):
+    static = eva(ROTARY | {"num_reg_tokens": 1})
+    model, options = adapt(static, halting=False), {"return_prefix_tokens": with_prefix, "output_fmt": output_fmt}
+    expected, found = (m.forward_intermediates(images(2, 16), [1, 3], **options) for m in (static, model))
+    assert_close(found, expected, rtol=0, atol=0)
+    result = model.forward_intermediates(images(2, 16), [1, 3], output_dict=True, **options)
+    assert_close(result["image_features"], expected[0], rtol=0, atol=0)
+    patches, prefix = zip(*expected[1]) if with_prefix else (expected[1], None)
+    assert_close(result["image_intermediates"], list(patches), rtol=0, atol=0)
+    assert ("image_intermediates_prefix" in result) == with_prefix
+    if with_prefix:
+        assert_close(result["image_intermediates_prefix"], list(prefix), rtol=0, atol=0)
+
+
+class OwnEmbedding(RotaryEmbeddingCat):
+    """A rotary embedding that may differ between images."""
+
+
+def test_unsupported_model_raises():
+    for options, reason in (
+        ({"global_pool": "map"}, "global_pool is 'map'"),
+        ({"global_pool": "max"}, "global_pool is 'max'"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate is above 0"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            adapt(Eva(**SIZES | ROTARY | options))
+        with pytest.raises(ValueError, match=reason):
+            AdaptiveEva(**SIZES | ROTARY | options)
+    model = Eva(**SIZES | ROTARY)
+    model.rope.__class__ = OwnEmbedding
+    with pytest.raises(ValueError, match="rope is a OwnEmbedding"):
+        adapt(model)
+
+
+class OwnAttention(AttentionRope):
+    """Attention that may treat tokens by their order."""
+
+
+def test_modified_attention_is_masked():
+    model = halting_eva(ROTARY | {"attn_type": "rope", "global_pool": "token"}, images(4, 16))
+    expected = model(images(4, 16))
+    model.blocks[1].attn.__class__ = OwnAttention
+    with pytest.warns(UserWarning, match=r"zipping is disabled because blocks.1.attn is a OwnAttention"):
+        assert_close(model(images(4, 16)), expected, **CLOSE)
+
+
+def test_layers_of_dinov3_are_those_of_timm():
+    model = timm.create_model("vit_small_patch16_dinov3", device="meta")
+    assert adapt(model, halting=False).state_dict().keys() == model.state_dict().keys()
