@@ -122,11 +122,11 @@ def _with_timm_names(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict
 
 
 def fits(name: str, weights: dict[str, Tensor]) -> bool:
-    """Return whether weights fit a model, at any image size and class count; weights without a head may fit, too."""
+    """Return whether weights fit a model, at any image size and class count. Either may lack a head."""
     own = empty_state_dict(name)
     weights = _with_timm_names(weights, own)
-    if not any(map(is_of_head, weights)):
-        own = without_head(own)
+    if not (any(map(is_of_head, weights)) and any(map(is_of_head, own))):
+        own, weights = without_head(own), without_head(weights)
     return not state_dict_mismatches(own, weights, may_be_resized)
 
 
