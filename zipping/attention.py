@@ -40,8 +40,7 @@ class PerImageAttentionMask:
             return NotImplemented
         mask, (q, k, v) = kwargs["attn_mask"], args[:3]
         if mask.rotation is not None:
-            position = mask.tokens.position
-            q, k = (mask.rotation.rotate(x, position).type_as(v) for x in (q, k))
+            q, k = (x.type_as(v) for x in mask.rotation.rotate(mask.tokens.position, q, k))
         return mask.tokens.attend(q, k, v, kwargs.get("dropout_p", 0.0))
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -247,28 +247,37 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def why_not_zippable(blocks: nn.Sequential) -> str | None:
     """Return why blocks cannot run on packed rows; None if they can. The table above lists the cases."""
-    reasons = (
-        _why_module_not_zippable(f"blocks.{name}.{part}".rstrip("."), part, module)
-        for name, block in blocks._modules.items()
-        for part, module in block.named_modules()
-    )
-    return next(filter(None, reasons), None)
+    for name, block in blocks._modules.items():
+        for part, module in block.named_modules():
+            reason = _why_module_not_zippable(part, module)
+            if reason:
+                return f"blocks.{name}.{part}".rstrip(".") + reason
+    return None
 
 
-def _why_module_not_zippable(name: str, part: str, module: nn.Module) -> str | None:
-    """Return why one module cannot run on packed rows; None if it can.
+def _why_module_not_zippable(part: str, module: nn.Module) -> str | None:
+    """Return the rest of a sentence why one module cannot run on packed rows; None if it can.
 
-    name: of the module in the model; part: its name in its block, "" for the block itself.
+    part: name of the module in its block, "" for the block itself.
     """
-    in_linear = any(place in f".{part}." for place in LINEAR_PLACES)
-    is_known = in_linear or type(module).__module__.startswith(("timm.", "torch."))
-    if not (type(module) in SUPPORTED_PARTS[part] if part in SUPPORTED_PARTS else is_known):
-        return f"{name} is a {type(module).__name__}"
+    if not _is_supported_type(part, type(module)):
+        return f" is a {type(module).__name__}"
     if _has_hooks(module):
-        return f"{name} has a hook"
-    if "forward" in module.__dict__ and not in_linear:
-        return f"{name}.forward was replaced"
-    return f"{name} does not use fused attention" if part == "attn" and not module.fused_attn else None
+        return " has a hook"
+    if "forward" in module.__dict__ and not _is_linear_place(part):
+        return ".forward was replaced"
+    return " does not use fused attention" if part == "attn" and not module.fused_attn else None
+
+
+@cache  # asked for every module in every forward pass
+def _is_supported_type(part: str, layer: type[nn.Module]) -> bool:
+    if part in SUPPORTED_PARTS:
+        return layer in SUPPORTED_PARTS[part]
+    return _is_linear_place(part) or layer.__module__.startswith(("timm.", "torch."))
+
+
+def _is_linear_place(part: str) -> bool:
+    return any(place in f".{part}." for place in LINEAR_PLACES)
 
 
 def replaced_function() -> str | None:

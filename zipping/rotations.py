@@ -36,9 +36,10 @@ class Rotation(NamedTuple):
     table: Tensor
     half: bool
 
-    def rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotate queries or keys. x: [1, H, T, D]; position: [T], the number of the token of each row in its image."""
-        return apply_rot_embed_cat(x, self.table.index_select(-2, position), half=self.half)
+    def rotate(self, position: Tensor, *values: Tensor) -> list[Tensor]:
+        """Rotate queries and keys. position: [T], n of the token in each row; values: [1, H, T, D] each."""
+        rows = self.table.index_select(-2, position)
+        return [apply_rot_embed_cat(x, rows, half=self.half) for x in values]
 
 
 def embeddings_of_blocks(model: VisionTransformer, embedding: Tensor | None) -> list[Tensor | None]:
