@@ -16,21 +16,37 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper
-from timm.layers import Attention, DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    DropPath,
+    GELUTanh,
+    GluMlp,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    SwiGLU,
+)
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from deployment.graph import FLOAT, INT64, GraphBuilder, value_info
+from deployment.layers import rotations_of, write_block, write_linear, write_norm, write_rotations
 from deployment.rows import IMAGE_NUMBERS, NO_ROWS, DenseLayout, PackedLayout, State
 from models_act import ADAPTIVE, AdaptiveTokens
+from zipping.blocks import ROTARY_EMBEDDINGS
 
 OPSET, IR_VERSION = 20, 10
 GATE = ("gate_scale", "gate_center")  # attributes of the model, and inputs of the graph
 MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file, minus space for the nodes
 SUPPORTED_MODULES = (
     *ADAPTIVE.values(),
-    *(PatchEmbed, Block, Attention, Mlp, LayerScale, DropPath, LayerNorm),
-    *(nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU, GELUTanh, nn.Identity, nn.Dropout, nn.Sequential),
+    *(PatchEmbed, Block, EvaBlock, Attention, AttentionRope, EvaAttention, Mlp, GluMlp, SwiGLU),
+    *(LayerScale, DropPath, LayerNorm, *ROTARY_EMBEDDINGS),
+    *(nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU, GELUTanh, nn.SiLU, nn.Identity, nn.Dropout),
+    *(nn.Sequential, nn.ModuleList),
 )
 
 
@@ -38,7 +54,8 @@ def unsupported_part(model: AdaptiveTokens) -> str | None:
     """Return why the model cannot be exported, or None if it can."""
     averages_normalized_tokens = model.global_pool == "avg" and not isinstance(model.norm, nn.Identity)
     reasons = {
-        "the image size is dynamic": model.dynamic_img_size,
+        "the image size is dynamic": model.dynamic_img_size and model.pos_embed is not None,
+        "images are padded": getattr(model.patch_embed, "dynamic_img_pad", False),
         "the model has no head": model.global_pool == "" or isinstance(model.head, nn.Identity),
         "the head reads the mean of normalized tokens": averages_normalized_tokens,
         "blocks were removed": len(model.blocks) != model.num_blocks,
@@ -54,6 +71,8 @@ def _unsupported_module(name: str, module: nn.Module) -> str | None:
         return f"{name or 'the model'} has a hook or a replaced forward"
     if getattr(module, "gate", None) is not None:
         return f"{name} is gated"
+    if getattr(module, "num_kv_groups", 1) > 1:
+        return f"{name} has fewer keys than queries"
     return None
 
 
@@ -77,6 +96,7 @@ def write_graph(model: AdaptiveTokens, batch_mode: str = "single", fp16_weights:
     if model.halting:
         inputs += [(graph.constant(getattr(model, name), name), FLOAT, []) for name in GATE]
     tokens = _embed(graph, model)
+    write_rotations(graph, model)
     if model.halting:
         head_inputs, live = _halting_blocks(graph, model, tokens, is_batch)
     else:
@@ -105,7 +125,7 @@ def _embed(graph: GraphBuilder, model: AdaptiveTokens) -> str:
     weights = [graph.constant(p) for p in (embed.proj.weight, embed.proj.bias) if p is not None]
     x = graph.add("Conv", "images", *weights, strides=embed.patch_size)  # [B, C, h, w]
     x = graph.add("Reshape", x, graph.constant([0, channels, embed.num_patches]))
-    x = _norm(graph, embed.norm, graph.add("Transpose", x, perm=[0, 2, 1]))
+    x = write_norm(graph, embed.norm, graph.add("Transpose", x, perm=[0, 2, 1]))
     tokens = (model.cls_token, model.reg_token, getattr(model, "dist_token", None))
     prefix = torch.cat([torch.zeros(1, 0, channels)] + [t.detach().cpu() for t in tokens if t is not None], dim=1)
     position = (
@@ -117,7 +137,7 @@ def _embed(graph: GraphBuilder, model: AdaptiveTokens) -> str:
     if prefix.shape[1]:
         sizes = graph.add("Concat", graph.add("Shape", x, end=1), graph.constant([prefix.shape[1], channels]), axis=0)
         x = graph.add("Concat", graph.add("Expand", graph.constant(prefix), sizes), x, axis=1)
-    return _norm(graph, model.norm_pre, x)
+    return write_norm(graph, model.norm_pre, x)
 
 
 def _pooling_weights(model: AdaptiveTokens) -> np.ndarray:
@@ -130,7 +150,7 @@ def _pooling_weights(model: AdaptiveTokens) -> np.ndarray:
     if model.reads_prefix:
         np.fill_diagonal(weights, 1)
     else:
-        first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        first = 0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens
         weights[:, first:] = 1 / (num_tokens - first)
     return weights.astype(np.float32)
 
@@ -138,9 +158,9 @@ def _pooling_weights(model: AdaptiveTokens) -> np.ndarray:
 def _head(graph: GraphBuilder, model: AdaptiveTokens, head_inputs: str) -> None:
     """Average the logits of the R heads: head_inputs [R, B, C] -> logits [B, K]."""
     heads = [model.head, model.head_dist] if hasattr(model, "head_dist") else [model.head]
-    x = _norm(graph, model.fc_norm, _norm(graph, model.norm, head_inputs))
+    x = write_norm(graph, model.fc_norm, write_norm(graph, model.norm, head_inputs))
     rows = [graph.add("Gather", x, graph.constant(index), axis=0) for index in range(len(heads))]
-    logits = [_linear(graph, head, row, factor=1 / len(heads)) for head, row in zip(heads, rows)]
+    logits = [write_linear(graph, head, row, factor=1 / len(heads)) for head, row in zip(heads, rows)]
     graph.add("Sum", *logits, name="logits")
 
 
@@ -153,8 +173,8 @@ def _static_blocks(graph: GraphBuilder, model: AdaptiveTokens, tokens: str) -> t
     num_tokens = weights.shape[1]
     rows = _flatten(graph, model, tokens)
     layout = DenseLayout(graph, State(rows=rows), (-1, num_tokens))
-    for block in model.blocks:
-        rows = _block(graph, block, rows, layout)
+    for number, block in enumerate(model.blocks):
+        rows = write_block(graph, block, rows, layout, rotations_of(model, number))
     tokens = graph.add("Reshape", rows, graph.constant([-1, num_tokens, model.embed_dim]))
     head_inputs = graph.add("Transpose", graph.add("MatMul", graph.constant(weights), tokens), perm=[1, 0, 2])
     sizes = graph.add("Concat", graph.add("Shape", tokens, end=1), graph.constant([len(model.blocks)]), axis=0)
@@ -219,6 +239,7 @@ def _first_state(graph: GraphBuilder, model: AdaptiveTokens, tokens: str, is_bat
         weights=graph.constant(weights),
         anchors=graph.constant(is_prefix if model.reads_prefix else np.ones_like(is_prefix)),
         prefix=None if model.gate_directions is None else graph.constant(is_prefix),
+        position=None if rotations_of(model, 0) is None else graph.constant(np.arange(num_tokens)),
     )
     if is_batch:
         batch = graph.add("Shape", tokens, end=1)  # [1]
@@ -256,7 +277,10 @@ def _halting_block(
     A NaN score halts no token: the comparison below is false.
     """
     layout = make_layout(graph, state)
-    rows = _block(graph, model.blocks[number], state.rows, layout)
+    rotations = rotations_of(model, number)
+    if rotations is not None:
+        rotations = rotations._replace(name=graph.add("Gather", rotations.name, state.position, axis=0))
+    rows = write_block(graph, model.blocks[number], state.rows, layout, rotations)
     score = _score(graph, model, number, rows, state.prefix)
     probability = graph.add("Sub", graph.constant(1.0), state.scores)  # the remainder, used where a token halts
     scores = graph.add("Add", state.scores, score)
@@ -291,51 +315,3 @@ def _score(graph: GraphBuilder, model: AdaptiveTokens, number: int, rows: str, i
         value = graph.add("Add", value, graph.constant(direction[-1]))
     score = graph.add("Sigmoid", graph.add("Sub", graph.add("Mul", value, "gate_scale"), "gate_center"))
     return score if is_prefix is None else graph.add("Where", is_prefix, graph.constant(0.0), score)
-
-
-# Layers ------------------------------------------------------------------------------------------
-
-
-def _block(graph: GraphBuilder, block: Block, rows: str, layout: DenseLayout | PackedLayout) -> str:
-    """Run one transformer block: [T, C] -> [T, C]."""
-    rows = graph.add("Add", rows, _attention(graph, block.attn, _norm(graph, block.norm1, rows), layout, block.ls1))
-    x = _linear(graph, block.mlp.fc1, _norm(graph, block.norm2, rows))
-    approximate = "tanh" if isinstance(block.mlp.act, GELUTanh) else block.mlp.act.approximate
-    x = _norm(graph, block.mlp.norm, graph.add("Gelu", x, approximate=approximate))
-    return graph.add("Add", rows, _linear(graph, block.mlp.fc2, x, block.ls2))
-
-
-def _attention(
-    graph: GraphBuilder, attn: Attention, x: str, layout: DenseLayout | PackedLayout, layer_scale: nn.Module
-) -> str:
-    """Run self-attention within each image: [T, C] -> [T, C]."""
-    heads = graph.constant([0, 0, attn.num_heads, attn.head_dim])
-    qkv = layout.pad(_linear(graph, attn.qkv, x), 3 * attn.attn_dim)  # [B, n, 3 * C]
-    q, k, v = (graph.add("Reshape", part, heads) for part in graph.add_many("Split", 3, qkv, axis=2, num_outputs=3))
-    q = graph.add("Mul", _norm(graph, attn.q_norm, q), graph.constant(attn.scale))
-    q, v = (graph.add("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, v))  # [B, H, n, D]
-    k = graph.add("Transpose", _norm(graph, attn.k_norm, k), perm=[0, 2, 3, 1])  # [B, H, D, n]
-    scores = graph.add("MatMul", q, k)
-    scores = scores if layout.bias is None else graph.add("Add", scores, layout.bias)
-    x = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v)
-    x = graph.add("Reshape", graph.add("Transpose", x, perm=[0, 2, 1, 3]), graph.constant([-1, attn.attn_dim]))
-    return _linear(graph, attn.proj, _norm(graph, attn.norm, layout.unpad(x)), layer_scale)
-
-
-def _linear(
-    graph: GraphBuilder, layer: nn.Linear, x: str, layer_scale: nn.Module | None = None, factor: float = 1.0
-) -> str:
-    """Apply a linear layer: [T, C] -> [T, D]. Layer scale, or else a factor, is folded into its weights."""
-    factor = layer_scale.gamma.detach() if isinstance(layer_scale, LayerScale) else torch.tensor(factor)
-    weights = [layer.weight.detach() * factor.unsqueeze(-1)]
-    weights += [] if layer.bias is None else [layer.bias.detach() * factor]
-    return graph.add("Gemm", x, *map(graph.constant, weights), transB=1)
-
-
-def _norm(graph: GraphBuilder, layer: nn.Module, x: str) -> str:
-    """Apply a layer norm over the last axis. An identity adds no node."""
-    if isinstance(layer, nn.Identity):
-        return x
-    weight = torch.ones(layer.normalized_shape) if layer.weight is None else layer.weight
-    weights = [graph.constant(p) for p in (weight, layer.bias) if p is not None]
-    return graph.add("LayerNormalization", x, *weights, axis=-1, epsilon=layer.eps)

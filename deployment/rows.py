@@ -30,6 +30,7 @@ class State:
     weights: str | None = _tensor(FLOAT, row_axis=1)  # [R, T] pooling weights
     anchors: str | None = _tensor(BOOL, row_axis=0)  # [T] whether the row is an anchor
     prefix: str | None = _tensor(BOOL, row_axis=0)  # [T] whether it is a prefix token, if the gate reads a direction
+    position: str | None = _tensor(INT64, row_axis=0)  # [T] number of the token in its image, if attention rotates
     image: str | None = _tensor(INT64, row_axis=0)  # [T] number of the row's image, in batch mode only
     keep: str | None = _tensor(BOOL)  # [T] whether the row enters the next block
     any_kept: str | None = _tensor(BOOL)  # [1] whether any row does

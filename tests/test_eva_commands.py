@@ -8,6 +8,7 @@ import timm
 import torch
 
 import benchmark
+import export_onnx
 import main_act
 import visualize
 from training import models, network, weights
@@ -30,6 +31,10 @@ READS_CLASS_TOKEN = {
     "vit_small_patch16_rope_mixed_ape_224",
     "vit_small_patch16_lingbot",
     "vit_base_patch16_sapiens2",
+}
+NOT_EXPORTED = {
+    "vit_small_patch16_dinov3": "the head reads the mean of normalized tokens",
+    "vit_base_patch16_sapiens2": "norm1 is a RmsNorm",
 }
 CACHES = (models.unsupported_reason, models._patch_size, weights.empty_state_dict, network._structure)
 
@@ -98,6 +103,13 @@ def test_commands_run(name, small_models, image_folder, tmp_path, capsys):
     assert (tmp_path / "summary" / "summary.html").exists()
     benchmark.main(["--finetune", str(path), *data[:2], "--rounds", "1", "--batch-size", "9"])
     assert "zipped" in capsys.readouterr().out
+    export = [str(path), str(tmp_path / "graph.onnx")]
+    if name in NOT_EXPORTED:
+        with pytest.raises(SystemExit):
+            export_onnx.main(export)
+        assert NOT_EXPORTED[name] in capsys.readouterr().err
+    else:
+        export_onnx.main(export)  # compares the graph with the model
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_rope_mixed_224.naver_in1k"])

@@ -95,6 +95,8 @@ OPTIONS = {
     "more norms": {"qk_norm": True, "pre_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
     "no biases": {"qkv_bias": False},
     "another activation": {"act_layer": "gelu_tanh"},
+    "gated MLP": {"mlp_layer": timm.layers.GluMlp, "act_layer": nn.SiLU},
+    "SwiGLU": {"mlp_layer": timm.layers.SwiGLU, "scale_mlp_norm": True},
     "one block": {"depth": 1},
 }
 
@@ -382,7 +384,6 @@ def test_invalid_input_fails_with_one_line_and_writes_nothing(tmp_path, capsys, 
 UNSUPPORTED = {
     "the image size is dynamic": {"dynamic_img_size": True},
     "the head reads the mean of normalized tokens": {"global_pool": "avg", "fc_norm": False},
-    "blocks.0.mlp is a SwiGLU": {"mlp_layer": timm.layers.SwiGLU},
     "blocks.0.mlp.act is a QuickGELU": {"act_layer": "quick_gelu"},
     "blocks.0.norm1 is a RmsNorm": {"norm_layer": "rmsnorm"},
     "the model has no head": {"num_classes": 0},

@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import images
 from equivalence import CLOSE, assert_same, flops, masked_and_zipped
+from eva_models import ROTARY, SIZES, eva, halting_eva
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
@@ -20,29 +21,7 @@ from zipping.attention import PerImageAttentionMask
 from zipping.rotations import embed_images, rotations_of_blocks
 
 pytestmark = pytest.mark.usefixtures("token_store")
-ROTARY = {"use_rot_pos_emb": True, "embed_dim": 24, "num_heads": 3}
-SIZES = {"img_size": 16, "patch_size": 4, "depth": 4, "num_classes": 5}
 KINDS = ("cat", "mixed", "dinov3", "mrope")
-
-
-def eva(options: dict, seed: int = 0) -> Eva:
-    """Build timm's model in evaluation mode, with noise on all weights, because zeros would hide a branch."""
-    torch.manual_seed(seed)
-    model = Eva(**SIZES | options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def halting_eva(options: dict, x: torch.Tensor, seed: int = 0) -> AdaptiveEva:
-    """Build an adaptive model whose tokens halt after different blocks."""
-    static = eva(options, seed)
-    with torch.no_grad():
-        states = adapt(static, halting=False).forward_intermediates(x, intermediates_only=True)
-    values = torch.stack(states)[:, :, 0]
-    scale = 4 / values.std().item()
-    return adapt(static, gate_scale=scale, gate_center=scale * values.mean().item() + 1)
 
 
 @st.composite
