@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import zipping
 from models_act import AdaptiveEva, adapt, macs_per_image
+from training.directions import states_and_attention
 from zipping.attention import PerImageAttentionMask
 from zipping.rotations import embed_images, rotations_of_blocks
 
@@ -213,3 +214,20 @@ def test_modified_attention_is_masked():
 def test_layers_of_dinov3_are_those_of_timm():
     model = timm.create_model("vit_small_patch16_dinov3", device="meta")
     assert adapt(model, halting=False).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["cat", "mixed", "dinov3"])
+@torch.no_grad()
+def test_attention_of_the_class_token_is_recorded_with_rotations(kind):
+    """A gate by direction is fitted to it."""
+    model = adapt(eva(ROTARY | {"rope_type": kind, "num_reg_tokens": 1, "global_pool": "token"}), halting=False)
+    states, found = states_and_attention(model, images(3, 16))
+    expected = model.forward_intermediates(images(3, 16), intermediates_only=True, output_fmt="NLC")
+    assert_close(states, expected, **CLOSE)
+    weights = []
+    for block in model.blocks:
+        block.attn.fused_attn = False  # timm computes the weights, and passes them to its dropout
+        block.attn.attn_drop.register_forward_hook(lambda layer, args, out: weights.append(args[0]))
+    model(images(3, 16))
+    later = torch.stack(weights[2:])[:, :, :, 0, 2:]  # [blocks, B, H, patches]
+    assert_close(found, (later / later.sum(dim=-1, keepdim=True)).mean(dim=(0, 2)), **CLOSE)
