@@ -17,6 +17,8 @@ MODELS = [
     "avit_tiny_patch16_224",
     "avit_tiny_distilled_patch16_224",
     "avit3_small_patch16_224",
+    "avit_rotated",  # of timm's Eva, see timm_suite_plugin
+    "avit_rotated_per_block",
 ]
 TIMM_TESTS = (
     "test_model_forward",
