@@ -25,6 +25,18 @@ def embed_images(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tens
     return model.norm_pre(x), embedding
 
 
+def has_fixed_rotations(model: VisionTransformer) -> bool:
+    """Return whether rotations follow from tensors of the model alone, so that a captured pass can compute them.
+
+    Grids of other image sizes and random coordinates are made on the CPU.
+    """
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return True
+    is_random = model.training and rope.aug_active
+    return getattr(rope, "feat_shape", None) is not None and not (is_random or model.dynamic_img_size)
+
+
 class Rotation(NamedTuple):
     """Rotation of the tokens of an image in one block.
 

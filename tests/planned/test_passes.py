@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import halting_model, images, with_directions
+from eva_models import ROTARY, halting_eva
 from graph_standin import Tape
 from graphed_models import KINDS, SIZE, masked
 from torch.testing import assert_close
@@ -224,3 +225,30 @@ def test_compiled_step_equals_general_step(monkeypatch, training):
     assert choose_step(model, True) is passes.timm_step, "float32 is not compiled"
     assert_close(*results, rtol=1e-3, atol=1e-3)
     assert 1 <= len(graphs) <= 3
+
+
+ROTATED = {
+    "EVA-02": {"swiglu_mlp": True, "rope_type": "cat", "drop_path_rate": 0.2},
+    "per block": {"rope_type": "mixed", "attn_type": "rope", "init_values": 0.5},
+    "registers": {"rope_type": "dinov3", "num_reg_tokens": 2, "use_abs_pos_emb": False},
+    "not rotated": {"use_rot_pos_emb": False, "use_post_norm": True},
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("options", ROTATED.values(), ids=ROTATED)
+def test_rotated_tokens_equal_masked_mode(options, training):
+    model = halting_eva(ROTARY | {"global_pool": "token"} | options, images(4)).train(training)
+    plan = tight_plan(model, images(4))
+    twin = masked(model)
+    torch.manual_seed(0)
+    logits, halting, counts = run(model, images(4), plan, return_halting=True)
+    assert not plan.overflows(counts)
+    assert plan.capacities[-1] < plan.capacities[0]
+    torch.manual_seed(0)
+    expected, expected_halting = twin(images(4), return_halting=True)
+    assert_close((logits, *halting), (expected, *expected_halting), rtol=1e-4, atol=2e-5)
+    if training:
+        assert_close(
+            gradients(model, logits, halting), gradients(twin, expected, expected_halting), rtol=1e-4, atol=5e-5
+        )

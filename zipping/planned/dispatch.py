@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from timm.models import VisionTransformer
-from timm.models.eva import Eva
 from torch import Tensor
 
 from zipping import uses_kernels
 from zipping.outputs import Halting
 from zipping.recording import is_recorded
+from zipping.rotations import has_fixed_rotations
 
 if TYPE_CHECKING:
     from zipping.planned.runner import GraphRunner
@@ -101,12 +101,9 @@ def _is_supported(model: VisionTransformer, call: Call) -> bool:
     """Return whether the planned mode supports a call. docs/design.md lists what it does not support."""
     images, has_grad = call.images, torch.is_grad_enabled()
     is_supported = model.halting and model.zip_tokens and model.reads_prefix and not model.grad_checkpointing
-    if (
-        isinstance(model, Eva)
-        or not is_supported
-        or len(model.blocks) != model.num_blocks
-        or not hasattr(model.patch_embed, "dynamic_feat_size")
-    ):
+    if not (is_supported and has_fixed_rotations(model)):
+        return False
+    if len(model.blocks) != model.num_blocks or not hasattr(model.patch_embed, "dynamic_feat_size"):
         return False
     if len(images) == 0 or images.requires_grad or images.dtype == torch.float64:
         return False

@@ -20,6 +20,7 @@ from zipping.outputs import Halting, summarize_halting
 from zipping.planned.kernels import Halted, add_norm, decide_and_move, halt
 from zipping.planned.plans import Plan
 from zipping.planned.tokens import PlannedGate, PlannedTokens
+from zipping.rotations import Rotation, rotations_of_blocks
 
 MAX_FUSED_WIDTH = 2048  # channels that a program of the fused kernels holds at a time
 
@@ -68,6 +69,7 @@ class PassState:
     tokens, rows, cumulative: input of the next block, None after the plan's last;
     dtype: of the mean-field output;
     records: one for each block so far;
+    rotations: of each block, see `zipping.rotations`, or None;
     normed: the next block's first norm of `rows`, if it is already computed;
     features: [B, P, C] float32, the mean field so far, if the blocks add to it in place.
     """
@@ -76,6 +78,7 @@ class PassState:
     rows: Tensor | None
     cumulative: Tensor | None
     dtype: torch.dtype
+    rotations: list[Rotation | None]
     records: tuple[BlockRecord, ...] = ()
     normed: Tensor | None = None
     features: Tensor | None = None
@@ -103,9 +106,11 @@ class PassState:
 
 def begin(planned: PlannedPass, images: Tensor) -> PassState:
     """Embed the images. images: [B, in_chans, H, W]. Returns the state before the first block."""
-    x, _ = planned.model._embed(images)
+    model = planned.model
+    x, embedding = model._embed(images)
+    rotations = [None] * len(model.blocks) if embedding is None else rotations_of_blocks(model, embedding)
     cumulative = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
-    return PassState(planned.tokens, x.flatten(0, 1), cumulative, x.dtype)
+    return PassState(planned.tokens, x.flatten(0, 1), cumulative, x.dtype, rotations)
 
 
 def run_blocks(planned: PlannedPass, state: PassState, numbers: range) -> PassState:
@@ -161,7 +166,7 @@ def choose_step(model: VisionTransformer, compile_blocks: bool) -> Callable[[Pla
 
 def timm_step(planned: PlannedPass, state: PassState, number: int) -> PassState:
     """Run timm's own block on the rows, then its halting. Differentiable."""
-    rows = zipped_block(planned.model.blocks[number], state.rows, state.tokens)
+    rows = zipped_block(planned.model.blocks[number], state.rows, state.tokens, state.rotations[number])
     return _halt(planned, state, number, rows)
 
 
@@ -220,7 +225,7 @@ def _matmul_dtype(block: Block) -> torch.dtype:
 
 def can_compile(block: Block) -> bool:
     """Return whether `compiled_step` computes what this block does."""
-    return block.attn.gate is None and _matmul_dtype(block).itemsize == 2
+    return isinstance(block, Block) and block.attn.gate is None and _matmul_dtype(block).itemsize == 2
 
 
 def compiled_step(planned: PlannedPass, state: PassState, number: int) -> PassState:

@@ -54,6 +54,11 @@ class PlannedTokens:
     def attention_mask(self) -> PerImageAttentionMask:
         return PerImageAttentionMask(self)
 
+    @property
+    def position(self) -> Tensor:
+        """[c] int64, n of the token in each row, which counts the tokens of an image; 0 in surplus rows."""
+        return self.token % self.size[1]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Compute attention within each image and each dummy sequence. q, k, v: [1, H, c, D] -> [1, H, c, D]."""
         return varlen_attention(q, k, v, self.cu_seqlens, self.size[1], dropout_p)
