@@ -40,10 +40,14 @@ class GraphBuilder:
         return outputs
 
     def constant(self, value: np.ndarray | torch.Tensor | float | list[int], name: str | None = None) -> str:
-        """Add a constant. Integers and booleans keep their type, other numbers become float32."""
+        """Add a constant. Integers and booleans keep their type, other numbers become float32.
+
+        name: a fixed name for it, by which nodes refer to it, so that it is not stored in half precision
+        """
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
         if array.dtype.kind == "f":
-            array = array.astype(np.float16 if self.fp16_weights and array.ndim > 1 else np.float32)
+            is_half = self.fp16_weights and array.ndim > 1 and name is None
+            array = array.astype(np.float16 if is_half else np.float32)
         name = name or self._new_name("constant")
         self.initializers.append(numpy_helper.from_array(np.array(array, order="C"), name))
         return self.add("Cast", name, to=FLOAT) if array.dtype == np.float16 else name

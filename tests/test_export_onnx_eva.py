@@ -3,7 +3,8 @@
 import pytest
 import torch
 from eva_models import ROTARY, eva, halting_eva
-from test_export_onnx import assert_exact, images
+from test_export_onnx import assert_exact, images, session
+from torch.testing import assert_close
 
 from deployment.onnx_graph import write_graph
 from models_act import adapt
@@ -28,6 +29,14 @@ def test_every_option_equals_masked(options):
     model = halting_eva(ROPE | options | {"img_size": (16, 24)}, images(6, 3, 16, 24))
     live = assert_exact(model, images(6, 3, 16, 24))
     assert len(set(live.ravel().tolist())) > 3, "tokens do not halt"
+
+
+@pytest.mark.parametrize("kind", ["mixed", "cat"])
+def test_half_precision_weights_are_close(kind):
+    model = adapt(eva(ROPE | {"rope_type": kind}), halting=False)
+    x = images(1, 3, 16, 16)
+    logits = session(write_graph(model, fp16_weights=True)).run(["logits"], {"images": x.numpy()})[0]
+    assert_close(torch.tensor(logits), model(x), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["mixed", "cat"])
