@@ -76,6 +76,8 @@ def test_every_combination_of_options(options, seed):
     model = halting_eva(options, x, seed)
     halting = assert_same(*masked_and_zipped(model), x, gradients=False)
     assert len(halting.depth.unique()) >= 2
+    masked, zipped = masked_and_zipped(model)
+    assert_close(zipped.forward_intermediates(x), masked.forward_intermediates(x), **CLOSE)
     with torch.no_grad():
         depth = model(x[:1], return_halting=True)[1].depth
         assert flops(lambda: model(x[:1], return_halting=True)) == 2 * macs_per_image(model, depth).item()
@@ -130,9 +132,11 @@ def test_checkpointed_blocks_give_the_same_gradients():
     assert model.rope.freqs.grad.abs().max() > 0
 
 
-def test_all_tokens_halted_give_zero_gradients():
-    """Blocks run on no rows: the frequencies of their rotations get zeros instead of None."""
-    model = adapt(eva(ROTARY | {"rope_type": "mixed"}), gate_center=-1e3).train()
+@pytest.mark.parametrize("attn_type", ["eva", "rope"])
+def test_all_tokens_halted_give_zero_gradients(attn_type):
+    """Blocks run on no rows."""
+    options = ROTARY | {"rope_type": "mixed", "attn_type": attn_type, "drop_path_rate": 0.3}
+    model = adapt(eva(options), gate_center=-1e3).train()
     halting = assert_same(*masked_and_zipped(model), images(4, 16))
     assert halting.depth.unique().tolist() == [1]
 
@@ -211,9 +215,33 @@ def test_modified_attention_is_masked():
         assert_close(model(images(4, 16)), expected, **CLOSE)
 
 
-def test_layers_of_dinov3_are_those_of_timm():
-    model = timm.create_model("vit_small_patch16_dinov3", device="meta")
-    assert adapt(model, halting=False).state_dict().keys() == model.state_dict().keys()
+@pytest.mark.parametrize("module", [timm.layers.attention, timm.models.eva], ids=["layers", "models"])
+def test_replaced_rotation_is_masked(module, monkeypatch):
+    model = halting_eva(ROTARY | {"attn_type": "rope" if module is timm.layers.attention else "eva"}, images(4, 16))
+    original = module.apply_rot_embed_cat
+    monkeypatch.setattr(module, "apply_rot_embed_cat", lambda x, emb, half=False: original(x, emb * 0.5, half=half))
+    masked, zipped = masked_and_zipped(model)
+    with pytest.warns(UserWarning, match="zipping is disabled because .*apply_rot_embed_cat was replaced"):
+        assert_close(zipped(images(4, 16)), masked(images(4, 16)), **CLOSE)
+
+
+class LowRank(torch.nn.Module):
+    """A linear layer with an addition of low rank, as of LoRA."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = torch.nn.Linear(layer.in_features, 2), torch.nn.Linear(2, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_replaced_linear_layers_are_zipped():
+    model = halting_eva(ROTARY | {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True}, images(4, 16))
+    for block in model.blocks:
+        block.attn.q_proj, block.mlp.fc1_g = LowRank(block.attn.q_proj), LowRank(block.mlp.fc1_g)
+    assert_same(*masked_and_zipped(model), images(4, 16))
 
 
 @pytest.mark.parametrize("kind", ["cat", "mixed", "dinov3"])

@@ -23,9 +23,10 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 
+import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, DropPath, GluMlp, LayerNorm, Mlp, SwiGLU, apply_rot_embed_cat
 from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingCat,
     RotaryEmbeddingDinoV3,
@@ -33,7 +34,7 @@ from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingMRope,
 )
 from timm.models import VisionTransformer, VisionTransformerDistilled, checkpoint
-from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -43,9 +44,11 @@ from zipping.attention import ATTENTION, PerImageAttentionMask
 from zipping.rotations import Rotation, embeddings_of_blocks, rotations_of_blocks
 from zipping.stores import MaskedTokens, PackedTokens
 
+ViTBlock = Block | EvaBlock | EvaBlockPostNorm
+
 
 def prepare_blocks(
-    model: VisionTransformer, x: Tensor, embedding: Tensor | None, zip_tokens: bool
+    model: VisionTransformer | Eva, x: Tensor, embedding: Tensor | None, zip_tokens: bool
 ) -> tuple[MaskedTokens | PackedTokens, Tensor, list[Callable]]:
     """Return the store in which every token is live, its rows, and a forward function for each block.
 
@@ -57,7 +60,7 @@ def prepare_blocks(
     tokens, rows = (MaskedTokens.pack if is_masked else pack)(x, model.num_prefix_tokens)
     if embedding is not None:
         rotations = (embeddings_of_blocks if is_masked else rotations_of_blocks)(model, embedding)
-        block_forwards = [partial(forward, rotation=one) for forward, one in zip(block_forwards, rotations)]
+        block_forwards = [partial(forward, rotation=own) for forward, own in zip(block_forwards, rotations)]
     if model.grad_checkpointing and torch.is_grad_enabled():
         block_forwards = [partial(checkpoint, block_forward) for block_forward in block_forwards]
     return tokens, rows, block_forwards
@@ -89,35 +92,39 @@ def _select_block_forwards(blocks: nn.Sequential, x: Tensor, zip_tokens: bool) -
 # Forward functions -------------------------------------------------------------------------------
 
 
-def masked_block(block: Block, x: Tensor, tokens: MaskedTokens, rotation: Tensor | None = None) -> Tensor:
+def masked_block(block: ViTBlock, x: Tensor, tokens: MaskedTokens, rotation: Tensor | None = None) -> Tensor:
     """Run timm's block on all tokens, with halted tokens masked as keys. x: [B, N, C] -> [B, N, C].
 
-    rotation: rotary position embedding of the patches, or None.
+    rotation: the rotary position embedding of the patches, as timm's attention takes it, or None.
     """
     return run_block(block, x, tokens.attention_mask, rotation)
 
 
-def run_block(block: Block, x: Tensor, mask: object, rotation: Tensor | None) -> Tensor:
+def run_block(block: ViTBlock, x: Tensor, mask: object, embedding: Tensor | None) -> Tensor:
     """Run timm's block with an attention mask. Only blocks of timm's Eva take a rotary position embedding."""
-    return block(x, attn_mask=mask) if rotation is None else block(x, rope=rotation, attn_mask=mask)
+    return block(x, attn_mask=mask) if embedding is None else block(x, rope=embedding, attn_mask=mask)
 
 
-def zipped_block(block: Block, rows: Tensor, tokens: PackedTokens, rotation: Rotation | None = None) -> Tensor:
+def zipped_block(block: ViTBlock, rows: Tensor, tokens: PackedTokens, rotation: Rotation | None = None) -> Tensor:
     """Run timm's block on the live tokens only, as if they were one image. rows: [T, C] -> [T, C].
 
     Stochastic depth is drawn for all images, as for a dense batch, and applied to the rows.
     """
-    x, mask = rows.unsqueeze(0), PerImageAttentionMask(tokens, rotation)
-    if len(rows) == 0:  # timm's EvaAttention needs a row: it gets zeros, in the graph of `rows`
-        x, mask = rows.sum(dim=0).expand(1, 1, -1), None
+    if len(rows) == 0 and isinstance(block.attn, EvaAttention):  # timm's code needs a row: it gets one of zeros
+        return _run_on_rows(block, rows.sum(dim=0, keepdim=True), tokens, None)[:0]
+    return _run_on_rows(block, rows, tokens, PerImageAttentionMask(tokens, rotation))
+
+
+def _run_on_rows(block: ViTBlock, rows: Tensor, tokens: PackedTokens, mask: PerImageAttentionMask | None) -> Tensor:
+    x = rows.unsqueeze(0)
     if not any(isinstance(layer, DropPath) and layer.training for layer in (block.drop_path1, block.drop_path2)):
-        return block(x, attn_mask=mask).squeeze(0)[: len(rows)]
+        return block(x, attn_mask=mask).squeeze(0)
     x = x + _drop_path(block.drop_path1, _attention_branch(block, x, mask), tokens)
     x = x + _drop_path(block.drop_path2, _mlp_branch(block, x), tokens)
-    return x.squeeze(0)[: len(rows)]
+    return x.squeeze(0)
 
 
-def _attention_branch(block: Block | EvaBlock | EvaBlockPostNorm, x: Tensor, mask: PerImageAttentionMask) -> Tensor:
+def _attention_branch(block: ViTBlock, x: Tensor, mask: PerImageAttentionMask | None) -> Tensor:
     """Return what a block's attention adds to x before stochastic depth. x: [1, T, C] -> [1, T, C]."""
     if isinstance(block, EvaBlockPostNorm):
         return block.norm1(block.attn(x, attn_mask=mask))
@@ -127,7 +134,7 @@ def _attention_branch(block: Block | EvaBlock | EvaBlockPostNorm, x: Tensor, mas
     return block.ls1(branch)
 
 
-def _mlp_branch(block: Block | EvaBlock | EvaBlockPostNorm, x: Tensor) -> Tensor:
+def _mlp_branch(block: ViTBlock, x: Tensor) -> Tensor:
     """Return what a block's MLP adds to x before stochastic depth. x: [1, T, C] -> [1, T, C]."""
     if isinstance(block, EvaBlockPostNorm):
         return block.norm2(block.mlp(x))
@@ -206,7 +213,7 @@ ORIGINAL_FORWARDS = {
 }
 
 
-def unsupported_part(model: VisionTransformer) -> str | None:
+def unsupported_part(model: VisionTransformer | Eva) -> str | None:
     """Return which part of a timm ViT halting does not support; None if it supports all."""
     for name, block in model.blocks.named_children():
         for part in ("", "attn", "mlp"):
@@ -256,7 +263,7 @@ def why_not_zippable(blocks: nn.Sequential) -> str | None:
 
 
 def _why_module_not_zippable(part: str, module: nn.Module) -> str | None:
-    """Return the rest of a sentence why one module cannot run on packed rows; None if it can.
+    """Return why one module cannot run on packed rows, as words that follow its name; None if it can.
 
     part: name of the module in its block, "" for the block itself.
     """
@@ -284,5 +291,8 @@ def replaced_function() -> str | None:
     """Return which function of timm or torch was replaced for all modules; None if there is none."""
     if F.scaled_dot_product_attention is not ATTENTION:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
+    for module in (timm.layers.attention, timm.models.eva):
+        if module.apply_rot_embed_cat is not apply_rot_embed_cat:
+            return f"{module.__name__}.apply_rot_embed_cat was replaced"
     replaced = (layer.__name__ for layer, forward in ORIGINAL_FORWARDS.items() if layer.forward is not forward)
     return next((f"{name}.forward was replaced" for name in replaced), None)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from timm.layers import apply_rot_embed_cat
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor
 
 
-def embed_images(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def embed_images(model: VisionTransformer | Eva, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the input of the first block of timm's model, and its rotary position embedding, if there is one.
 
     images: [B, in_chans, H, W] -> [B, N, C]; for the embedding, see `embeddings_of_blocks`.
@@ -25,10 +26,10 @@ def embed_images(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tens
     return model.norm_pre(x), embedding
 
 
-def has_fixed_rotations(model: VisionTransformer) -> bool:
+def has_fixed_rotations(model: VisionTransformer | Eva) -> bool:
     """Return whether rotations follow from tensors of the model alone, so that a captured pass can compute them.
 
-    Grids of other image sizes and random coordinates are made on the CPU.
+    For a dynamic image size and for random coordinates, timm computes a grid on the CPU in every pass.
     """
     rope = getattr(model, "rope", None)
     if rope is None:
@@ -54,7 +55,7 @@ class Rotation(NamedTuple):
         return [apply_rot_embed_cat(x, rows, half=self.half) for x in values]
 
 
-def embeddings_of_blocks(model: VisionTransformer, embedding: Tensor | None) -> list[Tensor | None]:
+def embeddings_of_blocks(model: VisionTransformer | Eva, embedding: Tensor | None) -> list[Tensor | None]:
     """Return the rotary position embedding of each of timm's blocks.
 
     embedding: [N - P, 2 D] for all blocks, or [L, H, N - P, 2 D]; None if the model has none.
@@ -64,7 +65,7 @@ def embeddings_of_blocks(model: VisionTransformer, embedding: Tensor | None) -> 
     return list(embedding.unbind()) if model.rope_mixed else [embedding] * len(model.blocks)
 
 
-def rotations_of_blocks(model: VisionTransformer, embedding: Tensor) -> list[Rotation]:
+def rotations_of_blocks(model: VisionTransformer | Eva, embedding: Tensor) -> list[Rotation]:
     """Return the rotation of each block. embedding: see `embeddings_of_blocks`."""
     prefix = embedding.new_ones(*embedding.shape[:-2], model.num_prefix_tokens, embedding.shape[-1])
     prefix[..., : embedding.shape[-1] // 2] = 0
