@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 import utils
@@ -127,7 +128,8 @@ def make_case(batch_size: int, model: nn.Module, images: Tensor, name: str = "")
 def static_twin(model: AdaptiveTokens) -> VisionTransformer:
     """Return timm's static model of the same size with a copy of the weights: the inverse of `adapt`."""
     twin = copy.deepcopy(model)
-    twin.__class__ = next(base for base in type(model).__mro__ if not issubclass(base, AdaptiveTokens))
+    bases = (base for base in type(model).__mro__ if issubclass(base, (VisionTransformer, Eva)))
+    twin.__class__ = next(base for base in bases if not issubclass(base, AdaptiveTokens))
     return twin
 
 

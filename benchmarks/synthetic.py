@@ -17,7 +17,9 @@ slope for all tokens. A token halts soon after its line crosses the threshold, s
         +----------------------------------> blocks
 
 The starts are normally distributed. Their variance comes from the position of the token (1/2), its content (1/4) and
-the content of its image (1/4). So depths differ within an image and between images.
+the content of its image (1/4). So depths differ within an image and between images. The content of the token also takes
+the part of the position in models without position embeddings, and that of the image in models whose attention has a
+norm before the output projection. The prefix tokens of the latter have the same depth in every image.
 """
 
 from __future__ import annotations
@@ -53,16 +55,19 @@ def set_synthetic_depths(model: VisionTransformer, mean: float, spread: float) -
     crossing = mean - _mean_blocks_after_crossing(LOGIT_SLOPE)  # depth at which the logit of the mean token is 0
     start = (model.gate_center / LOGIT_SLOPE - crossing) * step  # channel 0 of the mean token before block 1
     std = spread * step  # of channel 0 over the tokens
+    position = 1 / 2 if model.pos_embed is not None else 0  # fractions of the variance
+    image = 1 / 4 if isinstance(model.blocks[0].attn.norm, nn.Identity) else 0
 
     generator = torch.Generator().manual_seed(0)
     for block in model.blocks:
         _set_step(block, step)
-    _set_content_term(model, math.sqrt(1 / 4) * std, generator)
+    _set_content_term(model, math.sqrt(1 - position - image) * std, generator)
     is_normed = not isinstance(model.norm_pre, nn.Identity)
-    _set_start(model, 0.0 if is_normed else start, math.sqrt(1 / 2) * std, generator)
+    _set_start(model, 0.0 if is_normed else start, math.sqrt(position) * std, generator)
     if is_normed:
         _set_norm(model, start, generator)
-    _set_image_term(model.blocks[0], math.sqrt(1 / 4) * std, start, model.patch_embed.num_patches)
+    if image:
+        _set_image_term(model.blocks[0], math.sqrt(image) * std, start, model.patch_embed.num_patches)
 
 
 def _set_step(block: Block, step: float) -> None:

@@ -5,9 +5,11 @@ import pytest
 import timm
 import torch
 from conftest import halting_model, images, save_halting_micro
+from timm.models import VisionTransformer
 
 import benchmark
 from benchmarks import cases, operations, synthetic, timing
+from models_act import AdaptiveVisionTransformer
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +159,19 @@ def test_static_twin_is_timms_model_with_the_same_weights(distilled):
     model.halting = False
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(twin(x), model(x))
+
+
+class Mixin:
+    """Methods that a user adds to an adaptive model."""
+
+
+class MixedIn(Mixin, AdaptiveVisionTransformer):
+    """An adaptive model with these methods."""
+
+
+def test_static_twin_of_a_class_with_a_mixin_is_timms_class():
+    model = MixedIn(embed_dim=24, num_heads=3, depth=1, img_size=16)
+    assert type(cases.static_twin(model)) is VisionTransformer
 
 
 def test_missing_checkpoint_exits_with_one_line(capsys):

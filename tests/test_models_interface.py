@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import assert_halting, halting_model, images, with_directions
 from equivalence import CLOSE, assert_same, flops, masked_and_zipped
+from eva_models import ROTARY, eva
 from timm.layers import GluMlp, SwiGLU
 from timm.models import get_pretrained_cfg
 from torch.nn.utils import prune
@@ -381,7 +382,19 @@ def test_synthetic_depths_have_mean_and_spread(gate, options):
         assert len(depth[:, token].unique()) >= 2, "prefix tokens must halt differently from image to image"
 
 
-def test_synthetic_depths_without_biases_raise():
+@pytest.mark.parametrize("options", [{"use_abs_pos_emb": False}, {"scale_attn_inner": True}], ids=str)
+@torch.no_grad()
+def test_synthetic_depths_of_rotary_models_have_mean_and_spread(options):
+    model = adapt(eva(ROTARY | {"depth": 12, "img_size": 32, "rope_type": "dinov3"} | options))
+    set_synthetic_depths(model, 7, 2)
+    depth = model(images(16, size=32), return_halting=True)[1].depth[:, 1:]
+    assert abs(depth.mean() - 7) < 0.7
+    assert abs(depth.std() - 2) < 0.7
+
+
+def test_synthetic_depths_of_unsupported_blocks_raise():
+    with pytest.raises(ValueError, match="the blocks normalize what they add"):
+        set_synthetic_depths(adapt(eva(ROTARY | {"use_post_norm": True})), 5, 1)
     with pytest.raises(ValueError, match="the projections have no bias"):
         set_synthetic_depths(AdaptiveVisionTransformer(embed_dim=24, num_heads=3, proj_bias=False), 5, 1)
 
