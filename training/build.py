@@ -33,6 +33,7 @@ from training.network import NetworkFlags, NetworkSettings, Purpose, resolve_net
 from training.rendezvous import require_same_images
 from training.teacher import teaches_itself
 from utils import UserError, warn
+from zipping.rotations import has_fixed_rotations
 
 MIN_PATIENCE = 50  # updates without progress after which a budget may be out of reach, at least
 GATE_IMAGES = 256  # number of images to which a gate is fitted
@@ -79,6 +80,8 @@ def build_model(args: argparse.Namespace, settings: NetworkSettings, head: Head,
     model.set_grad_checkpointing(args.grad_checkpointing)
     if model.cuda_graphs and not model.reads_prefix:
         warn(f"--cuda-graphs has no effect: the head of {settings.model} reads the patches, not the class token")
+    elif model.cuda_graphs and not has_fixed_rotations(model):
+        warn(f"--cuda-graphs has no effect: the rotary position embedding of {settings.model} is made in every pass")
     return model
 
 

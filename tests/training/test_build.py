@@ -57,6 +57,9 @@ def test_cuda_graphs_of_a_model_that_pools_patches_warn(capfd):
         "--cuda-graphs has no effect: the head of vit_wee_patch16_reg1_gap_256 reads the patches"
         in capfd.readouterr().err
     )
+    built("--cuda-graphs", "--model", "vit_small_patch16_lingbot", "--input-size", "32")
+    message = "the rotary position embedding of vit_small_patch16_lingbot is made in every pass"
+    assert message in capfd.readouterr().err
     built("--cuda-graphs")
     assert "--cuda-graphs" not in capfd.readouterr().err
 
