@@ -1,11 +1,14 @@
 """Commands on small instances of each family of timm's Eva."""
 
-import functools
 import json
 
+import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import images
+from equivalence import CLOSE
+from torch.testing import assert_close
 
 import benchmark
 import export_onnx
@@ -36,6 +39,7 @@ NOT_EXPORTED = {
     "vit_small_patch16_dinov3": "the head reads the mean of normalized tokens",
     "vit_base_patch16_sapiens2": "norm1 is a RmsNorm",
 }
+QUICK = ("vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_ape_224")
 CACHES = (models.unsupported_reason, models._patch_size, weights.empty_state_dict, network._structure)
 
 
@@ -56,29 +60,22 @@ def small_models(monkeypatch):
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def test_commands_run(name, small_models, image_folder, tmp_path, capsys):
     torch.manual_seed(0)
     size, start, out = str(FAMILIES[name]), tmp_path / "start.pth", tmp_path / "out"
     static = small_models(name, num_classes=3, img_size=int(size))
     torch.save(static.state_dict(), start)
     data = ["--data-path", str(image_folder), "--num_workers", "0", "--batch-size", "5", "--output_dir"]
-    run = functools.partial(lambda *flags: main_act.main([*data, *map(str, flags)]))
-    training = ["--model", name, "--input-size", size, "--target-macs", "0.8", "--distillation-type", "self"]
-    training += [
-        "--pretrained-path",
-        start,
-        "--warmup-epochs",
-        0,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--model-ema-decay",
-        0.5,
-        "--lr",
-        0.001,
-    ]
+
+    def run(*flags):
+        main_act.main([*data, *map(str, flags)])
+
+    recipe = "--target-macs 0.8 --distillation-type self --warmup-epochs 0 --mixup 0 --cutmix 0 --lr 0.001"
+    training = ["--model", name, "--input-size", size, "--pretrained-path", start, "--model-ema-decay", 0.5]
+    training += recipe.split()
     run(out, *training, "--epochs", 1)
     output = capsys.readouterr().out
     if name in READS_CLASS_TOKEN:
@@ -109,7 +106,11 @@ def test_commands_run(name, small_models, image_folder, tmp_path, capsys):
             export_onnx.main(export)
         assert NOT_EXPORTED[name] in capsys.readouterr().err
     else:
-        export_onnx.main(export)  # compares the graph with the model
+        export_onnx.main(export)
+        session = onnxruntime.InferenceSession(export[1])
+        model, x = checkpoint.build_model().eval(), images(1, int(size))
+        with torch.no_grad():
+            assert_close(torch.tensor(session.run(["logits"], {"images": x.numpy()})[0]), model(x), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_rope_mixed_224.naver_in1k"])
