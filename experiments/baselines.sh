@@ -4,6 +4,7 @@
 #   DATA_SET, SIZE                   the dataset
 #   first_training, static_training  how static models are trained: functions of KIND SUFFIX SEED, run in this order
 #   PRUNING                          K:N for each budget: N patches are kept after block K, see baselines.py
+#   DIRECTION_BUDGETS                budgets of A-ViT with the gate by direction, the smallest last; none if unset
 #
 # All settings were chosen on 5,000 held-out training images, which are the test set of the folders `full` and `subset`.
 ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
@@ -12,7 +13,9 @@ BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 # Fractions of the MACs of the first seven blocks, which have 0.585 of the full model's: 0.45 and 0.3 of the full model.
 SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}
 . experiments/recipe.sh
-CHANNEL="$HALTING --gate channel"  # these pages were measured before gates by direction
+read -ra DIRECTION_BUDGETS <<< "${DIRECTION_BUDGETS:-}"
+OTHER_BUDGETS=${OTHER_BUDGETS:-0.2 0.25 0.35 0.45 0.6 0.8 1}  # asked of the model of the last of DIRECTION_BUDGETS
+CHANNEL="$HALTING --gate channel"
 
 train_static() {  # KIND SUFFIX: train a static model of every seed
   local seed
@@ -46,6 +49,9 @@ for seed in $SEEDS; do
   static=$(static_weights "$seed")
   for budget in "${BUDGETS[@]}"; do
     tune "halting${budget}_$seed" full "$static" "$seed" $CHANNEL --target-macs "$budget"
+  done
+  for budget in "${DIRECTION_BUDGETS[@]}"; do
+    tune "direction${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
   done
   for budget in $SHALLOW_BUDGETS; do
     truncated_weights 7 "$seed" "shallowhalting${budget}_$seed"
@@ -85,6 +91,12 @@ for seed in $SEEDS; do
       kind=$rule:${PRUNING[index]}
       test_model "$rule${budget}_$seed" "$kind" --no-halting
     done
+  done
+  for budget in "${DIRECTION_BUDGETS[@]}"; do
+    test_model "direction${budget}_$seed" full
+  done
+  for budget in ${DIRECTION_BUDGETS:+$OTHER_BUDGETS}; do
+    evaluate "test_otherbudget${budget}_$seed" full "$RUNS/direction${DIRECTION_BUDGETS[-1]}_$seed/checkpoint.pth" --budget "$budget"
   done
   test_shallower "$seed"
   for budget in $SHALLOW_BUDGETS; do

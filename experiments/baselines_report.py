@@ -18,13 +18,14 @@ import numpy as np
 from experiments.stages import HELD_OUT, held_out, mean_and_error, table
 from training.parser import Parser
 
-FULL = "full"
-ADAPTIVE = ("direction", "halting", "axis", "counts", "anybudget", "shallowhalting")
+FULL, TRAINED, OTHER_BUDGET = "full", "direction", "otherbudget"
+ADAPTIVE = (TRAINED, "halting", "axis", "counts", "anybudget", "shallowhalting")
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
-    "direction": "A-ViT, gate by direction",
+    TRAINED: "A-ViT, gate by direction",
     "halting": "A-ViT, gate of one channel",
     "axis": "A-ViT, one channel as a direction",
     "counts": "A-ViT, same counts in every image",
+    OTHER_BUDGET: "A-ViT trained for the smallest budget, at others",
     "anybudget": "A-ViT, one model for all budgets",
     "shallowhalting": "A-ViT on the first 7 blocks",
     "fused": "EViT, three steps",
@@ -35,7 +36,7 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     "random": "random patches",
     FULL: "static, full",
 }
-STYLES = dict(zip(METHODS, ("o-", "o:", "o--", "h:", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
+STYLES = dict(zip(METHODS, ("o-", "o:", "o--", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
 BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
 ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",
@@ -199,9 +200,29 @@ def differences_table(points: list[Point]) -> str:
                 if (other := accuracy_at(points, baseline, seed)(point.macs[seed])) is not None
             ]
             row.append(mean_and_error(differences, "+") if differences else "")
-        differences = [point.accuracy[seed] - full.accuracy[seed] for seed in point.accuracy if seed in full.accuracy]
-        rows.append([*row, mean_and_error(differences, "+")])
+        rows.append([*row, paired(point, full)])
     return table(("model", "MACs saved", *(METHODS[b] for b in baselines), METHODS[FULL]), rows)
+
+
+def budgets_table(points: list[Point]) -> str:
+    """Tabulate the models of the smallest budget, at this and other budgets; differences are paired by seed."""
+    trained = {p.setting: p for p in points if p.method == TRAINED}
+    full = next(p for p in points if p.method == FULL)
+    asked = [p for p in points if p.method == OTHER_BUDGET]
+    start = [trained[min(trained, key=float)]] if asked else []
+    rows = []
+    for point in sorted([*start, *asked], key=lambda p: float(p.setting)):
+        same_budget = trained.get(point.setting) if point in asked else None
+        differences = (paired(point, other) for other in (same_budget, full))
+        accuracy = mean_and_error([*point.accuracy.values()])
+        rows.append((point.setting, f"{mean(point.macs):.3f}", accuracy, *differences))
+    return table(("--budget", "MACs", "top-1 (%)", "minus trained for it", "minus static, full"), rows)
+
+
+def paired(point: Point, other: Point | None) -> str:
+    """Return the mean difference of two accuracies over the seeds that both have; empty if there are none."""
+    seeds = point.accuracy.keys() & other.accuracy.keys() if other else ()
+    return mean_and_error([point.accuracy[seed] - other.accuracy[seed] for seed in sorted(seeds)], "+") if seeds else ""
 
 
 def chart(points: list[Point], place: Callable[[Point], float | None], label: str, title: str, path: Path) -> None:
@@ -259,6 +280,7 @@ def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
         MODELS_NOTE.format(machine=machine or "not measured yet"),
         "## Accuracy of A-ViT minus that of each baseline at equal MACs, in points",
         differences_table(points),
+        *_section("One A-ViT, trained for the smallest budget, at other budgets", budgets_table(points)),
         *_section("Training-step time", steps_table(results)),
         *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results)),
     ]

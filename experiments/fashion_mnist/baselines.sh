@@ -11,6 +11,7 @@ HERE=experiments/fashion_mnist/results/baselines
 OUT=$HERE RUNS=experiments/fashion_mnist/results/runs/baselines
 TITLE="Fashion-MNIST"
 DATA_SET=FMNIST SIZE=28 PRUNING=(3:24 3:13 2:8) JITTER=4
+DIRECTION_BUDGETS=${DIRECTION_BUDGETS:-0.6 0.45 0.3}
 STATIC_EPOCHS=${STATIC_EPOCHS:-4}
 
 first_training() {

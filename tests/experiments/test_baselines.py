@@ -131,6 +131,10 @@ def test_report_contains_every_number(tmp_path):
         put_test(tmp_path, f"shallow5_{seed}", 74.0 + better, 0.04)
         put_test(tmp_path, f"shallow7_{seed}", 78.0, 0.06)
         put_test(tmp_path, f"random0.45_{seed}", 70.0, 0.05)
+        put_test(tmp_path, f"direction0.3_{seed}", 78.0, 0.03)
+        put_test(tmp_path, f"direction0.6_{seed}", 79.5, 0.06)
+        put_test(tmp_path, f"otherbudget0.6_{seed}", 79.0 + better, 0.061)
+        put_test(tmp_path, f"otherbudget1_{seed}", 80.0 + better, 0.1)
     measured = {"machine": "4 x CPU", "images_per_s": {"full": 100.0, "halting0.45": 200.0}}
     (tmp_path / "throughput.json").write_text(json.dumps(measured))
     for stage, machine in {"full_0": "a GPU", "full_1": "2 x CPU", "shallow5_0": "a GPU"}.items():
@@ -144,6 +148,9 @@ def test_report_contains_every_number(tmp_path):
         "| shallower | 5 | 2 | 60.0% | 74.50 ± 0.50 |  | 2.50 |",
         "| static, full |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
         "| 0.45 | 50.0% | 37.5% |",
+        "| 0.3 | 0.300 | 78.00 ± 0.00 |  | -2.50 ± 0.50 |",
+        "| 0.6 | 0.610 | 79.50 ± 0.50 | +0.00 ± 0.50 | -1.00 ± 0.00 |",
+        "| 1 | 1.000 | 80.50 ± 0.50 |  | +0.00 ± 0.00 |",
         # At 0.045 GMACs, the shallower models interpolate to 75 and 75.75. Random patches has no model that small.
         "| A-ViT, gate of one channel | 55.0% | +4.12 ± 0.12 |  | -1.00 ± 0.00 |",
     ):
@@ -181,6 +188,8 @@ def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
         "STEP_ROUNDS": "1",
         "BLOCKS": "7",
         "BUDGETS": "0.6",
+        "DIRECTION_BUDGETS": "0.6",
+        "OTHER_BUDGETS": "0.8",
         "SHALLOW_BUDGETS": "0.77",
         "WIDTHS": "27",
     }
@@ -196,7 +205,7 @@ def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     results = repository / "experiments/cluttered/results"
     assert "| shallower | 7 | 1 |" in (results / "baselines.md").read_text()
     images_per_s = json.loads((results / "throughput.json").read_text())["images_per_s"]
-    assert set(images_per_s) >= {"full", "halting0.6", "shallow7", "random0.6"}
+    assert set(images_per_s) >= {"full", "direction0.6", "halting0.6", "shallow7", "random0.6"}
     assert json.loads((results / "step_0.6.json").read_text())[0]["train"]
     again = run()
     assert again.returncode == 0, again.stderr
