@@ -37,6 +37,7 @@ from losses import AdaptiveLoss
 MODELS = {"micro": "avit_micro_patch4_32"}
 MODELS |= {size: f"avit_{size}_patch16_224" for size in ("tiny", "tiny_distilled", "small", "base")}
 MODELS["avit3_small"] = "avit3_small_patch16_224"
+MODELS |= {"eva02_tiny": "eva02_tiny_patch14_224", "rope_mixed": "vit_small_patch16_rope_mixed_224"}
 MEAN_DEPTH, SPREAD = 7.3, 2.0  # imposed token depths, mean and standard deviation in blocks
 
 
@@ -124,6 +125,11 @@ class Check:
         """
         torch.manual_seed(0)
         model = timm.create_model(MODELS[size], **kwargs)
+        if not isinstance(model, models_act.AdaptiveTokens):
+            models_act.adapt_(model)
+            with torch.no_grad():  # timm's layer scale and head are nearly zero, which would hide differences
+                for parameter in model.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
         set_synthetic_depths(model, mean, spread)
         return model.to(self.device)
 
@@ -278,9 +284,17 @@ CONFIGS = {  # options of models; the name starts with a key of MODELS
     "small": {},
     "tiny_distilled": {},
     "tiny, 384 x 384": {"img_size": 384},
+    "eva02_tiny": {"global_pool": "token"},
+    "rope_mixed": {},
     "tiny, registers, 180 wide": {"reg_tokens": 4, "embed_dim": 180},
 }
-SMALL_CONFIGS = {"micro": {}, "micro, registers": {"reg_tokens": 4}}
+SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3}
+SMALL_CONFIGS = {
+    "micro": {},
+    "eva02_tiny, small": SMALL,
+    "rope_mixed, small": SMALL,
+    "micro, registers": {"reg_tokens": 4},
+}
 
 
 def parity(check: Check) -> None:

@@ -48,7 +48,7 @@ def graphs(check: Check) -> None:
         return
     with without_tf32():
         cases = [(check.size, amp) for amp in check.amps]
-        cases += [] if check.small else [(name, check.amp) for name in ("tiny_distilled", "avit3_small")]
+        cases += [] if check.small else [(name, check.amp) for name in ("tiny_distilled", "avit3_small", "rope_mixed")]
         for (name, amp), part in itertools.product(cases, (inference, training)):
             with check.measuring(f"{name}, {part.__name__}, {PRECISION[amp]}"):
                 part(check, name, amp)
