@@ -110,7 +110,7 @@ def mean(values: dict[str, float]) -> float:
     return statistics.mean(values.values())
 
 
-def models_table(points: list[Point], images_per_s: dict[str, float]) -> str:
+def models_table(points: list[Point], images_per_s: dict[str, float], accuracy: str = "top-1 (%)") -> str:
     rows = []
     for point in points:
         measured = images_per_s.get(point.method + point.setting)
@@ -125,22 +125,7 @@ def models_table(points: list[Point], images_per_s: dict[str, float]) -> str:
                 f"{1 / mean(point.macs):.2f}",
             )
         )
-    return table(("model", "setting", "seeds", "MACs saved", "top-1 (%)", "speedup", "MACs ratio"), rows)
-
-
-def held_out_table(points: list[Point]) -> str:
-    """Tabulate accuracy on held-out images, for results without an evaluation on the test images."""
-    rows = [
-        (
-            METHODS[point.method],
-            point.setting,
-            str(len(point.accuracy)),
-            f"{1 - mean(point.macs):.1%}",
-            mean_and_error([*point.accuracy.values()]),
-        )
-        for point in points
-    ]
-    return table(("model", "setting", "seeds", "MACs saved", "held-out top-1 (%)"), rows)
+    return table(("model", "setting", "seeds", "MACs saved", accuracy, "speedup", "MACs ratio"), rows)
 
 
 def steps_table(results: Path) -> str:
@@ -259,12 +244,20 @@ def report(results: Path, title: str) -> None:
     Without test results, baselines.md has the accuracy on held-out images, and there is no chart.
     """
     points = load_points(results)
-    sections = _test_sections(results, points, title) if points else [
-        "## Held-out images",
-        held_out_table(load_points(results, on_test=False)),
-    ]  # fmt: skip
+    sections = _test_sections(results, points, title) if points else _held_out_sections(results)
     (results / "baselines.md").write_text("\n\n".join([f"# {title}", *sections, machines_line(results)]) + "\n")
     print(f"{results / 'baselines.md'} written")
+
+
+def _held_out_sections(results: Path) -> list[str]:
+    """Return the sections of a page without test results."""
+    images_per_s, machine = load_throughput(results)
+    points = load_points(results, on_test=False)
+    return [
+        "## Held-out images",
+        models_table(points, images_per_s, "held-out top-1 (%)"),
+        MODELS_NOTE.format(machine=machine or "not measured yet"),
+    ]
 
 
 def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:

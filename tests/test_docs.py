@@ -116,9 +116,8 @@ QUOTED = {  # pages with result tables, and the files that the rows come from
 @pytest.mark.parametrize(("page", "results"), QUOTED.items(), ids=["README", "cluttered", "fashion_mnist"])
 def test_quoted_rows_are_in_the_results(page, results):
     measured = [row for row in table_rows(page) if row[0] in {*METHODS.values(), *ABLATIONS.values()}]
-    found = [row[:6] for row in table_rows(results)]
-    if page.parent == CLUTTERED:
-        found += table_rows(CLUTTERED / "varied" / "baselines.md")
+    files = [results, *([CLUTTERED / "varied" / "baselines.md"] if page.parent == CLUTTERED else [])]
+    found = [row[:6] for file in files for row in table_rows(file)]
     assert len(measured) >= 7
     assert [row for row in measured if row not in found] == []
 

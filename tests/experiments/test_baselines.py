@@ -218,6 +218,6 @@ def test_report_without_test_results_has_held_out_images(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(stage))
     baselines_report.main([str(tmp_path), "Title"])
     lines = (tmp_path / "baselines.md").read_text().splitlines()
-    assert "| ToMe | 0.3 | 2 | 70.0% | 77.50 ± 0.50 |" in lines
-    assert "| static, full |  | 1 | 0.0% | 80.00 |" in lines
+    assert "| ToMe | 0.3 | 2 | 70.0% | 77.50 ± 0.50 |  | 3.33 |" in lines
+    assert "| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |" in lines
     assert not list(tmp_path.glob("*.png"))
