@@ -313,11 +313,14 @@ MAX_INCHES = 1.7  # largest height of an image
 
 
 def teaser(records: list[ImageRecord], style: Style) -> Figure:
-    """Draw inputs, depth maps, and the patches that each block processes, for at most 8 images, one color each."""
+    """Draw inputs, depth maps with MACs relative to the static model, and the live patches of each block.
+
+    At most 8 images are drawn, one color each.
+    """
     records = records[:MAX_IMAGES]
     widths = [one.pixels.shape[1] / one.pixels.shape[0] for one in records]
     tall = min(MAX_INCHES, 7.0 / sum(widths))
-    upper = 2 * max(tall, 0.45) + 0.3  # at least as high as the axis labels
+    upper = 2 * max(tall, 0.45) + 0.5  # at least as high as the axis labels
     figure = new_figure(upper + 2.7, width=max(tall * sum(widths) + 1.3, 5))
     pictures, bars = figure.subfigures(2, 1, height_ratios=[upper, 2.7])
     grid = pictures.add_gridspec(2, len(records) + 1, width_ratios=[*widths, 0.14])
@@ -329,6 +332,7 @@ def teaser(records: list[ImageRecord], style: Style) -> Figure:
             axes.spines[:].set(color=color, linewidth=3)
             if column == 0:
                 axes.set_ylabel(("input", "depth")[row])
+        axes.set_xlabel(f"{100 * one.macs / one.static_macs:.0f}% MACs", fontsize=SMALL_TEXT)
     _depth_legend(pictures.add_subplot(grid[:, -1]), style, most=int(15 * tall))
     _teaser_bars(style_axes(bars.subplots(), "block", "live patches"), records, style.num_blocks)
     return figure

@@ -190,6 +190,7 @@ def test_teaser_shows_images_depths_and_live_patches(count, size, least_depth):
         image, patches = pictures[2 * number : 2 * number + 2]
         assert (image.images[0].get_array() == one.pixels).all()
         assert (patches.images[0].get_array() == colors(one.depth, style)).all()
+        assert patches.get_xlabel() == f"{100 * one.macs / one.static_macs:.0f}% MACs"
         assert patches.spines["left"].get_edgecolor() == bars.patches[8 * number].get_facecolor()
     assert legend.images[0].get_array()[:, 0].tolist() == colors(np.arange(1, 9), style).tolist()
     assert_drawn_well(figure)
