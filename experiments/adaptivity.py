@@ -47,7 +47,7 @@ def measure(checkpoint: Checkpoint, data_set: str, data_path: str, count: int) -
     """Run the model on images that are spread over the test images, on the CPU."""
     model = checkpoint.build_model().eval()
     images = build_dataset(data_set, data_path, False, model.patch_embed.img_size)
-    batch, targets = spread_sample(images, count)
+    batch, targets = spread_sample(images, min(count, len(images)))
     records = []
     for first in range(0, len(batch), BATCH):
         part, own = batch[first : first + BATCH], targets[first : first + BATCH]
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="PNG file to write")
     parser.add_argument("--data-set", required=True, help="dataset name, for example CLUTTERED_VARIED")
     parser.add_argument("--data-path", required=True, help="dataset folder, whose test images are used")
-    parser.add_argument("--images", type=int, default=2000, help="number of images (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="largest number of images (default: %(default)s)")
     args = parser.parse_args(argv)
     with one_line_errors(parser, args), torch.inference_mode():
         checkpoint = Checkpoint.load(args.checkpoint)

@@ -68,4 +68,9 @@ for seed in $SEEDS; do
 done
 measure_throughput "$TEST_DATA"
 "$PYTHON" -m experiments.baselines_report "$OUT" "Open Clip Art"
+export_weights "direction0.3_${SEEDS%% *}" "$HERE/avit_mini_clipart.pth"
+once "$OUT/adaptivity.png" "$PYTHON" -m experiments.adaptivity "$HERE/avit_mini_clipart.pth" "$OUT/adaptivity.png" \
+  --data-set IMNET --data-path "$RUNS/data/search"
+once "$OUT/depths/teaser.png" "$PYTHON" main_act.py --model "$MODEL" $DATA_FLAGS --data-path "$RUNS/data/search" \
+  --finetune "$HERE/avit_mini_clipart.pth" --output_dir "$RUNS/depths" --demo --demo-by random --demo-dir "$OUT/depths"
 echo "pipeline finished in $((SECONDS / 60)) minutes"
