@@ -347,8 +347,10 @@ def test_theme_follows_the_system_until_switched(browser, page):
     browser.open(page)
     light = browser.run(ground)
     browser.click("#theme")
+    is_dark = f"getComputedStyle(document.documentElement).backgroundColor === '{dark}'"
+    browser.until(is_dark)
     browser.driver.refresh()
-    assert browser.run(ground) == dark, "the choice is not stored"
+    browser.until(is_dark)  # the choice is stored
     browser.click("#theme")
     assert browser.run(ground) == light
     browser.run("localStorage.clear()")
