@@ -154,10 +154,11 @@ class Floor(nn.Module):
         static = self.static
         x, embedding = embed_images(static, images)
         embeddings = embeddings_of_blocks(static, embedding)
-        for block, one, num_tokens in zip(static.blocks, embeddings, next(self.num_tokens)):
+        for block, rotary, num_tokens in zip(static.blocks, embeddings, next(self.num_tokens)):
             if num_tokens:
                 num_patches = max(num_tokens - static.num_prefix_tokens, 0)
-                x = run_block(block, x[:, :num_tokens], None, None if one is None else one[..., :num_patches, :])
+                rotary = None if rotary is None else rotary[..., :num_patches, :]
+                x = run_block(block, x[:, :num_tokens], None, rotary)
         return static.forward_head(static.norm(x))
 
 

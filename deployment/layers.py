@@ -16,7 +16,7 @@ from models_act import AdaptiveTokens
 from zipping.rotations import embed_images, rotations_of_blocks
 
 
-class Rotations(NamedTuple):
+class RotationTable(NamedTuple):
     """Rotations of the queries and keys of some tokens in one block.
 
     name: of a tensor [tokens, channels]. Each row has the cosines and then the sines of a token, for each head, or once
@@ -28,7 +28,7 @@ class Rotations(NamedTuple):
 
 
 def write_block(
-    graph: GraphBuilder, block: nn.Module, rows: str, layout: DenseLayout | PackedLayout, rotation: Rotations | None
+    graph: GraphBuilder, block: nn.Module, rows: str, layout: DenseLayout | PackedLayout, rotation: RotationTable | None
 ) -> str:
     """Run one transformer block: [T, C] -> [T, C]. rotation: of the rows, or None."""
     is_eva = isinstance(block, EvaBlock)
@@ -63,7 +63,7 @@ def _activation(graph: GraphBuilder, act: nn.GELU | GELUTanh | nn.SiLU, x: str) 
 
 
 def _attention(
-    graph: GraphBuilder, attn: nn.Module, x: str, layout: DenseLayout | PackedLayout, rotation: Rotations | None
+    graph: GraphBuilder, attn: nn.Module, x: str, layout: DenseLayout | PackedLayout, rotation: RotationTable | None
 ) -> str:
     """Run self-attention within each image, without the output projection: [T, C] -> [T, D]."""
     width = attn.num_heads * attn.head_dim
@@ -112,17 +112,17 @@ def write_rotations(graph: GraphBuilder, model: AdaptiveTokens) -> None:
         graph.constant(table, rotations_of(model, number).name)
 
 
-def rotations_of(model: AdaptiveTokens, number: int) -> Rotations | None:
+def rotations_of(model: AdaptiveTokens, number: int) -> RotationTable | None:
     """Return the rotations of all tokens of an image in block `number`; None if nothing is rotated."""
     if getattr(model, "rope", None) is None:
         return None
     attn = model.blocks[number].attn
     heads = attn.num_heads if model.rope_mixed else 1
-    return Rotations(f"rotations_{number if model.rope_mixed else 0}", heads * 2 * attn.head_dim)
+    return RotationTable(f"rotations_{number if model.rope_mixed else 0}", heads * 2 * attn.head_dim)
 
 
 def _rotate(
-    graph: GraphBuilder, attn: nn.Module, rotation: Rotations, layout: DenseLayout | PackedLayout, *values: str
+    graph: GraphBuilder, attn: nn.Module, rotation: RotationTable, layout: DenseLayout | PackedLayout, *values: str
 ) -> list[str]:
     """Rotate queries and keys, [B, n, H, D] each. The partner of a channel is half a head away, or next to it."""
     width = attn.head_dim

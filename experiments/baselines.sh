@@ -96,7 +96,8 @@ for seed in $SEEDS; do
     test_model "direction${budget}_$seed" full
   done
   for budget in ${DIRECTION_BUDGETS:+$OTHER_BUDGETS}; do
-    evaluate "test_otherbudget${budget}_$seed" full "$RUNS/direction${DIRECTION_BUDGETS[-1]}_$seed/checkpoint.pth" --budget "$budget"
+    evaluate "test_otherbudget${budget}_$seed" full "$RUNS/direction${DIRECTION_BUDGETS[-1]}_$seed/checkpoint.pth" \
+      --budget "$budget"
   done
   test_shallower "$seed"
   for budget in $SHALLOW_BUDGETS; do

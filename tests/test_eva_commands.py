@@ -100,17 +100,21 @@ def test_commands_run(name, small_models, image_folder, tmp_path, capsys):
     assert (tmp_path / "summary" / "summary.html").exists()
     benchmark.main(["--finetune", str(path), *data[:2], "--rounds", "1", "--batch-size", "9"])
     assert "zipped" in capsys.readouterr().out
-    export = [str(path), str(tmp_path / "graph.onnx")]
+    graph = str(tmp_path / "graph.onnx")
     if name in NOT_EXPORTED:
         with pytest.raises(SystemExit):
-            export_onnx.main(export)
+            export_onnx.main([str(path), graph])
         assert NOT_EXPORTED[name] in capsys.readouterr().err
     else:
-        export_onnx.main(export)
-        session = onnxruntime.InferenceSession(export[1])
-        model, x = checkpoint.build_model().eval(), images(1, int(size))
-        with torch.no_grad():
-            assert_close(torch.tensor(session.run(["logits"], {"images": x.numpy()})[0]), model(x), **CLOSE)
+        export_onnx.main([str(path), graph])
+        assert_exported(checkpoint, graph, images(1, int(size)))
+
+
+@torch.no_grad()
+def assert_exported(checkpoint, graph, x):
+    """Assert that the graph has the logits of the checkpoint's model."""
+    found = onnxruntime.InferenceSession(graph).run(["logits"], {"images": x.numpy()})[0]
+    assert_close(torch.tensor(found), checkpoint.build_model().eval()(x), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_rope_mixed_224.naver_in1k"])

@@ -152,9 +152,9 @@ def states_and_attention(model: AdaptiveTokens, images: Tensor) -> tuple[list[Te
     """
     x, embedding = model._embed(images)
     states, attentions = [], []
-    for block, one in zip(model.blocks, embeddings_of_blocks(model, embedding)):
+    for block, rotary in zip(model.blocks, embeddings_of_blocks(model, embedding)):
         recorder = _AttentionRecorder(model.num_prefix_tokens)
-        x = run_block(block, x, recorder, one)
+        x = run_block(block, x, recorder, rotary)
         states.append(x[:, model.num_prefix_tokens :])
         attentions.append(recorder.attention)
     return states, torch.stack(attentions[model.num_blocks // 2 :]).mean(dim=0)
