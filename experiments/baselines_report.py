@@ -49,6 +49,8 @@ ABLATIONS = {  # by stage, in the order of the table
     "ablation_scratch": "from scratch, halting",
 }
 
+HELD_OUT_ACCURACY = "held-out top-1 (%)"
+DIFFERENCES = "Accuracy of A-ViT minus that of each baseline at equal MACs, in points"
 MODELS_NOTE = """± is one standard error over the seeds. Columns:
 
 * setting: the budget as a fraction of the MACs for A-ViT, on the first 7 blocks as a fraction of their MACs; the same
@@ -68,6 +70,9 @@ class Point(NamedTuple):
     setting: str
     macs: dict[str, float]
     accuracy: dict[str, float]
+
+    def of_seed(self, seed: str) -> Point:
+        return self._replace(macs={seed: self.macs[seed]}, accuracy={seed: self.accuracy[seed]})
 
 
 def load_points(results: Path, on_test: bool = True) -> list[Point]:
@@ -173,7 +178,7 @@ def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float]
 
 def differences_table(points: list[Point]) -> str:
     """Tabulate the accuracy of each A-ViT model minus that of each baseline at equal MACs, paired by seed."""
-    full = next(p for p in points if p.method == FULL)
+    full = next((p for p in points if p.method == FULL), None)
     baselines = [method for method in BASELINES if any(p.method == method for p in points)]
     rows = []
     for point in (p for p in points if p.method in ADAPTIVE):
@@ -241,7 +246,8 @@ def _section(head: str, rows: str) -> tuple[str, ...]:
 def report(results: Path, title: str) -> None:
     """Write baselines.md, accuracy_macs.png and, once throughput is recorded, accuracy_speed.png.
 
-    Without test results, baselines.md has the accuracy on held-out images, and there is no chart.
+    Without test results, baselines.md has the accuracy on held-out images, and there is no chart. Means are those of
+    models that are trained with all seeds; if some are not, the first seed has a table of its own.
     """
     points = load_points(results)
     sections = _test_sections(results, points, title) if points else _held_out_sections(results)
@@ -253,11 +259,15 @@ def _held_out_sections(results: Path) -> list[str]:
     """Return the sections of a page without test results."""
     images_per_s, machine = load_throughput(results)
     points = load_points(results, on_test=False)
-    return [
-        "## Held-out images",
-        models_table(points, images_per_s, "held-out top-1 (%)"),
-        MODELS_NOTE.format(machine=machine or "not measured yet"),
-    ]
+    seeds = sorted(set().union(*(p.accuracy for p in points)))
+    complete = [p for p in points if len(p.accuracy) == len(seeds)]
+    sections = ["## Held-out images", models_table(complete, images_per_s, HELD_OUT_ACCURACY)]
+    if len(seeds) > 1:
+        sections += [f"## {DIFFERENCES}", differences_table(complete)]
+    if len(complete) < len(points):  # a mean over fewer seeds is not comparable
+        first = [p.of_seed(seeds[0]) for p in points if seeds[0] in p.accuracy]
+        sections += ["## First seed, held-out images", models_table(first, images_per_s, HELD_OUT_ACCURACY)]
+    return [*sections, MODELS_NOTE.format(machine=machine or "not measured yet")]
 
 
 def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
@@ -271,7 +281,7 @@ def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
         "## Test images",
         models_table(points, images_per_s),
         MODELS_NOTE.format(machine=machine or "not measured yet"),
-        "## Accuracy of A-ViT minus that of each baseline at equal MACs, in points",
+        f"## {DIFFERENCES}",
         differences_table(points),
         *_section("One A-ViT, trained for the smallest budget, at other budgets", budgets_table(points)),
         *_section("Training-step time", steps_table(results)),

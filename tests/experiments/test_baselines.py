@@ -161,6 +161,38 @@ def test_report_contains_every_number(tmp_path):
     assert (tmp_path / "accuracy_speed.png").stat().st_size > 5000
 
 
+def put_training(folder, name, acc1, gmacs):
+    stage = {"machine": "2 x CPU", "epochs": [{}, {"test_acc1": acc1, "test_gmacs": gmacs}]}
+    (folder / f"{name}.json").write_text(json.dumps(stage))
+
+
+def test_report_without_test_results_has_held_out_images(tmp_path):
+    put_training(tmp_path, "full_0", 80.0, 0.1)
+    put_training(tmp_path, "tome0.3_0", 77.0, 0.03)
+    baselines_report.main([str(tmp_path), "Title"])
+    text = (tmp_path / "baselines.md").read_text()
+    assert "| ToMe | 0.3 | 1 | 70.0% | 77.00 |  | 3.33 |" in text.splitlines()
+    assert "| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |" in text.splitlines()
+    assert text.count("## ") == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_report_compares_models_of_equal_seeds_only(tmp_path):
+    """The second seed has the better static model, so a mean with it is higher."""
+    for seed, better in {"0": 0.0, "1": 5.0}.items():
+        put_training(tmp_path, f"tome0.3_{seed}", 77.0 + better, 0.03)
+        put_training(tmp_path, f"tome0.6_{seed}", 78.0 + better, 0.06)
+        put_training(tmp_path, f"direction0.3_{seed}", 77.5 + better, 0.03)
+    put_training(tmp_path, "full_0", 80.0, 0.1)
+    baselines_report.main([str(tmp_path), "Title"])
+    lines = (tmp_path / "baselines.md").read_text().splitlines()
+    first = lines.index("## First seed, held-out images")
+    both = "| A-ViT, gate by direction | 0.3 | 2 | 70.0% | 80.00 ± 2.50 |  | 3.33 |"
+    assert lines.index(both) < lines.index("| A-ViT, gate by direction | 70.0% | +0.50 ± 0.00 |  |") < first
+    assert lines.index("| A-ViT, gate by direction | 0.3 | 1 | 70.0% | 77.50 |  | 3.33 |") > first
+    assert lines.index("| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |") > first
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_recording_incomplete_training_raises(tmp_path, epochs):
     (tmp_path / "log.txt").write_text('{"train_seconds": 1.0}\n' * epochs)
@@ -210,14 +242,3 @@ def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     again = run()
     assert again.returncode == 0, again.stderr
     assert "==" not in again.stdout
-
-
-def test_report_without_test_results_has_held_out_images(tmp_path):
-    for name, accuracy, gmacs in (("full_0", 80.0, 0.1), ("tome0.3_0", 77.0, 0.03), ("tome0.3_1", 78.0, 0.03)):
-        stage = {"machine": "2 x CPU", "epochs": [{}, {"test_acc1": accuracy, "test_gmacs": gmacs}]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(stage))
-    baselines_report.main([str(tmp_path), "Title"])
-    lines = (tmp_path / "baselines.md").read_text().splitlines()
-    assert "| ToMe | 0.3 | 2 | 70.0% | 77.50 ± 0.50 |  | 3.33 |" in lines
-    assert "| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |" in lines
-    assert not list(tmp_path.glob("*.png"))
