@@ -25,8 +25,8 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     "halting": "A-ViT, gate of one channel",
     "axis": "A-ViT, one channel as a direction",
     "counts": "A-ViT, same counts in every image",
-    OTHER_BUDGET: "A-ViT trained for the smallest budget, at others",
-    "anybudget": "A-ViT, one model for all budgets",
+    OTHER_BUDGET: "A-ViT of the smallest budget, run with --budget",
+    "anybudget": "A-ViT with --gate-jitter, run with --budget",
     "shallowhalting": "A-ViT on the first 7 blocks",
     "fused": "EViT, three steps",
     "evit": "EViT-style pruning",
@@ -37,6 +37,9 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     FULL: "static, full",
 }
 STYLES = dict(zip(METHODS, ("o-", "o:", "o--", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
+COLORS = dict(
+    zip(METHODS, ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "olive", "gray", "black"))
+)
 BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
 ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",
@@ -222,13 +225,13 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     axes = figure.subplots()
     placed = [(place(p), p) for p in points if place(p) is not None]
-    for number, method in enumerate(dict.fromkeys(p.method for _, p in placed)):
+    for method in dict.fromkeys(p.method for _, p in placed):
         shown = [(x, p) for x, p in placed if p.method == method]
         x, y = [v for v, _ in shown], [mean(p.accuracy) for _, p in shown]
         error = [
             statistics.stdev(a) / len(a) ** 0.5 if len(a) > 1 else 0 for a in ([*p.accuracy.values()] for _, p in shown)
         ]
-        style = {"fmt": STYLES[method], "color": f"C{number}", "markersize": 8 if method == FULL else 5}
+        style = {"fmt": STYLES[method], "color": COLORS[method], "markersize": 8 if method == FULL else 5}
         axes.errorbar(x, y, error, label=METHODS[method], capsize=3, **style)
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 on the test images (%)")
