@@ -1,4 +1,4 @@
-"""The chart of cost against content: what counts as content, the groups, and the command."""
+"""The chart of MACs against content: what counts as content, the groups, and the command."""
 
 import numpy as np
 import pytest
@@ -44,5 +44,5 @@ def test_command_draws_and_prints(tmp_path, capsys):
     adaptivity.main([str(tmp_path / "c.pth"), str(out), *flags])
     assert Image.open(out).size[0] > 800
     printed = capsys.readouterr().out
-    assert "cost of 20 images: mean 0." in printed
+    assert "MACs of 20 images relative to the static model: mean 0." in printed
     assert printed.count("\n| 1.00 to 1.00 |") == adaptivity.GROUPS
