@@ -44,14 +44,14 @@ def make_parser() -> Parser:
     parser = Parser(prog="benchmark.py", description="Measure A-ViT against timm's static model of the same size.")
     add = parser.add_argument
     _add_model_flags(add)
-    add("--train", action="store_true", help="measure training steps (forward, backward, AdamW) instead of inference")
+    add("--train", action="store_true", help="training steps (forward, backward, AdamW) instead of inference")
     add("--device", help="cuda or cpu (default: cuda if available)")
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="mixed-precision type")
-    add("--count-ops", action="store_true", help="count the ops that halting adds to a block, instead of timing")
+    add("--count-ops", action="store_true", help="number of ops that halting adds to a block, instead of times")
     add(
         "--onnx",
         action="store_true",
-        help="compare ONNX graphs in ONNX Runtime with PyTorch, in inference on the CPU",
+        help="ONNX graphs in ONNX Runtime beside PyTorch, in inference on the CPU",
     )
     add(
         "--threads",

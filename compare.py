@@ -21,7 +21,7 @@ import numpy as np
 from training.arguments import Parser
 from training.command import one_line_errors
 
-HEAD = ("", "top-1", "mean depth", "multiply-adds", "difference in points")
+HEAD = ("", "top-1", "mean depth", "MACs", "difference in points")
 TOLERANCE = 1e-3  # of means that are computed again from rounded values; an image of 50,000 is 2e-3 points
 
 

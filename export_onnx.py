@@ -55,10 +55,10 @@ def make_parser() -> arguments.Parser:
     add("out", type=Path, metavar="OUT.onnx", help="file to write")
     modes = ("single", "batch")
     add("--batch-mode", choices=modes, default="single", help="input of the graph: one image per call, or any number")
-    add("--static", action="store_true", help="export without halting: every token in every block")
-    add("--fp16-weights", action="store_true", help="store weights in half precision; computation stays in float32")
+    add("--static", action="store_true", help="graph without halting: every token in every block")
+    add("--fp16-weights", action="store_true", help="weights in half precision; computation stays in float32")
     arguments.add_budget_flag(add)
-    add("--use-ema", action="store_true", help="export the averaged weights (model_ema) of the checkpoint")
+    add("--use-ema", action="store_true", help="averaged weights (model_ema) of the checkpoint instead of the raw ones")
     add_model_flags(add)
     # earlier spellings
     add("--form", dest="batch_mode", choices=modes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -53,7 +53,11 @@ def make_parser() -> arguments.Parser:
         parents=[arguments.network_flags(), arguments.data_flags(), arguments.gallery_flags()],
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, directories, or globs")
-    parser.add_argument("--summary", action="store_true", help="draw charts of a dataset")
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="charts of depths, halting scores and accuracy on a dataset (--data-path)",
+    )
     parser.add_argument("--curves", nargs="+", metavar="OUTPUT_DIR", help="output directories of training runs to plot")
     add = parser.add_argument_group("checkpoint").add_argument
     add("--finetune", metavar="FILE", help="path or https URL of a checkpoint")

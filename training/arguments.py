@@ -281,7 +281,7 @@ def network_flags() -> Parser:
     add("--world-size", type=at_least_one, metavar="N", help="number of processes, if no launcher sets it")
     add("--dist-url", default="env://", metavar="URL", help="address at which the processes meet")
     add = parser.add_argument_group("model").add_argument
-    add("--use-ema", action="store_true", help="EMA weights of the checkpoint instead of the weights")
+    add("--use-ema", action="store_true", help="averaged weights (model_ema) of the checkpoint instead of the raw ones")
     add = parser.add_argument_group("A-ViT").add_argument
     for name, default in GATE_DEFAULTS.items():
         term = name.removeprefix("gate_")
@@ -375,8 +375,9 @@ def _avit() -> Parser:
     add(
         "--gate",
         choices=("auto", "channel", "fixed"),
-        help="source of the gate at the start of training. auto: directions fitted to trained weights, for a budget, "
-        "or the best channel if none can be fitted. channel: the best channel. fixed: flags, checkpoint or defaults. "
+        help="source of the gate at the start of training. auto: directions fitted to the starting weights, or the "
+        "best channel without a budget or if they cannot be fitted. channel: the best channel. fixed: flags, "
+        "checkpoint or defaults. "
         "(default: auto with --target-macs if flags and checkpoint have no gate, else fixed)",
     )
     add(
