@@ -32,11 +32,11 @@ evidence: experiments  # the former name
 example-images: .venv/installed $(OUT)/adaptive/eval.json  ## draw example_images/ again with the model of the quickstart
 	$(ACT) $(DIGITS) --demo --demo-by random --finetune $(OUT)/adaptive/checkpoint.pth \
 	  --demo-dir $(OUT)/images
-	$(BIN)/python visualize.py $(OUT)/images/class8_ref.jpg --finetune $(OUT)/adaptive/checkpoint.pth --size 128 \
-	  --output-dir $(OUT)/images
+	$(BIN)/python visualize.py experiments/clipart/results/depths/class9_ref.jpg \
+	  --finetune experiments/clipart/avit_mini_clipart.pth --output-dir $(OUT)/images
 	cp $(addprefix $(OUT)/images/,teaser.png class4_combined.jpg class8_combined.jpg class9_combined.jpg) example_images/
-	cp $(OUT)/images/class8_ref_panel.png example_images/panel.png
-	cp $(OUT)/images/class8_ref_halting.gif example_images/halting.gif
+	cp $(OUT)/images/class9_ref_panel.png example_images/panel.png
+	cp $(OUT)/images/class9_ref_halting.gif example_images/halting.gif
 
 pictures: example-images  # the former name
 
