@@ -106,11 +106,12 @@ def metadata(
     The preprocessing has timm's names and values. budget: for which the model was built.
     """
     from datasets import Preprocessing
+    from training.network import safe_budget_curve
 
     classes, size = list(checkpoint.names_by_class().values()), model.patch_embed.img_size
     preprocessing = Preprocessing.from_model(model).record()
     values = {"classes": classes, "image_size": size, "depth": len(model.blocks), **preprocessing}
-    curve = checkpoint.budget_curve(use_ema)
+    curve = safe_budget_curve(checkpoint, use_ema)
     is_mixed = budget is not None and checkpoint.budget_table(use_ema) is not None  # the curve is of other weights
     if curve is not None and model.halting and not is_mixed:
         values["budget_curve"] = curve.record()

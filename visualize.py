@@ -175,10 +175,10 @@ def make_job(
 def draw_curves(run_folders: list[Path], folder: Path) -> int:
     """Draw the metrics of training runs over the epochs, and accuracy against MACs, and return the exit status.
 
-    For runs that were trained to a budget, draw the agreement with the static model against MACs too.
+    For runs that were trained to a budget, draw top-1, or the agreement with the static model, against MACs too.
     """
     from utils import log
-    from visualization.budget_curves import agreement_against_macs
+    from visualization.budget_curves import quality_against_macs
     from visualization.heatmaps import write_image
     from visualization.training_curves import accuracy_against_macs, curves, read_runs
 
@@ -187,7 +187,7 @@ def draw_curves(run_folders: list[Path], folder: Path) -> int:
     write_image(folder / "curves.png", curves(runs))
     write_image(folder / "accuracy_macs.png", accuracy_against_macs(runs))
     if budgets:
-        write_image(folder / "budgets.png", agreement_against_macs(budgets))
+        write_image(folder / "budgets.png", quality_against_macs(budgets))
     log(f"wrote curves of {len(runs)} run(s) to {folder}")
     return 0
 
@@ -208,8 +208,9 @@ def read_budgets(runs: Sequence[Run]) -> list[Budgets]:
         table = checkpoint and checkpoint.budget_table()
         if table:
             center = gate_numbers(checkpoint.content.get("gate")).get("gate_center")
-            trained = [(point.cost, point.agreement) for point in table.points if point.center == center]
-            found.append(Budgets(run.name, [(point.cost, point.agreement) for point in table.points], trained))
+            costs, _, centers, agreements, accuracies, *_ = map(list, zip(*table.points))
+            trained = [place for place, value in enumerate(centers) if value == center]
+            found.append(Budgets(run.name, costs, agreements, None if None in accuracies else accuracies, trained))
     return found
 
 

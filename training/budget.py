@@ -76,7 +76,7 @@ def budget_curve(
     """Measure the budget curve of a model, see `measure_costs` and `measure_curve`. Every process must call it."""
 
     def costs_of(centers: list[float]) -> list[float]:
-        return measure_costs(model, batches, device, amp, centers)
+        return measure_costs(model, batches, device, amp, centers)[0]
 
     return measure_curve(costs_of, model.gate_center, min_cost(model), max_cost)
 
@@ -137,22 +137,23 @@ class CalibrationBatches:
 @torch.inference_mode()
 def measure_costs(
     model: AdaptiveTokens, batches: Iterable, device: torch.device, amp: str, centers: list[float]
-) -> list[float]:
-    """Return the cost at each gate center, averaged over the images of all processes.
+) -> tuple[list[float], list[float]]:
+    """Return the cost at each gate center, a mean over the images of all processes, and its standard errors.
 
     batches: tuples that start with images [B, 3, H, W]. Every process must call it.
     """
     model = measured_copy(model, device)
 
-    def costs_of(images: Tensor) -> Tensor:
+    def costs_of(images: Tensor, *_) -> Tensor:
         depths = []
         for center in centers:
             model.gate_center = center
             with utils.autocast(device, amp):
                 depths.append(model(images, return_halting=True)[1].depth)
-        return macs_per_image(model, torch.cat(depths)).view(len(centers), -1).sum(dim=1)
+        return macs_per_image(model, torch.cat(depths)).view(len(centers), -1) / static_macs(model)
 
-    return (mean_over_images(batches, device, costs_of, len(centers)) / static_macs(model)).tolist()
+    costs, errors = mean_over_images(batches, device, costs_of, len(centers))
+    return costs.tolist(), errors.tolist()
 
 
 def measured_copy(model: AdaptiveTokens, device: torch.device) -> AdaptiveTokens:
@@ -163,21 +164,25 @@ def measured_copy(model: AdaptiveTokens, device: torch.device) -> AdaptiveTokens
 
 
 def mean_over_images(
-    batches: Iterable, device: torch.device, sums_of: Callable[[Tensor], Tensor], num_values: int
-) -> Tensor:
-    """Return the means of some values over the images of all processes, [num_values] float64 on the device.
+    batches: Iterable, device: torch.device, values_of: Callable[..., Tensor], num_values: int
+) -> tuple[Tensor, Tensor]:
+    """Return the means of some values over the images of all processes, and the standard errors of these means.
 
-    batches: tuples that start with images [B, 3, H, W]; sums_of: returns the sums of the values over these images.
+    batches: tuples that start with images [B, 3, H, W]; values_of: is called with the entries of a batch, images on the
+    device, and returns the values of its images, [num_values, B]. Both results: [num_values] float64 on the device.
     Every process must call it.
     """
-    total = torch.zeros(num_values + 1, dtype=torch.float64, device=device)  # the last one counts the images
-    for images, *_ in batches:
-        images = images.to(device, non_blocking=True)
-        total[:-1] += sums_of(images)
-        total[-1] += len(images)
+    sums = torch.zeros(2, num_values, dtype=torch.float64, device=device)  # of values and of their squares
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for images, *rest in batches:
+        values = values_of(images.to(device, non_blocking=True), *rest).double()
+        sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
+        count += len(images)
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return total[:-1] / total[-1]
+        for total in (sums, count):
+            dist.all_reduce(total)
+    mean, mean_square = sums / count
+    return mean, ((mean_square - mean.square()).clamp(min=0) / count).sqrt()
 
 
 def min_cost(model: AdaptiveTokens) -> float:

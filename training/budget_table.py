@@ -1,20 +1,20 @@
 """Budget tables: one trained network for every budget, by weights between those of its static start and its own.
 
 Blocks that were trained for a small budget have never seen the tokens that stay under a larger one, so a larger gate
-center alone makes the predictions worse. Weights between the static model's and the trained ones keep them close to
-the static model's (in the spirit of Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022):
+center alone makes the predictions worse. Weights between the static model's and the trained ones serve them better (in
+the spirit of Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022):
 
     weights = (1 - mixing) * start + mixing * trained
 
-A table lists for several budgets the mixing, the gate center and how often the predictions agree with the static
-model's. It is measured on images, without labels.
+A table lists mixing and gate center for several budgets. They are chosen without labels: predictions come near the mean
+of the static model's and the trained model's, as either of the two may be the better one. Accuracies are reported only.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import utils
 from macs import macs_per_image, static_macs
-from models_act import AdaptiveTokens, Halting
+from models_act import AdaptiveTokens
 from training.budget import MAX_POINTS, BudgetCurve, mean_over_images, measure_curve, measured_copy, min_cost
 
 MIXINGS_BELOW = (1.25, 1.5)  # candidates, next to 1, below the budget that the network was trained for
@@ -32,23 +32,42 @@ MIXINGS_ABOVE = (0.75, 0.5, 0.25, 0.0)
 MAX_MIXING = 2.0  # a recorded table with a larger one is ignored
 FEW_IMAGES = 256  # images on which mixings are compared
 COARSE_GAP = 0.12  # largest cost difference of neighboring points, when mixings are compared
-ROUND_BUDGETS = (*(number / 20 for number in range(1, 10)), 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # rows of a table
-NEAR = 0.025  # round budgets closer to the one trained for are left out
+ROUND_BUDGETS = (  # rows of a table, closer where the cost changes fast with the center
+    *(number / 40 for number in range(2, 12)),
+    *(0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+)
+NEAR = 0.0125  # round budgets closer to the one trained for are left out
 MIN_AGREEMENT = 0.5  # with fewer equal predictions, the start was no model of this task
 FULL_COST = 0.99  # curves of the static weights are measured up to this cost
+ROW_LENGTHS = (4, 7)  # of a recorded table; older ones have no accuracies
 
 
 class BudgetPoint(NamedTuple):
     """One row of a table.
 
     cost: fraction of the static model's MACs, mean over images; mixing: see the module; center: of the gate;
-    agreement: fraction of images whose predicted class is the static model's; None if it was not measured.
+    agreement: fraction of images whose predicted class is the static model's; accuracy: top-1, a fraction;
+    change, change_error: the accuracy minus that at the budget of the training, and its standard error, paired by
+    image. What was not measured is None.
     """
 
     cost: float
     mixing: float
     center: float
     agreement: float | None = None
+    accuracy: float | None = None
+    change: float | None = None
+    change_error: float | None = None
+
+    @property
+    def change_text(self) -> str:
+        """Return the change of the accuracy in points."""
+        return f"{100 * self.change:+.1f} ± {100 * self.change_error:.1f}"
+
+    @property
+    def is_less_accurate(self) -> bool:
+        """Return whether the accuracy is below that at the budget of the training by more than two standard errors."""
+        return self.change is not None and self.change < -2 * self.change_error
 
     @property
     def is_static(self) -> bool:
@@ -66,14 +85,16 @@ class BudgetTable(NamedTuple):
         """Read a checkpoint's record, a list of rows. Returns None if it is not a valid table."""
         if not isinstance(record, list) or not 2 <= len(record) <= MAX_POINTS:
             return None
-        if not all(isinstance(row, list) and len(row) == 4 and _are_valid(*row) for row in record):
+        if not all(isinstance(row, list) and len(row) == len(record[0]) for row in record):
+            return None
+        if len(record[0]) not in ROW_LENGTHS or not all(_are_valid(*row) for row in record):
             return None
         points = tuple(BudgetPoint(*row) for row in record)
         return cls(points) if all(low.cost < high.cost for low, high in itertools.pairwise(points)) else None
 
     def record(self) -> list[list[float]]:
         """Return the table as plain types, for a checkpoint."""
-        return [list(point) for point in self.points]
+        return [[value for value in point if value is not None] for point in self.points]
 
     @property
     def min_cost(self) -> float:
@@ -85,22 +106,26 @@ class BudgetTable(NamedTuple):
 
     def at(self, budget: float) -> BudgetPoint:
         """Return the settings for a budget, interpolated linearly; outside the table, those of its nearest end."""
-        costs, *columns = zip(*self.points)
+        costs, *columns = zip(*self.record())
         return BudgetPoint(budget, *(float(np.interp(budget, costs, values)) for values in columns))
 
     def __str__(self) -> str:
         """Return the table as text, one line for each budget."""
-        head = f"{'budget':>6}  {'weights':>7}  {'gate center':>11}  {'agreement with the static model':>31}"
-        lines = (f"{p.cost:6.3f}  {p.mixing:7.2f}  {p.center:11.4g}  {p.agreement:31.1%}" for p in self.points)
-        return "\n".join([head, *lines])
+        rows = [("budget", "weights", "gate center", "agreement", "top-1", "change in points")]
+        for p in self.points:
+            measured = f"{p.agreement:.1%}", f"{p.accuracy:.1%}", p.change_text
+            rows.append((f"{p.cost:.3f}", f"{p.mixing:.2f}", f"{p.center:.4g}", *measured))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
-def _are_valid(cost: object, mixing: object, center: object, agreement: object) -> bool:
+def _are_valid(*row: object) -> bool:
     """Return whether the values of a row, read from a file, are finite floats in their ranges."""
-    values = (cost, mixing, center, agreement)
-    if not all(isinstance(value, float) and math.isfinite(value) for value in values):
+    if not all(isinstance(value, float) and math.isfinite(value) for value in row):
         return False
-    return 0 <= cost <= 1 and 0 <= mixing <= MAX_MIXING and 0 <= agreement <= 1
+    cost, mixing, _, *fractions = row
+    change = fractions.pop(2) if len(fractions) > 1 else 0.0
+    return all(0 <= value <= 1 for value in (cost, *fractions)) and 0 <= mixing <= MAX_MIXING and -1 <= change <= 1
 
 
 # Weights -----------------------------------------------------------------------------------------
@@ -141,12 +166,33 @@ def fits_weights(start: object, trained: dict[str, Tensor]) -> bool:
 # Measurement -------------------------------------------------------------------------------------
 
 
+VALUES = 5  # that are averaged: all of Measured but the error
+
+
 class Measured(NamedTuple):
-    """Means over images: cost, KL divergence from the static model's predictions, and agreement with them."""
+    """Means over images, see `BudgetPoint`. divergence: KL from the mean of the two models' predictions."""
 
     cost: float
     divergence: float
     agreement: float
+    accuracy: float
+    change: float
+    change_error: float
+
+    def point(self, mixing: float, center: float) -> BudgetPoint:
+        return BudgetPoint(self.cost, mixing, center, self.agreement, self.accuracy, self.change, self.change_error)
+
+
+class Reference(NamedTuple):
+    """Predictions with which those for a batch are compared.
+
+    static: [B], the classes that the static model predicts; log_mean: [B, K], the logarithm of the mean of its
+    probabilities and those of the trained model; correct: [B], whether the trained model is right, 0 or 1.
+    """
+
+    static: Tensor
+    log_mean: Tensor
+    correct: Tensor
 
 
 def measure_table(
@@ -162,7 +208,8 @@ def measure_table(
     Every process must call it.
 
     model: with its trained weights and the gate of its budget; start: weights of the static model that its training
-    started from; curve: its budget curve; batches: tuples that start with images [B, 3, H, W], the same every time.
+    started from; curve: its budget curve; batches: tuples that start with images [B, 3, H, W] and labels [B], the same
+    every time.
     """
     mixable, trained = _MixableModel(model, start, device, amp), model.gate_center
     few = _first_batches(batches, FEW_IMAGES)
@@ -178,11 +225,11 @@ def measure_table(
     chosen = _choose_mixings(curves, budgets, budget)
     settings = [(mixing, curves[mixing][0].center(cost)) for mixing, cost in zip(chosen, budgets)]
     settings[budgets.index(budget)] = 1.0, trained
-    rows = [BudgetPoint(cost=1.0, mixing=0.0, center=curves[0.0][0].center(FULL_COST), agreement=1.0)]
+    rows = [mixable.measure_static(batches).point(0.0, curves[0.0][0].center(FULL_COST))]
     for mixing, center in reversed(settings):
-        cost, _, agreement = mixable.measure(batches, mixing, [center])[0]
-        if cost < rows[-1].cost - 1e-3:  # noise may swap neighbors
-            rows.append(BudgetPoint(cost, mixing, center, agreement))
+        measured = mixable.measure(batches, mixing, [center])[0]
+        if measured.cost < rows[-1].cost - 1e-3:  # noise may swap neighbors
+            rows.append(measured.point(mixing, center))
     return BudgetTable(tuple(reversed(rows)))
 
 
@@ -190,56 +237,76 @@ class _MixableModel:
     """A copy of a model whose weights can be mixed with those of its static start."""
 
     def __init__(self, model: AdaptiveTokens, start: dict[str, Tensor], device: torch.device, amp: str):
-        self.model, self.static = measured_copy(model, device), measured_copy(model, device)
+        self.model, self.trained_model, self.static = (measured_copy(model, device) for _ in range(3))
         self.static.load_state_dict(start)
         self.static.halting = False
-        self.start, self.trained = start, {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.start, self.trained = start, self.trained_model.state_dict()
         self.device, self.amp, self.static_macs = device, amp, static_macs(model)
-        self.expected: list[Tensor] = []  # logits of the static start for the first batches, [B, K] each
+        self.references: list[Reference] = []  # of the first batches
 
-    @torch.inference_mode()
     def measure(self, batches: Iterable, mixing: float, centers: Sequence[float]) -> list[Measured]:
         """Measure one mixing at several gate centers, over the images of all processes.
 
         batches: the same in every call, or their first ones.
         """
         self.model.load_state_dict(mixed_weights(self.start, self.trained, mixing))
-        numbers = itertools.count()
 
-        def sums_of(images: Tensor) -> Tensor:
-            expected = self._static_logits(next(numbers), images)
-            sums = []
+        def outputs_of(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             for center in centers:
                 self.model.gate_center = center
-                with utils.autocast(self.device, self.amp):
-                    logits, halting = self.model(images, return_halting=True)
-                sums.append(self._compare(expected, logits, halting))
-            return torch.cat(sums)
+                logits, halting = self.model(images, return_halting=True)
+                yield logits, macs_per_image(self.model, halting.depth) / self.static_macs
 
-        means = mean_over_images(batches, self.device, sums_of, 3 * len(centers))
-        return [Measured(*row) for row in means.view(-1, 3).tolist()]
+        return self._means(batches, outputs_of, len(centers))
 
-    def _static_logits(self, number: int, images: Tensor) -> Tensor:
-        """Return the logits of the static start for the images of this batch, computed once."""
-        if number == len(self.expected):
+    def measure_static(self, batches: Iterable) -> Measured:
+        """Measure the static start."""
+
+        def outputs_of(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            yield self.static(images), torch.ones(len(images), device=self.device)
+
+        return self._means(batches, outputs_of, 1)[0]
+
+    @torch.inference_mode()
+    def _means(self, batches: Iterable, outputs_of: Callable[[Tensor], Iterable], count: int) -> list[Measured]:
+        """Return the means over images. outputs_of: yields `count` times logits [B, K] and costs [B] of the images."""
+        numbers = itertools.count()
+
+        def values_of(images: Tensor, targets: Tensor, *_) -> Tensor:
             with utils.autocast(self.device, self.amp):
-                self.expected.append(self.static(images).float())
-        return self.expected[number]
+                reference = self._reference(next(numbers), images, targets.to(self.device))
+                outputs = list(outputs_of(images))
+            return torch.cat([_compare(reference, targets.to(self.device), *output) for output in outputs])
 
-    def _compare(self, expected: Tensor, logits: Tensor, halting: Halting) -> Tensor:
-        """Return the sums of cost, divergence and agreement over the images, [3]."""
-        cost = macs_per_image(self.model, halting.depth) / self.static_macs
-        log_expected, log_found = (F.log_softmax(x.float(), dim=1) for x in (expected, logits))
-        divergence = F.kl_div(log_found, log_expected, reduction="sum", log_target=True)
-        agreement = (logits.argmax(1) == expected.argmax(1)).sum()
-        return torch.stack([cost.sum().double(), divergence.double(), agreement.double()])
+        values = mean_over_images(batches, self.device, values_of, VALUES * count)
+        means, errors = (of_all.view(count, VALUES).tolist() for of_all in values)
+        return [Measured(*mean, change_error=error[-1]) for mean, error in zip(means, errors)]
+
+    def _reference(self, number: int, images: Tensor, targets: Tensor) -> Reference:
+        """Return what the predictions for this batch are compared with, computed once."""
+        if number == len(self.references):
+            both = torch.stack([self.static(images).float(), self.trained_model(images).float()])
+            log_mean = both.log_softmax(dim=-1).logsumexp(dim=0) - math.log(2)
+            static, trained = both.argmax(dim=-1)
+            self.references.append(Reference(static, log_mean, (trained == targets).double()))
+        return self.references[number]
 
 
-def _first_batches(batches: Iterable, num_images: int) -> list[tuple[Tensor]]:
+def _compare(reference: Reference, targets: Tensor, logits: Tensor, cost: Tensor) -> Tensor:
+    """Return the values of `Measured` for each image, without the error: [VALUES, B]."""
+    log_found = F.log_softmax(logits.float(), dim=1)
+    divergence = F.kl_div(log_found, reference.log_mean, reduction="none", log_target=True).sum(dim=1)
+    predicted = logits.argmax(dim=1)
+    correct = (predicted == targets).double()
+    agreement = (predicted == reference.static).double()
+    return torch.stack([cost.double(), divergence.double(), agreement, correct, correct - reference.correct])
+
+
+def _first_batches(batches: Iterable, num_images: int) -> list[tuple[Tensor, Tensor]]:
     """Return the first batches of at least `num_images` images over all processes, or all of them."""
     kept, count = [], 0
-    for images, *_ in batches:
-        kept.append((images,))
+    for images, targets, *_ in batches:
+        kept.append((images, targets))
         count += len(images) * utils.world_size()
         if count >= num_images:
             break

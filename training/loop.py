@@ -207,7 +207,7 @@ class TrainingRun:
     def _warn_about_stuck_budget(self) -> None:
         """Warn if the cost is off its goal in evaluation too: augmented images may cost more or less."""
         model, budget = self.trainer.model_without_ddp, self.trainer.budget
-        cost = self._cost_at(model, model.gate_center)
+        cost, _ = self._cost_at(model, model.gate_center)
         if abs(cost - budget.goal) > budget.band:
             warn(
                 f"--target-macs: this gate may not reach {budget.budget:.3f} of the static model's MACs. They stay at "
@@ -215,9 +215,10 @@ class TrainingRun:
                 "(--gate, --gate-scale, --gate-center)"
             )
 
-    def _cost_at(self, model: nn.Module, center: float) -> float:
-        """Measure the cost at a gate center on the calibration images."""
-        return measure_costs(model, self.calibration, self.trainer.device, self.trainer.amp, [center])[0]
+    def _cost_at(self, model: nn.Module, center: float) -> tuple[float, float]:
+        """Measure the cost at a gate center on the calibration images. Returns it and its standard error."""
+        costs, errors = measure_costs(model, self.calibration, self.trainer.device, self.trainer.amp, [center])
+        return costs[0], errors[0]
 
     def _calibrate(self) -> None:
         """Measure the budget curves of the weights and of the EMA weights, and set both gates to the budget."""
@@ -230,10 +231,10 @@ class TrainingRun:
             max_cost = max(MAX_COST, budget)
             curve = budget_curve(model, self.calibration, trainer.device, trainer.amp, max_cost)
             before, model.gate_center = model.gate_center, curve.center(budget)
-            cost = self._cost_at(model, model.gate_center)  # the curve may jump between its points
+            cost, error = self._cost_at(model, model.gate_center)  # the curve may jump between its points
             log(
                 f"calibration of {name}: gate_center {before:g} -> {model.gate_center:g} changes the MACs from "
-                f"{curve.cost(before):.3f} to {cost:.3f} of the static model's; "
+                f"{curve.cost(before):.3f} to {cost:.3f} ± {error:.3f} of the static model's (one standard error); "
                 f"without mixed weights, --budget accepts {curve.min_cost:.2f} to {curve.max_cost:.2f}"
             )
             if abs(cost - budget) > trainer.budget.band:
@@ -255,7 +256,7 @@ class TrainingRun:
                 "the gate only. Start from a static model of this dataset to mix its weights in"
             )
             return
-        log(f"budgets of {name}, measured on validation images without their labels:\n{table}")
+        log(f"budgets of {name}, on validation images; no label was used to choose weights and gate:\n{table}")
         self.budget_tables[name] = table.record()
 
     def _test(self) -> dict:

@@ -7,6 +7,7 @@ lists the sources.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Collection, Iterable
 from enum import Enum
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from datasets import Preprocessing
 from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
+from training.budget import BudgetCurve
 from training.budget_table import BudgetPoint
 from training.models import (
     build_on_meta,
@@ -31,7 +33,6 @@ from training.weights import embedded_size, fits, has_grid_of
 from utils import UserError, log, warn
 
 if TYPE_CHECKING:
-    from training.budget import BudgetCurve
     from training.checkpoints import Checkpoint
 
 COMMAND_LINE, RECORD, FILE_NAME, FOREIGN_RECORD = (  # sources of a value, in their order
@@ -44,6 +45,7 @@ DEFAULT_MODEL, DEFAULT_SIZE = "avit_tiny_patch16_224", (224, 224)  # without a c
 GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
+TOLERANCE = 1e-3  # of the largest budget: a curve may end just below 1
 MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
 PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
@@ -305,8 +307,9 @@ def _must_be_static(checkpoint: Checkpoint | None, flags: NetworkFlags, pretrain
 def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False) -> BudgetPoint:
     """Return the settings at which the weights use this fraction of the static model's MACs.
 
-    Without a budget table, the gate center alone changes, with a warning if the budget is far above the one that the
-    weights were trained for. Raises UserError if there is no budget curve or the budget is outside its range.
+    Without a budget table, the gate center alone changes. Warns if more compute than at the budget of the training
+    gives, or may give, worse predictions. Raises UserError if there is no budget curve or the budget is outside its
+    range.
     """
     table, curve = checkpoint.budget_table(use_ema), checkpoint.budget_curve(use_ema)
     known = table or curve
@@ -315,27 +318,51 @@ def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False
             f"{checkpoint.location} has no budget curve, so --budget cannot be used; "
             "train with --target-macs to record one"
         )
-    if not known.min_cost <= budget <= known.max_cost:
-        available = f"from {known.min_cost:.2f} to {known.max_cost:.2f}"
-        raise UserError(f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets {available}")
-    if table is not None:
-        return table.at(budget)
-    _warn_above_trained_budget(checkpoint, curve, budget, use_ema)
-    return BudgetPoint(budget, 1.0, curve.center(budget))
+    if not known.min_cost <= budget <= known.max_cost + TOLERANCE:
+        low, high = math.ceil(1000 * known.min_cost) / 1000, math.floor(1000 * known.max_cost) / 1000
+        raise UserError(
+            f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets from {low:g} to {high:g}"
+        )
+    if table is None:
+        _warn_above_trained_budget(checkpoint, curve, budget, use_ema)
+        return BudgetPoint(budget, 1.0, curve.center(budget))
+    point, trained = table.at(budget), _trained_budget(checkpoint, curve, use_ema)
+    if trained is not None and budget > trained and point.is_less_accurate:
+        warn(
+            f"--budget {budget:g}: {checkpoint.location} was more accurate at {trained:.2f}, the budget that it was "
+            f"trained for. On its calibration images, top-1 changes by {point.change_text} points"
+        )
+    return point
 
 
 def _warn_above_trained_budget(checkpoint: Checkpoint, curve: BudgetCurve, budget: float, use_ema: bool) -> None:
     """Warn if more compute may give worse predictions: the blocks have never seen the tokens that now stay."""
-    center = dict(checkpoint.gate_sources(use_ema))[RECORD].get("gate_center")
-    if center is None or checkpoint.recorded_flag("gate_jitter"):
+    trained = _trained_budget(checkpoint, curve, use_ema)
+    if trained is None or checkpoint.recorded_flag("gate_jitter"):
         return
-    trained = curve.cost(center)
     if budget > trained + MAX_SAFE_STEP:
         warn(
             f"--budget {budget:g}: {checkpoint.location} was trained for a budget of {trained:.2f} and has no starting "
             "weights to mix with, so accuracy may be far lower at this budget than at the one trained for. Train from "
             "the weights of a static model, which are then recorded, or with --gate-jitter"
         )
+
+
+def safe_budget_curve(checkpoint: Checkpoint, use_ema: bool) -> BudgetCurve | None:
+    """Return the budget curve of the weights, up to the budgets that need no other weights; None if there is none."""
+    curve = checkpoint.budget_curve(use_ema)
+    trained = _trained_budget(checkpoint, curve, use_ema)
+    if trained is None or checkpoint.recorded_flag("gate_jitter"):
+        return curve
+    limit = min(trained + MAX_SAFE_STEP, curve.max_cost)
+    below = [point for point in curve.points if point[1] < limit]
+    return BudgetCurve((*below, (curve.center(limit), limit)))
+
+
+def _trained_budget(checkpoint: Checkpoint, curve: BudgetCurve | None, use_ema: bool) -> float | None:
+    """Return the budget of the recorded gate, None if it is unknown."""
+    center = dict(checkpoint.gate_sources(use_ema))[RECORD].get("gate_center")
+    return None if curve is None or center is None else curve.cost(center)
 
 
 def _gate_of(
@@ -373,9 +400,10 @@ def _describe(point: BudgetPoint, budget: float) -> str:
     if point.agreement is None:
         return line
     weights = f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static"
-    return (
-        f"{line}{weights}; on the calibration images, {point.agreement:.1%} of the predictions are the static model's"
-    )
+    measured = f"{point.agreement:.1%} of the predictions are the static model's"
+    if point.accuracy is not None:
+        measured = f"top-1 is {point.accuracy:.1%}, and {measured}"
+    return f"{line}{weights}; on the calibration images, {measured}"
 
 
 def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:

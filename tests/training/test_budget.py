@@ -78,8 +78,10 @@ def test_model_at_a_curve_center_has_that_cost():
     model.gate_center = center
     with torch.no_grad():
         depth = torch.cat([model(x, return_halting=True)[1].depth for (x,) in batches])
-    (cost,) = measure_costs(model, batches, CPU, "none", [center])
+    (cost,), (error,) = measure_costs(model, batches, CPU, "none", [center])
     assert cost == pytest.approx(0.5, abs=0.02)
+    costs = macs_per_image(model, depth).double() / static_macs(model)
+    assert (cost, error) == pytest.approx((costs.mean().item(), costs.std(correction=0).item() / len(depth) ** 0.5))
     assert depth.mean().item() / 8 == pytest.approx(0.5, abs=0.05)
     assert min_cost(model) == pytest.approx(curve.min_cost, abs=0.05)
 
@@ -302,11 +304,11 @@ def test_budget_out_of_reach_exits_with_2(capsys, image_folder, tmp_path, start)
         assert "out of reach" in refused(capsys, *common, "--pretrained-path", start, "--target-macs", target)
     message = refused(capsys, *common, "--eval", "--finetune", start, "--budget", 0.4)
     assert "has no budget curve, so --budget cannot be used" in message
-    curve = {"model": [[0.0, 0.3], [5.0, 0.9]]}
+    curve = {"model": [[0.0, 0.3004], [5.0, 0.9]]}
     known = save_halting_micro(tmp_path / "known.pth", num_classes=3, budget_curves=curve)
-    assert "supports budgets from 0.30 to 0.90" in refused(
-        capsys, *common, "--eval", "--finetune", known, "--budget", 0.2
-    )
+    for budget in (0.3, 0.95):
+        message = refused(capsys, *common, "--eval", "--finetune", known, "--budget", budget)
+        assert "supports budgets from 0.301 to 0.9" in message
     assert "--budget requires a checkpoint" in refused(capsys, *common, "--eval", "--budget", 0.2)
 
 

@@ -21,22 +21,37 @@ from training.checkpoints import Checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
 ROW = [0.3, 1.0, 2.5, 0.9]
+FULL_ROW = [0.4, 0.5, 3.0, 0.9, 0.7, -0.02, 0.01]
 TABLE = BudgetTable(
-    (BudgetPoint(0.3, 1.0, 2.0, 0.8), BudgetPoint(0.5, 0.5, 4.0, 0.9), BudgetPoint(1.0, 0.0, 14.0, 1.0))
+    (
+        BudgetPoint(0.3, 1.0, 2.0, 0.8, 0.70, 0.0, 0.0),
+        BudgetPoint(0.5, 0.5, 4.0, 0.9, 0.72, 0.02, 0.01),
+        BudgetPoint(1.0, 0.0, 14.0, 1.0, 0.68, -0.02, 0.004),
+    )
 )
+OLD_TABLE = BudgetTable(tuple(BudgetPoint(*point[:4]) for point in TABLE.points))  # of versions without accuracies
 
 
 # Tables and weights ------------------------------------------------------------------------------
 
 
 def test_table_interpolates_between_rows():
-    assert TABLE.at(0.4) == pytest.approx((0.4, 0.75, 3.0, 0.85))
+    assert TABLE.at(0.4) == pytest.approx((0.4, 0.75, 3.0, 0.85, 0.71, 0.01, 0.005))
     assert TABLE.at(1.0) == TABLE.points[-1]
     assert (TABLE.min_cost, TABLE.max_cost) == (0.3, 1.0)
+    assert OLD_TABLE.at(0.4)[:4] == pytest.approx(TABLE.at(0.4)[:4])
+    assert OLD_TABLE.at(0.4).accuracy is None
 
 
-def test_table_record_round_trip_is_equal():
-    assert BudgetTable.from_record(TABLE.record()) == TABLE
+@pytest.mark.parametrize("table", [TABLE, OLD_TABLE], ids=["accuracies", "none"])
+def test_table_record_round_trip_is_equal(table):
+    assert BudgetTable.from_record(table.record()) == table
+
+
+def test_point_is_less_accurate_beyond_two_standard_errors():
+    assert [point.is_less_accurate for point in TABLE.points] == [False, False, True]
+    assert not any(point.is_less_accurate for point in OLD_TABLE.points)
+    assert not BudgetPoint(1.0, 0.0, 14.0, 1.0, 0.68, -0.02, 0.011).is_less_accurate
 
 
 @pytest.mark.parametrize(
@@ -47,6 +62,11 @@ def test_table_record_round_trip_is_equal():
         *([ROW, [0.4, mixing, 3.0, 0.9]] for mixing in (-0.1, 3.0, 1)),
         *([ROW, [0.4, 0.5, center, 0.9]] for center in (float("inf"), None)),
         *([ROW, [0.4, 0.5, 3.0, agreement]] for agreement in (-0.1, 1.1, None)),
+        *(
+            [[0.3, *FULL_ROW[1:]], [*FULL_ROW[:4], *rest]]
+            for rest in ([0.7, -1.1, 0.1], [-0.7, 0.0, 0.1], [0.7, 0, 0.1])
+        ),
+        [ROW, FULL_ROW],
         [[i / 3000, *ROW[1:]] for i in range(2000)],
     ],
 )
@@ -86,7 +106,8 @@ def agreeing(monkeypatch):
 
 def test_measured_table_describes_the_mixed_models(agreeing):
     torch.manual_seed(0)
-    model, batches = halting_model().eval(), [(images(16),), (images(5, seed=2),)]
+    model = halting_model().eval()
+    batches = [(images(16), torch.arange(16) % 7), (images(5, seed=2), torch.arange(5))]
     start = half_precision({name: value + 0.02 * torch.randn_like(value) for name, value in model.state_dict().items()})
     curve = budget_curve(model, batches, CPU, "none")
     model.gate_center = curve.center(0.5)
@@ -95,25 +116,49 @@ def test_measured_table_describes_the_mixed_models(agreeing):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is unchanged"
     mixings = [point.mixing for point in table.points]
     assert mixings == sorted(mixings, reverse=True)
-    assert table.points[-1] == BudgetPoint(1.0, 0.0, table.points[-1].center, 1.0)
+    assert table.points[-1][:4] == (1.0, 0.0, table.points[-1].center, 1.0)
     assert BudgetTable.from_record(table.record()) == table
     trained = min(table.points, key=lambda point: abs(point.cost - 0.5))
     assert (trained.mixing, trained.center) == (1.0, model.gate_center)
     static = halting_model(halting=False).eval()
     static.load_state_dict(start)
-    for point in table.points[:-1]:
-        model.load_state_dict(mixed_weights(start, before, point.mixing))
-        model.gate_center = point.center
-        x = torch.cat([x for (x,) in batches])
-        with torch.no_grad():
-            logits, halting = model(x, return_halting=True)
-            agreement = (logits.argmax(1) == static(x).argmax(1)).float().mean().item()
-        cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)
-        assert (point.cost, point.agreement) == pytest.approx((cost, agreement), abs=1e-3)
+    x, targets = (torch.cat(parts) for parts in zip(*batches))
+    with torch.no_grad():
+        own = model(x).argmax(1)
+        for point in table.points:
+            model.load_state_dict(mixed_weights(start, before, point.mixing))
+            model.gate_center = point.center
+            if point.is_static:
+                logits, cost = static(x), 1.0
+            else:
+                logits, halting = model(x, return_halting=True)
+                cost = macs_per_image(model, halting.depth).mean().item() / static_macs(model)
+            agreement = (logits.argmax(1) == static(x).argmax(1)).double().mean().item()
+            correct = (logits.argmax(1) == targets).double()
+            change = correct - (own == targets).double()
+            error = change.std(correction=0).item() / len(x) ** 0.5
+            expected = point.mixing, point.center, agreement, correct.mean().item(), change.mean().item(), error
+            assert point == pytest.approx((cost, *expected), abs=1e-3)
+
+
+def test_divergence_is_from_the_mean_of_both_predictions():
+    """So mixings are right whether the training has made the model better or worse than its start."""
+    torch.manual_seed(0)
+    model, x = halting_model().eval(), images(9)
+    start = {name: value + 0.05 * torch.randn_like(value) for name, value in model.state_dict().items()}
+    static = halting_model(halting=False).eval()
+    static.load_state_dict(start)
+    mixable = budget_table._MixableModel(model, start, CPU, "none")
+    (found,) = mixable.measure([(x, torch.zeros(9, dtype=torch.long))], 1.0, [model.gate_center])
+    with torch.no_grad():
+        own, starts = (network(x).double().softmax(1) for network in (model, static))
+    mean = (own + starts) / 2
+    assert found.divergence == pytest.approx((mean * (mean / own).log()).sum(1).mean().item(), rel=1e-3)
+    assert found.change == found.change_error == 0
 
 
 def test_start_of_another_task_gives_no_table():
-    model, batches = halting_model().eval(), [(images(16),)]
+    model, batches = halting_model().eval(), [(images(16), torch.zeros(16, dtype=torch.long))]
     start = half_precision(model.state_dict())
     start["head.bias"][0] += 100
     with torch.no_grad():
@@ -179,7 +224,8 @@ def test_training_from_static_weights_allows_every_budget(tmp_path, trained, cap
     expected = checkpoint.build_model(classes=["a", "b", "c"], budget=0.8).state_dict()
     mixed = mixed_weights(checkpoint.content["start"], checkpoint.state_dict(), table.at(0.8).mixing)
     assert all(torch.equal(expected[name], value) for name, value in mixed.items())
-    assert str(table).splitlines()[-1].split() == ["1.000", "0.00", f"{table.points[-1].center:.4g}", "100.0%"]
+    static = ["1.000", "0.00", f"{table.points[-1].center:.4g}", "100.0%"]
+    assert str(table).splitlines()[-1].split()[:4] == static
     capsys.readouterr()
     full, predictions = evaluate(data, trained, tmp_path / "full", "--budget", 1)
     assert "budget 1: the static model that training started from" in capsys.readouterr().out
@@ -237,6 +283,21 @@ def test_warning_compares_with_the_gate_of_the_averaged_weights(tmp_path, capsys
     assert "has no starting weights" not in capsys.readouterr().err
     checkpoint.build_model("avit_micro_patch4_32", budget=0.8)
     assert "was trained for a budget of 0.50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("budget", "warns"), [(0.25, False), (0.3, False), (0.45, False), (0.9, True), (1.0, True)])
+def test_larger_budget_that_was_less_accurate_warns(tmp_path, capsys, budget, warns):
+    rows = [[0.2, 1.5, 20.0, 0.7, 0.6, -0.1, 0.01], [0.3, 1.0, 30.0, 0.8, 0.7, 0.0, 0.0]]
+    rows += [[0.5, 0.5, 40.0, 0.9, 0.7, -0.01, 0.01], [1.0, 0.0, 60.0, 1.0, 0.65, -0.05, 0.02]]
+    curve = {"model": [[20.0, 0.2], [30.0, 0.3], [60.0, 1.0]]}  # the gate's center is 30
+    entries = {"budget_curves": curve, "budget_tables": {"model": rows}}
+    path = save_halting_micro(tmp_path / "known.pth", num_classes=3, **entries)
+    content = load_checkpoint(str(path))
+    checkpoint = Checkpoint(content | {"start": content["model"]}, str(path))
+    checkpoint.build_model("avit_micro_patch4_32", budget=budget)
+    errors = capsys.readouterr().err
+    assert errors.count("was more accurate at 0.30, the budget that it was trained for") == warns
+    assert budget < 1 or "top-1 changes by -5.0 ± 2.0 points" in errors
 
 
 @pytest.mark.parametrize(

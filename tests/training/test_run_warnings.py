@@ -141,7 +141,7 @@ def run_with_budget(monkeypatch, training_cost: float, evaluation_cost: float) -
     run.calibration = []
     run.trainer.budget = losses.BudgetController(0.3, updates_per_epoch=3)
     run.trainer.budget.observe = lambda cost: losses.BudgetController.observe(run.trainer.budget, training_cost)
-    monkeypatch.setattr(loop, "measure_costs", lambda *args: [evaluation_cost])
+    monkeypatch.setattr(loop, "measure_costs", lambda *args: ([evaluation_cost], [0.01]))
     monkeypatch.setattr(loop, "budget_curve", lambda *args: BudgetCurve(((0.0, 0.1), (5.0, 0.9))))
     found = warnings_of(monkeypatch, loop, run.train)
     return [warning for warning in found if warning.startswith("--target-macs")]
