@@ -5,7 +5,7 @@ import json
 import onnx
 import pytest
 import torch
-from conftest import halting_model, images, make_image_folder, save_halting_micro
+from conftest import ROOT, halting_model, images, make_image_folder, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -186,6 +186,14 @@ def test_mixings_never_rise_with_the_budget():
     curves |= {0.75: (curve, [3.0, 3.0]), 0.5: (curve, [0.0, 0.9]), 0.25: (curve, [5.0, 0.0]), 0.0: (curve, [9.0, 0.1])}
     chosen = budget_table._choose_mixings(curves, [0.1, 0.2, 0.3, 0.4, 0.6, 0.95], 0.3)
     assert chosen == [1.5, 1.5, 1.0, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("name", ["cluttered/avit_micro_cluttered.pth", "clipart/avit_mini_clipart.pth"])
+def test_bundled_model_accepts_all_budgets(name):
+    table = Checkpoint.load(str(ROOT / "experiments" / name)).budget_table()
+    assert (table.min_cost < 0.2, table.max_cost) == (True, 1.0)
+    assert table.at(0.3).mixing == pytest.approx(1, abs=0.01)
+    assert table.at(0.5).accuracy == pytest.approx(table.at(0.3).accuracy, abs=0.03)
 
 
 # Command line ------------------------------------------------------------------------------------
