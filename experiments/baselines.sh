@@ -14,7 +14,6 @@ BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}
 . experiments/recipe.sh
 read -ra DIRECTION_BUDGETS <<< "${DIRECTION_BUDGETS:-}"
-OTHER_BUDGETS=${OTHER_BUDGETS:-0.2 0.25 0.35 0.45 0.6 0.8 1}  # asked of the model of the last of DIRECTION_BUDGETS
 CHANNEL="$HALTING --gate channel"
 
 train_static() {  # KIND SUFFIX: train a static model of every seed
@@ -95,10 +94,7 @@ for seed in $SEEDS; do
   for budget in "${DIRECTION_BUDGETS[@]}"; do
     test_model "direction${budget}_$seed" full
   done
-  for budget in ${DIRECTION_BUDGETS:+$OTHER_BUDGETS}; do
-    evaluate "test_otherbudget${budget}_$seed" full "$RUNS/direction${DIRECTION_BUDGETS[-1]}_$seed/checkpoint.pth" \
-      --budget "$budget"
-  done
+  [ "${#DIRECTION_BUDGETS[@]}" = 0 ] || test_other_budgets "${DIRECTION_BUDGETS[-1]}" "$seed"
   test_shallower "$seed"
   for budget in $SHALLOW_BUDGETS; do
     test_model "shallowhalting${budget}_$seed" shallow:7

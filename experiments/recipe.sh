@@ -8,6 +8,7 @@ SEEDS=${SEEDS:-0 1 2} TUNING_EPOCHS=${TUNING_EPOCHS:-2}
 DATA_FLAGS="--data-set $DATA_SET --input-size $SIZE --num_workers 0"
 RECIPE=${RECIPE:-"--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path 0 --mixup 0 --cutmix 0 --no-aug --batch-size 128 --opt muon"}
 HALTING="--distr_prior_alpha 0"
+OTHER_BUDGETS=${OTHER_BUDGETS:-0.2 0.25 0.3 0.35 0.45 0.6 0.8 1}
 KIND_PREFIX=${MODEL:+$MODEL/}
 
 train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
@@ -70,6 +71,13 @@ test_shallower() {  # SEED
   local blocks
   for blocks in $BLOCKS; do
     test_model "shallow${blocks}_$1" "shallow:$blocks" --no-halting
+  done
+}
+
+test_other_budgets() {  # BUDGET SEED: evaluate the A-ViT of this budget at others
+  local budget
+  for budget in $OTHER_BUDGETS; do
+    [ "$budget" = "$1" ] || evaluate "test_otherbudget${budget}_$2" full "$RUNS/direction$1_$2/checkpoint.pth" --budget "$budget"
   done
 }
 

@@ -377,7 +377,8 @@ def _gate_of(
         _warn_if_only_named(checkpoint, flags, sources)
     if point is None:
         return resolve_gate(flags.gate, sources, logged)
-    gate = resolve_gate(flags.gate, sources, [name for name in logged if name != "gate_center"])
+    gate_logged = [] if point.is_static else [name for name in logged if name != "gate_center"]
+    gate = resolve_gate(flags.gate, sources, gate_logged)
     gate["gate_center"] = point.center
     if "gate_center" in logged:
         log(_describe(point, flags.budget))

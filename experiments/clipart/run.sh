@@ -63,6 +63,7 @@ for seed in $SEEDS; do
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
   done
+  test_other_budgets 0.2 "$seed"
   test_shallower "$seed"
   until_fewer_than 1
 done

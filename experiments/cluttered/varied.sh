@@ -67,9 +67,12 @@ for seed in $SEEDS; do
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
     test_model "evit${budget}_$seed" "evit:${STEP[index]}" --no-halting
   done
+  test_other_budgets 0.2 "$seed"
   test_shallower "$seed"
   until_fewer_than 1
 done
 measure_throughput "$RUNS/data/full"
 "$PYTHON" -m experiments.baselines_report "$OUT" "Cluttered Fashion-MNIST of varied content"
+once "$OUT/adaptivity.png" "$PYTHON" -m experiments.adaptivity "$RUNS/direction0.3_${SEEDS%% *}/checkpoint.pth" \
+  "$OUT/adaptivity.png" --data-set "$DATA_SET" --data-path "$RUNS/data/full"
 echo "pipeline finished in $((SECONDS / 60)) minutes"
