@@ -61,7 +61,7 @@ class BudgetPoint(NamedTuple):
 
     @property
     def change_text(self) -> str:
-        """Return the change of the accuracy in points."""
+        """Return the change of the accuracy in points, with one standard error."""
         return f"{100 * self.change:+.1f} ± {100 * self.change_error:.1f}"
 
     @property
@@ -111,10 +111,10 @@ class BudgetTable(NamedTuple):
 
     def __str__(self) -> str:
         """Return the table as text, one line for each budget."""
-        rows = [("budget", "weights", "gate center", "agreement", "top-1", "change in points")]
+        rows = [("budget", "weights", "gate center", "agreement", "top-1", "change in points ± 1 SE")]
         for p in self.points:
-            measured = f"{p.agreement:.1%}", f"{p.accuracy:.1%}", p.change_text
-            rows.append((f"{p.cost:.3f}", f"{p.mixing:.2f}", f"{p.center:.4g}", *measured))
+            measured = ("", "") if p.accuracy is None else (f"{p.accuracy:.1%}", p.change_text)
+            rows.append((f"{p.cost:.3f}", f"{p.mixing:.2f}", f"{p.center:.4g}", f"{p.agreement:.1%}", *measured))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
@@ -164,9 +164,6 @@ def fits_weights(start: object, trained: dict[str, Tensor]) -> bool:
 
 
 # Measurement -------------------------------------------------------------------------------------
-
-
-VALUES = 5  # that are averaged: all of Measured but the error
 
 
 class Measured(NamedTuple):
@@ -226,10 +223,11 @@ def measure_table(
     settings = [(mixing, curves[mixing][0].center(cost)) for mixing, cost in zip(chosen, budgets)]
     settings[budgets.index(budget)] = 1.0, trained
     rows = [mixable.measure_static(batches).point(0.0, curves[0.0][0].center(FULL_COST))]
-    for mixing, center in reversed(settings):
-        measured = mixable.measure(batches, mixing, [center])[0]
-        if measured.cost < rows[-1].cost - 1e-3:  # noise may swap neighbors
-            rows.append(measured.point(mixing, center))
+    for mixing, group in itertools.groupby(reversed(settings), key=lambda setting: setting[0]):
+        centers = [center for _, center in group]
+        for center, measured in zip(centers, mixable.measure(batches, mixing, centers)):
+            if measured.cost < rows[-1].cost - 1e-3:  # noise may swap neighbors
+                rows.append(measured.point(mixing, center))
     return BudgetTable(tuple(reversed(rows)))
 
 
@@ -273,13 +271,15 @@ class _MixableModel:
         numbers = itertools.count()
 
         def values_of(images: Tensor, targets: Tensor, *_) -> Tensor:
+            targets = targets.to(self.device)
             with utils.autocast(self.device, self.amp):
-                reference = self._reference(next(numbers), images, targets.to(self.device))
+                reference = self._reference(next(numbers), images, targets)
                 outputs = list(outputs_of(images))
-            return torch.cat([_compare(reference, targets.to(self.device), *output) for output in outputs])
+            return torch.cat([_compare(reference, targets, *output) for output in outputs])
 
-        values = mean_over_images(batches, self.device, values_of, VALUES * count)
-        means, errors = (of_all.view(count, VALUES).tolist() for of_all in values)
+        num_values = len(Measured._fields) - 1  # the last one follows from the others
+        values = mean_over_images(batches, self.device, values_of, num_values * count)
+        means, errors = (of_all.view(count, num_values).tolist() for of_all in values)
         return [Measured(*mean, change_error=error[-1]) for mean, error in zip(means, errors)]
 
     def _reference(self, number: int, images: Tensor, targets: Tensor) -> Reference:
@@ -293,7 +293,7 @@ class _MixableModel:
 
 
 def _compare(reference: Reference, targets: Tensor, logits: Tensor, cost: Tensor) -> Tensor:
-    """Return the values of `Measured` for each image, without the error: [VALUES, B]."""
+    """Return the values of `Measured` for each image, in its order and without the error: [5, B]."""
     log_found = F.log_softmax(logits.float(), dim=1)
     divergence = F.kl_div(log_found, reference.log_mean, reduction="none", log_target=True).sum(dim=1)
     predicted = logits.argmax(dim=1)

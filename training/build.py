@@ -318,11 +318,14 @@ def gate_batches(
 def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:
     """Return validation images on which budgets are measured, spread over the dataset: a stream's first ones.
 
-    Training images would not do: a model that knows them well halts them at other depths. Labels are not used.
+    Training images would not do: a model that knows them well halts them at other depths. The order is random, so that
+    the first images are of many classes. Labels only tell the accuracy of what was chosen without them.
     """
     if not isinstance(images, Stream):
         step = max(1, math.ceil(len(images) / CALIBRATION_IMAGES))
-        images = Subset(images, range(0, len(images), step))
+        chosen = range(0, len(images), step)
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
+        images = Subset(images, [chosen[number] for number in order.tolist()])
     loader = evaluation_loader(images, args.batch_size, **loader_options(args, device))
     return CalibrationBatches(loader, CALIBRATION_IMAGES)
 

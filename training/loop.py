@@ -69,7 +69,7 @@ class TrainingRun:
     ):
         """Build a run.
 
-        calibration: images that training does not see, on which a budget curve is measured, without their labels;
+        calibration: images that training does not see, on which budgets are measured; see `build.calibration_batches`;
         static_start: weights of the static model that training to a budget starts from, in half precision.
         """
         self.trainer, self.schedule = trainer, schedule

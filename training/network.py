@@ -46,6 +46,7 @@ GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
 TOLERANCE = 1e-3  # of the largest budget: a curve may end just below 1
+NEAR = 0.0125  # budgets closer to the one trained for differ by rounding and interpolation
 MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
 PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
@@ -318,51 +319,58 @@ def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False
             f"{checkpoint.location} has no budget curve, so --budget cannot be used; "
             "train with --target-macs to record one"
         )
-    if not known.min_cost <= budget <= known.max_cost + TOLERANCE:
+    if not known.min_cost <= budget <= min(known.max_cost + TOLERANCE, 1):
         low, high = math.ceil(1000 * known.min_cost) / 1000, math.floor(1000 * known.max_cost) / 1000
         raise UserError(
             f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets from {low:g} to {high:g}"
         )
-    if table is None:
-        _warn_above_trained_budget(checkpoint, curve, budget, use_ema)
-        return BudgetPoint(budget, 1.0, curve.center(budget))
-    point, trained = table.at(budget), _trained_budget(checkpoint, curve, use_ema)
-    if trained is not None and budget > trained and point.is_less_accurate:
-        warn(
-            f"--budget {budget:g}: {checkpoint.location} was more accurate at {trained:.2f}, the budget that it was "
-            f"trained for. On its calibration images, top-1 changes by {point.change_text} points"
-        )
+    point = table.at(budget) if table else BudgetPoint(budget, 1.0, curve.center(budget))
+    _warn_above_trained_budget(checkpoint, point, use_ema)
     return point
 
 
-def _warn_above_trained_budget(checkpoint: Checkpoint, curve: BudgetCurve, budget: float, use_ema: bool) -> None:
-    """Warn if more compute may give worse predictions: the blocks have never seen the tokens that now stay."""
-    trained = _trained_budget(checkpoint, curve, use_ema)
-    if trained is None or checkpoint.recorded_flag("gate_jitter"):
+def _warn_above_trained_budget(checkpoint: Checkpoint, point: BudgetPoint, use_ema: bool) -> None:
+    """Warn if more compute than at the budget of the training gave, or may give, worse predictions.
+
+    Without mixed weights, the blocks have never seen the tokens that now stay.
+    """
+    trained = _trained_budget(checkpoint, use_ema)
+    if trained is None or point.cost <= trained + NEAR:
         return
-    if budget > trained + MAX_SAFE_STEP:
+    start = f"--budget {point.cost:g}: {checkpoint.location} was trained for a budget of {trained:.2f}"
+    if point.is_less_accurate:
         warn(
-            f"--budget {budget:g}: {checkpoint.location} was trained for a budget of {trained:.2f} and has no starting "
-            "weights to mix with, so accuracy may be far lower at this budget than at the one trained for. Train from "
-            "the weights of a static model, which are then recorded, or with --gate-jitter"
+            f"{start} and was more accurate there. On the calibration images, top-1 is {point.change_text} points "
+            f"(one standard error) from that at {trained:.2f}. Pass --budget {trained:.2f} for fewer MACs too"
         )
+    is_measured = point.accuracy is not None or checkpoint.recorded_flag("gate_jitter")
+    if is_measured or point.cost <= trained + MAX_SAFE_STEP:
+        return
+    missing = "starting weights to mix with" if checkpoint.budget_table(use_ema) is None else "accuracies of budgets"
+    warn(
+        f"{start} and has no {missing}, so accuracy may be far lower at this budget than at the one trained for. Train "
+        "from the weights of a static model, which are then recorded, or with --gate-jitter"
+    )
 
 
 def safe_budget_curve(checkpoint: Checkpoint, use_ema: bool) -> BudgetCurve | None:
     """Return the budget curve of the weights, up to the budgets that need no other weights; None if there is none."""
-    curve = checkpoint.budget_curve(use_ema)
-    trained = _trained_budget(checkpoint, curve, use_ema)
-    if trained is None or checkpoint.recorded_flag("gate_jitter"):
+    curve, trained = checkpoint.budget_curve(use_ema), _trained_budget(checkpoint, use_ema)
+    if curve is None or trained is None or checkpoint.recorded_flag("gate_jitter"):
         return curve
     limit = min(trained + MAX_SAFE_STEP, curve.max_cost)
     below = [point for point in curve.points if point[1] < limit]
-    return BudgetCurve((*below, (curve.center(limit), limit)))
+    return BudgetCurve((*below, (curve.center(limit), limit))) if below else curve
 
 
-def _trained_budget(checkpoint: Checkpoint, curve: BudgetCurve | None, use_ema: bool) -> float | None:
+def _trained_budget(checkpoint: Checkpoint, use_ema: bool) -> float | None:
     """Return the budget of the recorded gate, None if it is unknown."""
     center = dict(checkpoint.gate_sources(use_ema))[RECORD].get("gate_center")
-    return None if curve is None or center is None else curve.cost(center)
+    table, curve = checkpoint.budget_table(use_ema), checkpoint.budget_curve(use_ema)
+    costs = [point.cost for point in table.points if point.center == center] if table else []
+    if costs or curve is None or center is None:
+        return costs[0] if costs else None
+    return curve.cost(center)
 
 
 def _gate_of(
@@ -395,16 +403,16 @@ def _unchanged_gate(checkpoint: Checkpoint | None, flags: NetworkFlags) -> dict[
 
 def _describe(point: BudgetPoint, budget: float) -> str:
     """Return a line about the settings of a budget."""
-    if point.is_static:
-        return "budget 1: the static model that training started from, without halting"
-    line = f"gate_center {point.center:g}, for a budget of {budget:g}"
-    if point.agreement is None:
-        return line
-    weights = f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static"
-    measured = f"{point.agreement:.1%} of the predictions are the static model's"
+    measured = ""
+    if point.agreement is not None:
+        measured = f"; on the calibration images, {point.agreement:.1%} of the predictions are the static model's"
     if point.accuracy is not None:
-        measured = f"top-1 is {point.accuracy:.1%}, and {measured}"
-    return f"{line}{weights}; on the calibration images, {measured}"
+        measured += f", and top-1 is {point.accuracy:.1%}, {point.change_text} points from the budget of the training"
+    if point.is_static:
+        return f"budget 1: the static model that training started from, without halting{measured}"
+    line = f"gate_center {point.center:g}, for a budget of {budget:g}"
+    weights = f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static" if measured else ""
+    return f"{line}{weights}{measured}"
 
 
 def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:

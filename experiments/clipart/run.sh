@@ -16,7 +16,7 @@ TUNING_EPOCHS=${TUNING_EPOCHS:-8} PRETRAINING_EPOCHS=${PRETRAINING_EPOCHS:-80} S
 BUDGETS=(0.3 0.2 0.5)
 # KINDs of these MACs, see baselines.py. STEPS and MERGING were printed by experiments/settings.py.
 STEPS=(2:78:4:31:6:13 1:80:2:33:3:14 3:111:6:62:9:35) MERGING=(29:2 53:1 15:7)
-BLOCKS="6 4 3 2"
+BLOCKS="6 4 3 2" OTHER_BUDGETS="0.25 0.3 0.35 0.5 0.65 0.8 1"
 
 prepare_data() {
   "$PYTHON" -m experiments.clipart.prepare "$DATA" "$RUNS/data"

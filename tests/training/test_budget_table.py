@@ -18,6 +18,7 @@ from training import budget_table
 from training.budget import budget_curve
 from training.budget_table import BudgetPoint, BudgetTable, fits_weights, half_precision, measure_table, mixed_weights
 from training.checkpoints import Checkpoint, load_checkpoint
+from training.network import safe_budget_curve
 
 CPU = torch.device("cpu")
 ROW = [0.3, 1.0, 2.5, 0.9]
@@ -293,19 +294,47 @@ def test_warning_compares_with_the_gate_of_the_averaged_weights(tmp_path, capsys
     assert "was trained for a budget of 0.50" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("budget", "warns"), [(0.25, False), (0.3, False), (0.45, False), (0.9, True), (1.0, True)])
-def test_larger_budget_that_was_less_accurate_warns(tmp_path, capsys, budget, warns):
-    rows = [[0.2, 1.5, 20.0, 0.7, 0.6, -0.1, 0.01], [0.3, 1.0, 30.0, 0.8, 0.7, 0.0, 0.0]]
-    rows += [[0.5, 0.5, 40.0, 0.9, 0.7, -0.01, 0.01], [1.0, 0.0, 60.0, 1.0, 0.65, -0.05, 0.02]]
-    curve = {"model": [[20.0, 0.2], [30.0, 0.3], [60.0, 1.0]]}  # the gate's center is 30
-    entries = {"budget_curves": curve, "budget_tables": {"model": rows}}
+def with_table(tmp_path, rows, curve=([20.0, 0.2], [30.0, 0.3], [60.0, 1.0]), **entries):
+    """Return a checkpoint whose gate has the center 30."""
+    entries |= {"budget_tables": {"model": rows}, "budget_curves": {"model": list(curve)}}
     path = save_halting_micro(tmp_path / "known.pth", num_classes=3, **entries)
     content = load_checkpoint(str(path))
-    checkpoint = Checkpoint(content | {"start": content["model"]}, str(path))
+    return Checkpoint(content | {"start": content["model"]}, str(path))
+
+
+@pytest.mark.parametrize("trained", [0.298, 0.3, 0.302])
+@pytest.mark.parametrize(
+    ("budget", "warns"), [(0.25, False), (0.3, False), (0.31, False), (0.45, False), (0.9, True), (1.0, True)]
+)
+def test_larger_budget_that_was_less_accurate_warns(tmp_path, capsys, trained, budget, warns):
+    rows = [[0.2, 1.5, 20.0, 0.7, 0.6, -0.1, 0.01], [trained, 1.0, 30.0, 0.8, 0.7, 0.0, 0.0]]
+    rows += [[0.33, 1.0, 32.0, 0.8, 0.69, -0.01, 0.001], [0.4, 0.5, 40.0, 0.9, 0.7, -0.01, 0.01]]
+    rows += [[0.5, 0.5, 40.0, 0.9, 0.7, -0.01, 0.01], [1.0, 0.0, 60.0, 1.0, 0.65, -0.05, 0.02]]
+    checkpoint = with_table(tmp_path, rows)
     checkpoint.build_model("avit_micro_patch4_32", budget=budget)
-    errors = capsys.readouterr().err
-    assert errors.count("was more accurate at 0.30, the budget that it was trained for") == warns
-    assert budget < 1 or "top-1 changes by -5.0 ± 2.0 points" in errors
+    output = capsys.readouterr()
+    assert output.err.count(f"trained for a budget of {trained:.2f} and was more accurate there") == warns
+    assert budget < 1 or "top-1 is -5.0 ± 2.0 points (one standard error) from that at 0.30" in output.err
+    assert budget < 1 or "and top-1 is 65.0%, -5.0 ± 2.0 points from the budget of the training" in output.out
+
+
+def test_old_table_without_accuracies_warns_far_above_the_trained_budget(tmp_path, capsys):
+    checkpoint = with_table(tmp_path, [[0.3, 1.0, 30.0, 0.8], [1.0, 0.0, 60.0, 1.0]])
+    for budget, warns in ((0.34, False), (0.8, True)):
+        checkpoint.build_model("avit_micro_patch4_32", budget=budget)
+        assert ("has no accuracies of budgets, so" in capsys.readouterr().err) == warns
+    assert str(checkpoint.budget_table()).count("\n") == 2
+
+
+def test_curve_for_other_programs_ends_near_the_trained_budget(tmp_path):
+    rows, curve = [[0.3, 1.0, 30.0, 0.8], [1.0, 0.0, 60.0, 1.0]], ([20.0, 0.2], [30.0, 0.3], [60.0, 0.9])
+    checkpoint = with_table(tmp_path, rows, curve)
+    assert safe_budget_curve(checkpoint, False).record() == [*curve[:2], [pytest.approx(32.5), pytest.approx(0.35)]]
+    for change in ({"args": {"gate_jitter": 4.0}}, {"gate": {"gate_scale": 10.0}}):
+        unbounded = Checkpoint(checkpoint.content | change, "c.pth")
+        assert safe_budget_curve(unbounded, False).record() == list(curve)
+    flat = with_table(tmp_path, rows, ([20.0, 0.3], [60.0, 0.3]))
+    assert safe_budget_curve(flat, False).record() == [[20.0, 0.3], [60.0, 0.3]]
 
 
 @pytest.mark.parametrize(
