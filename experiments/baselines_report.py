@@ -193,8 +193,9 @@ def differences_table(points: list[Point]) -> str:
                 if (other := accuracy_at(points, baseline, seed)(point.macs[seed])) is not None
             ]
             row.append(mean_and_error(differences, "+") if differences else "")
-        rows.append([*row, paired(point, full)])
-    return table(("model", "MACs saved", *(METHODS[b] for b in baselines), METHODS[FULL]), rows)
+        rows.append([*row, paired(point, full)] if full else row)
+    heads = [METHODS[method] for method in (*baselines, *([FULL] if full else []))]
+    return table(("model", "MACs saved", *heads), rows)
 
 
 def budgets_table(points: list[Point]) -> str:

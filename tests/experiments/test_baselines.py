@@ -188,7 +188,7 @@ def test_report_compares_models_of_equal_seeds_only(tmp_path):
     lines = (tmp_path / "baselines.md").read_text().splitlines()
     first = lines.index("## First seed, held-out images")
     both = "| A-ViT, gate by direction | 0.3 | 2 | 70.0% | 80.00 ± 2.50 |  | 3.33 |"
-    assert lines.index(both) < lines.index("| A-ViT, gate by direction | 70.0% | +0.50 ± 0.00 |  |") < first
+    assert lines.index(both) < lines.index("| A-ViT, gate by direction | 70.0% | +0.50 ± 0.00 |") < first
     assert lines.index("| A-ViT, gate by direction | 0.3 | 1 | 70.0% | 77.50 |  | 3.33 |") > first
     assert lines.index("| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |") > first
 
