@@ -23,7 +23,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, CONTRIBUTING, *DOCS, *sorted((ROOT / "experiments").glob("*/*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))
-CLUTTERED, FASHION_MNIST = ROOT / "experiments" / "cluttered", ROOT / "experiments" / "fashion_mnist"
+CLUTTERED, FASHION_MNIST, CLIPART = (ROOT / "experiments" / name for name in ("cluttered", "fashion_mnist", "clipart"))
 MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser}
 MAKERS |= {"benchmark.py": benchmark.make_parser, "cuda_check.py": cuda_check.make_parser}
 MAKERS |= {"export_onnx.py": export_onnx.make_parser}
@@ -300,7 +300,7 @@ def test_readme_names_the_main_commands(command):
 def test_differences_of_the_results_page_are_in_the_results():
     measured, _, published = (ROOT / "docs" / "results.md").read_text().partition("## Published checkpoints")
     results = "".join(page.read_text() for page in set(QUOTED.values()))
-    pages = "".join((folder / "README.md").read_text() for folder in (CLUTTERED, FASHION_MNIST))
+    pages = "".join((folder / "README.md").read_text() for folder in (CLUTTERED, FASHION_MNIST, CLIPART))
     pages += (FASHION_MNIST / "recipe.md").read_text()
     differences = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", measured)
     assert len(differences) >= 36
