@@ -168,13 +168,14 @@ def machines_line(results: Path) -> str:
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
     """Return a function from MACs to a baseline's accuracy, interpolated linearly between its models and the full one.
 
-    The function returns None below the baseline's smallest model, and if the baseline has no model of that seed.
+    The function returns None outside the baseline's models, with a margin of 0.01, and if it has no two of that seed.
     """
     known = [p for p in points if p.method in (method, FULL) and seed in p.macs]
     pairs = sorted((p.macs[seed], p.accuracy[seed]) for p in known)
 
     def at(macs: float) -> float | None:
-        return float(np.interp(macs, *zip(*pairs))) if len(pairs) > 1 and pairs[0][0] - 0.01 <= macs else None
+        is_between = len(pairs) > 1 and pairs[0][0] - 0.01 <= macs <= pairs[-1][0] + 0.01
+        return float(np.interp(macs, *zip(*pairs))) if is_between else None
 
     return at
 

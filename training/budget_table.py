@@ -62,7 +62,7 @@ class BudgetPoint(NamedTuple):
     @property
     def change_text(self) -> str:
         """Return the change of the accuracy in points, with one standard error."""
-        return f"{100 * self.change:+.1f} ± {100 * self.change_error:.1f}"
+        return f"{round(100 * self.change, 1) + 0.0:+.1f} ± {100 * self.change_error:.1f}"  # + 0.0: no minus zero
 
     @property
     def is_less_accurate(self) -> bool:

@@ -318,8 +318,8 @@ def gate_batches(
 def calibration_batches(args: argparse.Namespace, images: Dataset, device: torch.device) -> CalibrationBatches:
     """Return validation images on which budgets are measured, spread over the dataset: a stream's first ones.
 
-    Training images would not do: a model that knows them well halts them at other depths. The order is random, so that
-    the first images are of many classes. Labels only tell the accuracy of what was chosen without them.
+    Training images would not do: a model that knows them well halts them at other depths. Except for a stream, the
+    order is random, so that the first images are of many classes. Labels are used only to report accuracies.
     """
     if not isinstance(images, Stream):
         step = max(1, math.ceil(len(images) / CALIBRATION_IMAGES))

@@ -341,15 +341,17 @@ def _warn_above_trained_budget(checkpoint: Checkpoint, point: BudgetPoint, use_e
     if point.is_less_accurate:
         warn(
             f"{start} and was more accurate there. On the calibration images, top-1 is {point.change_text} points "
-            f"(one standard error) from that at {trained:.2f}. Pass --budget {trained:.2f} for fewer MACs too"
+            f"(one standard error) relative to {trained:.2f}. Omit --budget to run there, with fewer MACs"
         )
     is_measured = point.accuracy is not None or checkpoint.recorded_flag("gate_jitter")
     if is_measured or point.cost <= trained + MAX_SAFE_STEP:
         return
-    missing = "starting weights to mix with" if checkpoint.budget_table(use_ema) is None else "accuracies of budgets"
+    if checkpoint.budget_table(use_ema) is not None:
+        warn(f"{start} and records no accuracies, so this budget may be less accurate. Train again to record them")
+        return
     warn(
-        f"{start} and has no {missing}, so accuracy may be far lower at this budget than at the one trained for. Train "
-        "from the weights of a static model, which are then recorded, or with --gate-jitter"
+        f"{start} and has no starting weights to mix with, so accuracy may be far lower at this budget than at the one "
+        "trained for. Train from the weights of a static model, which are then recorded, or with --gate-jitter"
     )
 
 
@@ -403,16 +405,17 @@ def _unchanged_gate(checkpoint: Checkpoint | None, flags: NetworkFlags) -> dict[
 
 def _describe(point: BudgetPoint, budget: float) -> str:
     """Return a line about the settings of a budget."""
-    measured = ""
-    if point.agreement is not None:
-        measured = f"; on the calibration images, {point.agreement:.1%} of the predictions are the static model's"
-    if point.accuracy is not None:
-        measured += f", and top-1 is {point.accuracy:.1%}, {point.change_text} points from the budget of the training"
-    if point.is_static:
-        return f"budget 1: the static model that training started from, without halting{measured}"
     line = f"gate_center {point.center:g}, for a budget of {budget:g}"
-    weights = f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static" if measured else ""
-    return f"{line}{weights}{measured}"
+    if point.is_static:
+        line = "budget 1: the static model that training started from, without halting"
+    elif point.agreement is not None:
+        line += (
+            f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static; on the calibration images, "
+        )
+        line += f"{point.agreement:.1%} of the predictions are the static model's"
+    if point.accuracy is None:
+        return line
+    return f"{line}; top-1 there is {point.accuracy:.1%}, {point.change_text} points relative to the trained budget"
 
 
 def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:

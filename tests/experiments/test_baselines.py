@@ -183,12 +183,14 @@ def test_report_compares_models_of_equal_seeds_only(tmp_path):
         put_training(tmp_path, f"tome0.3_{seed}", 77.0 + better, 0.03)
         put_training(tmp_path, f"tome0.6_{seed}", 78.0 + better, 0.06)
         put_training(tmp_path, f"direction0.3_{seed}", 77.5 + better, 0.03)
+        put_training(tmp_path, f"direction0.8_{seed}", 79.5 + better, 0.08)
     put_training(tmp_path, "full_0", 80.0, 0.1)
     baselines_report.main([str(tmp_path), "Title"])
     lines = (tmp_path / "baselines.md").read_text().splitlines()
     first = lines.index("## First seed, held-out images")
     both = "| A-ViT, gate by direction | 0.3 | 2 | 70.0% | 80.00 ± 2.50 |  | 3.33 |"
     assert lines.index(both) < lines.index("| A-ViT, gate by direction | 70.0% | +0.50 ± 0.00 |") < first
+    assert "| A-ViT, gate by direction | 20.0% |  |" in lines, "no model of ToMe has that many MACs"
     assert lines.index("| A-ViT, gate by direction | 0.3 | 1 | 70.0% | 77.50 |  | 3.33 |") > first
     assert lines.index("| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |") > first
 
