@@ -142,7 +142,7 @@ def measure_costs(
 
     batches: tuples that start with images [B, 3, H, W]. Every process must call it.
     """
-    model = measured_copy(model, device)
+    model, static = measured_copy(model, device), static_macs(model)
 
     def costs_of(images: Tensor, *_) -> Tensor:
         depths = []
@@ -150,7 +150,7 @@ def measure_costs(
             model.gate_center = center
             with utils.autocast(device, amp):
                 depths.append(model(images, return_halting=True)[1].depth)
-        return macs_per_image(model, torch.cat(depths)).view(len(centers), -1) / static_macs(model)
+        return macs_per_image(model, torch.cat(depths)).view(len(centers), -1) / static
 
     costs, errors = mean_over_images(batches, device, costs_of, len(centers))
     return costs.tolist(), errors.tolist()

@@ -36,7 +36,7 @@ ROUND_BUDGETS = (  # rows of a table, closer where the cost changes fast with th
     *(number / 40 for number in range(2, 12)),
     *(0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
 )
-NEAR = 0.0125  # round budgets closer to the one trained for are left out
+NEAR = 0.0125  # budgets closer to the one trained for are taken for it
 MIN_AGREEMENT = 0.5  # with fewer equal predictions, the start was no model of this task
 FULL_COST = 0.99  # curves of the static weights are measured up to this cost
 ROW_LENGTHS = (4, 7)  # of a recorded table; older ones have no accuracies
@@ -87,10 +87,11 @@ class BudgetTable(NamedTuple):
             return None
         if not all(isinstance(row, list) and len(row) == len(record[0]) for row in record):
             return None
-        if len(record[0]) not in ROW_LENGTHS or not all(_are_valid(*row) for row in record):
+        if len(record[0]) not in ROW_LENGTHS or not all(isinstance(value, float) for row in record for value in row):
             return None
         points = tuple(BudgetPoint(*row) for row in record)
-        return cls(points) if all(low.cost < high.cost for low, high in itertools.pairwise(points)) else None
+        is_ascending = all(low.cost < high.cost for low, high in itertools.pairwise(points))
+        return cls(points) if is_ascending and all(map(_is_valid, points)) else None
 
     def record(self) -> list[list[float]]:
         """Return the table as plain types, for a checkpoint."""
@@ -119,13 +120,11 @@ class BudgetTable(NamedTuple):
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
-def _are_valid(*row: object) -> bool:
-    """Return whether the values of a row, read from a file, are finite floats in their ranges."""
-    if not all(isinstance(value, float) and math.isfinite(value) for value in row):
-        return False
-    cost, mixing, _, *fractions = row
-    change = fractions.pop(2) if len(fractions) > 1 else 0.0
-    return all(0 <= value <= 1 for value in (cost, *fractions)) and 0 <= mixing <= MAX_MIXING and -1 <= change <= 1
+def _is_valid(point: BudgetPoint) -> bool:
+    """Return whether the values of a row, read from a file, are in their ranges; NaN and infinity are not."""
+    fractions = point.cost, point.agreement, point.accuracy or 0.0, point.change_error or 0.0
+    in_range = all(0 <= value <= 1 for value in fractions) and abs(point.change or 0.0) <= 1
+    return in_range and 0 <= point.mixing <= MAX_MIXING and math.isfinite(point.center)
 
 
 # Weights -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from datasets import Preprocessing
 from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
 from training.budget import BudgetCurve
-from training.budget_table import BudgetPoint
+from training.budget_table import NEAR, BudgetPoint
 from training.models import (
     build_on_meta,
     check_model_name,
@@ -46,7 +46,6 @@ GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
 MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
 TOLERANCE = 1e-3  # of the largest budget: a curve may end just below 1
-NEAR = 0.0125  # budgets closer to the one trained for differ by rounding and interpolation
 MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
 PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
@@ -405,17 +404,15 @@ def _unchanged_gate(checkpoint: Checkpoint | None, flags: NetworkFlags) -> dict[
 
 def _describe(point: BudgetPoint, budget: float) -> str:
     """Return a line about the settings of a budget."""
-    line = f"gate_center {point.center:g}, for a budget of {budget:g}"
+    line, measured = f"gate_center {point.center:g}, for a budget of {budget:g}", []
     if point.is_static:
         line = "budget 1: the static model that training started from, without halting"
     elif point.agreement is not None:
-        line += (
-            f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static; on the calibration images, "
-        )
-        line += f"{point.agreement:.1%} of the predictions are the static model's"
-    if point.accuracy is None:
-        return line
-    return f"{line}; top-1 there is {point.accuracy:.1%}, {point.change_text} points relative to the trained budget"
+        line += f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static"
+        measured.append(f"{point.agreement:.1%} of the predictions are the static model's")
+    if point.accuracy is not None:
+        measured.append(f"top-1 is {point.accuracy:.1%}, {point.change_text} points relative to the trained budget")
+    return f"{line}; on the calibration images, {', and '.join(measured)}" if measured else line
 
 
 def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:
