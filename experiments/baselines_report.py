@@ -19,11 +19,10 @@ from experiments.stages import HELD_OUT, held_out, mean_and_error, table
 from training.parser import Parser
 
 FULL, TRAINED, OTHER_BUDGET = "full", "direction", "otherbudget"
-ADAPTIVE = (TRAINED, "halting", "axis", "counts", "anybudget", "shallowhalting")
+ADAPTIVE = (TRAINED, "halting", "counts", "anybudget", "shallowhalting")
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     TRAINED: "A-ViT, gate by direction",
     "halting": "A-ViT, gate of one channel",
-    "axis": "A-ViT, one channel as a direction",
     "counts": "A-ViT, same counts in every image",
     OTHER_BUDGET: "A-ViT of the smallest budget, run with --budget",
     "anybudget": "A-ViT with --gate-jitter, run with --budget",
@@ -36,12 +35,10 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     "random": "random patches",
     FULL: "static, full",
 }
-STYLES = dict(zip(METHODS, ("o-", "o:", "o--", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
-COLORS = dict(
-    zip(METHODS, ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "olive", "gray", "black"))
-)
+STYLES = dict(zip(METHODS, ("o-", "o:", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
+COLORS = dict(zip(METHODS, ("C0", "C1", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "olive", "gray", "black")))
 BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
-ABLATIONS = {  # by stage, in the order of the table
+RECIPE_ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",
     "ablation_prior": "with the paper's prior, weight 0.01",
     "ablation_fixed_weight": "no budget controller: --gate auto, ponder weight 0.001",
@@ -50,6 +47,18 @@ ABLATIONS = {  # by stage, in the order of the table
     "ablation_no_teacher": "no teacher",
     "ablation_scratch_static": "from scratch, static",
     "ablation_scratch": "from scratch, halting",
+}
+GATE_ABLATIONS = {
+    stage.format(budget): f"{name}, {budget}"
+    for budget in ("0.3", "0.2")
+    for stage, name in (
+        ("direction{}_{{seed}}", "gate by direction"),
+        ("ablation_still{}", "gate by direction, center fixed in training"),
+        ("ablation_stays_center{}", "gate of one channel, class token stays, center controller"),
+        ("ablation_center{}", "gate of one channel, center controller"),
+        ("ablation_stays{}", "gate of one channel, class token stays"),
+        ("halting{}_{{seed}}", "gate of one channel"),
+    )
 }
 
 HELD_OUT_ACCURACY = "held-out top-1 (%)"
@@ -146,11 +155,16 @@ def steps_table(results: Path) -> str:
     return table(("budget", "MACs saved in training", "training-step time saved"), rows)
 
 
-def ablations_table(results: Path) -> str:
-    """Tabulate the ablations that were trained: held-out images, first seed."""
+def ablations_table(results: Path, ablations: dict[str, str]) -> str:
+    """Tabulate the ablations that were trained: held-out images, first seed. Empty if none was.
+
+    ablations: names by stage. Stages with a seed are rows for comparison, which have been trained in any case.
+    """
+    if not any((results / f"{stage}.json").exists() for stage in ablations):
+        return ""
     seed = min((path.stem.split("_")[1] for path in results.glob("full_*.json")), default="0")
     rows = []
-    for stage, name in ABLATIONS.items():
+    for stage, name in ablations.items():
         path = results / f"{stage.format(seed=seed)}.json"
         if path.exists():
             rows.append((name, *held_out(json.loads(path.read_text()))))
@@ -272,7 +286,13 @@ def _held_out_sections(results: Path) -> list[str]:
     if len(complete) < len(points):  # a mean over fewer seeds is not comparable
         first = [p.of_seed(seeds[0]) for p in points if seeds[0] in p.accuracy]
         sections += ["## First seed, held-out images", models_table(first, images_per_s, HELD_OUT_ACCURACY)]
-    return [*sections, MODELS_NOTE.format(machine=machine or "not measured yet")]
+    return [*sections, MODELS_NOTE.format(machine=machine or "not measured yet"), *_gate_ablations(results)]
+
+
+def _gate_ablations(results: Path) -> tuple[str, ...]:
+    return _section(
+        "Parts of the gate by direction, held-out images, first seed", ablations_table(results, GATE_ABLATIONS)
+    )
 
 
 def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
@@ -290,7 +310,8 @@ def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
         differences_table(points),
         *_section("One A-ViT, trained for the smallest budget, at other budgets", budgets_table(points)),
         *_section("Training-step time", steps_table(results)),
-        *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results)),
+        *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results, RECIPE_ABLATIONS)),
+        *_gate_ablations(results),
     ]
 
 

@@ -14,7 +14,7 @@ KIND_PREFIX=${MODEL:+$MODEL/}
 train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
   local name=$1 part=$2 kind=$3
   shift 3
-  stage "$name" "$PYTHON" -m experiments.baselines "$KIND_PREFIX$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
+  stage "$name" "$PYTHON" -m ${PROGRAM:-experiments.baselines} "$KIND_PREFIX$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
     --output_dir "$RUNS/$name" --resume auto "$@"
 }
 

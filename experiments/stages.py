@@ -8,7 +8,6 @@ logs RESULTS RUNS          # restore missing training logs from the recorded JSO
 export CHECKPOINT FILE     # keep weights, gate and class names only, in half precision
 truncate CHECKPOINT N FILE # keep the weights of the first N blocks
 regate CHECKPOINT WEIGHTS FILE  # keep the gate of a trained A-ViT with the static weights that it started from
-axis CHECKPOINT FILE       # keep an A-ViT's static start, with a gate by direction that reads its channel
 counts STAGE.json PATCHES  # print the KIND, see baselines.py, that keeps a trained A-ViT's mean number of patches
 """
 
@@ -155,22 +154,6 @@ def regate(checkpoint: Path, weights: Path, file: Path) -> None:
     save_checkpoint(content, file)
 
 
-def axis(checkpoint: Path, file: Path) -> None:
-    """Write the static start of an A-ViT whose gate reads a channel, with a gate by direction that reads the same."""
-    import torch
-
-    from training.checkpoints import Checkpoint, save_checkpoint
-
-    loaded = Checkpoint.load(str(checkpoint))
-    content = loaded.without_training_state(PRIVATE_FLAGS)
-    weights = {name: value.float() for name, value in content["start"].items()}
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    directions = torch.zeros(len(blocks), weights["pos_embed"].shape[-1] + 1)
-    directions[:, 0] = 1
-    gate = content["gate"] | {"gate_directions": directions}
-    save_checkpoint({name: content[name] for name in ("classes", "args")} | {"model": weights, "gate": gate}, file)
-
-
 def counts(file: Path, patches: int) -> None:
     """Print the KIND of the same mean number of live patches per block as in a recorded stage, in every image.
 
@@ -232,7 +215,6 @@ def main(argv: list[str] | None = None) -> None:
         export: {"checkpoint": Path, "file": Path},
         truncate: {"checkpoint": Path, "blocks": int, "file": Path},
         regate: {"checkpoint": Path, "weights": Path, "file": Path},
-        axis: {"checkpoint": Path, "file": Path},
         counts: {"file": Path, "patches": int},
     }
     for function, types in arguments.items():

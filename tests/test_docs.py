@@ -15,7 +15,7 @@ import cuda_check
 import export_onnx
 import models_act
 import visualize
-from experiments.baselines_report import ABLATIONS, METHODS
+from experiments.baselines_report import GATE_ABLATIONS, METHODS, RECIPE_ABLATIONS
 from training.arguments import make_parser
 
 README = ROOT / "README.md"
@@ -115,7 +115,8 @@ QUOTED = {  # pages with result tables, and the files that the rows come from
 
 @pytest.mark.parametrize(("page", "results"), QUOTED.items(), ids=["README", "cluttered", "fashion_mnist"])
 def test_quoted_rows_are_in_the_results(page, results):
-    measured = [row for row in table_rows(page) if row[0] in {*METHODS.values(), *ABLATIONS.values()}]
+    names = {*METHODS.values(), *RECIPE_ABLATIONS.values(), *GATE_ABLATIONS.values()}
+    measured = [row for row in table_rows(page) if row[0] in names]
     files = [results, *([CLUTTERED / "varied" / "baselines.md"] if page.parent == CLUTTERED else [])]
     found = [row[:6] for file in files for row in table_rows(file)]
     assert len(measured) >= 7

@@ -28,11 +28,9 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
-# The gate of one channel as a direction, so that the class token stays and the center keeps the budget.
-as_direction() {  # BUDGET SEED
-  local weights=$RUNS/axis$1_$2.pth
-  [ -e "$OUT/axis$1_$2.json" ] || once "$weights" stages axis "$RUNS/halting$1_$2/checkpoint.pth" "$weights"
-  tune "axis$1_$2" full "$weights" "$2" $HALTING --gate fixed --target-macs "$1"
+without_parts() {  # PARTS BUDGET FLAGS...: train with these PARTS of gate_parts.py, first seed
+  local seed=${SEEDS%% *} PROGRAM="experiments.gate_parts $1"
+  tune "ablation_${1/,/_}$2" full "$(static_weights "$seed")" "$seed" $HALTING --target-macs "$2" "${@:3}"
 }
 
 for seed in $SEEDS; do
@@ -52,7 +50,6 @@ for seed in $SEEDS; do
   until_fewer_than 1
   for budget in "${BUDGETS[@]}"; do
     same_counts "$budget" "$seed"
-    as_direction "$budget" "$seed"
   done
   until_fewer_than 1
 
@@ -61,7 +58,6 @@ for seed in $SEEDS; do
     budget=${BUDGETS[index]}
     test_model "direction${budget}_$seed" full
     test_model "halting${budget}_$seed" full
-    test_model "axis${budget}_$seed" full
     test_model "counts${budget}_$seed" "$(counts_of "$budget" "$seed")"
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
@@ -71,6 +67,13 @@ for seed in $SEEDS; do
   test_shallower "$seed"
   until_fewer_than 1
 done
+for budget in 0.2 0.3; do
+  for parts in stays center stays,center; do
+    without_parts "$parts" "$budget" --gate channel
+  done
+  without_parts still "$budget"
+done
+until_fewer_than 1
 measure_throughput "$RUNS/data/full"
 "$PYTHON" -m experiments.baselines_report "$OUT" "Cluttered Fashion-MNIST of varied content"
 once "$OUT/adaptivity.png" "$PYTHON" -m experiments.adaptivity "$RUNS/direction0.3_${SEEDS%% *}/checkpoint.pth" \

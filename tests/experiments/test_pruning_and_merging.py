@@ -152,23 +152,6 @@ def test_regate_keeps_the_gate_of_the_one_and_the_weights_of_the_other(tmp_path)
 
 
 @torch.no_grad()
-def test_axis_reads_the_channel_of_the_other_gate(tmp_path):
-    model, x = build("full", halting=True, gate_scale=-40.0, gate_center=2.0), images(2, 32)
-    start = {name: value.half() for name, value in model.state_dict().items()}
-    args = {"model": "avit_micro_patch4_32", "input_size": [32]}
-    content = {"model": build("full").state_dict(), "classes": ["a", "b", "c"], "args": args, "start": start}
-    content |= {"gate": {"gate_scale": -40.0, "gate_center": 2.0, "halt_eps": 0.01}}
-    points = [[0.5, 1.0, 2.0, 0.9], [1.0, 0.0, 9.0, 1.0]]
-    torch.save(content | {"budget_tables": {"model": points}}, tmp_path / "c.pth")
-    stages.main(["axis", str(tmp_path / "c.pth"), str(tmp_path / "axis.pth")])
-    axis = Checkpoint.load(str(tmp_path / "axis.pth")).build_model().eval()
-    model.load_state_dict({name: value.float() for name, value in start.items()})
-    expected, found = (each(x, return_halting=True)[1].depth[:, 1:] == 1 for each in (model, axis))
-    assert 0 < expected.sum() < expected.numel()
-    assert torch.equal(found, expected), "the first block decides before the class token lives longer"
-
-
-@torch.no_grad()
 def test_gate_offset_and_early_halting_of_the_class_token():
     same = halting_pair(COUNTS, gate_scale=0.0, gate_center=0.0)[
         1
