@@ -106,7 +106,7 @@ def metadata(
     The preprocessing has timm's names and values. budget: for which the model was built.
     """
     from datasets import Preprocessing
-    from training.network import safe_budget_curve
+    from training.gate_settings import safe_budget_curve
 
     classes, size = list(checkpoint.names_by_class().values()), model.patch_embed.img_size
     preprocessing = Preprocessing.from_model(model).record()

@@ -52,6 +52,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     """Train a model, or continue a run. Returns the exit status."""
     from training import build, loop, run_warnings
     from training.checkpoints import Checkpoint
+    from training.schedule import build_schedule
     from training.signals import Interrupted
     from training.teacher import build_teacher
 
@@ -75,7 +76,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     trainer = build.build_trainer(args, model, classes, device, teacher)
     train_loader, test_loader = build.training_and_validation_loader(args, train_images, test_images, device)
     updates = loop.updates_per_epoch(train_loader, args.accum_steps)
-    schedule = build.build_schedule(args, trainer.optimizer, updates)
+    schedule = build_schedule(args, trainer.optimizer, updates)
     trainer.budget = build.build_budget(args, model, updates)
     run_warnings.warn_about_settings(args, trainer, train_loader, updates * args.epochs)
 

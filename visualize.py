@@ -198,7 +198,7 @@ def read_budgets(runs: Sequence[Run]) -> list[Budgets]:
     Raises UserError for a file that is no checkpoint.
     """
     from training.checkpoints import Checkpoint
-    from training.network import gate_numbers
+    from training.gate_settings import gate_numbers
     from visualization.budget_curves import Budgets
 
     found = []

@@ -49,7 +49,7 @@ RECIPE_ABLATIONS = {  # by stage, in the order of the table
     "ablation_scratch": "from scratch, halting",
 }
 GATE_ABLATIONS = {
-    stage.format(budget): f"{name}, {budget}"
+    stage.format(budget): f"{budget}: {name}"
     for budget in ("0.3", "0.2")
     for stage, name in (
         ("direction{}_{{seed}}", "gate by direction"),

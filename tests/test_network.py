@@ -20,6 +20,7 @@ from datasets import Preprocessing
 from training.arguments import parse_args
 from training.build import resolve_settings
 from training.checkpoints import Checkpoint
+from training.gate_settings import gate_in_name
 from training.models import build_on_meta, run_preprocessing
 from training.network import (
     DEFAULT_MODEL,
@@ -27,7 +28,6 @@ from training.network import (
     NetworkFlags,
     Purpose,
     differences,
-    gate_in_name,
     resolve_network,
     size_text,
 )

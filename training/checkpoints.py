@@ -22,19 +22,11 @@ from engine_act import MAX_START_SHARE
 from training.budget import BudgetCurve
 from training.budget_table import BudgetTable, fits_weights, half_precision, mixed_weights
 from training.classes import Head, default_names, is_of_head, match_head
+from training.gate_settings import gate_in_name, gate_numbers
 from training.models import avit_names, create_model, run_preprocessing, unsupported_reason
-from training.network import (
-    FILE_NAME,
-    FOREIGN_RECORD,
-    RECORD,
-    NetworkFlags,
-    NetworkSettings,
-    Purpose,
-    gate_in_name,
-    gate_numbers,
-    resolve_network,
-)
+from training.network import NetworkFlags, NetworkSettings, Purpose, resolve_network
 from training.rendezvous import checksum, require_same
+from training.sources import FILE_NAME, FOREIGN_RECORD, RECORD
 from training.weights import MAX_SIDE, fits, fitting_models, load_weights
 from training.wrappers import EMA_WEIGHTS, WEIGHTS, named_tensors, unwrapped, vit_under_any_key, weights_under
 from utils import UserError, did_you_mean, log, warn
@@ -62,7 +54,7 @@ class Checkpoint:
     optimizer: `training.optimizer_state.OptimizerState`;
     budget_controller: `losses.BudgetController`, if the run has a MACs budget;
     epoch, batches, images, seconds, data_wait, averages: `engine_act.EpochState`;
-    bad_images: `training.loaders.ImageLoader`; plateau: `training.build.Schedule`;
+    bad_images: `training.loaders.ImageLoader`; plateau: `training.schedule.Schedule`;
     best_acc1, previous_test, processes: `training.loop.TrainingRun`; data: `training.resume.data_record`.
     """
 

@@ -18,12 +18,12 @@ from datasets import Preprocessing
 from engine_act import EpochState, Trainer, evaluate, train_one_epoch
 from training.budget import BudgetCurve, CalibrationBatches, budget_curve, measure_costs
 from training.budget_table import fits_weights, measure_table
-from training.build import Schedule
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.evaluation import check_complete, report
 from training.loaders import ImageLoader
 from training.optimizer_state import OptimizerState
 from training.resume import OrderChanges, check_optimizer, data_record, warn_changed_flags, warn_skipped_images
+from training.schedule import Schedule
 from training.signals import Interrupted, StopRequest
 from utils import UserError, log, warn
 

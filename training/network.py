@@ -1,26 +1,20 @@
 """The network of a run: model, image size, preprocessing and gate, each from the first source that has a value.
 
-Every command asks `resolve_network`. It prints a line that names both values where two sources differ. docs/models.md
-lists the sources.
+Every command asks `resolve_network`. It prints a line that names both values where two sources differ.
+docs/sources.md lists the sources.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
-from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from functools import cache
-from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
 from datasets import Preprocessing
-from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
-from training.budget import BudgetCurve
-from training.budget_table import NEAR, BudgetPoint
+from training.gate_settings import GATE_NAMES, budget_settings, gate_in_name, gate_of, unchanged_gate
 from training.models import (
     build_on_meta,
     check_model_name,
@@ -29,32 +23,15 @@ from training.models import (
     preprocessing,
     run_preprocessing,
 )
+from training.sources import COMMAND_LINE, FOREIGN_RECORD, RECORD, name_differing
 from training.weights import embedded_size, fits, has_grid_of
 from utils import UserError, log, warn
 
 if TYPE_CHECKING:
     from training.checkpoints import Checkpoint
 
-COMMAND_LINE, RECORD, FILE_NAME, FOREIGN_RECORD = (  # sources of a value, in their order
-    "the command line",
-    "the checkpoint",
-    "the file name",
-    "the checkpoint's args",
-)
 DEFAULT_MODEL, DEFAULT_SIZE = "avit_tiny_patch16_224", (224, 224)  # without a checkpoint, as in the original
-GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
-MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
-MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
-TOLERANCE = 1e-3  # of the largest budget: a curve may end just below 1
-MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
 INITIALIZATION = {"weight_init_mode", "fix_init"}  # options of a model that loaded weights replace
-PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
-    "tiny-10-30": (10.0, 30.0),
-    "small-10-75": (10.0, 75.0),
-    "visualization-tiny": (5.0, 50.0),
-}
-
-Report = Callable[[str], None]  # `warn` or `log`
 
 
 class Purpose(Enum):
@@ -126,7 +103,7 @@ def resolve_network(
     """
     evaluates = purpose is Purpose.EVALUATION
     if purpose is Purpose.RESUME:
-        flags = flags._replace(**_unchanged_gate(checkpoint, flags))
+        flags = flags._replace(**unchanged_gate(checkpoint, flags))
     model = flags.model or (checkpoint.model_name(flags.use_ema) if checkpoint else DEFAULT_MODEL)
     check_model_name(model)
     source = "--input-size" if flags.img_size else "the image size"
@@ -145,9 +122,9 @@ def resolve_network(
     halting = flags.halting and not (evaluates and _must_be_static(checkpoint, flags, pretrained))
     logged = GATE_NAMES if halting and log_gate else ()
     if checkpoint is None or flags.budget is None:
-        return NetworkSettings(model, img_size, images, halting, _gate_of(checkpoint, flags, logged))
+        return NetworkSettings(model, img_size, images, halting, gate_of(checkpoint, flags, logged))
     point = budget_settings(checkpoint, flags.budget, flags.use_ema)
-    gate = _gate_of(checkpoint, flags, logged, point)
+    gate = gate_of(checkpoint, flags, logged, point)
     return NetworkSettings(model, img_size, images, halting and not point.is_static, gate, point.mixing)
 
 
@@ -161,7 +138,7 @@ def _size_without_checkpoint(
     choices = [(COMMAND_LINE, flag) if flag else ("the defaults", DEFAULT_SIZE), (model, default_image_size(model))]
     if pretrained or flag is None:
         report = warn if pretrained and purpose is Purpose.EVALUATION else log
-        _name_differing("the image size", choices, report, size_text)
+        name_differing("the image size", choices, report, size_text)
     return choices[0][1]
 
 
@@ -185,22 +162,12 @@ def _size_of_checkpoint(checkpoint: Checkpoint, model: str, flags: NetworkFlags,
             f"--input-size {size_text(size)}: {checkpoint.location} continues at {size_text(trained)}; omit "
             "--input-size, or pass the file with --finetune to train at another size"
         )
-    _name_differing("the image size", choices, warn if purpose is Purpose.EVALUATION else log, size_text)
+    name_differing("the image size", choices, warn if purpose is Purpose.EVALUATION else log, size_text)
     return size
 
 
 def size_text(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def _name_differing(
-    name: str, choices: list[tuple[str, object]], report: Report = warn, text: Callable[[object], str] = "{:g}".format
-) -> None:
-    """Print a line for each source whose value differs. choices: (source, value), the chosen one first."""
-    (source, value), *others = choices
-    for other, other_value in others:
-        if other_value != value:
-            report(f"{name} is {text(value)} in {source} but {text(other_value)} in {other}; using {text(value)}")
 
 
 # Model -------------------------------------------------------------------------------------------
@@ -302,187 +269,3 @@ def _must_be_static(checkpoint: Checkpoint | None, flags: NetworkFlags, pretrain
         return False
     warn(f"{checkpoint.location} records no gate, so it runs as a static model. {hint}")
     return True
-
-
-def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False) -> BudgetPoint:
-    """Return the settings at which the weights use this fraction of the static model's MACs.
-
-    Without a budget table, the gate center alone changes. Warns if more compute than at the budget of the training
-    gives, or may give, worse predictions. Raises UserError if there is no budget curve or the budget is outside its
-    range.
-    """
-    table, curve = checkpoint.budget_table(use_ema), checkpoint.budget_curve(use_ema)
-    known = table or curve
-    if known is None:
-        raise UserError(
-            f"{checkpoint.location} has no budget curve, so --budget cannot be used; "
-            "train with --target-macs to record one"
-        )
-    if not known.min_cost <= budget <= min(known.max_cost + TOLERANCE, 1):
-        low, high = math.ceil(1000 * known.min_cost) / 1000, math.floor(1000 * known.max_cost) / 1000
-        raise UserError(
-            f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets from {low:g} to {high:g}"
-        )
-    point = table.at(budget) if table else BudgetPoint(budget, 1.0, curve.center(budget))
-    _warn_above_trained_budget(checkpoint, point, use_ema)
-    return point
-
-
-def _warn_above_trained_budget(checkpoint: Checkpoint, point: BudgetPoint, use_ema: bool) -> None:
-    """Warn if more compute than at the budget of the training gave, or may give, worse predictions.
-
-    Without mixed weights, the blocks have never seen the tokens that now stay.
-    """
-    trained = _trained_budget(checkpoint, use_ema)
-    if trained is None or point.cost <= trained + NEAR:
-        return
-    start = f"--budget {point.cost:g}: {checkpoint.location} was trained for a budget of {trained:.2f}"
-    if point.is_less_accurate:
-        warn(
-            f"{start} and was more accurate there. On the calibration images, top-1 is {point.change_text} points "
-            f"(one standard error) relative to {trained:.2f}. Omit --budget to run there, with fewer MACs"
-        )
-    is_measured = point.accuracy is not None or checkpoint.recorded_flag("gate_jitter")
-    if is_measured or point.cost <= trained + MAX_SAFE_STEP:
-        return
-    if checkpoint.budget_table(use_ema) is not None:
-        warn(f"{start} and records no accuracies, so this budget may be less accurate. Train again to record them")
-        return
-    warn(
-        f"{start} and has no starting weights to mix with, so accuracy may be far lower at this budget than at the one "
-        "trained for. Train from the weights of a static model, which are then recorded, or with --gate-jitter"
-    )
-
-
-def safe_budget_curve(checkpoint: Checkpoint, use_ema: bool) -> BudgetCurve | None:
-    """Return the budget curve of the weights, up to the budgets that need no other weights; None if there is none."""
-    curve, trained = checkpoint.budget_curve(use_ema), _trained_budget(checkpoint, use_ema)
-    if curve is None or trained is None or checkpoint.recorded_flag("gate_jitter"):
-        return curve
-    limit = min(trained + MAX_SAFE_STEP, curve.max_cost)
-    below = [point for point in curve.points if point[1] < limit]
-    return BudgetCurve((*below, (curve.center(limit), limit))) if below else curve
-
-
-def _trained_budget(checkpoint: Checkpoint, use_ema: bool) -> float | None:
-    """Return the budget of the recorded gate, None if it is unknown."""
-    center = dict(checkpoint.gate_sources(use_ema))[RECORD].get("gate_center")
-    table, curve = checkpoint.budget_table(use_ema), checkpoint.budget_curve(use_ema)
-    costs = [point.cost for point in table.points if point.center == center] if table else []
-    if costs or curve is None or center is None:
-        return costs[0] if costs else None
-    return curve.cost(center)
-
-
-def _gate_of(
-    checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collection[str], point: BudgetPoint | None = None
-) -> dict[str, float]:
-    """Resolve the gate, whose center is that of `point`, if given. See `resolve_gate`."""
-    if checkpoint is None:
-        return resolve_gate(flags.gate, logged=logged)
-    sources = checkpoint.gate_sources(flags.use_ema)
-    if logged:
-        _warn_if_partial(checkpoint, flags, sources)
-        _warn_if_only_named(checkpoint, flags, sources)
-    if point is None:
-        return resolve_gate(flags.gate, sources, logged)
-    gate_logged = [] if point.is_static else [name for name in logged if name != "gate_center"]
-    gate = resolve_gate(flags.gate, sources, gate_logged)
-    gate["gate_center"] = point.center
-    if "gate_center" in logged:
-        log(_describe(point, flags.budget))
-    return gate
-
-
-def _unchanged_gate(checkpoint: Checkpoint | None, flags: NetworkFlags) -> dict[str, None]:
-    """Return None for each gate flag that a resumed run had too: training may have moved its value since."""
-    if checkpoint is None:
-        return {}
-    recorded = {name: checkpoint.recorded_flag(name) for name in flags.gate}
-    return {name: None for name, value in flags.gate.items() if value is not None and value == recorded[name]}
-
-
-def _describe(point: BudgetPoint, budget: float) -> str:
-    """Return a line about the settings of a budget."""
-    line, measured = f"gate_center {point.center:g}, for a budget of {budget:g}", []
-    if point.is_static:
-        line = "budget 1: the static model that training started from, without halting"
-    elif point.agreement is not None:
-        line += f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static"
-        measured.append(f"{point.agreement:.1%} of the predictions are the static model's")
-    if point.accuracy is not None:
-        measured.append(f"top-1 is {point.accuracy:.1%}, {point.change_text} points relative to the trained budget")
-    return f"{line}; on the calibration images, {', and '.join(measured)}" if measured else line
-
-
-def _warn_if_partial(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:
-    """Warn if the checkpoint has a gate scale but no center, or the reverse, and no flag sets the other."""
-    known = {name: value for _, values in sources for name, value in values.items() if name in GATE_DEFAULTS}
-    given = {name for name, value in flags.gate.items() if value is not None}
-    given |= set() if flags.budget is None else {"gate_center"}
-    missing = GATE_DEFAULTS.keys() - known - given
-    if known and missing:
-        ((name, value),), (other,) = known.items(), missing
-        default, flag = f"using the default {GATE_DEFAULTS[other]:g}", f"--{other.replace('_', '-')}"
-        warn(f"{checkpoint.location} records {name} {value:g} but no {other}; {default}. Pass {flag}")
-
-
-def _warn_if_only_named(checkpoint: Checkpoint, flags: NetworkFlags, sources: list[tuple[str, dict]]) -> None:
-    """Warn if only the name of an unpublished file has a gate: the numbers may mean something else, such as a day."""
-    gates = [values for _, values in sources if values.keys() & GATE_DEFAULTS]
-    named = gate_in_name(checkpoint.location)
-    is_published = Path(checkpoint.location).stem in PUBLISHED_GATES
-    if named and gates == [named] and not is_published and flags.gate_scale is flags.gate_center is None:
-        scale, center = named.values()
-        warn(
-            f"{checkpoint.location} records no gate; gate_scale {scale:g} and gate_center {center:g} are only in its "
-            "name. Rename the file if the numbers mean something else"
-        )
-
-
-def resolve_gate(
-    flags: dict[str, float | None],
-    sources: Iterable[tuple[str, dict[str, float]]] = (),
-    logged: Collection[str] = GATE_NAMES,
-) -> dict[str, float]:
-    """Return gate_scale, gate_center and halt_eps, each from the first source that has a value.
-
-    The order is: flags; what a checkpoint of this repository records, its file name (NAME-SCALE-CENTER.pth), `args`
-    in another program's checkpoint, see `Checkpoint.gate_sources`; the defaults.
-    logged: names whose value and source are printed, with a warning if another source has a different value.
-    """
-    sources, resolved = [(COMMAND_LINE, flags), *sources], {}
-    for name in GATE_NAMES:
-        choices = [(source, values[name]) for source, values in sources if values.get(name) is not None]
-        choices = choices or [("the defaults", HALTING_DEFAULTS[name])]
-        source, resolved[name] = choices[0]
-        if name in logged:
-            if name in GATE_DEFAULTS or resolved[name] != HALTING_DEFAULTS[name]:
-                log(f"{name} {resolved[name]:g}, from {source}")
-            _name_differing(name, choices)
-    return resolved
-
-
-def gate_numbers(record: object) -> dict[str, float]:
-    """Return the usable gate values in a record read from a file: finite numbers, and halt_eps in [0, 1)."""
-    values = record if isinstance(record, dict) else {}
-    gate = {name: values.get(name) for name in GATE_NAMES}
-    gate = {name: float(v) for name, v in gate.items() if type(v) in (int, float) and abs(v) < MAX_GATE}
-    return {name: value for name, value in gate.items() if name in GATE_DEFAULTS or 0 <= value < 1}
-
-
-def gate_in_name(location: str) -> dict[str, float]:
-    """Return the gate in the file name NAME-SCALE-CENTER.pth, or of a published file; empty if there is no gate.
-
-    Dates, versions and image sizes are not gates: both numbers are at most MAX_GATE_IN_NAME and have no leading zeros,
-    and NAME does not end in a number of its own or in a year.
-    """
-    stem = Path(location).stem
-    if stem in PUBLISHED_GATES:
-        return dict(zip(GATE_DEFAULTS, PUBLISHED_GATES[stem]))
-    number = r"-([1-9]\d{0,2}(?:\.\d+)?|0\.\d+)"
-    match = re.fullmatch(rf"(.+?){number}{number}", stem)
-    if not match or re.search(r"(^|-)v?[\d.]+$|\d{4}$", match[1]):
-        return {}
-    gate = dict(zip(GATE_DEFAULTS, map(float, match.groups()[1:])))
-    return gate if max(gate.values()) <= MAX_GATE_IN_NAME else {}

@@ -28,7 +28,7 @@ from conftest import halting_model  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from training.checkpoints import Checkpoint  # noqa: E402
-from training.network import resolve_gate  # noqa: E402
+from training.gate_settings import resolve_gate  # noqa: E402
 from training.weights import load_weights  # noqa: E402
 from utils import UserError  # noqa: E402
 

@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import engine_act  # noqa: E402
 import main_act  # noqa: E402
-from training import build, checkpoints, loaders, loop, tensorboard  # noqa: E402
+from training import checkpoints, loaders, loop, schedule, tensorboard  # noqa: E402
 
 HALF_WRITTEN, WORKER, ANY_TIME = "half a checkpoint", "data-loader worker", "any time"
 # By name of the place: the object and its function, and the last of its calls at which a run may be killed. A complete
@@ -41,7 +41,7 @@ PLACES = {
     WORKER: (loaders, "collate", 6),  # in a data-loader worker, if there are any
     "forward": (engine_act.Trainer, "micro_batch", 18),
     "update": (engine_act.Trainer, "update", 18),
-    "after an update": (build.Schedule, "step_update", 21),
+    "after an update": (schedule.Schedule, "step_update", 21),
     "evaluation": (engine_act, "accuracy", 12),
     "state before writing": (loop.TrainingRun, "state_dict", 17),
     "flushing a checkpoint": (os, "fsync", 30),

@@ -18,7 +18,7 @@ from training import budget_table
 from training.budget import budget_curve
 from training.budget_table import BudgetPoint, BudgetTable, fits_weights, half_precision, measure_table, mixed_weights
 from training.checkpoints import Checkpoint, load_checkpoint
-from training.network import safe_budget_curve
+from training.gate_settings import safe_budget_curve
 
 CPU = torch.device("cpu")
 ROW = [0.3, 1.0, 2.5, 0.9]

@@ -15,7 +15,7 @@ from models_act import HALTING_DEFAULTS
 from training import checkpoints
 from training.arguments import GATE_DEFAULTS
 from training.checkpoints import Checkpoint
-from training.network import resolve_gate
+from training.gate_settings import resolve_gate
 from training.weights import load_teacher_weights
 from training.weights import load_weights as load_weights_from
 from utils import UserError

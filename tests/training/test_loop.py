@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 import losses
 from engine_act import EpochState, Trainer
 from training import loop
-from training.build import Schedule
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.loaders import evaluation_loader, training_loader
 from training.loop import RunOptions, TrainingRun
+from training.schedule import Schedule
 
 
 def make_run(output_dir=None, epochs=2, sched="cosine", accum_steps=1, batch_size=4, **kwargs):
