@@ -21,9 +21,10 @@ from training.arguments import make_parser
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, CONTRIBUTING, *DOCS, *sorted((ROOT / "experiments").glob("*/*.md"))]
-RECIPES = sorted((ROOT / "recipes").glob("*.args"))
 CLUTTERED, FASHION_MNIST, CLIPART = (ROOT / "experiments" / name for name in ("cluttered", "fashion_mnist", "clipart"))
+VARIED = CLUTTERED / "varied"
+PAGES = [README, CONTRIBUTING, *DOCS, *sorted((ROOT / "experiments").glob("*/*.md")), VARIED / "README.md"]
+RECIPES = sorted((ROOT / "recipes").glob("*.args"))
 MAKERS = {"main_act.py": make_parser, "visualize.py": visualize.make_parser}
 MAKERS |= {"benchmark.py": benchmark.make_parser, "cuda_check.py": cuda_check.make_parser}
 MAKERS |= {"export_onnx.py": export_onnx.make_parser}
@@ -109,16 +110,16 @@ def test_flags_exist(page):
 QUOTED = {  # pages with result tables, and the files that the rows come from
     README: CLUTTERED / "results" / "baselines.md",
     CLUTTERED / "README.md": CLUTTERED / "results" / "baselines.md",
+    VARIED / "README.md": VARIED / "baselines.md",
     FASHION_MNIST / "README.md": FASHION_MNIST / "results" / "baselines" / "baselines.md",
 }
 
 
-@pytest.mark.parametrize(("page", "results"), QUOTED.items(), ids=["README", "cluttered", "fashion_mnist"])
+@pytest.mark.parametrize(("page", "results"), QUOTED.items(), ids=["README", "cluttered", "varied", "fashion_mnist"])
 def test_quoted_rows_are_in_the_results(page, results):
     names = {*METHODS.values(), *RECIPE_ABLATIONS.values(), *GATE_ABLATIONS.values()}
     measured = [row for row in table_rows(page) if row[0] in names]
-    files = [results, *([CLUTTERED / "varied" / "baselines.md"] if page.parent == CLUTTERED else [])]
-    found = [row[:6] for file in files for row in table_rows(file)]
+    found = [row[:6] for row in table_rows(results)]
     assert len(measured) >= 7
     assert [row for row in measured if row not in found] == []
 
@@ -301,7 +302,7 @@ def test_readme_names_the_main_commands(command):
 def test_differences_of_the_results_page_are_in_the_results():
     measured, _, published = (ROOT / "docs" / "results.md").read_text().partition("## Published checkpoints")
     results = "".join(page.read_text() for page in set(QUOTED.values()))
-    pages = "".join((folder / "README.md").read_text() for folder in (CLUTTERED, FASHION_MNIST, CLIPART))
+    pages = "".join((folder / "README.md").read_text() for folder in (CLUTTERED, VARIED, FASHION_MNIST, CLIPART))
     pages += (FASHION_MNIST / "recipe.md").read_text()
     differences = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", measured)
     assert len(differences) >= 36
