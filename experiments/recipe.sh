@@ -10,11 +10,12 @@ RECIPE=${RECIPE:-"--warmup-epochs 0 --no-model-ema --no-repeated-aug --drop-path
 HALTING="--distr_prior_alpha 0"
 OTHER_BUDGETS=${OTHER_BUDGETS:-0.2 0.25 0.3 0.35 0.45 0.6 0.8 1}
 KIND_PREFIX=${MODEL:+$MODEL/}
+PROGRAM=experiments.baselines  # a function may set another one locally
 
 train() {  # STAGE full|subset KIND FLAGS...; KIND is one of baselines.py
   local name=$1 part=$2 kind=$3
   shift 3
-  stage "$name" "$PYTHON" -m ${PROGRAM:-experiments.baselines} "$KIND_PREFIX$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
+  stage "$name" "$PYTHON" -m $PROGRAM "$KIND_PREFIX$kind" $DATA_FLAGS $RECIPE --data-path "$RUNS/data/$part" \
     --output_dir "$RUNS/$name" --resume auto "$@"
 }
 

@@ -364,7 +364,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-# Losses, optimizer and schedule ------------------------------------------------------------------
+# Losses and optimizer -----------------------------------------------------------------------------
 
 
 def build_trainer(

@@ -1,7 +1,7 @@
 """The network of a run: model, image size, preprocessing and gate, each from the first source that has a value.
 
 Every command asks `resolve_network`. It prints a line that names both values where two sources differ.
-docs/sources.md lists the sources.
+docs/sources.md lists the sources. gate_settings.py resolves the gate and the budget.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _structure(name: str, img_size: tuple[int, int]) -> dict[tuple[str, str], st
     return structure
 
 
-# Halting and gate --------------------------------------------------------------------------------
+# Halting -----------------------------------------------------------------------------------------
 
 
 def _must_be_static(checkpoint: Checkpoint | None, flags: NetworkFlags, pretrained: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, which is timm's."""
+"""The learning-rate schedule: one of timm's, with its state in checkpoints."""
 
 from __future__ import annotations
 

@@ -41,26 +41,41 @@ def test_center_stays():
     assert build_budget(BUDGET, model, 100).center_step(0.4) > 0
 
 
-def test_parts_hold_for_the_program_alone(monkeypatch):
+CHANNEL = ["full", "--gate", "channel"]
+
+
+@pytest.mark.parametrize(
+    ("part", "rest", "moved"), [("center", CHANNEL, True), ("stays,center", CHANNEL, True), ("still", ["full"], False)]
+)
+def test_parts_hold_for_the_program_alone(monkeypatch, part, rest, moved):
     seen = []
-    monkeypatch.setattr(
-        gate_parts.baselines,
-        "main",
-        lambda argv: seen.append((argv, losses.BudgetController, losses.CenterController.gain)),
-    )
-    gate_parts.main(["center,still", "full", "--eval"])
-    assert seen == [(["full", "--eval"], losses.CenterController, 0.0)]
+
+    def record(argv):
+        gain = losses.CenterController.gain
+        seen.append((argv, losses.BudgetController is losses.CenterController, gain))
+
+    monkeypatch.setattr(gate_parts.baselines, "main", record)
+    gate_parts.main([part, *rest])
+    assert seen == [(rest, moved, 1.0 if moved else 0.0)]
     assert losses.BudgetController is not losses.CenterController
     assert losses.CenterController.gain == 1
 
 
-@pytest.mark.parametrize("argv", [[""], ["speed", "full"], ["stays,", "full"]])
-def test_unknown_parts_print_the_usage(argv):
-    with pytest.raises(SystemExit, match="class token lives to the last block"):
+@pytest.mark.parametrize(
+    "argv", [["stays", "full"], ["center", "full"], ["still", *CHANNEL], ["center,still", *CHANNEL]]
+)
+def test_parts_that_do_not_suit_the_gate_are_refused(argv):
+    with pytest.raises(SystemExit, match="need --gate channel"):
         gate_parts.main(argv)
 
 
-def test_kernels_cannot_keep_the_class_token(monkeypatch):
+@pytest.mark.parametrize("argv", [[""], ["speed", "full"], ["stays,", "full"]])
+def test_unknown_parts_print_the_usage(argv):
+    with pytest.raises(SystemExit, match="Usage: python -m"):
+        gate_parts.main(argv)
+
+
+def test_stays_with_cuda_exits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(SystemExit, match="stays needs a CPU"):
-        gate_parts.main(["stays", "full"])
+    with pytest.raises(SystemExit, match="stays does not work with CUDA"):
+        gate_parts.main(["stays", *CHANNEL])
