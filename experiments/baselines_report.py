@@ -61,9 +61,7 @@ GATE_ABLATIONS = {
     )
 }
 
-GATE_NOTE = (
-    """Two top-1 of one seed on 5,000 images differ with a standard error of 0.3 to 0.7 points, paired by image."""
-)
+GATE_NOTE = "Paired differences between models of one seed had standard errors of 0.3 to 0.6 points over the images."
 
 HELD_OUT_ACCURACY = "held-out top-1 (%)"
 DIFFERENCES = "Accuracy of A-ViT minus that of each baseline at equal MACs, in points"

@@ -28,7 +28,7 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
-without_parts() {  # PARTS BUDGET FLAGS...: train with these PARTS of gate_parts.py, first seed
+tune_parts() {  # PARTS BUDGET FLAGS...: fine-tune with these PARTS of gate_parts.py, first seed
   local seed=${SEEDS%% *} PROGRAM="experiments.gate_parts $1"
   tune "ablation_${1/,/_}$2" full "$(static_weights "$seed")" "$seed" $HALTING --target-macs "$2" "${@:3}"
 }
@@ -69,9 +69,9 @@ for seed in $SEEDS; do
 done
 for budget in 0.2 0.3; do
   for parts in stays center stays,center; do
-    without_parts "$parts" "$budget" --gate channel
+    tune_parts "$parts" "$budget" --gate channel
   done
-  without_parts still "$budget"
+  tune_parts still "$budget"
 done
 until_fewer_than 1
 measure_throughput "$RUNS/data/full"
