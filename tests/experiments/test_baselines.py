@@ -153,6 +153,8 @@ def test_report_contains_every_number(tmp_path):
         "| 1 | 1.000 | 80.50 ± 0.50 |  | +0.00 ± 0.00 |",
         # At 0.045 GMACs, the shallower models interpolate to 75 and 75.75. Random patches has no model that small.
         "| A-ViT, gate of one channel | 55.0% | +4.12 ± 0.12 |  | -1.00 ± 0.00 |",
+        # The model of random patches, at 0.05, is too far below for a line from there to the full model.
+        "| A-ViT, gate by direction | 40.0% | +1.50 ± 0.00 |  | -1.00 ± 0.50 |",
     ):
         assert line in text.splitlines(), text
     assert "\nTraining stages by the machine where they ended: a GPU (2 stages) and 2 x CPU (1 stages)." in text
