@@ -64,6 +64,7 @@ GATE_ABLATIONS = {
 GATE_NOTE = "Paired differences between models of one seed had standard errors of 0.3 to 0.6 points over the images."
 GAP = 0.05  # fraction of the MACs; the line from a baseline's largest model to the full one is too low further away
 HELD_OUT_ACCURACY = "held-out top-1 (%)"
+GATES = "Gate by direction minus gate of one channel, paired by seed"
 DIFFERENCES = "Accuracy of A-ViT minus that of each baseline at equal MACs, in points"
 MODELS_NOTE = """± is one standard error over the seeds. Columns:
 
@@ -217,15 +218,25 @@ def differences_table(points: list[Point]) -> str:
     return table(("model", "MACs saved", *heads), rows)
 
 
+def gates_table(points: list[Point]) -> str:
+    """Tabulate the accuracy of the gate by direction minus that of the gate of one channel, for each common budget."""
+    directions, channels = ({p.setting: p for p in points if p.method == method} for method in (TRAINED, "halting"))
+    rows = [(budget, paired(directions[budget], channels[budget])) for budget in directions if budget in channels]
+    return table(("budget", "difference in points"), rows)
+
+
 def budgets_table(points: list[Point]) -> str:
-    """Tabulate the models of the smallest budget, at this and other budgets; differences are paired by seed."""
-    trained = {p.setting: p for p in points if p.method == TRAINED}
+    """Tabulate the models of the smallest budget, at this and other budgets; differences are paired by seed.
+
+    Where no model with the gate by direction was trained for a budget, one with the gate of one channel stands in.
+    """
+    trained, others = ({p.setting: p for p in points if p.method == method} for method in (TRAINED, "halting"))
     full = next(p for p in points if p.method == FULL)
     asked = [p for p in points if p.method == OTHER_BUDGET]
     start = [trained[min(trained, key=float)]] if asked else []
     rows = []
     for point in sorted([*start, *asked], key=lambda p: float(p.setting)):
-        same_budget = trained.get(point.setting) if point in asked else None
+        same_budget = (others | trained).get(point.setting) if point in asked else None
         differences = (paired(point, other) for other in (same_budget, full))
         accuracy = mean_and_error([*point.accuracy.values()])
         rows.append((point.setting, f"{mean(point.macs):.3f}", accuracy, *differences))
@@ -286,7 +297,7 @@ def _held_out_sections(results: Path) -> list[str]:
     complete = [p for p in points if len(p.accuracy) == len(seeds)]
     sections = ["## Held-out images", models_table(complete, images_per_s, HELD_OUT_ACCURACY)]
     if len(seeds) > 1:
-        sections += [f"## {DIFFERENCES}", differences_table(complete)]
+        sections += [f"## {DIFFERENCES}", differences_table(complete), *_section(GATES, gates_table(complete))]
     if len(complete) < len(points):  # a mean over fewer seeds is not comparable
         first = [p.of_seed(seeds[0]) for p in points if seeds[0] in p.accuracy]
         sections += ["## First seed, held-out images", models_table(first, images_per_s, HELD_OUT_ACCURACY)]
@@ -312,6 +323,7 @@ def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
         MODELS_NOTE.format(machine=machine or "not measured yet"),
         f"## {DIFFERENCES}",
         differences_table(points),
+        *_section(GATES, gates_table(points)),
         *_section("One A-ViT, trained for the smallest budget, at other budgets", budgets_table(points)),
         *_section("Training-step time", steps_table(results)),
         *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results, RECIPE_ABLATIONS)),

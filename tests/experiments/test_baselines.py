@@ -133,6 +133,7 @@ def test_report_contains_every_number(tmp_path):
         put_test(tmp_path, f"random0.45_{seed}", 70.0, 0.05)
         put_test(tmp_path, f"direction0.3_{seed}", 78.0, 0.03)
         put_test(tmp_path, f"direction0.6_{seed}", 79.5, 0.06)
+        put_test(tmp_path, f"otherbudget0.45_{seed}", 78.5, 0.045)
         put_test(tmp_path, f"otherbudget0.6_{seed}", 79.0 + better, 0.061)
         put_test(tmp_path, f"otherbudget1_{seed}", 80.0 + better, 0.1)
     measured = {"machine": "4 x CPU", "images_per_s": {"full": 100.0, "halting0.45": 200.0}}
@@ -149,6 +150,7 @@ def test_report_contains_every_number(tmp_path):
         "| static, full |  | 2 | 0.0% | 80.50 ± 0.50 | 1.00 | 1.00 |",
         "| 0.45 | 50.0% | 37.5% |",
         "| 0.3 | 0.300 | 78.00 ± 0.00 |  | -2.50 ± 0.50 |",
+        "| 0.45 | 0.450 | 78.50 ± 0.00 | -1.00 ± 0.50 | -2.00 ± 0.50 |",  # minus the gate of one channel
         "| 0.6 | 0.610 | 79.50 ± 0.50 | +0.00 ± 0.50 | -1.00 ± 0.00 |",
         "| 1 | 1.000 | 80.50 ± 0.50 |  | +0.00 ± 0.00 |",
         # At 0.045 GMACs, the shallower models interpolate to 75 and 75.75. Random patches has no model that small.
@@ -185,6 +187,7 @@ def test_report_compares_models_of_equal_seeds_only(tmp_path):
         put_training(tmp_path, f"tome0.3_{seed}", 77.0 + better, 0.03)
         put_training(tmp_path, f"tome0.6_{seed}", 78.0 + better, 0.06)
         put_training(tmp_path, f"direction0.3_{seed}", 77.5 + better, 0.03)
+        put_training(tmp_path, f"halting0.3_{seed}", 76.0 + better / 5, 0.03)
         put_training(tmp_path, f"direction0.8_{seed}", 79.5 + better, 0.08)
     put_training(tmp_path, "full_0", 80.0, 0.1)
     baselines_report.main([str(tmp_path), "Title"])
@@ -192,6 +195,7 @@ def test_report_compares_models_of_equal_seeds_only(tmp_path):
     first = lines.index("## First seed, held-out images")
     both = "| A-ViT, gate by direction | 0.3 | 2 | 70.0% | 80.00 ± 2.50 |  | 3.33 |"
     assert lines.index(both) < lines.index("| A-ViT, gate by direction | 70.0% | +0.50 ± 0.00 |") < first
+    assert lines.index("| 0.3 | +3.50 ± 2.00 |") < first, "gate by direction minus gate of one channel"
     assert "| A-ViT, gate by direction | 20.0% |  |" in lines, "no model of ToMe has that many MACs"
     assert lines.index("| A-ViT, gate by direction | 0.3 | 1 | 70.0% | 77.50 |  | 3.33 |") > first
     assert lines.index("| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |") > first
