@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.stages import HELD_OUT, held_out, mean_and_error, table
+from compare import paired_difference
+from experiments.stages import HELD_OUT, correct_rate, held_out, mean_and_error, table
 from training.parser import Parser
 
 FULL, TRAINED, OTHER_BUDGET = "full", "direction", "otherbudget"
@@ -65,6 +66,7 @@ GATE_NOTE = "Paired differences between models of one seed had standard errors o
 GAP = 0.05  # fraction of the MACs; the line from a baseline's largest model to the full one is too low further away
 HELD_OUT_ACCURACY = "held-out top-1 (%)"
 GATES = "Gate by direction minus gate of one channel, paired by seed"
+IMAGES = "A-ViT with the gate by direction minus models of equal budget, paired by seed and by image"
 DIFFERENCES = "Accuracy of A-ViT minus that of each baseline at equal MACs, in points"
 MODELS_NOTE = """± is one standard error over the seeds. Columns:
 
@@ -78,16 +80,17 @@ MODELS_NOTE = """± is one standard error over the seeds. Columns:
 class Point(NamedTuple):
     """The results of a method at one setting, by seed.
 
-    macs: MACs as a fraction of the full model's; accuracy: top-1 in percent.
+    macs: MACs as a fraction of the full model's; accuracy: top-1 in percent; stages: as recorded.
     """
 
     method: str
     setting: str
     macs: dict[str, float]
     accuracy: dict[str, float]
+    stages: dict[str, dict]
 
-    def of_seed(self, seed: str) -> Point:
-        return self._replace(macs={seed: self.macs[seed]}, accuracy={seed: self.accuracy[seed]})
+    def of_seeds(self, seeds: list[str]) -> Point:
+        return self._replace(**{name: {s: getattr(self, name)[s] for s in seeds} for name in self._fields[2:]})
 
 
 def load_points(results: Path, on_test: bool = True) -> list[Point]:
@@ -99,14 +102,15 @@ def load_points(results: Path, on_test: bool = True) -> list[Point]:
     for path in sorted(results.glob("*_*.json")):
         match = re.fullmatch(r"test_([a-z]+)([\d.]*)_(\d+)" if on_test else r"([a-z]+)([\d.]*)_(\d+)", path.stem)
         if match and match[1] in METHODS:
-            found[match[1], match[2]][match[3]] = _macs_and_accuracy(json.loads(path.read_text()))
+            found[match[1], match[2]][match[3]] = json.loads(path.read_text())
     if (FULL, "") not in found:
         return []
-    static, _ = next(iter(found[FULL, ""].values()))
+    static, _ = _macs_and_accuracy(next(iter(found[FULL, ""].values())))
     points = []
-    for (method, setting), pairs in found.items():
+    for (method, setting), stages in found.items():
+        pairs = {seed: _macs_and_accuracy(stage) for seed, stage in stages.items()}
         macs = {seed: gmacs / static for seed, (gmacs, _) in pairs.items()}
-        points.append(Point(method, setting, macs, {seed: accuracy for seed, (_, accuracy) in pairs.items()}))
+        points.append(Point(method, setting, macs, {seed: accuracy for seed, (_, accuracy) in pairs.items()}, stages))
     return sorted(points, key=lambda point: (list(METHODS).index(point.method), mean(point.macs)))
 
 
@@ -225,6 +229,23 @@ def gates_table(points: list[Point]) -> str:
     return table(("budget", "difference in points"), rows)
 
 
+def images_table(points: list[Point]) -> str:
+    """Tabulate the gate by direction minus each other model of its budget and the full one, paired by seed and image.
+
+    The error over images is that of the mean over the seeds that both models have.
+    """
+    rows = []
+    for point in (p for p in points if p.method == TRAINED):
+        for other in (p for p in points if p.method not in (TRAINED, OTHER_BUDGET)):
+            seeds = [s for s in point.stages if all("correct" in p.stages.get(s, {}) for p in (point, other))]
+            if not seeds or other.setting not in (point.setting, ""):
+                continue
+            _, error = paired_difference(*(correct_rate(p.stages[seed] for seed in seeds) for p in (other, point)))
+            over_seeds = paired(point.of_seeds(seeds), other)
+            rows.append((point.setting, METHODS[other.method], str(len(seeds)), over_seeds, f"{error:.2f}"))
+    return table(("budget", "other model", "seeds", "points ± error over seeds", "error over images"), rows)
+
+
 def budgets_table(points: list[Point]) -> str:
     """Tabulate the models of the smallest budget, at this and other budgets; differences are paired by seed.
 
@@ -299,7 +320,7 @@ def _held_out_sections(results: Path) -> list[str]:
     if len(seeds) > 1:
         sections += [f"## {DIFFERENCES}", differences_table(complete), *_section(GATES, gates_table(complete))]
     if len(complete) < len(points):  # a mean over fewer seeds is not comparable
-        first = [p.of_seed(seeds[0]) for p in points if seeds[0] in p.accuracy]
+        first = [p.of_seeds(seeds[:1]) for p in points if seeds[0] in p.accuracy]
         sections += ["## First seed, held-out images", models_table(first, images_per_s, HELD_OUT_ACCURACY)]
     return [*sections, MODELS_NOTE.format(machine=machine or "not measured yet"), *_gate_ablations(results)]
 
@@ -324,6 +345,7 @@ def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
         f"## {DIFFERENCES}",
         differences_table(points),
         *_section(GATES, gates_table(points)),
+        *_section(IMAGES, images_table(points)),
         *_section("One A-ViT, trained for the smallest budget, at other budgets", budgets_table(points)),
         *_section("Training-step time", steps_table(results)),
         *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results, RECIPE_ABLATIONS)),

@@ -201,6 +201,30 @@ def test_report_compares_models_of_equal_seeds_only(tmp_path):
     assert lines.index("| static, full |  | 1 | 0.0% | 80.00 |  | 1.00 |") > first
 
 
+def test_differences_have_errors_over_seeds_and_over_images(tmp_path):
+    """Both models have seeds 0 and 1, and seed 2 of one of them is left out."""
+    answers = {
+        "full": ("1111", "1111", "1111"),
+        "direction0.3": ("1110", "1100"),
+        "tome0.3": ("1000", "1100", "0000"),
+        "tome0.2": ("0000", "0000", "0000"),
+        "otherbudget0.3": ("0000", "0000"),
+    }
+    for name, of_seeds in answers.items():
+        for seed, correct in enumerate(of_seeds):
+            stage = {"eval": {"acc1": 25.0 * correct.count("1"), "gmacs": 0.1}, "correct": correct}
+            (tmp_path / f"test_{name}_{seed}.json").write_text(json.dumps(stage))
+    baselines_report.main([str(tmp_path), "Title"])
+    lines = (tmp_path / "baselines.md").read_text().splitlines()
+    start = lines.index(f"## {baselines_report.IMAGES}")
+    # Differences by image, means over the seeds: (0, 0.5, 0.5, 0) to ToMe and (0, 0, -0.5, -1) to the full model.
+    assert lines[start + 4 : start + 7] == [
+        "| 0.3 | ToMe | 2 | +25.00 ± 25.00 | 14.43 |",
+        "| 0.3 | static, full | 2 | -37.50 ± 12.50 | 23.94 |",
+        "",
+    ]
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_recording_incomplete_training_raises(tmp_path, epochs):
     (tmp_path / "log.txt").write_text('{"train_seconds": 1.0}\n' * epochs)
