@@ -28,7 +28,7 @@ from models_act import AdaptiveTokens
 from training.budget import MAX_POINTS, BudgetCurve, mean_over_images, measure_curve, measured_copy, min_cost
 
 MIXINGS_BELOW = (1.25, 1.5)  # candidates, next to 1, below the budget that the network was trained for
-MIXINGS_ABOVE = (0.75, 0.5, 0.25, 0.0)
+MIXINGS_ABOVE = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 MAX_MIXING = 2.0  # a recorded table with a larger one is ignored
 FEW_IMAGES = 256  # images on which mixings are compared
 COARSE_GAP = 0.12  # largest cost difference of neighboring points, when mixings are compared
@@ -354,5 +354,6 @@ def _choose_mixings(
         return chosen
 
     place = budgets.index(trained)
-    below = outward(reversed(budgets[:place]), (1.0, *MIXINGS_BELOW))
-    return [*reversed(below), 1.0, *outward(budgets[place + 1 :], (1.0, *MIXINGS_ABOVE))]
+    below = outward(reversed(budgets[:place]), tuple(sorted(mixing for mixing in curves if mixing >= 1)))
+    above = outward(budgets[place + 1 :], tuple(sorted((mixing for mixing in curves if mixing <= 1), reverse=True)))
+    return [*reversed(below), 1.0, *above]
