@@ -96,29 +96,37 @@ class Point(NamedTuple):
 def load_points(results: Path, on_test: bool = True) -> list[Point]:
     """Load the results on the test images, else those on held-out images after training.
 
-    They are ordered by method, then by MACs. There are none before the full model is evaluated.
+    They are ordered by method, then by MACs. There are none before the full model or an A-ViT of it is evaluated.
     """
     found = defaultdict(dict)
     for path in sorted(results.glob("*_*.json")):
         match = re.fullmatch(r"test_([a-z]+)([\d.]*)_(\d+)" if on_test else r"([a-z]+)([\d.]*)_(\d+)", path.stem)
         if match and match[1] in METHODS:
             found[match[1], match[2]][match[3]] = json.loads(path.read_text())
-    if (FULL, "") not in found:
+    full_gmacs, points = _full_gmacs(found), []
+    if full_gmacs is None:
         return []
-    static, _ = _macs_and_accuracy(next(iter(found[FULL, ""].values())))
-    points = []
     for (method, setting), stages in found.items():
-        pairs = {seed: _macs_and_accuracy(stage) for seed, stage in stages.items()}
-        macs = {seed: gmacs / static for seed, (gmacs, _) in pairs.items()}
-        points.append(Point(method, setting, macs, {seed: accuracy for seed, (_, accuracy) in pairs.items()}, stages))
+        metrics = {seed: _metrics(stage) for seed, stage in stages.items()}
+        macs = {seed: each["gmacs"] / full_gmacs for seed, each in metrics.items()}
+        points.append(Point(method, setting, macs, {seed: each["acc1"] for seed, each in metrics.items()}, stages))
     return sorted(points, key=lambda point: (list(METHODS).index(point.method), mean(point.macs)))
 
 
-def _macs_and_accuracy(stage: dict) -> tuple[float, float]:
-    """Return GMACs and top-1 of a recorded evaluation, or after the last epoch of a recorded training."""
+def _full_gmacs(found: dict[tuple[str, str], dict[str, dict]]) -> float | None:
+    """Return the full model's GMACs from stages by method, setting and seed. Those of an A-ViT record them too."""
+    for method, name in ((FULL, "gmacs"), (TRAINED, "gmacs_static")):
+        for key, stages in found.items():
+            if key[0] == method:
+                return _metrics(next(iter(stages.values())))[name]
+    return None
+
+
+def _metrics(stage: dict) -> dict:
+    """Return the metrics of a recorded evaluation, or those after the last epoch of a recorded training."""
     if "eval" in stage:
-        return stage["eval"]["gmacs"], stage["eval"]["acc1"]
-    return stage["epochs"][-1]["test_gmacs"], stage["epochs"][-1]["test_acc1"]
+        return stage["eval"]
+    return {name.removeprefix("test_"): value for name, value in stage["epochs"][-1].items()}
 
 
 def load_throughput(results: Path) -> tuple[dict[str, float], str]:
@@ -252,7 +260,7 @@ def budgets_table(points: list[Point]) -> str:
     Where no model with the gate by direction was trained for a budget, one with the gate of one channel stands in.
     """
     trained, others = ({p.setting: p for p in points if p.method == method} for method in (TRAINED, "halting"))
-    full = next(p for p in points if p.method == FULL)
+    full = next((p for p in points if p.method == FULL), None)
     asked = [p for p in points if p.method == OTHER_BUDGET]
     start = [trained[min(trained, key=float)]] if asked else []
     rows = []

@@ -225,6 +225,16 @@ def test_differences_have_errors_over_seeds_and_over_images(tmp_path):
     ]
 
 
+def test_report_without_full_model_takes_its_macs_from_a_vit(tmp_path):
+    for name, top1, gmacs in (("direction0.3", 77.0, 0.03), ("otherbudget0.6", 79.0, 0.06), ("tome0.3", 76.0, 0.03)):
+        numbers = {"acc1": top1, "gmacs": gmacs, "gmacs_static": 0.1}
+        (tmp_path / f"test_{name}_0.json").write_text(json.dumps({"eval": numbers}))
+    baselines_report.main([str(tmp_path), "Title"])
+    lines = (tmp_path / "baselines.md").read_text().splitlines()
+    assert "| ToMe | 0.3 | 1 | 70.0% | 76.00 |  | 3.33 |" in lines
+    assert "| 0.6 | 0.600 | 79.00 |  |  |" in lines
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_recording_incomplete_training_raises(tmp_path, epochs):
     (tmp_path / "log.txt").write_text('{"train_seconds": 1.0}\n' * epochs)
