@@ -5,7 +5,8 @@
 #   first_training, static_training  how static models are trained: functions of KIND SUFFIX SEED, run in this order
 #   PRUNING                          K:N for each budget: N patches are kept after block K, see baselines.py
 #   DIRECTION_BUDGETS                budgets of A-ViT with the gate by direction, the smallest last; none if unset
-#   MERGING                          setting of ToMe at the smallest budget, see baselines.py; none if unset
+#   MERGING, STEPS                   settings of ToMe and of EViT in steps at the smallest budget, see baselines.py; none
+#                                    if unset
 #
 # All settings were chosen on 5,000 held-out training images, which are the test set of the folders `full` and `subset`.
 ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
@@ -15,7 +16,7 @@ BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}
 SHALLOW_BUDGETS=${SHALLOW_BUDGETS:-0.77 0.51}
 . experiments/recipe.sh
 read -ra DIRECTION_BUDGETS <<< "${DIRECTION_BUDGETS:-}"
-CHANNEL="$HALTING --gate channel" MERGING=${MERGING:-}
+CHANNEL="$HALTING --gate channel" MERGING=${MERGING:-} STEPS=${STEPS:-}
 
 train_static() {  # KIND SUFFIX: train a static model of every seed
   local seed
@@ -54,6 +55,7 @@ for seed in $SEEDS; do
     tune "direction${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
   done
   [ -z "$MERGING" ] || tune "tome${BUDGETS[-1]}_$seed" "tome:$MERGING" "$static" "$seed" --no-halting
+  [ -z "$STEPS" ] || tune "fused${BUDGETS[-1]}_$seed" "fused:$STEPS" "$static" "$seed" --no-halting
   for budget in $SHALLOW_BUDGETS; do
     truncated_weights 7 "$seed" "shallowhalting${budget}_$seed"
     tune "shallowhalting${budget}_$seed" shallow:7 "$RUNS/shallow7_$seed.pth" "$seed" $CHANNEL --target-macs "$budget"
@@ -97,6 +99,7 @@ for seed in $SEEDS; do
     test_model "direction${budget}_$seed" full
   done
   [ -z "$MERGING" ] || test_model "tome${BUDGETS[-1]}_$seed" "tome:$MERGING" --no-halting
+  [ -z "$STEPS" ] || test_model "fused${BUDGETS[-1]}_$seed" "fused:$STEPS" --no-halting
   [ "${#DIRECTION_BUDGETS[@]}" = 0 ] || test_other_budgets "${DIRECTION_BUDGETS[-1]}" "$seed"
   test_shallower "$seed"
   for budget in $SHALLOW_BUDGETS; do

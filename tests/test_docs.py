@@ -119,9 +119,9 @@ QUOTED = {  # pages with result tables, and the files that the rows come from
 def test_quoted_rows_are_in_the_results(page, results):
     names = {*METHODS.values(), *RECIPE_ABLATIONS.values(), *GATE_ABLATIONS.values()}
     measured = [row for row in table_rows(page) if row[0] in names]
-    found = [row[:6] for row in table_rows(results)]
+    found = table_rows(results)
     assert len(measured) >= 7
-    assert [row for row in measured if row not in found] == []
+    assert [row for row in measured if not any(row == other[: len(row)] for other in found)] == []
 
 
 @pytest.mark.parametrize("command", ORIGINAL_COMMANDS.values(), ids=ORIGINAL_COMMANDS)
