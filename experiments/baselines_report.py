@@ -261,15 +261,20 @@ def budgets_table(points: list[Point]) -> str:
     """
     trained, others = ({p.setting: p for p in points if p.method == method} for method in (TRAINED, "halting"))
     full = next((p for p in points if p.method == FULL), None)
-    asked = [p for p in points if p.method == OTHER_BUDGET]
-    start = [trained[min(trained, key=float)]] if asked else []
     rows = []
-    for point in sorted([*start, *asked], key=lambda p: float(p.setting)):
-        same_budget = (others | trained).get(point.setting) if point in asked else None
+    for point in at_all_budgets(points):
+        same_budget = (others | trained).get(point.setting) if point.method == OTHER_BUDGET else None
         differences = (paired(point, other) for other in (same_budget, full))
         accuracy = mean_and_error([*point.accuracy.values()])
         rows.append((point.setting, f"{mean(point.macs):.3f}", accuracy, *differences))
     return table(("--budget", "MACs", "top-1 (%)", "minus trained for it", "minus static, full"), rows)
+
+
+def at_all_budgets(points: list[Point]) -> list[Point]:
+    """Return the A-ViT of the smallest budget at this and at other budgets, by budget; empty without the others."""
+    asked = [p for p in points if p.method == OTHER_BUDGET]
+    smallest = min((p for p in points if p.method == TRAINED), key=lambda p: float(p.setting), default=None)
+    return sorted([smallest, *asked], key=lambda p: float(p.setting)) if smallest and asked else asked
 
 
 def paired(point: Point, other: Point | None) -> str:
@@ -284,9 +289,12 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
 
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     axes = figure.subplots()
-    placed = [(place(p), p) for p in points if place(p) is not None]
-    for method in dict.fromkeys(p.method for _, p in placed):
-        shown = [(x, p) for x, p in placed if p.method == method]
+    lines = {method: [p for p in points if p.method == method] for method in METHODS}
+    lines[OTHER_BUDGET] = at_all_budgets(points)
+    for method, line in lines.items():
+        shown = [(x, p) for p in line if (x := place(p)) is not None]
+        if not any(p.method == method for _, p in shown):
+            continue
         x, y = [v for v, _ in shown], [mean(p.accuracy) for _, p in shown]
         error = [
             statistics.stdev(a) / len(a) ** 0.5 if len(a) > 1 else 0 for a in ([*p.accuracy.values()] for _, p in shown)
