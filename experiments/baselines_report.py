@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     FULL: "static, full",
 }
 STYLES = dict(zip(METHODS, ("o-", "o:", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
-COLORS = dict(zip(METHODS, ("C0", "C1", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "olive", "gray", "black")))
+COLORS = dict(zip(METHODS, ("C0", "C1", "C3", "C4", "C5", "C6", "C2", "C8", "C9", "navy", "olive", "gray", "black")))
 BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
 RECIPE_ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",
@@ -64,9 +64,11 @@ GATE_ABLATIONS = {
 
 GATE_NOTE = "Paired differences between models of one seed had standard errors of 0.3 to 0.6 points over the images."
 GAP = 0.05  # fraction of the MACs; the line from a baseline's largest model to the full one is too low further away
+IMAGES_NOTE = """Nothing is interpolated here. The error over seeds leaves out the choice of the images, and the error
+over images that of the seeds. The root of the sum of their squares is a little too large as the error of both."""
 HELD_OUT_ACCURACY = "held-out top-1 (%)"
 GATES = "Gate by direction minus gate of one channel, paired by seed"
-IMAGES = "A-ViT with the gate by direction minus models of equal budget, paired by seed and by image"
+IMAGES = "Gate by direction minus models of equal setting and the full one, paired by seed and by image"
 DIFFERENCES = "Accuracy of A-ViT minus that of each baseline at equal MACs, in points"
 MODELS_NOTE = """± is one standard error over the seeds. Columns:
 
@@ -89,8 +91,14 @@ class Point(NamedTuple):
     accuracy: dict[str, float]
     stages: dict[str, dict]
 
-    def of_seeds(self, seeds: list[str]) -> Point:
-        return self._replace(**{name: {s: getattr(self, name)[s] for s in seeds} for name in self._fields[2:]})
+    def of_seeds(self, seeds: Iterable[str]) -> Point:
+        macs, accuracy, stages = ({s: of[s] for s in seeds} for of in (self.macs, self.accuracy, self.stages))
+        return self._replace(macs=macs, accuracy=accuracy, stages=stages)
+
+    @property
+    def seeds_with_images(self) -> set[str]:
+        """The seeds whose stages record for each image whether the prediction is correct."""
+        return {seed for seed, stage in self.stages.items() if "correct" in stage}
 
 
 def load_points(results: Path, on_test: bool = True) -> list[Point]:
@@ -114,7 +122,7 @@ def load_points(results: Path, on_test: bool = True) -> list[Point]:
 
 
 def _full_gmacs(found: dict[tuple[str, str], dict[str, dict]]) -> float | None:
-    """Return the full model's GMACs from stages by method, setting and seed. Those of an A-ViT record them too."""
+    """Return the full model's GMACs from stages by method, setting and seed. A-ViT with all blocks records them too."""
     for method, name in ((FULL, "gmacs"), (TRAINED, "gmacs_static")):
         for key, stages in found.items():
             if key[0] == method:
@@ -197,16 +205,16 @@ def machines_line(results: Path) -> str:
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
     """Return a function from MACs to a baseline's accuracy, interpolated linearly between its models and the full one.
 
-    The function returns None below the baseline's models, with a margin of 0.01, more than GAP above them, and if it
-    knows no two models of that seed.
+    The function returns None below the baseline's models and above the full one, with a margin of 0.01, more than GAP
+    above the baseline's models, and if it knows no two models of that seed.
     """
     known = [p for p in points if p.method in (method, FULL) and seed in p.macs]
     pairs = sorted((p.macs[seed], p.accuracy[seed]) for p in known)
     own = [p.macs[seed] for p in known if p.method == method]
 
     def at(macs: float) -> float | None:
-        is_between = own and len(pairs) > 1 and min(own) - 0.01 <= macs <= max(own) + GAP
-        return float(np.interp(macs, *zip(*pairs))) if is_between else None
+        is_known = own and len(pairs) > 1 and min(own) - 0.01 <= macs <= min(max(own) + GAP, pairs[-1][0] + 0.01)
+        return float(np.interp(macs, *zip(*pairs))) if is_known else None
 
     return at
 
@@ -244,13 +252,13 @@ def images_table(points: list[Point]) -> str:
     """
     rows = []
     for point in (p for p in points if p.method == TRAINED):
-        for other in (p for p in points if p.method not in (TRAINED, OTHER_BUDGET)):
-            seeds = [s for s in point.stages if all("correct" in p.stages.get(s, {}) for p in (point, other))]
-            if not seeds or other.setting not in (point.setting, ""):
-                continue
-            _, error = paired_difference(*(correct_rate(p.stages[seed] for seed in seeds) for p in (other, point)))
-            over_seeds = paired(point.of_seeds(seeds), other)
-            rows.append((point.setting, METHODS[other.method], str(len(seeds)), over_seeds, f"{error:.2f}"))
+        others = (p for p in points if p.method not in (TRAINED, OTHER_BUDGET))
+        for other in (p for p in others if p.method == FULL or p.setting == point.setting):
+            seeds = sorted(point.seeds_with_images & other.seeds_with_images)
+            if seeds:
+                pair = [p.of_seeds(seeds) for p in (point, other)]
+                _, error = paired_difference(*(correct_rate(p.stages.values()) for p in pair))
+                rows.append((point.setting, METHODS[other.method], str(len(seeds)), paired(*pair), f"{error:.2f}"))
     return table(("budget", "other model", "seeds", "points ± error over seeds", "error over images"), rows)
 
 
@@ -309,46 +317,49 @@ def chart(points: list[Point], place: Callable[[Point], float | None], label: st
     figure.savefig(path, dpi=110)
 
 
-def _section(head: str, rows: str) -> tuple[str, ...]:
-    """Return a heading and a table, or nothing for a table without rows."""
-    return (f"## {head}", rows) if rows.count("\n") > 1 else ()
+def _section(head: str, rows: str, *notes: str) -> tuple[str, ...]:
+    """Return a heading, a table and notes, or nothing for a table without rows."""
+    return (f"## {head}", rows, *notes) if rows.count("\n") > 1 else ()
 
 
 def report(results: Path, title: str) -> None:
     """Write baselines.md, accuracy_macs.png and, once throughput is recorded, accuracy_speed.png.
 
-    Without test results, baselines.md has the accuracy on held-out images, and there is no chart. Means are those of
-    models that are trained with all seeds; if some are not, the first seed has a table of its own.
+    Until the full model is tested, baselines.md has the accuracy on held-out images too. Its means are those of models
+    that are trained with all seeds; if some are not, the first seed has a table of its own.
     """
-    points = load_points(results)
-    sections = _test_sections(results, points, title) if points else _held_out_sections(results)
-    (results / "baselines.md").write_text("\n\n".join([f"# {title}", *sections, machines_line(results)]) + "\n")
+    points, (images_per_s, machine) = load_points(results), load_throughput(results)
+    sections = _test_sections(results, points, title) if points else []
+    if not any(p.method == FULL for p in points):  # the experiment is in progress
+        sections += _held_out_sections(results, images_per_s)
+    sections.insert(2, MODELS_NOTE.format(machine=machine or "not measured yet"))
+    text = "\n\n".join([f"# {title}", *sections, *_gate_ablations(results), machines_line(results)])
+    (results / "baselines.md").write_text(text + "\n")
     print(f"{results / 'baselines.md'} written")
 
 
-def _held_out_sections(results: Path) -> list[str]:
-    """Return the sections of a page without test results."""
-    images_per_s, machine = load_throughput(results)
+def _held_out_sections(results: Path, images_per_s: dict[str, float]) -> list[str]:
+    """Return the sections on held-out images, the table of the models first."""
     points = load_points(results, on_test=False)
     seeds = sorted(set().union(*(p.accuracy for p in points)))
     complete = [p for p in points if len(p.accuracy) == len(seeds)]
     sections = ["## Held-out images", models_table(complete, images_per_s, HELD_OUT_ACCURACY)]
     if len(seeds) > 1:
-        sections += [f"## {DIFFERENCES}", differences_table(complete), *_section(GATES, gates_table(complete))]
+        sections += [f"## {DIFFERENCES}, held-out images", differences_table(complete)]
+        sections += _section(f"{GATES}, held-out images", gates_table(complete))
     if len(complete) < len(points):  # a mean over fewer seeds is not comparable
         first = [p.of_seeds(seeds[:1]) for p in points if seeds[0] in p.accuracy]
         sections += ["## First seed, held-out images", models_table(first, images_per_s, HELD_OUT_ACCURACY)]
-    return [*sections, MODELS_NOTE.format(machine=machine or "not measured yet"), *_gate_ablations(results)]
+    return sections
 
 
 def _gate_ablations(results: Path) -> tuple[str, ...]:
     head = "Parts of the gate by direction, held-out images, first seed"
-    section = _section(head, ablations_table(results, GATE_ABLATIONS))
-    return (*section, GATE_NOTE) if section else ()
+    return _section(head, ablations_table(results, GATE_ABLATIONS), GATE_NOTE)
 
 
 def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
-    """Return the sections of a page with test results, and draw the charts."""
+    """Return the sections on test images, the table of the models first, and draw the charts."""
     images_per_s, machine = load_throughput(results)
     chart(points, lambda p: mean(p.macs), "MACs (fraction of the full model)", title, results / "accuracy_macs.png")
     if images_per_s:
@@ -357,15 +368,13 @@ def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
     return [
         "## Test images",
         models_table(points, images_per_s),
-        MODELS_NOTE.format(machine=machine or "not measured yet"),
         f"## {DIFFERENCES}",
         differences_table(points),
         *_section(GATES, gates_table(points)),
-        *_section(IMAGES, images_table(points)),
+        *_section(IMAGES, images_table(points), IMAGES_NOTE),
         *_section("One A-ViT, trained for the smallest budget, at other budgets", budgets_table(points)),
         *_section("Training-step time", steps_table(results)),
         *_section("Ablation on held-out images, first seed, budget 0.45", ablations_table(results, RECIPE_ABLATIONS)),
-        *_gate_ablations(results),
     ]
 
 

@@ -337,7 +337,8 @@ def _choose_mixings(
 ) -> list[float]:
     """Return the mixing of least divergence for each budget: never rising, 1 at the budget trained for.
 
-    budgets: ascending, with `trained` among them. Each choice bounds those of the budgets further away from it.
+    curves: by mixing, the candidates. budgets: ascending, with `trained` among them. Each choice bounds those of the
+    budgets further away from it.
     """
 
     def divergence(mixing: float, budget: float) -> float:
@@ -345,7 +346,7 @@ def _choose_mixings(
         costs = [cost for _, cost in curve.points]
         return float(np.interp(budget, costs, divergences))
 
-    def outward(budgets: Iterable[float], mixings: tuple[float, ...]) -> list[float]:
+    def outward(budgets: Iterable[float], mixings: Sequence[float]) -> list[float]:
         """Choose for budgets ever further away; mixings: the candidates, in the direction of the budgets."""
         chosen = []
         for budget in budgets:
@@ -354,6 +355,6 @@ def _choose_mixings(
         return chosen
 
     place = budgets.index(trained)
-    below = outward(reversed(budgets[:place]), tuple(sorted(mixing for mixing in curves if mixing >= 1)))
-    above = outward(budgets[place + 1 :], tuple(sorted((mixing for mixing in curves if mixing <= 1), reverse=True)))
+    below = outward(reversed(budgets[:place]), sorted(mixing for mixing in curves if mixing >= 1))
+    above = outward(budgets[place + 1 :], sorted((mixing for mixing in curves if mixing <= 1), reverse=True))
     return [*reversed(below), 1.0, *above]

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, images, make_fashion, save_halting_micro
+from matplotlib.axes import Axes
 from timm.models import _registry
 from torch.testing import assert_close
 from warm_python import warm_python
@@ -17,6 +18,7 @@ from warm_python import warm_python
 import models_act
 from experiments import baselines_report, stages
 from experiments.baselines import register
+from experiments.baselines_report import METHODS, Point
 from macs import macs_per_image
 from training.checkpoints import Checkpoint, load_checkpoint
 
@@ -202,17 +204,18 @@ def test_report_compares_models_of_equal_seeds_only(tmp_path):
 
 
 def test_differences_have_errors_over_seeds_and_over_images(tmp_path):
-    """Both models have seeds 0 and 1, and seed 2 of one of them is left out."""
+    """Both models have seeds 0 and 1 with images, and seed 2 of one of them is left out."""
     answers = {
         "full": ("1111", "1111", "1111"),
-        "direction0.3": ("1110", "1100"),
+        "direction0.3": ("1110", "1100", None),
         "tome0.3": ("1000", "1100", "0000"),
         "tome0.2": ("0000", "0000", "0000"),
         "otherbudget0.3": ("0000", "0000"),
     }
     for name, of_seeds in answers.items():
         for seed, correct in enumerate(of_seeds):
-            stage = {"eval": {"acc1": 25.0 * correct.count("1"), "gmacs": 0.1}, "correct": correct}
+            stage = {"eval": {"acc1": 25.0 * (correct or "").count("1"), "gmacs": 0.1}}
+            stage |= {"correct": correct} if correct else {}
             (tmp_path / f"test_{name}_{seed}.json").write_text(json.dumps(stage))
     baselines_report.main([str(tmp_path), "Title"])
     lines = (tmp_path / "baselines.md").read_text().splitlines()
@@ -229,10 +232,38 @@ def test_report_without_full_model_takes_its_macs_from_a_vit(tmp_path):
     for name, top1, gmacs in (("direction0.3", 77.0, 0.03), ("otherbudget0.6", 79.0, 0.06), ("tome0.3", 76.0, 0.03)):
         numbers = {"acc1": top1, "gmacs": gmacs, "gmacs_static": 0.1}
         (tmp_path / f"test_{name}_0.json").write_text(json.dumps({"eval": numbers}))
+    trained = {"test_acc1": 75.0, "test_gmacs": 0.04, "test_gmacs_static": 0.1}
+    for name in ("direction0.4", "shallow4"):
+        (tmp_path / f"{name}_0.json").write_text(json.dumps({"machine": "2 x CPU", "epochs": [trained]}))
     baselines_report.main([str(tmp_path), "Title"])
     lines = (tmp_path / "baselines.md").read_text().splitlines()
-    assert "| ToMe | 0.3 | 1 | 70.0% | 76.00 |  | 3.33 |" in lines
-    assert "| 0.6 | 0.600 | 79.00 |  |  |" in lines
+    held_out = lines.index("## Held-out images")
+    assert lines.index("| ToMe | 0.3 | 1 | 70.0% | 76.00 |  | 3.33 |") < held_out
+    assert lines.index("| A-ViT, gate by direction | 70.0% |  |") < held_out
+    assert lines.index("| 0.6 | 0.600 | 79.00 |  |  |") < held_out
+    assert lines.index("| shallower | 4 | 1 | 60.0% | 75.00 |  | 2.50 |") > held_out
+
+
+def test_baseline_is_not_extrapolated_without_full_model():
+    smaller, larger = (Point("tome", "", {"0": macs}, {"0": 100 * macs}, {}) for macs in (0.2, 0.3))
+    at = baselines_report.accuracy_at([smaller, larger], "tome", "0")
+    assert (at(0.25), at(0.32)) == (pytest.approx(25), None)
+    full = Point("full", "", {"0": 1.0}, {"0": 100.0}, {})
+    assert baselines_report.accuracy_at([larger, full], "tome", "0")(0.32) == pytest.approx(32)
+
+
+@pytest.mark.filterwarnings("ignore:No artists with labels")
+def test_line_of_other_budgets_passes_through_the_trained_one(monkeypatch, tmp_path):
+    budgets = {"direction": ("0.3", "0.6"), "otherbudget": ("0.2", "1")}
+    points = [
+        Point(method, setting, {"0": float(setting)}, {"0": 80.0}, {})
+        for method, settings in budgets.items()
+        for setting in settings
+    ]
+    lines = {}
+    monkeypatch.setattr(Axes, "errorbar", lambda _, x, y, error, *, label, **style: lines.update({label: x}))
+    baselines_report.chart(points, lambda point: point.macs["0"], "MACs", "Title", tmp_path / "chart.png")
+    assert lines == {METHODS["direction"]: [0.3, 0.6], METHODS["otherbudget"]: [0.2, 0.3, 1.0]}
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
@@ -279,7 +310,7 @@ def test_pipeline_runs_from_scratch_and_repeats_no_stage(tmp_path):
     results = repository / "experiments/cluttered/results"
     assert "| shallower | 7 | 1 |" in (results / "baselines.md").read_text()
     images_per_s = json.loads((results / "throughput.json").read_text())["images_per_s"]
-    assert set(images_per_s) >= {"full", "direction0.6", "halting0.6", "shallow7", "random0.6"}
+    assert set(images_per_s) >= {"full", "direction0.6", "fused0.6", "halting0.6", "shallow7", "random0.6"}
     assert json.loads((results / "step_0.6.json").read_text())[0]["train"]
     again = run()
     assert again.returncode == 0, again.stderr

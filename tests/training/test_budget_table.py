@@ -187,6 +187,8 @@ def test_mixings_never_rise_with_the_budget():
     curves |= {0.75: (curve, [3.0, 3.0]), 0.5: (curve, [0.0, 0.9]), 0.25: (curve, [5.0, 0.0]), 0.0: (curve, [9.0, 0.1])}
     chosen = budget_table._choose_mixings(curves, [0.1, 0.2, 0.3, 0.4, 0.6, 0.95], 0.3)
     assert chosen == [1.5, 1.5, 1.0, 0.5, 0.5, 0.25]
+    curves[0.125] = curve, [0.0, 0.0]
+    assert budget_table._choose_mixings(curves, [0.1, 0.2, 0.3, 0.4], 0.3) == [1.5, 1.5, 1.0, 0.125]
 
 
 @pytest.mark.parametrize("name", ["cluttered/avit_micro_cluttered.pth", "clipart/avit_mini_clipart.pth"])
