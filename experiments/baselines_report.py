@@ -19,7 +19,7 @@ from compare import paired_difference
 from experiments.stages import HELD_OUT, correct_rate, held_out, mean_and_error, table
 from training.parser import Parser
 
-FULL, TRAINED, OTHER_BUDGET = "full", "direction", "otherbudget"
+FULL, START, TRAINED, OTHER_BUDGET = "full", "static", "direction", "otherbudget"
 ADAPTIVE = (TRAINED, "halting", "counts", "anybudget", "shallowhalting")
 METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     TRAINED: "A-ViT, gate by direction",
@@ -34,10 +34,13 @@ METHODS = {  # by the METHOD of stages test_METHODSETTING_SEED
     "shallow": "shallower",
     "narrow": "narrower",
     "random": "random patches",
+    START: "static, before fine-tuning",
     FULL: "static, full",
 }
-STYLES = dict(zip(METHODS, ("o-", "o:", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "*")))
-COLORS = dict(zip(METHODS, ("C0", "C1", "C3", "C4", "C5", "C6", "C2", "C8", "C9", "navy", "olive", "gray", "black")))
+STYLES = dict(zip(METHODS, ("o-", "o:", "h:", ".-", "s--", "^-", "p:", "D:", "<:", "v:", "P:", "x:", "X", "*")))
+COLORS = dict(
+    zip(METHODS, ("C0", "C1", "C3", "C4", "C5", "C6", "C2", "C8", "C9", "navy", "olive", "gray", "brown", "black"))
+)
 BASELINES = ("fused", "evit", "tome", "shallow", "narrow", "random")
 RECIPE_ABLATIONS = {  # by stage, in the order of the table
     "halting0.45_{seed}": "full recipe",
@@ -253,7 +256,7 @@ def images_table(points: list[Point]) -> str:
     rows = []
     for point in (p for p in points if p.method == TRAINED):
         others = (p for p in points if p.method not in (TRAINED, OTHER_BUDGET))
-        for other in (p for p in others if p.method == FULL or p.setting == point.setting):
+        for other in (p for p in others if p.method in (START, FULL) or p.setting == point.setting):
             seeds = sorted(point.seeds_with_images & other.seeds_with_images)
             if seeds:
                 pair = [p.of_seeds(seeds) for p in (point, other)]

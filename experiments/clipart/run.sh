@@ -54,6 +54,7 @@ for seed in $SEEDS; do
   done
   until_fewer_than 1
 
+  evaluate "test_static_$seed" full "$static" --no-halting
   test_model "full_$seed" full --no-halting
   for index in "${!BUDGETS[@]}"; do
     budget=${BUDGETS[index]}
