@@ -208,22 +208,25 @@ def machines_line(results: Path) -> str:
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
     """Return a function from MACs to a baseline's accuracy, interpolated linearly between its models and the full one.
 
-    The function returns None below the baseline's models and above the full one, with a margin of 0.01, more than GAP
-    above the baseline's models, and if it knows no two models of that seed.
+    The function returns None below the baseline's models and above the largest known one, with a margin of 0.01, and
+    more than GAP above the baseline's models.
     """
     known = [p for p in points if p.method in (method, FULL) and seed in p.macs]
     pairs = sorted((p.macs[seed], p.accuracy[seed]) for p in known)
     own = [p.macs[seed] for p in known if p.method == method]
 
     def at(macs: float) -> float | None:
-        is_known = own and len(pairs) > 1 and min(own) - 0.01 <= macs <= min(max(own) + GAP, pairs[-1][0] + 0.01)
+        is_known = own and min(own) - 0.01 <= macs <= min(max(own) + GAP, pairs[-1][0] + 0.01)
         return float(np.interp(macs, *zip(*pairs))) if is_known else None
 
     return at
 
 
 def differences_table(points: list[Point]) -> str:
-    """Tabulate the accuracy of each A-ViT model minus that of each baseline at equal MACs, paired by seed."""
+    """Tabulate the accuracy of each A-ViT model minus that of each baseline at equal MACs, paired by seed.
+
+    A baseline without models of all seeds of the A-ViT has an empty cell.
+    """
     full = next((p for p in points if p.method == FULL), None)
     baselines = [method for method in BASELINES if any(p.method == method for p in points)]
     rows = []
@@ -235,7 +238,7 @@ def differences_table(points: list[Point]) -> str:
                 for seed in point.accuracy
                 if (other := accuracy_at(points, baseline, seed)(point.macs[seed])) is not None
             ]
-            row.append(mean_and_error(differences, "+") if differences else "")
+            row.append(mean_and_error(differences, "+") if len(differences) == len(point.accuracy) else "")
         rows.append([*row, paired(point, full)] if full else row)
     heads = [METHODS[method] for method in (*baselines, *([FULL] if full else []))]
     return table(("model", "MACs saved", *heads), rows)

@@ -239,7 +239,7 @@ def test_report_without_full_model_takes_its_macs_from_a_vit(tmp_path):
     lines = (tmp_path / "baselines.md").read_text().splitlines()
     held_out = lines.index("## Held-out images")
     assert lines.index("| ToMe | 0.3 | 1 | 70.0% | 76.00 |  | 3.33 |") < held_out
-    assert lines.index("| A-ViT, gate by direction | 70.0% |  |") < held_out
+    assert lines.index("| A-ViT, gate by direction | 70.0% | +1.00 |") < held_out
     assert lines.index("| 0.6 | 0.600 | 79.00 |  |  |") < held_out
     assert lines.index("| shallower | 4 | 1 | 60.0% | 75.00 |  | 2.50 |") > held_out
 
@@ -250,6 +250,14 @@ def test_baseline_is_not_extrapolated_without_full_model():
     assert (at(0.25), at(0.32)) == (pytest.approx(25), None)
     full = Point("full", "", {"0": 1.0}, {"0": 100.0}, {})
     assert baselines_report.accuracy_at([larger, full], "tome", "0")(0.32) == pytest.approx(32)
+
+
+def test_difference_to_baseline_of_fewer_seeds_is_left_out():
+    trained = Point("direction", "0.3", {"0": 0.3, "1": 0.3}, {"0": 80.0, "1": 90.0}, {})
+    tome = Point("tome", "0.3", {"0": 0.3, "1": 0.3}, {"0": 79.0, "1": 89.0}, {})
+    evit = Point("evit", "0.3", {"1": 0.3}, {"1": 80.0}, {})
+    row = baselines_report.differences_table([trained, tome, evit]).splitlines()[-1]
+    assert row == "| A-ViT, gate by direction | 70.0% |  | +1.00 ± 0.00 |"
 
 
 @pytest.mark.filterwarnings("ignore:No artists with labels")
