@@ -8,7 +8,8 @@
 #   MERGING, STEPS                   settings of ToMe and of EViT in steps at the smallest budget, see baselines.py; none
 #                                    if unset
 #
-# All settings were chosen on 5,000 held-out training images, which are the test set of the folders `full` and `subset`.
+# MERGING and STEPS were printed by experiments/settings.py. The other settings were chosen on 5,000 held-out training
+# images, which are the test set of the folders `full` and `subset`.
 ROUNDS=${ROUNDS:-31} STEP_ROUNDS=${STEP_ROUNDS:-7}
 read -ra BUDGETS <<< "${BUDGETS:-0.6 0.45 0.3}"
 BLOCKS=${BLOCKS:-7 5 4 3} WIDTHS=${WIDTHS:-36 27 21}

@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ class Point(NamedTuple):
     accuracy: dict[str, float]
     stages: dict[str, dict]
 
-    def of_seeds(self, seeds: Iterable[str]) -> Point:
+    def of_seeds(self, seeds: list[str]) -> Point:
         macs, accuracy, stages = ({s: of[s] for s in seeds} for of in (self.macs, self.accuracy, self.stages))
         return self._replace(macs=macs, accuracy=accuracy, stages=stages)
 
@@ -198,11 +198,17 @@ def ablations_table(results: Path, ablations: dict[str, str]) -> str:
 
 
 def machines_line(results: Path) -> str:
-    """Return a sentence on the machines where trainings ended, which may have begun elsewhere."""
+    """Return two sentences on the machines where stages ended, which may have begun elsewhere."""
     stages = [json.loads(path.read_text()) for path in results.glob("*_*.json")]
     machines = Counter(stage["machine"] for stage in stages if "epochs" in stage).most_common()
     trained = " and ".join(f"{name} ({number} stages)" for name, number in machines)
-    return f"Training stages by the machine where they ended: {trained or 'none'}."
+    hours = Counter()
+    for stage in stages:
+        if "seconds" in stage:
+            hours[stage["machine"]] += stage["seconds"] / 3600
+    spent = " and ".join(f"{name} ({number:.1f} hours)" for name, number in hours.most_common())
+    ended = f"Training stages by the machine where they ended: {trained or 'none'}."
+    return f"{ended} Time of all stages: {spent or 'unknown'}."
 
 
 def accuracy_at(points: list[Point], method: str, seed: str) -> Callable[[float], float | None]:
@@ -335,12 +341,12 @@ def report(results: Path, title: str) -> None:
     that are trained with all seeds; if some are not, the first seed has a table of its own.
     """
     points, (images_per_s, machine) = load_points(results), load_throughput(results)
-    sections = _test_sections(results, points, title) if points else []
+    sections = _test_sections(results, points, title, images_per_s, machine) if points else []
     if not any(p.method == FULL for p in points):  # the experiment is in progress
         sections += _held_out_sections(results, images_per_s)
-    sections.insert(2, MODELS_NOTE.format(machine=machine or "not measured yet"))
-    text = "\n\n".join([f"# {title}", *sections, *_gate_ablations(results), machines_line(results)])
-    (results / "baselines.md").write_text(text + "\n")
+    head, models, *others = [*sections, *_gate_ablations(results), machines_line(results)]
+    note = MODELS_NOTE.format(machine=machine or "not measured yet")
+    (results / "baselines.md").write_text("\n\n".join([f"# {title}", head, models, note, *others]) + "\n")
     print(f"{results / 'baselines.md'} written")
 
 
@@ -364,9 +370,10 @@ def _gate_ablations(results: Path) -> tuple[str, ...]:
     return _section(head, ablations_table(results, GATE_ABLATIONS), GATE_NOTE)
 
 
-def _test_sections(results: Path, points: list[Point], title: str) -> list[str]:
+def _test_sections(
+    results: Path, points: list[Point], title: str, images_per_s: dict[str, float], machine: str
+) -> list[str]:
     """Return the sections on test images, the table of the models first, and draw the charts."""
-    images_per_s, machine = load_throughput(results)
     chart(points, lambda p: mean(p.macs), "MACs (fraction of the full model)", title, results / "accuracy_macs.png")
     if images_per_s:
         label = f"images/s (batch size 256, {machine})"

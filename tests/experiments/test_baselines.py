@@ -141,7 +141,7 @@ def test_report_contains_every_number(tmp_path):
     measured = {"machine": "4 x CPU", "images_per_s": {"full": 100.0, "halting0.45": 200.0}}
     (tmp_path / "throughput.json").write_text(json.dumps(measured))
     for stage, machine in {"full_0": "a GPU", "full_1": "2 x CPU", "shallow5_0": "a GPU"}.items():
-        (tmp_path / f"{stage}.json").write_text(json.dumps({"epochs": [], "machine": machine}))
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"epochs": [], "machine": machine, "seconds": 5400}))
     steps = [{"form": "static (timm)"}, {"form": "zipped", "ideal": 2.0, "speed_up": 1.6}]
     (tmp_path / "step_0.45.json").write_text(json.dumps(steps))
     baselines_report.report(tmp_path, "Title")
@@ -162,6 +162,7 @@ def test_report_contains_every_number(tmp_path):
     ):
         assert line in text.splitlines(), text
     assert "\nTraining stages by the machine where they ended: a GPU (2 stages) and 2 x CPU (1 stages)." in text
+    assert "Time of all stages: a GPU (3.0 hours) and 2 x CPU (1.5 hours).\n" in text
     assert "first seed, batch size 256, 4 x CPU\n" in text
     assert (tmp_path / "accuracy_macs.png").stat().st_size > 5000
     assert (tmp_path / "accuracy_speed.png").stat().st_size > 5000

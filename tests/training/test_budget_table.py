@@ -191,6 +191,14 @@ def test_mixings_never_rise_with_the_budget():
     assert budget_table._choose_mixings(curves, [0.1, 0.2, 0.3, 0.4], 0.3) == [1.5, 1.5, 1.0, 0.125]
 
 
+def test_docs_list_the_mixings():
+    above, below = sorted([*budget_table.MIXINGS_ABOVE, 1.0]), sorted([*budget_table.MIXINGS_BELOW, 1.0])
+    *above, last_above = map("{:g}".format, above)
+    *below, last_below = map("{:g}".format, below)
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert f"one of {', '.join(above)} and {last_above}. Below it, it is {', '.join(below)} or {last_below}." in text
+
+
 @pytest.mark.parametrize("name", ["cluttered/avit_micro_cluttered.pth", "clipart/avit_mini_clipart.pth"])
 def test_bundled_model_accepts_all_budgets(name):
     table = Checkpoint.load(str(ROOT / "experiments" / name)).budget_table()
