@@ -269,9 +269,10 @@ def images_table(points: list[Point]) -> str:
             seeds = sorted(point.seeds_with_images & other.seeds_with_images)
             if seeds:
                 pair = [p.of_seeds(seeds) for p in (point, other)]
-                _, error = paired_difference(*(correct_rate(p.stages.values()) for p in pair))
-                rows.append((point.setting, METHODS[other.method], str(len(seeds)), paired(*pair), f"{error:.2f}"))
-    return table(("budget", "other model", "seeds", "points ± error over seeds", "error over images"), rows)
+                difference, error = paired_difference(*(correct_rate(p.stages.values()) for p in reversed(pair)))
+                by_image = f"{difference:+.2f} ± {error:.2f}"
+                rows.append((METHODS[other.method], point.setting, str(len(seeds)), paired(*pair), by_image))
+    return table(("other model", "budget", "seeds", "points ± over seeds", "points ± over images"), rows)
 
 
 def budgets_table(points: list[Point]) -> str:

@@ -223,8 +223,8 @@ def test_differences_have_errors_over_seeds_and_over_images(tmp_path):
     start = lines.index(f"## {baselines_report.IMAGES}")
     # Differences by image, means over the seeds: (0, 0.5, 0.5, 0) to ToMe and (0, 0, -0.5, -1) to the full model.
     assert lines[start + 4 : start + 7] == [
-        "| 0.3 | ToMe | 2 | +25.00 ± 25.00 | 14.43 |",
-        "| 0.3 | static, full | 2 | -37.50 ± 12.50 | 23.94 |",
+        "| ToMe | 0.3 | 2 | +25.00 ± 25.00 | +25.00 ± 14.43 |",
+        "| static, full | 0.3 | 2 | -37.50 ± 12.50 | -37.50 ± 23.94 |",
         "",
     ]
 
