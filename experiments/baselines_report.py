@@ -260,7 +260,8 @@ def gates_table(points: list[Point]) -> str:
 def images_table(points: list[Point]) -> str:
     """Tabulate the gate by direction minus each other model of its budget and the full one, paired by seed and image.
 
-    The error over images is that of the mean over the seeds that both models have.
+    Both columns have the mean over the seeds that both models have, one with its error over seeds, the other with that
+    over images.
     """
     rows = []
     for point in (p for p in points if p.method == TRAINED):
@@ -268,10 +269,10 @@ def images_table(points: list[Point]) -> str:
         for other in (p for p in others if p.method in (START, FULL) or p.setting == point.setting):
             seeds = sorted(point.seeds_with_images & other.seeds_with_images)
             if seeds:
-                pair = [p.of_seeds(seeds) for p in (point, other)]
-                difference, error = paired_difference(*(correct_rate(p.stages.values()) for p in reversed(pair)))
+                ours, theirs = (p.of_seeds(seeds) for p in (point, other))
+                difference, error = paired_difference(*(correct_rate(p.stages.values()) for p in (theirs, ours)))
                 by_image = f"{difference:+.2f} ± {error:.2f}"
-                rows.append((METHODS[other.method], point.setting, str(len(seeds)), paired(*pair), by_image))
+                rows.append((METHODS[other.method], point.setting, str(len(seeds)), paired(ours, theirs), by_image))
     return table(("other model", "budget", "seeds", "points ± over seeds", "points ± over images"), rows)
 
 
@@ -343,7 +344,7 @@ def report(results: Path, title: str) -> None:
     """
     points, (images_per_s, machine) = load_points(results), load_throughput(results)
     sections = _test_sections(results, points, title, images_per_s, machine) if points else []
-    if not any(p.method == FULL for p in points):  # the experiment is in progress
+    if not any(p.method == FULL for p in points):  # most models have not been tested
         sections += _held_out_sections(results, images_per_s)
     head, models, *others = [*sections, *_gate_ablations(results), machines_line(results)]
     note = MODELS_NOTE.format(machine=machine or "not measured yet")

@@ -116,7 +116,7 @@ QUOTED = {  # pages with result tables, and the files that the rows come from
 }
 
 
-@pytest.mark.parametrize(("page", "results"), QUOTED.items(), ids=[page.parent.name for page in QUOTED])
+@pytest.mark.parametrize(("page", "results"), QUOTED.items(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_quoted_rows_are_in_the_results(page, results):
     names = {*METHODS.values(), *RECIPE_ABLATIONS.values(), *GATE_ABLATIONS.values()}
     measured = [row for row in table_rows(page) if row[0] in names]
