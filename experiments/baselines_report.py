@@ -65,7 +65,6 @@ GATE_ABLATIONS = {
     )
 }
 
-GATE_NOTE = "Paired differences between models of one seed had standard errors of 0.3 to 0.6 points over the images."
 GAP = 0.05  # fraction of the MACs; the line from a baseline's largest model to the full one is too low further away
 IMAGES_NOTE = """Nothing is interpolated here. The error over seeds leaves out the choice of the images, and the error
 over images that of the seeds. The root of the sum of their squares is a little too large as the error of both."""
@@ -369,7 +368,7 @@ def _held_out_sections(results: Path, images_per_s: dict[str, float]) -> list[st
 
 def _gate_ablations(results: Path) -> tuple[str, ...]:
     head = "Parts of the gate by direction, held-out images, first seed"
-    return _section(head, ablations_table(results, GATE_ABLATIONS), GATE_NOTE)
+    return _section(head, ablations_table(results, GATE_ABLATIONS))
 
 
 def _test_sections(

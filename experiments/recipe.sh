@@ -33,6 +33,11 @@ evaluate() {  # STAGE KIND CHECKPOINT FLAGS...: evaluate on the test images
     --finetune "$checkpoint" --output_dir "$RUNS/$name" "$@"
 }
 
+tune_parts() {  # PARTS BUDGET FLAGS...: fine-tune with these PARTS of gate_parts.py, first seed
+  local seed=${SEEDS%% *} PROGRAM="experiments.gate_parts $1"
+  tune "ablation_${1/,/_}$2" full "$(static_weights "$seed")" "$seed" $HALTING --target-macs "$2" "${@:3}"
+}
+
 static_weights() {  # SEED: print the file in the repository, which is in half precision
   echo "$HERE/static_$1.pth"
 }

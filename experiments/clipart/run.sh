@@ -67,6 +67,8 @@ for seed in $SEEDS; do
   test_shallower "$seed"
   until_fewer_than 1
 done
+tune_parts still 0.3
+until_fewer_than 1
 measure_throughput "$TEST_DATA"
 "$PYTHON" -m experiments.baselines_report "$OUT" "Open Clip Art"
 export_weights "direction0.3_${SEEDS%% *}" "$HERE/avit_mini_clipart.pth"

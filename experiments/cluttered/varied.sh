@@ -28,11 +28,6 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
-tune_parts() {  # PARTS BUDGET FLAGS...: fine-tune with these PARTS of gate_parts.py, first seed
-  local seed=${SEEDS%% *} PROGRAM="experiments.gate_parts $1"
-  tune "ablation_${1/,/_}$2" full "$(static_weights "$seed")" "$seed" $HALTING --target-macs "$2" "${@:3}"
-}
-
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
   for budget in "${BUDGETS[@]}"; do
