@@ -460,7 +460,9 @@ def _check_training_budget(parser: Parser, args: argparse.Namespace) -> None:
     if args.budget is not None and not (args.eval or args.demo):
         parser.error("--budget requires --eval or --demo; use --target-macs to train to a budget")
     if args.target_macs is not None and not trains_tokens:
-        parser.error("--target-macs cannot be combined with --eval, --demo or --no-halting")
+        parser.error(
+            "--target-macs cannot be combined with --eval, --demo or --no-halting; use --budget to evaluate at a budget"
+        )
     if args.gate in (None, "fixed"):
         return
     if not trains_tokens:
