@@ -98,7 +98,7 @@ def supports_graphs(images: Tensor) -> bool:
 
 
 def _is_supported(model: VisionTransformer, call: Call) -> bool:
-    """Return whether the planned mode supports a call. docs/design.md lists what it does not support."""
+    """Return whether the planned mode supports a call. docs/cuda_graphs.md lists what it does not support."""
     images, has_grad = call.images, torch.is_grad_enabled()
     is_supported = model.halting and model.zip_tokens and model.reads_prefix and not model.grad_checkpointing
     if not (is_supported and has_fixed_rotations(model)):
