@@ -6,7 +6,7 @@ DATA := data/fashion_mnist
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal  # one process per core, one thread each
 
 # Scanned digits at 32 x 32 with patches of 4 x 4: small enough to train on one CPU core.
-DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num_workers 0
+DIGITS := --model avit_micro_patch4_32 --data-set DIGITS --input-size 32 --num-workers 0
 ACT := OMP_NUM_THREADS=1 $(BIN)/python main_act.py
 
 .PHONY: help quickstart experiments evidence example-images pictures test test-slow lint
@@ -14,11 +14,11 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 quickstart: .venv/installed  ## train, fine-tune, evaluate and draw a model of scanned digits (4 to 9 minutes on one CPU core)
-	$(ACT) @recipes/digits_static.args --output_dir $(OUT)/static
-	$(ACT) @recipes/digits_adaptive.args --pretrained-path $(OUT)/static/checkpoint.pth --output_dir $(OUT)/adaptive
-	$(ACT) $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth --output_dir $(OUT)/static
-	$(ACT) $(DIGITS) --eval --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
-	$(ACT) $(DIGITS) --demo --finetune $(OUT)/adaptive/checkpoint.pth --output_dir $(OUT)/adaptive
+	$(ACT) @recipes/digits_static.args --output-dir $(OUT)/static
+	$(ACT) @recipes/digits_adaptive.args --pretrained-path $(OUT)/static/checkpoint.pth --output-dir $(OUT)/adaptive
+	$(ACT) $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth --output-dir $(OUT)/static
+	$(ACT) $(DIGITS) --eval --finetune $(OUT)/adaptive/checkpoint.pth --output-dir $(OUT)/adaptive
+	$(ACT) $(DIGITS) --demo --finetune $(OUT)/adaptive/checkpoint.pth --output-dir $(OUT)/adaptive
 	@$(BIN)/python compare.py $(OUT)/static $(OUT)/adaptive
 	@echo "Token depths: $(OUT)/adaptive/token_act_visualization/"
 

@@ -1,6 +1,6 @@
 """Compare evaluations: python compare.py OUTPUT_DIR...
 
-Each folder holds the output of `main_act.py --eval --output_dir OUTPUT_DIR`. The last column of the table is the
+Each folder holds the output of `main_act.py --eval --output-dir OUTPUT_DIR`. The last column of the table is the
 difference to the top-1 accuracy of the first folder, with its standard error, paired by image.
 """
 

@@ -1,6 +1,6 @@
 """Train, evaluate or visualize A-ViT models from the command line.
 
-    torchrun --nproc_per_node=4 main_act.py --data-path IMAGENET --output_dir OUT --pretrained
+    torchrun --nproc_per_node=4 main_act.py --data-path IMAGENET --output-dir OUT --pretrained
     python main_act.py --data-path IMAGENET --eval --finetune a-vit-weights/tiny-10-30.pth
     python main_act.py --data-path IMAGENET --demo --finetune a-vit-weights/visualization-tiny.pth
 
