@@ -13,7 +13,7 @@ ACT := OMP_NUM_THREADS=1 $(BIN)/python main_act.py
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-quickstart: .venv/installed  ## train, fine-tune, evaluate and draw a model of scanned digits (4 to 9 minutes on one CPU core)
+quickstart: .venv/installed  ## train, fine-tune, evaluate and draw a model of scanned digits (4 to 10 minutes on one CPU core)
 	$(ACT) @recipes/digits_static.args --output-dir $(OUT)/static
 	$(ACT) @recipes/digits_adaptive.args --pretrained-path $(OUT)/static/checkpoint.pth --output-dir $(OUT)/adaptive
 	$(ACT) $(DIGITS) --no-halting --eval --finetune $(OUT)/static/checkpoint.pth --output-dir $(OUT)/static
