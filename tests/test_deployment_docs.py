@@ -136,6 +136,15 @@ def test_python_program_follows_the_metadata(tmp_path, width, height, size, inte
 # With ONNX Runtime and Node.js --------------------------------------------------------------------
 
 
+def test_example_of_the_docs_prints_the_line_of_the_page(tmp_path):
+    checkpoint = re.search(r"python export_onnx.py (\S+) graph.onnx", DEPLOYMENT)[1]
+    image, line = re.search(r"python classify.py graph.onnx (\S+)\n# (.*)", DEPLOYMENT).groups()
+    export_onnx.main([str(ROOT / checkpoint), str(tmp_path / "graph.onnx")])
+    script = [sys.executable, "-c", code_of_docs("python"), "graph.onnx", str(ROOT / image)]
+    result = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == line
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> Path:
     """A folder with the quickstart's model after a few epochs as graph.onnx, image.png, and PyTorch's prediction."""

@@ -13,8 +13,6 @@ PIPELINES = {
     "fashion_mnist_baselines": ["fashion_mnist/baselines.sh"],
     "fashion_mnist": ["fashion_mnist/run.sh", "trials"],
 }
-
-
 UNFINISHED = ["clipart/run.sh", "cluttered/varied.sh"]
 
 
