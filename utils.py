@@ -259,8 +259,9 @@ def lock_output_dir(folder: Path | None) -> Iterator[None]:
 
 def is_plain_tensor(value: object) -> bool:
     """Return whether a value is a dense tensor of real numbers on the CPU, not quantized."""
-    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-    return is_plain and value.device.type == "cpu" and not value.is_complex()
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex()
 
 
 # Numbers and progress ----------------------------------------------------------------------------

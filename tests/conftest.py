@@ -148,6 +148,18 @@ def with_directions(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def not_plain(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return tensors of this shape that a hostile file may contain where a dense tensor of real numbers belongs."""
+    zeros = torch.zeros(shape)
+    return [
+        zeros.to_sparse(),
+        torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8),
+        torch.nested.nested_tensor([zeros, zeros]),
+        zeros.to("meta"),
+        zeros.to(torch.complex64),
+    ]
+
+
 def save_halting_micro(path: Path, num_classes: int, **entries) -> Path:
     """Save a checkpoint of avit_micro_patch4_32 whose tokens halt around block 6; return its path."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import assert_halting, halting_model, images, with_directions
+from conftest import assert_halting, halting_model, images, not_plain, with_directions
 from equivalence import CLOSE, CLOSE_FLOAT64, assert_same, flops, masked_and_zipped
 from eva_models import ROTARY, eva
 from timm.layers import GluMlp, SwiGLU
@@ -342,6 +342,8 @@ def test_adapt_with_directions():
         (torch.zeros(25), r"got \[25\]"),
         ([[0.0] * 25] * 8, "got list"),
         (torch.full((8, 25), torch.nan), "got 200 numbers that are not finite"),
+        (torch.zeros(8, 25, dtype=torch.int64), "got a tensor that is not dense or not of real numbers"),
+        *((tensor, "got a tensor that is not dense or not of real numbers") for tensor in not_plain((8, 25))),
     ],
 )
 def test_directions_of_another_shape_or_not_finite_raise(directions, reason):
@@ -350,6 +352,19 @@ def test_directions_of_another_shape_or_not_finite_raise(directions, reason):
     with pytest.raises(ValueError, match=rf"finite numbers of shape \[8, 25\] \(blocks, channels \+ 1\), {reason}"):
         model.set_gate_directions(directions)
     assert model.gate_directions is before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("zip_tokens", [True, False], ids=["zipped", "masked"])
+@torch.no_grad()
+def test_model_with_directions_can_be_cast(dtype, zip_tokens):
+    model, x = with_directions(halting_model(zip_tokens=zip_tokens)).eval(), images(3)
+    expected, halting = model(x, return_halting=True)
+    logits, cast = model.to(dtype)(x.to(dtype), return_halting=True)
+    assert logits.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(logits, expected.double(), atol=1e-4, rtol=1e-4)
+    assert (cast.depth - halting.depth).abs().mean() < 0.5
 
 
 # MACs ---------------------------------------------------------------------------------------------

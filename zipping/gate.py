@@ -38,7 +38,7 @@ class Gate(NamedTuple):
         gate = cls.of(model.gate_scale, model.gate_center, model.halt_eps, device)
         if model.gate_directions is None:
             return [gate] * model.num_blocks
-        return [gate._replace(direction=direction) for direction in model.gate_directions]
+        return [gate._replace(direction=direction) for direction in model.gate_directions.float()]
 
     def for_rows(self, tokens: MaskedTokens | PackedTokens, offset: Tensor | None) -> Gate:
         """Return the gate with the center of each row, as `logit` needs it.
@@ -69,15 +69,19 @@ class Gate(NamedTuple):
 def checked_directions(directions: Tensor | None, model: VisionTransformer) -> Tensor | None:
     """Return a copy of directions in float32 on the device of the model; None if there are none.
 
-    Raises ValueError unless they are finite and of shape [L, C + 1].
+    Raises ValueError unless they are dense, real, finite and of shape [L, C + 1].
     """
     if directions is None:
         return None
     shape = (model.num_blocks, model.embed_dim + 1)
     expected = f"gate_directions must be a tensor of finite numbers of shape {list(shape)} (blocks, channels + 1)"
-    if not isinstance(directions, Tensor) or directions.shape != shape:
-        found = list(directions.shape) if isinstance(directions, Tensor) else type(directions).__name__
-        raise ValueError(f"{expected}, got {found}")
+    if not isinstance(directions, Tensor):
+        raise ValueError(f"{expected}, got {type(directions).__name__}")
+    is_dense = directions.layout == torch.strided and not (directions.is_nested or directions.is_quantized)
+    if not is_dense or not directions.is_floating_point() or directions.is_meta:
+        raise ValueError(f"{expected}, got a tensor that is not dense or not of real numbers")
+    if directions.shape != shape:
+        raise ValueError(f"{expected}, got {list(directions.shape)}")
     copied = directions.detach().to(torch.float32, copy=True)
     if not copied.isfinite().all():
         raise ValueError(f"{expected}, got {int((~copied.isfinite()).sum())} numbers that are not finite")

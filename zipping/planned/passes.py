@@ -49,7 +49,7 @@ class PlannedPass(NamedTuple):
     def gate_of(self, number: int) -> PlannedGate:
         """Return the gate of this block."""
         directions = self.model.gate_directions
-        return self.gate if directions is None else self.gate._replace(direction=directions[number])
+        return self.gate if directions is None else self.gate._replace(direction=directions[number].float())
 
 
 class BlockRecord(NamedTuple):
