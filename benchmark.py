@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import flag_effects
-from training.arguments import Parser, add_budget_flag, at_least_one, finite
+from training.arguments import Parser, add_budget_flag, at_least_one
+from training.parser import finite
 
 if TYPE_CHECKING:
     import torch  # imported where it is used, so that --help and errors in flags do not wait for it

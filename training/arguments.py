@@ -15,8 +15,9 @@ from training.parser import (
     at_least_one,
     augment_policy,
     count,
-    finite,
     fraction,
+    gate_jitter,
+    gate_number,
     macs,
     nonnegative,
     positive,
@@ -287,7 +288,7 @@ def network_flags() -> Parser:
         term = name.removeprefix("gate_")
         add(
             f"--gate-{term}",
-            type=finite,
+            type=gate_number,
             metavar="G",
             help=f"gate {term} in h = sigmoid(scale * x - center) (default: the checkpoint's, else {default:g})",
         )
@@ -382,7 +383,7 @@ def _avit() -> Parser:
     )
     add(
         "--gate-jitter",
-        type=nonnegative,
+        type=gate_jitter,
         default=0.0,
         metavar="S",
         help="largest random shift of each training image's gate center, so that one model serves many budgets",

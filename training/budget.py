@@ -20,6 +20,7 @@ import utils
 from macs import macs_per_image, static_macs
 from models_act import AdaptiveTokens
 from training.loaders import ImageLoader
+from training.parser import MAX_GATE
 from utils import UserError
 
 CALIBRATION_IMAGES = 1000
@@ -44,9 +45,11 @@ class BudgetCurve(NamedTuple):
             return None
         for point in record:
             is_pair = isinstance(point, list) and len(point) == 2 and all(isinstance(v, float) for v in point)
-            if not is_pair or not all(map(math.isfinite, point)) or not 0 <= point[1] <= 1:
+            if not is_pair or not abs(point[0]) < MAX_GATE or not 0 <= point[1] <= 1:
                 return None
-        return cls(tuple((center, cost) for center, cost in record)) if sorted(record) == record else None
+        centers, costs = zip(*record)
+        is_ascending = sorted(centers) == [*centers] and sorted(costs) == [*costs]
+        return cls(tuple(zip(centers, costs))) if is_ascending else None
 
     def record(self) -> list[list[float]]:
         """Return the curve as plain types, for a checkpoint."""
@@ -118,7 +121,7 @@ def _missing_centers(
     (first, low_cost), (last, high_cost) = points[0], points[-1]
     missing += [first - (last - first)] if low_cost > min_cost + GAP else []
     missing += [last + (last - first)] if high_cost < max_cost else []
-    return missing
+    return [center for center in missing if abs(center) < MAX_GATE]
 
 
 class CalibrationBatches:
@@ -185,21 +188,24 @@ def mean_over_images(
     return mean, ((mean_square - mean.square()).clamp(min=0) / count).sqrt()
 
 
-def min_cost(model: AdaptiveTokens) -> float:
-    """Return the lowest possible cost: every token halts in the first block, or lives to the last if it never halts."""
+def min_cost(model: AdaptiveTokens, by_direction: bool | None = None) -> float:
+    """Return the lowest possible cost: every token halts in the first block, or lives to the last if it never halts.
+
+    by_direction: whether the gate reads directions; None: as the model's gate does.
+    """
     depth = torch.ones(1, model.num_prefix_tokens + model.patch_embed.num_patches)
-    if model.gate_directions is not None:
+    if model.gate_directions is not None if by_direction is None else by_direction:
         depth[:, : model.num_prefix_tokens] = model.num_blocks
     return macs_per_image(model, depth).item() / static_macs(model)
 
 
-def resolve_budget(model: AdaptiveTokens, target: float) -> float:
+def resolve_budget(model: AdaptiveTokens, target: float, by_direction: bool | None = None) -> float:
     """Convert a compute target to a fraction of the static model's MACs.
 
-    target: a fraction in (0, 1], or a number of MACs if above 1.
+    target: a fraction in (0, 1], or a number of MACs if above 1. by_direction: see `min_cost`.
     Returns the fraction. Raises UserError if no token depths can reach it.
     """
-    static, lowest = static_macs(model), min_cost(model)
+    static, lowest = static_macs(model), min_cost(model, by_direction)
     budget = target / static if target > 1 else target
     if not lowest < budget <= 1:
         raise UserError(

@@ -187,13 +187,13 @@ def set_gate(
     channel, see `choose_gate`.
     """
     model.set_gate_directions(None)  # of a checkpoint
+    find = fit_gate if _can_fit_directions(args, model, start) else choose_gate
     if args.target_macs is None:
         # A convolutional stem may use more MACs than START_BUDGET leaves for the blocks.
         budget = max(START_BUDGET, (1 + min_cost(model)) / 2)
     else:
-        budget = resolve_budget(model, args.target_macs)
+        budget = resolve_budget(model, args.target_macs, by_direction=find is fit_gate)
     images = torch.cat([batch[0] for batch in batches])[:GATE_IMAGES]
-    find = fit_gate if _can_fit_directions(args, model, start) else choose_gate
     gate = find(model, images, device, utils.amp_dtype_name(args.amp, device), budget, report=utils.log)
     gate = utils.all_gather_objects(gate)[0]
     if find is fit_gate and max(gate.explained) < MIN_EXPLAINED:

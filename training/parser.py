@@ -26,6 +26,7 @@ class Flags(argparse.Namespace):
     __slots__ = ("given",)
 
 
+MAX_GATE = 1e6  # magnitude that gate scale, center and jitter must stay below, so no float32 overflows
 SILENT_SECONDS = 0.5  # torchrun ends all processes after the first: the one that prints must not be later
 
 
@@ -174,10 +175,12 @@ def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Call
 at_least_one = _number(int, lambda value: value >= 1, "at least 1")
 budget_share = _number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 count = _number(int, lambda value: value >= 0, "at least 0")
-nonnegative = _number(float, lambda value: value >= 0, "at least 0")
-positive = _number(float, lambda value: value > 0, "above 0")
+nonnegative = _number(float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+positive = _number(float, lambda value: 0 < value < math.inf, "above 0 and finite")
 fraction = _number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 finite = _number(float, math.isfinite, "a finite number")
+gate_number = _number(float, lambda value: abs(value) < MAX_GATE, f"between -{MAX_GATE:g} and {MAX_GATE:g}")
+gate_jitter = _number(float, lambda value: 0 <= value < MAX_GATE, f"at least 0 and below {MAX_GATE:g}")
 
 
 def macs(text: str) -> float:

@@ -30,6 +30,7 @@ from training.budget import (
 from training.build import calibration_batches, gate_batches, resolve_settings, training_and_validation_set
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.gate import choose_gate
+from training.parser import MAX_GATE
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -70,6 +71,14 @@ def test_step_curve_ends_the_search():
     assert len(asked) < 30
 
 
+def test_flat_curve_ends_where_gates_do():
+    curve = measure_curve(lambda centers: [0.5 for _ in centers], 3.0, 0.1, 0.9)
+    centers = [center for center, _ in curve.points]
+    assert -MAX_GATE < centers[0] < -MAX_GATE / 10
+    assert MAX_GATE / 10 < centers[-1] < MAX_GATE
+    assert BudgetCurve.from_record(curve.record()) == curve
+
+
 def test_model_at_a_curve_center_has_that_cost():
     model, batches = halting_model().eval(), [(images(16),), (images(5, seed=2),)]
     curve = budget_curve(model, batches, CPU, "none")
@@ -95,6 +104,8 @@ INVALID_RECORDS = {
     "cost is NaN": [[0.0, 0.5], [1.0, float("nan")]],
     "cost above 1": [[0.0, 0.5], [1.0, 2.0]],
     "center is infinite": [[0.0, 0.5], [float("inf"), 1.0]],
+    "center is too large": [[-1e300, 0.5], [1.0, 1.0]],
+    "costs not ascending": [[0.0, 0.5], [1.0, 0.9], [2.0, 0.2]],
     "center is an integer": [[0.0, 0.5], [1, 1.0]],
     "point is text": [[0.0, 0.5], "ab"],
     "too many points": [[0.0, 0.1]] * 2000,
@@ -291,6 +302,8 @@ def refused(capsys, *flags):
         (["--eval", "--budget", "1.5"], "above 0 and at most 1"),
         (["--eval", "--budget", "0.5", "--gate-center", "3"], "cannot be combined"),
         (["--eval", "--budget", "0.5", "--no-halting"], "cannot be combined"),
+        (["--gate-center", "1e39"], "must be between -1e+06 and 1e+06"),
+        (["--gate-jitter", "inf"], "must be at least 0 and below 1e+06"),
         (["--gate", "auto", "--gate-scale", "3"], "--gate auto cannot be combined with --gate-scale"),
     ],
 )
@@ -302,6 +315,11 @@ def test_budget_out_of_reach_exits_with_2(capsys, image_folder, tmp_path, start)
     common = [*MODEL.split(), "--data-path", image_folder]
     for target in ("0.05", "1M", "2G"):
         assert "out of reach" in refused(capsys, *common, "--pretrained-path", start, "--target-macs", target)
+    model = halting_model()
+    lowest = (min_cost(model, by_direction=False) + min_cost(model, by_direction=True)) / 2
+    assert resolve_budget(model, lowest, by_direction=False) == lowest
+    with pytest.raises(UserError, match="out of reach"):
+        resolve_budget(model, lowest, by_direction=True)
     message = refused(capsys, *common, "--eval", "--finetune", start, "--budget", 0.4)
     assert "has no budget curve, so --budget cannot be used" in message
     curve = {"model": [[0.0, 0.3004], [5.0, 0.9]]}
