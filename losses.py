@@ -101,9 +101,12 @@ class BudgetController:
     def load_state_dict(self, checkpoint: dict) -> None:
         """Restore the state, or raise KeyError, ValueError or similar if the entry is wrong."""
         start, cost, stuck_at, stuck_for = checkpoint["budget_controller"]
-        costs = [float(value) for value in (start, cost, stuck_at) if value is not None]
+        start, cost = (None if value is None else float(value) for value in (start, cost))
+        costs = [value for value in (start, cost, float(stuck_at)) if value is not None]
         if not all(0 <= value <= 1 for value in costs) or (start is None) != (cost is None):
             raise ValueError(f"costs must be in [0, 1], and the first two set or None together; got {costs}")
+        if int(stuck_for) < 0:
+            raise ValueError(f"the number of updates must be at least 0, got {stuck_for}")
         self.start, self.cost, self.stuck_at, self.stuck_for = start, cost, float(stuck_at), int(stuck_for)
 
 

@@ -211,6 +211,9 @@ def test_controller_resumes_from_its_state():
     again.load_state_dict(controller.state_dict())
     assert again.state_dict() == controller.state_dict()
     assert again.weight == controller.weight
-    for state in ([0.5, None, 1.0, 0], [0.5, 2.0, 1.0, 0], [0.5, float("nan"), 1.0, 0], [0.5, 0.5]):
-        with pytest.raises(ValueError, match=r"costs must be in|unpack"):
+    bad = ([0.5, None, 1.0, 0], [0.5, 2.0, 1.0, 0], [0.5, float("nan"), 1.0, 0], [0.5, 0.5], [0.5, 0.5, 1.0, -1])
+    for state in bad:
+        with pytest.raises(ValueError, match=r"costs must be in|unpack|at least 0"):
             again.load_state_dict({"budget_controller": state})
+    again.load_state_dict({"budget_controller": ["0.5", "0.5", 1.0, 0]})
+    again.observe(0.4)

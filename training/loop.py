@@ -297,11 +297,11 @@ class TrainingRun:
     def log_epoch(self, training: dict, test: dict) -> None:
         """Write best.pth if this epoch is the best so far, log.txt, TensorBoard points and checkpoint.pth.
 
+        With a budget, the best epoch is the last one, which is calibrated to it.
         The checkpoint comes last. A run that is killed earlier repeats the evaluation and all of this.
         """
         number = self.epoch.number
-        is_candidate = self.trainer.budget is None or self.budget_curves  # with a budget, only once calibrated
-        is_best = is_candidate and test["acc1"] > self.best_acc1
+        is_best = test["acc1"] > self.best_acc1 if self.trainer.budget is None else bool(self.budget_curves)
         self.best_acc1 = test["acc1"] if is_best else self.best_acc1
         self.epoch = EpochState(number + 1)
         if is_best:

@@ -14,6 +14,7 @@ HARMLESS_FLAGS = {
     *("resume", "output_dir", "num_workers", "pin_mem", "tensorboard", "dist_url", "world_size"),
     *("checkpoint_steps", "keep", "max_bad_images"),
     "opt",  # another optimizer is an error, see `check_optimizer`
+    "gate",  # has no effect
 }
 GATE_FLAGS = {"gate_scale", "gate_center"}
 ORDER_FLAGS = ("seed", "repeated_aug")  # they set the order of the images in an epoch
@@ -24,7 +25,7 @@ EFFECTS = {
     ("model_ema", True): "the average starts at the resumed weights",
     ("model_ema", False): "the recorded average is dropped",
     ("target_macs", True): "best.pth starts again",
-    ("target_macs", False): "best.pth starts again, and --ponder-token-scale sets the weight of the ponder loss",
+    ("target_macs", False): "best.pth starts again, and nothing keeps the budget",
 }
 
 
@@ -47,6 +48,8 @@ def warn_changed_flags(flags: dict, recorded: dict, processes: int) -> None:
         is_restored = name in GATE_FLAGS and flags[name] is None  # the gate is the checkpoint's
         if name in recorded and recorded[name] != flags[name] and not is_restored:
             changes.append(_change(name, recorded[name], flags[name]))
+    if "gate" in recorded and flags.get("gate") not in (None, recorded["gate"]):
+        warn(f"--gate {flags['gate']} has no effect: a resumed run keeps its gate")
     if changes:
         warn(f"the resumed run has other flags, so its result may differ: {'; '.join(sorted(changes))}")
 

@@ -184,8 +184,24 @@ def test_switched_parts_of_a_run_continue_with_one_line(image_folder, tmp_path, 
     run(image_folder, out, "--epochs", 3, "--no-model-ema", "--no-halting")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "has other flags" in line]
     assert "--model-ema was True and is now False (the recorded average is dropped)" in warning
-    assert "--ponder-token-scale sets the weight of the ponder loss" in warning
+    assert "nothing keeps the budget" in warning
     assert "--no-halting" in warning
+
+
+def test_resumed_run_keeps_its_gate_and_writes_the_last_epoch(image_folder, tmp_path, capsys):
+    out, flags = tmp_path / "out", ("--target-macs", 0.6)
+    run(image_folder, out, "--epochs", 1, *flags)
+    checkpoint = load_checkpoint(str(out / "checkpoint.pth"))
+    torch.save(checkpoint | {"best_acc1": 100.0}, out / "checkpoint.pth")
+    capsys.readouterr()
+    run(image_folder, out, "--epochs", 2, *flags, "--gate", "fixed")
+    output = capsys.readouterr()
+    assert "--gate fixed has no effect: a resumed run keeps its gate" in output.err
+    assert "--gate was" not in output.err
+    best, last = (load_checkpoint(str(out / name)) for name in ("best.pth", "checkpoint.pth"))
+    assert same(best["model"], last["model"])
+    assert best["epoch"] == last["epoch"] == 1
+    assert "best top-1: 100" not in output.out
 
 
 def test_two_processes_continue_the_epoch_of_one_after_the_same_images(image_folder, tmp_path, monkeypatch):
