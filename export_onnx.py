@@ -103,7 +103,8 @@ def metadata(
 ) -> dict[str, str]:
     """Return the metadata that a program needs to run the graph, each value as JSON.
 
-    The preprocessing has timm's names and values. budget: for which the model was built.
+    The preprocessing has timm's names and values. budget: for which the model was built. The budget curve is omitted
+    if it is that of other weights or another image size.
     """
     from datasets import Preprocessing
     from training.gate_settings import safe_budget_curve
@@ -112,8 +113,9 @@ def metadata(
     preprocessing = Preprocessing.from_model(model).record()
     values = {"classes": classes, "image_size": size, "depth": len(model.blocks), **preprocessing}
     curve = safe_budget_curve(checkpoint, use_ema)
-    is_mixed = budget is not None and checkpoint.budget_table(use_ema) is not None  # the curve is of other weights
-    if curve is not None and model.halting and not is_mixed:
+    is_mixed = budget is not None and checkpoint.budget_table(use_ema) is not None
+    is_resized = checkpoint.image_size() not in (None, size)
+    if curve is not None and model.halting and not (is_mixed or is_resized):
         values["budget_curve"] = curve.record()
     return {name: json.dumps(value) for name, value in values.items()}
 

@@ -26,6 +26,7 @@ import utils
 from macs import macs_per_image, static_macs
 from models_act import AdaptiveTokens
 from training.budget import MAX_POINTS, BudgetCurve, mean_over_images, measure_curve, measured_copy, min_cost
+from training.parser import MAX_GATE
 
 MIXINGS_BELOW = (1.25, 1.5)  # candidates, next to 1, below the budget that the network was trained for
 MIXINGS_ABOVE = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
@@ -69,10 +70,23 @@ class BudgetPoint(NamedTuple):
         """Return whether the accuracy is below that at the budget of the training by more than two standard errors."""
         return self.change is not None and self.change < -2 * self.change_error
 
+
+class BudgetSettings(NamedTuple):
+    """What a budget sets, and what was measured.
+
+    budget: fraction of the static model's MACs; mixing: see the module; center: of the gate;
+    nearest: the row of the table that was measured at the nearest budget, None without a table.
+    """
+
+    budget: float
+    mixing: float
+    center: float
+    nearest: BudgetPoint | None = None
+
     @property
     def is_static(self) -> bool:
         """Return whether this is the static model that training started from."""
-        return self.cost == 1 and self.mixing == 0
+        return self.budget == 1 and self.mixing == 0
 
 
 class BudgetTable(NamedTuple):
@@ -105,10 +119,14 @@ class BudgetTable(NamedTuple):
     def max_cost(self) -> float:
         return self.points[-1].cost
 
-    def at(self, budget: float) -> BudgetPoint:
-        """Return the settings for a budget, interpolated linearly; outside the table, those of its nearest end."""
-        costs, *columns = zip(*self.record())
-        return BudgetPoint(budget, *(float(np.interp(budget, costs, values)) for values in columns))
+    def at(self, budget: float) -> BudgetSettings:
+        """Return the settings for a budget, interpolated linearly; outside the table, those of its nearest end.
+
+        Agreement and accuracy are not interpolated: weights between two measured ones may be better than both.
+        """
+        costs, mixings, centers = zip(*(point[:3] for point in self.points))
+        mixing, center = (float(np.interp(budget, costs, values)) for values in (mixings, centers))
+        return BudgetSettings(budget, mixing, center, min(self.points, key=lambda point: abs(point.cost - budget)))
 
     def __str__(self) -> str:
         """Return the table as text, one line for each budget."""
@@ -124,16 +142,21 @@ def _is_valid(point: BudgetPoint) -> bool:
     """Return whether the values of a row, read from a file, are in their ranges; NaN and infinity are not."""
     fractions = point.cost, point.agreement, point.accuracy or 0.0, point.change_error or 0.0
     in_range = all(0 <= value <= 1 for value in fractions) and abs(point.change or 0.0) <= 1
-    return in_range and 0 <= point.mixing <= MAX_MIXING and math.isfinite(point.center)
+    return in_range and 0 <= point.mixing <= MAX_MIXING and abs(point.center) < MAX_GATE
 
 
 # Weights -----------------------------------------------------------------------------------------
 
 
 def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of the weights on the CPU, floating-point tensors in half precision."""
-    weights = {name: value.detach().cpu() for name, value in weights.items()}
-    return {name: value.half() if value.is_floating_point() else value.clone() for name, value in weights.items()}
+    """Return a copy of the weights on the CPU, floating-point tensors in half precision if it can hold their values."""
+
+    def copy_of(value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        half = value.half() if value.is_floating_point() else value
+        return half if half is not value and bool(half.isfinite().all()) else value.clone()
+
+    return {name: copy_of(value) for name, value in weights.items()}
 
 
 def mixed_weights(start: dict[str, Tensor], trained: dict[str, Tensor], mixing: float) -> dict[str, Tensor]:
@@ -151,15 +174,17 @@ def mixed_weights(start: dict[str, Tensor], trained: dict[str, Tensor], mixing: 
 
 
 def fits_weights(start: object, trained: dict[str, Tensor]) -> bool:
-    """Return whether a record read from a file holds finite tensors of the same names and shapes."""
+    """Return whether a record read from a file holds finite, plain tensors of the same names, shapes and kinds."""
     return (
         isinstance(start, dict)
         and start.keys() == trained.keys()
-        and all(
-            isinstance(value, Tensor) and value.shape == trained[name].shape and bool(value.isfinite().all())
-            for name, value in start.items()
-        )
+        and all(utils.is_plain_tensor(value) and _is_like(value, trained[name]) for name, value in start.items())
     )
+
+
+def _is_like(value: Tensor, trained: Tensor) -> bool:
+    is_same_kind = value.is_floating_point() == trained.is_floating_point()
+    return is_same_kind and value.shape == trained.shape and bool(value.float().isfinite().all())
 
 
 # Measurement -------------------------------------------------------------------------------------

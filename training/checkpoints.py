@@ -262,6 +262,10 @@ class Checkpoint:
         table = BudgetTable.from_record(self._measured("budget_tables", use_ema))
         return table if table and fits_weights(self.content.get("start"), self.state_dict(use_ema)) else None
 
+    def has_damaged_table(self, use_ema: bool = False) -> bool:
+        """Return whether a budget table is recorded, but is not valid or has no starting weights that fit."""
+        return self._measured("budget_tables", use_ema) is not None and self.budget_table(use_ema) is None
+
     def _measured(self, entry: str, use_ema: bool) -> object:
         records = self.content.get(entry)
         return records.get("model_ema" if use_ema else "model") if isinstance(records, dict) else None
@@ -277,7 +281,8 @@ class Checkpoint:
         """
         args = self.content.get("args")
         flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-        own = (self.content.get("gate_ema") if use_ema else None) or self.content.get("gate")
+        own, of_ema = self.content.get("gate"), self.content.get("gate_ema")
+        own = of_ema if use_ema and isinstance(of_ema, dict) and of_ema else own
         return [
             (RECORD, gate_numbers(own)),
             (FILE_NAME, {} if self.is_static else gate_in_name(self.location)),

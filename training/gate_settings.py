@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from models_act import HALTING_DEFAULTS
 from training.arguments import GATE_DEFAULTS
 from training.budget import BudgetCurve
-from training.budget_table import NEAR, BudgetPoint
+from training.budget_table import NEAR, BudgetSettings
+from training.parser import MAX_GATE
 from training.sources import COMMAND_LINE, RECORD, name_differing
 from utils import UserError, log, warn
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from training.network import NetworkFlags
 
 GATE_NAMES = (*GATE_DEFAULTS, "halt_eps")
-MAX_GATE = 1e6  # gate values read from files must be smaller in magnitude, which also excludes infinity and NaN
 MAX_GATE_IN_NAME = 100  # larger numbers in file names are years and image sizes
 TOLERANCE = 1e-3  # of the largest budget: a curve may end just below 1
 MAX_SAFE_STEP = 0.05  # a budget above the one trained for by more than this needs mixed weights
@@ -34,7 +34,7 @@ PUBLISHED_GATES = {  # by file name; the last one does not contain the gate
 # Budget ------------------------------------------------------------------------------------------
 
 
-def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False) -> BudgetPoint:
+def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False) -> BudgetSettings:
     """Return the settings at which the weights use this fraction of the static model's MACs.
 
     Without a budget table, the gate center alone changes. Warns if more compute than at the budget of the training
@@ -53,27 +53,35 @@ def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False
         raise UserError(
             f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets from {low:g} to {high:g}"
         )
-    point = table.at(budget) if table else BudgetPoint(budget, 1.0, curve.center(budget))
-    _warn_above_trained_budget(checkpoint, point, use_ema)
-    return point
+    settings = table.at(budget) if table else BudgetSettings(budget, 1.0, curve.center(budget))
+    if checkpoint.has_damaged_table(use_ema):
+        warn(
+            f"--budget {budget:g}: the budget table or the starting weights of {checkpoint.location} are damaged, so "
+            "the gate alone changes, and accuracy may be far lower above the budget trained for"
+        )
+    else:
+        _warn_above_trained_budget(checkpoint, settings, use_ema)
+    return settings
 
 
-def _warn_above_trained_budget(checkpoint: Checkpoint, point: BudgetPoint, use_ema: bool) -> None:
+def _warn_above_trained_budget(checkpoint: Checkpoint, settings: BudgetSettings, use_ema: bool) -> None:
     """Warn if more compute than at the budget of the training gave, or may give, worse predictions.
 
     Without mixed weights, the blocks have never seen the tokens that now stay.
     """
     trained = _trained_budget(checkpoint, use_ema)
-    if trained is None or point.cost <= trained + NEAR:
+    budget, measured = settings.budget, settings.nearest
+    if trained is None or budget <= trained + NEAR:
         return
-    start = f"--budget {point.cost:g}: {checkpoint.location} was trained for a budget of {trained:.2f}"
-    if point.is_less_accurate:
+    start = f"--budget {budget:g}: {checkpoint.location} was trained for a budget of {trained:.2f}"
+    if measured and measured.is_less_accurate:
         warn(
-            f"{start} and was more accurate there. On the calibration images, top-1 is {point.change_text} points "
-            f"(one standard error) relative to {trained:.2f}. Omit --budget to run there, with fewer MACs"
+            f"{start} and was more accurate there. On the calibration images, top-1 at budget {measured.cost:.3g} is "
+            f"{measured.change_text} points (one standard error) relative to {trained:.2f}. "
+            "Omit --budget to run there, with fewer MACs"
         )
-    is_measured = point.accuracy is not None or checkpoint.recorded_flag("gate_jitter")
-    if is_measured or point.cost <= trained + MAX_SAFE_STEP:
+    is_measured = measured is not None and measured.accuracy is not None
+    if is_measured or checkpoint.recorded_flag("gate_jitter") or budget <= trained + MAX_SAFE_STEP:
         return
     if checkpoint.budget_table(use_ema) is not None:
         warn(f"{start} and records no accuracies, so this budget may be less accurate. Train again to record them")
@@ -104,39 +112,42 @@ def _trained_budget(checkpoint: Checkpoint, use_ema: bool) -> float | None:
     return curve.cost(center)
 
 
-def _describe(point: BudgetPoint, budget: float) -> str:
+def _describe(settings: BudgetSettings) -> str:
     """Return a line about the settings of a budget."""
-    line, measured = f"gate_center {point.center:g}, for a budget of {budget:g}", []
-    if point.is_static:
+    line, measured, row = f"gate_center {settings.center:g}, for a budget of {settings.budget:g}", [], settings.nearest
+    if row is None:
+        return line
+    if settings.is_static:
         line = "budget 1: the static model that training started from, without halting"
-    elif point.agreement is not None:
-        line += f"; weights: {point.mixing:.2f} x trained + {1 - point.mixing:.2f} x static"
-        measured.append(f"{point.agreement:.1%} of the predictions are the static model's")
-    if point.accuracy is not None:
-        measured.append(f"top-1 is {point.accuracy:.1%}, {point.change_text} points relative to the trained budget")
-    return f"{line}; on the calibration images, {', and '.join(measured)}" if measured else line
+    else:
+        line += f"; weights: {settings.mixing:.2f} x trained + {1 - settings.mixing:.2f} x static"
+        measured.append(f"{row.agreement:.1%} of the predictions are the static model's")
+    if row.accuracy is not None:
+        measured.append(f"top-1 is {row.accuracy:.1%}, {row.change_text} points relative to the trained budget")
+    where = f"; on the calibration images, at budget {row.cost:.3g}, "
+    return line + where + ", and ".join(measured) if measured else line
 
 
 # Gate --------------------------------------------------------------------------------------------
 
 
 def gate_of(
-    checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collection[str], point: BudgetPoint | None = None
+    checkpoint: Checkpoint | None, flags: NetworkFlags, logged: Collection[str], of_budget: BudgetSettings | None = None
 ) -> dict[str, float]:
-    """Resolve the gate, whose center is that of `point`, if given. See `resolve_gate`."""
+    """Resolve the gate, whose center is that of a budget, if given. See `resolve_gate`."""
     if checkpoint is None:
         return resolve_gate(flags.gate, logged=logged)
     sources = checkpoint.gate_sources(flags.use_ema)
     if logged:
         _warn_if_partial(checkpoint, flags, sources)
         _warn_if_only_named(checkpoint, flags, sources)
-    if point is None:
+    if of_budget is None:
         return resolve_gate(flags.gate, sources, logged)
-    gate_logged = [] if point.is_static else [name for name in logged if name != "gate_center"]
+    gate_logged = [] if of_budget.is_static else [name for name in logged if name != "gate_center"]
     gate = resolve_gate(flags.gate, sources, gate_logged)
-    gate["gate_center"] = point.center
+    gate["gate_center"] = of_budget.center
     if "gate_center" in logged:
-        log(_describe(point, flags.budget))
+        log(_describe(of_budget))
     return gate
 
 

@@ -123,9 +123,15 @@ def resolve_network(
     logged = GATE_NAMES if halting and log_gate else ()
     if checkpoint is None or flags.budget is None:
         return NetworkSettings(model, img_size, images, halting, gate_of(checkpoint, flags, logged))
-    point = budget_settings(checkpoint, flags.budget, flags.use_ema)
-    gate = gate_of(checkpoint, flags, logged, point)
-    return NetworkSettings(model, img_size, images, halting and not point.is_static, gate, point.mixing)
+    of_budget = budget_settings(checkpoint, flags.budget, flags.use_ema)
+    measured_size = checkpoint.image_size()
+    if measured_size is not None and measured_size != img_size and not of_budget.is_static:
+        warn(
+            f"--budget {flags.budget:g}: {checkpoint.location} was calibrated at {size_text(measured_size)}; "
+            f"at {size_text(img_size)} it uses another fraction of the static model's MACs"
+        )
+    gate = gate_of(checkpoint, flags, logged, of_budget)
+    return NetworkSettings(model, img_size, images, halting and not of_budget.is_static, gate, of_budget.mixing)
 
 
 # Image size --------------------------------------------------------------------------------------

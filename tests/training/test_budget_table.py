@@ -5,18 +5,26 @@ import json
 import onnx
 import pytest
 import torch
-from conftest import ROOT, halting_model, images, make_image_folder, save_halting_micro
+from conftest import ROOT, halting_model, images, make_image_folder, not_plain, save_halting_micro
 from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmark
+import export_onnx
 import main_act
 import visualize
-from export_onnx import main as export
 from macs import macs_per_image, static_macs
 from training import budget_table
 from training.budget import budget_curve
-from training.budget_table import BudgetPoint, BudgetTable, fits_weights, half_precision, measure_table, mixed_weights
+from training.budget_table import (
+    BudgetPoint,
+    BudgetSettings,
+    BudgetTable,
+    fits_weights,
+    half_precision,
+    measure_table,
+    mixed_weights,
+)
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.gate_settings import safe_budget_curve
 
@@ -36,12 +44,14 @@ OLD_TABLE = BudgetTable(tuple(BudgetPoint(*point[:4]) for point in TABLE.points)
 # Tables and weights ------------------------------------------------------------------------------
 
 
-def test_table_interpolates_between_rows():
-    assert TABLE.at(0.4) == pytest.approx((0.4, 0.75, 3.0, 0.85, 0.71, 0.01, 0.005))
-    assert TABLE.at(1.0) == TABLE.points[-1]
+def test_table_interpolates_settings_but_not_what_was_measured():
+    assert TABLE.at(0.35) == BudgetSettings(0.35, pytest.approx(0.875), pytest.approx(2.5), TABLE.points[0])
+    assert TABLE.at(0.45).nearest == TABLE.points[1]
+    assert TABLE.at(1.0) == BudgetSettings(1.0, 0.0, 14.0, TABLE.points[-1])
+    assert [TABLE.at(budget).is_static for budget in (0.99, 1.0)] == [False, True]
     assert (TABLE.min_cost, TABLE.max_cost) == (0.3, 1.0)
-    assert OLD_TABLE.at(0.4)[:4] == pytest.approx(TABLE.at(0.4)[:4])
-    assert OLD_TABLE.at(0.4).accuracy is None
+    assert OLD_TABLE.at(0.35)[:3] == TABLE.at(0.35)[:3]
+    assert OLD_TABLE.at(0.4).nearest.accuracy is None
 
 
 @pytest.mark.parametrize("table", [TABLE, OLD_TABLE], ids=["accuracies", "none"])
@@ -61,7 +71,7 @@ def test_point_is_less_accurate_beyond_two_standard_errors():
         *(None, 3, [], [ROW], [ROW, ROW], [[0.5, *ROW[1:]], ROW], [ROW, [0.4, 0.5, 1.0]], [ROW, "abcd"]),
         *([ROW, [cost, 0.5, 3.0, 0.9]] for cost in (float("nan"), 1.1, "0.4")),
         *([ROW, [0.4, mixing, 3.0, 0.9]] for mixing in (-0.1, 3.0, 1)),
-        *([ROW, [0.4, 0.5, center, 0.9]] for center in (float("inf"), None)),
+        *([ROW, [0.4, 0.5, center, 0.9]] for center in (float("inf"), -1e300, 1e6, None)),
         *([ROW, [0.4, 0.5, 3.0, agreement]] for agreement in (-0.1, 1.1, None)),
         *(
             [[0.3, *FULL_ROW[1:]], [*FULL_ROW[:4], *rest]]
@@ -91,9 +101,21 @@ def test_mixed_weights_lie_on_the_line_through_start_and_trained(mixing, seed):
 def test_start_must_have_the_names_and_shapes_of_the_weights():
     weights = {"a": torch.ones(3), "n": torch.tensor(2)}
     assert fits_weights(half_precision(weights), weights)
-    for broken in (None, [], {}, {"a": torch.ones(3)}, weights | {"a": torch.ones(2)}, weights | {"a": [1, 2, 3]}):
+    for broken in (None, [], {}, {"a": torch.ones(3)}):
         assert not fits_weights(broken, weights)
-    assert not fits_weights(weights | {"a": torch.tensor([1, torch.nan, 1])}, weights)
+    tensors = [torch.ones(2), torch.tensor([1, torch.nan, 1]), torch.ones(3, dtype=torch.int64), *not_plain((3,))]
+    for value in ([1, 2, 3], *tensors):
+        assert not fits_weights(weights | {"a": value}, weights)
+    assert fits_weights(weights | {"a": torch.ones(3).to(torch.float8_e4m3fn)}, weights)
+
+
+def test_weights_beyond_half_precision_keep_theirs():
+    weights = {"big": torch.tensor([1e6, 1e-3]), "small": torch.tensor([1e-3]), "n": torch.tensor(2)}
+    kept = half_precision(weights)
+    assert [value.dtype for value in kept.values()] == [torch.float32, torch.float16, torch.int64]
+    assert torch.equal(kept["big"], weights["big"])
+    assert kept["big"] is not weights["big"]
+    assert fits_weights(kept, weights)
 
 
 # Measurement -------------------------------------------------------------------------------------
@@ -129,7 +151,7 @@ def test_measured_table_describes_the_mixed_models(agreeing):
         for point in table.points:
             model.load_state_dict(mixed_weights(start, before, point.mixing))
             model.gate_center = point.center
-            if point.is_static:
+            if (point.cost, point.mixing) == (1, 0):
                 logits, cost = static(x), 1.0
             else:
                 logits, halting = model(x, return_halting=True)
@@ -204,7 +226,7 @@ def test_bundled_model_accepts_all_budgets(name):
     table = Checkpoint.load(str(ROOT / "experiments" / name)).budget_table()
     assert (table.min_cost < 0.2, table.max_cost) == (True, 1.0)
     assert table.at(0.3).mixing == pytest.approx(1, abs=0.01)
-    assert table.at(0.5).accuracy == pytest.approx(table.at(0.3).accuracy, abs=0.03)
+    assert table.at(0.5).nearest.accuracy == pytest.approx(table.at(0.3).nearest.accuracy, abs=0.03)
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -260,7 +282,7 @@ def test_other_commands_mix_weights_too(tmp_path, trained, capsys):
     for name, budget in (("some", "0.8"), ("full", "1")):
         flags = ["--finetune", str(trained), "--budget", budget, "--output-dir", str(tmp_path / name)]
         visualize.main([image, *flags])
-        export([str(trained), str(tmp_path / f"{name}.onnx"), "--budget", budget])
+        export_onnx.main([str(trained), str(tmp_path / f"{name}.onnx"), "--budget", budget])
         keys = {entry.key for entry in onnx.load(tmp_path / f"{name}.onnx").metadata_props}
         assert "budget_curve" not in keys, "it is of the unmixed weights"
     data = ["--data-path", str(trained.parent / "data"), "--finetune", str(trained), "--rounds", "1"]
@@ -324,8 +346,31 @@ def test_larger_budget_that_was_less_accurate_warns(tmp_path, capsys, trained, b
     checkpoint.build_model("avit_micro_patch4_32", budget=budget)
     output = capsys.readouterr()
     assert output.err.count(f"trained for a budget of {trained:.2f} and was more accurate there") == warns
-    assert budget < 1 or "top-1 is -5.0 ± 2.0 points (one standard error) relative to 0.30" in output.err
-    assert budget < 1 or "on the calibration images, top-1 is 65.0%, -5.0 ± 2.0 points relative" in output.out
+    assert budget < 1 or "top-1 at budget 1 is -5.0 ± 2.0 points (one standard error) relative to 0.30" in output.err
+    assert budget < 1 or "images, at budget 1, top-1 is 65.0%, -5.0 ± 2.0 points relative" in output.out
+    assert budget != 0.9 or "at budget 1, 100.0% of the predictions" in output.out
+
+
+def test_damaged_table_or_start_warns_at_every_budget(tmp_path, capsys):
+    rows = [[0.3, 1.0, 30.0, 0.8], [1.0, 0.0, 60.0, 1.0]]
+    checkpoint = with_table(tmp_path, rows)
+    without_start = Checkpoint(checkpoint.content | {"start": {}}, "c.pth")
+    for damaged in (without_start, with_table(tmp_path, [[0.3, 9.0, 30.0, 0.8], rows[1]])):
+        damaged.build_model("avit_micro_patch4_32", budget=0.25)
+        assert "are damaged, so the gate alone changes" in capsys.readouterr().err
+    checkpoint.build_model("avit_micro_patch4_32", budget=0.3)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_another_image_size_than_that_of_the_calibration_warns(tmp_path, capsys):
+    checkpoint = with_table(tmp_path, [[0.3, 1.0, 30.0, 0.8], [1.0, 0.0, 60.0, 1.0]])
+    checkpoint = Checkpoint(checkpoint.content | {"args": {"input_size": 32}}, "c.pth")
+    for size, budget, warns in ((32, 0.4, False), (64, 0.4, True), (64, 1.0, False), (64, None, False)):
+        model = checkpoint.build_model("avit_micro_patch4_32", budget=budget, img_size=(size, size))
+        errors = capsys.readouterr().err
+        assert ("was calibrated at 32 x 32; at 64 x 64 it uses another fraction" in errors) == warns
+        has_curve = "budget_curve" in export_onnx.metadata(checkpoint, model, use_ema=False, budget=None)
+        assert has_curve == (size == 32 and model.halting)
 
 
 def test_old_table_without_accuracies_warns_far_above_the_trained_budget(tmp_path, capsys):
