@@ -193,8 +193,10 @@ def min_cost(model: AdaptiveTokens, by_direction: bool | None = None) -> float:
 
     by_direction: whether the gate reads directions; None: as the model's gate does.
     """
+    if by_direction is None:
+        by_direction = model.gate_directions is not None
     depth = torch.ones(1, model.num_prefix_tokens + model.patch_embed.num_patches)
-    if model.gate_directions is not None if by_direction is None else by_direction:
+    if by_direction:
         depth[:, : model.num_prefix_tokens] = model.num_blocks
     return macs_per_image(model, depth).item() / static_macs(model)
 

@@ -114,9 +114,10 @@ def _trained_budget(checkpoint: Checkpoint, use_ema: bool) -> float | None:
 
 def _describe(settings: BudgetSettings) -> str:
     """Return a line about the settings of a budget."""
-    line, measured, row = f"gate_center {settings.center:g}, for a budget of {settings.budget:g}", [], settings.nearest
+    line, row = f"gate_center {settings.center:g}, for a budget of {settings.budget:g}", settings.nearest
     if row is None:
         return line
+    measured = []
     if settings.is_static:
         line = "budget 1: the static model that training started from, without halting"
     else:
@@ -124,8 +125,9 @@ def _describe(settings: BudgetSettings) -> str:
         measured.append(f"{row.agreement:.1%} of the predictions are the static model's")
     if row.accuracy is not None:
         measured.append(f"top-1 is {row.accuracy:.1%}, {row.change_text} points relative to the trained budget")
-    where = f"; on the calibration images, at budget {row.cost:.3g}, "
-    return line + where + ", and ".join(measured) if measured else line
+    if not measured:
+        return line
+    return f"{line}; on the calibration images, at budget {row.cost:.3g}, {', and '.join(measured)}"
 
 
 # Gate --------------------------------------------------------------------------------------------
