@@ -288,7 +288,7 @@ def mistake(capsys, *argv):
         ("--data-set DIGITS --device nonsense", "unknown device"),
         ("--drop-path 2", "must be from 0 to 1"),
         ("--lr nan", "must be at least 0"),
-        ("--gate_scale inf", "finite"),
+        ("--gate_scale inf", "between -1e+06 and 1e+06"),
         ("--eval --demo", "cannot be combined"),
         ("--amp fp16 --device cpu", "needs CUDA"),
         ("--tensorboard", "--output-dir"),

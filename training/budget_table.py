@@ -72,7 +72,7 @@ class BudgetPoint(NamedTuple):
 
 
 class BudgetSettings(NamedTuple):
-    """What a budget sets, and what was measured.
+    """Settings at a budget, and what was measured near it.
 
     budget: fraction of the static model's MACs; mixing: see the module; center: of the gate;
     nearest: the row of the table that was measured at the nearest budget, None without a table.
