@@ -262,9 +262,9 @@ class Checkpoint:
         table = BudgetTable.from_record(self._measured("budget_tables", use_ema))
         return table if table and fits_weights(self.content.get("start"), self.state_dict(use_ema)) else None
 
-    def has_damaged_table(self, use_ema: bool = False) -> bool:
-        """Return whether a budget table is recorded, but is not valid or has no starting weights that fit."""
-        return self._measured("budget_tables", use_ema) is not None and self.budget_table(use_ema) is None
+    def records_table(self, use_ema: bool = False) -> bool:
+        """Return whether a budget table is recorded, even if it is damaged and `budget_table` returns None."""
+        return self._measured("budget_tables", use_ema) is not None
 
     def _measured(self, entry: str, use_ema: bool) -> object:
         records = self.content.get(entry)

@@ -54,7 +54,7 @@ def budget_settings(checkpoint: Checkpoint, budget: float, use_ema: bool = False
             f"--budget {budget:g} is out of range: {checkpoint.location} supports budgets from {low:g} to {high:g}"
         )
     settings = table.at(budget) if table else BudgetSettings(budget, 1.0, curve.center(budget))
-    if checkpoint.has_damaged_table(use_ema):
+    if table is None and checkpoint.records_table(use_ema):
         warn(
             f"--budget {budget:g}: the budget table or the starting weights of {checkpoint.location} are damaged, so "
             "the gate alone changes, and accuracy may be far lower above the budget trained for"
@@ -83,7 +83,7 @@ def _warn_above_trained_budget(checkpoint: Checkpoint, settings: BudgetSettings,
     is_measured = measured is not None and measured.accuracy is not None
     if is_measured or checkpoint.recorded_flag("gate_jitter") or budget <= trained + MAX_SAFE_STEP:
         return
-    if checkpoint.budget_table(use_ema) is not None:
+    if measured is not None:
         warn(f"{start} and records no accuracies, so this budget may be less accurate. Train again to record them")
         return
     warn(

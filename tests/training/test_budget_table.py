@@ -324,6 +324,9 @@ def test_warning_compares_with_the_gate_of_the_averaged_weights(tmp_path, capsys
     assert "has no starting weights" not in capsys.readouterr().err
     checkpoint.build_model("avit_micro_patch4_32", budget=0.8)
     assert "was trained for a budget of 0.50" in capsys.readouterr().err
+    for damaged in ("x", torch.zeros(2)):
+        checkpoint.content["gate_ema"] = damaged
+        assert checkpoint.build_model("avit_micro_patch4_32", use_ema=True).gate_center == 30
 
 
 def with_table(tmp_path, rows, curve=([20.0, 0.2], [30.0, 0.3], [60.0, 1.0]), **entries):
