@@ -14,7 +14,7 @@ DATA_SET=CLUTTERED_VARIED SIZE=56
 BUDGETS=(0.3 0.2 0.45)
 # KINDs of these MACs, see baselines.py. STEPS and MERGING were printed by experiments/settings.py.
 STEP=(2:43 1:36 3:69) STEPS=(2:95:4:46:6:23 1:99:2:50:3:25 3:108:6:60:9:33) MERGING=(25:4 42:1 16:3)
-BLOCKS="5 4 3 2"
+BLOCKS="5 4 3 2" WIDTHS=${WIDTHS:-21 15}
 
 . experiments/pipeline.sh
 . experiments/recipe.sh
@@ -28,8 +28,27 @@ for seed in $SEEDS; do
   export_weights "static_$seed" "$(static_weights "$seed")"
 done
 
+each_narrower() {  # STAGE FROM FLAGS...: train narrower models of all seeds, from those of stage FROM unless it is ""
+  local stage=$1 from=$2 width seed
+  for width in $WIDTHS; do
+    for seed in $SEEDS; do
+      train "${stage}_narrow${width}_$seed" full "narrow:$width" --no-halting --seed "$seed" --lr 0.04 "${@:3}" \
+        ${from:+--pretrained-path "$RUNS/${from}_narrow${width}_$seed/checkpoint.pth"}
+    done
+  done
+  until_fewer_than 1
+}
+
+# As the full model, on plain Fashion-MNIST first, then on cluttered and on varied images.
+each_narrower pretrain "" --data-set FMNIST --input-size 28 --epochs 2 --warmup-epochs 1
+each_narrower cluttered pretrain --data-set CLUTTERED --epochs 4
+each_narrower static cluttered --epochs 1
+
 for seed in $SEEDS; do
   static=$(static_weights "$seed")
+  for width in $WIDTHS; do
+    tune "narrow${width}_$seed" "narrow:$width" "$RUNS/static_narrow${width}_$seed/checkpoint.pth" "$seed" --no-halting
+  done
   for budget in "${BUDGETS[@]}"; do
     tune "direction${budget}_$seed" full "$static" "$seed" $HALTING --target-macs "$budget"
     tune "halting${budget}_$seed" full "$static" "$seed" $HALTING --gate channel --target-macs "$budget"
@@ -57,6 +76,9 @@ for seed in $SEEDS; do
     test_model "fused${budget}_$seed" "fused:${STEPS[index]}" --no-halting
     test_model "tome${budget}_$seed" "tome:${MERGING[index]}" --no-halting
     test_model "evit${budget}_$seed" "evit:${STEP[index]}" --no-halting
+  done
+  for width in $WIDTHS; do
+    test_model "narrow${width}_$seed" "narrow:$width" --no-halting
   done
   test_other_budgets 0.2 "$seed"
   test_shallower "$seed"
