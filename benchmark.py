@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     add(
         "--onnx",
         action="store_true",
-        help="ONNX graphs in ONNX Runtime beside PyTorch, in inference on the CPU",
+        help="ONNX graphs in ONNX Runtime next to PyTorch, in inference on the CPU",
     )
     add(
         "--threads",

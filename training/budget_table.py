@@ -67,8 +67,8 @@ class BudgetPoint(NamedTuple):
 
     @property
     def is_less_accurate(self) -> bool:
-        """Return whether the accuracy is below that at the budget of the training by more than two standard errors."""
-        return self.change is not None and self.change < -2 * self.change_error
+        """Return whether the measured accuracy is below that at the budget of the training, rounded as in the text."""
+        return self.change is not None and self.change_text.startswith("-")
 
 
 class BudgetSettings(NamedTuple):

@@ -76,7 +76,7 @@ def _warn_above_trained_budget(checkpoint: Checkpoint, settings: BudgetSettings,
     start = f"--budget {budget:g}: {checkpoint.location} was trained for a budget of {trained:.2f}"
     if measured and measured.is_less_accurate:
         warn(
-            f"{start} and was more accurate there. On the calibration images, top-1 at budget {measured.cost:.3g} is "
+            f"{start} and was more accurate there on the calibration images. Top-1 at budget {measured.cost:.3g} is "
             f"{measured.change_text} points (one standard error) relative to {trained:.2f}. "
             "Omit --budget to run there, with fewer MACs"
         )
