@@ -345,6 +345,7 @@ def with_table(tmp_path, rows, curve=([20.0, 0.2], [30.0, 0.3], [60.0, 1.0]), **
 )
 def test_larger_budget_that_was_less_accurate_warns(tmp_path, capsys, trained, budget, warns):
     rows = [[0.2, 1.5, 20.0, 0.7, 0.6, -0.1, 0.01], [trained, 1.0, 30.0, 0.8, 0.7, 0.0, 0.0]]
+    # A change of -0.01 ± 0.01 at 0.5, of -0.05 ± 0.02 at 1.
     rows += [[0.33, 1.0, 32.0, 0.8, 0.69, -0.01, 0.001], [0.4, 0.5, 40.0, 0.9, 0.71, 0.01, 0.01]]
     rows += [[0.5, 0.5, 40.0, 0.9, 0.7, -0.01, 0.01], [1.0, 0.0, 60.0, 1.0, 0.65, -0.05, 0.02]]
     checkpoint = with_table(tmp_path, rows)
@@ -355,6 +356,7 @@ def test_larger_budget_that_was_less_accurate_warns(tmp_path, capsys, trained, b
         == warns
     )
     assert budget < 1 or "Top-1 at budget 1 is -5.0 ± 2.0 points (one standard error) relative to 0.30" in output.err
+    assert ("so it may be chance" in output.err) == (budget == 0.5)
     assert budget < 1 or "images, at budget 1, top-1 is 65.0%, -5.0 ± 2.0 points relative" in output.out
     assert budget != 0.9 or "at budget 1, 100.0% of the predictions" in output.out
 
