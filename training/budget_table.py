@@ -67,8 +67,13 @@ class BudgetPoint(NamedTuple):
 
     @property
     def is_less_accurate(self) -> bool:
-        """Return whether the measured accuracy is below that at the budget of the training, rounded as in the text."""
-        return self.change is not None and self.change_text.startswith("-")
+        """Return whether the change of the accuracy, rounded to 0.1 points as in the text, is negative."""
+        return self.change is not None and round(self.change, 3) < 0
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Return whether the change of the accuracy is below two standard errors."""
+        return abs(self.change) < 2 * self.change_error
 
 
 class BudgetSettings(NamedTuple):

@@ -75,8 +75,7 @@ def _warn_above_trained_budget(checkpoint: Checkpoint, settings: BudgetSettings,
         return
     start = f"--budget {budget:g}: {checkpoint.location} was trained for a budget of {trained:.2f}"
     if measured and measured.is_less_accurate:
-        may_be_chance = measured.change > -2 * measured.change_error
-        chance = "This is less than two standard errors, so it may be chance. " if may_be_chance else ""
+        chance = "This is less than two standard errors, so it may be chance. " if measured.may_be_chance else ""
         warn(
             f"{start} and was more accurate there on the calibration images. Top-1 at budget {measured.cost:.3g} is "
             f"{measured.change_text} points (one standard error) relative to {trained:.2f}. {chance}"
